@@ -1,0 +1,21 @@
+"""Fuse several specialist causal language models into one, token by token.
+
+Importing this package makes `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know fused models, and makes
+`save_pretrained` copy these files into the saved folder, so that it loads where this package is not installed.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_ultrafuser import UltraFuserConfig
+from .fusing_ultrafuser import common_tokenizer
+from .modeling_ultrafuser import UltraFuserForCausalLM, UltraFuserModel
+
+
+AutoConfig.register("ultrafuser", UltraFuserConfig, exist_ok=True)
+AutoModel.register(UltraFuserConfig, UltraFuserModel, exist_ok=True)
+AutoModelForCausalLM.register(UltraFuserConfig, UltraFuserForCausalLM, exist_ok=True)
+UltraFuserConfig.register_for_auto_class()
+UltraFuserModel.register_for_auto_class("AutoModel")
+UltraFuserForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["UltraFuserConfig", "UltraFuserForCausalLM", "UltraFuserModel", "common_tokenizer"]

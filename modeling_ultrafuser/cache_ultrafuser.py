@@ -1,0 +1,64 @@
+"""One key-value cache for all specialists: the library's own, with a window onto it for each specialist."""
+
+from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching import PagedAttentionCache
+
+
+class SpecialistCache(Cache):
+    """One specialist's layers of a shared cache, counted from 0.
+
+    Everything a specialist asks of its cache (sequence length, mask sizes, recurrent states) is answered for its own
+    layers, so that it never sees the length of a specialist that already ran in this step. The tensors stay in the
+    shared cache, which is what `generate` crops, reorders and repeats.
+
+    Args:
+        cache: The shared cache, with one layer for every layer of every specialist.
+        start: Position of this specialist's first layer in `cache`.
+        length: How many layers this specialist has.
+    """
+
+    def __init__(self, cache: Cache, start: int, length: int):
+        # not `super().__init__`: it would make layers of its own
+        self.cache, self.start, self.length = cache, start, length
+        self.layer_class_to_replicate = None
+        self.offloading = False
+
+    @property
+    def layers(self):
+        return self.cache.layers[self.start : self.start + self.length]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        # through the shared cache, which knows about offloading and prefetching
+        return self.cache.update(key_states, value_states, layer_idx + self.start, *args, **kwargs)
+
+
+def paged_window(cache: PagedAttentionCache, start: int, config) -> PagedAttentionCache:
+    """The same window onto the paged cache of continuous batching (`generate_batch`).
+
+    Raises:
+        ValueError: If the specialists' attention geometry differs: the paged cache knows only one.
+    """
+    if not hasattr(config, "num_key_value_heads") or not hasattr(config, "head_dim"):
+        shapes = {
+            n: (c.num_attention_heads, c.hidden_size) for n, c in zip(config.specialist_names, config.specialists)
+        }
+        raise ValueError(
+            f"Continuous batching keeps keys and values of all layers in blocks of one shape, but the specialists' "
+            f"(attention heads, hidden size) are {shapes}. Use `generate` for this model."
+        )
+    window = object.__new__(_PagedWindow)
+    window.__dict__.update(cache=cache, start=start)
+    return window
+
+
+class _PagedWindow(PagedAttentionCache):
+    # attention looks for this very class; everything but the layer number is the shared cache's own
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        return self.cache.update(key_states, value_states, layer_idx + self.start, *args, **kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["cache"], name)

@@ -1,0 +1,338 @@
+"""Configuration of a fused model: which specialists, which gate, which fusion."""
+
+import copy
+import keyword
+import math
+import re
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+GATE_NAMES = ("mlp", "linear", "constant", "uniform")
+FUSION_NAMES = ("logits", "probabilities")
+AUTO_MAP = {
+    "AutoConfig": "configuration_ultrafuser.UltraFuserConfig",
+    "AutoModel": "modeling_ultrafuser.UltraFuserModel",
+    "AutoModelForCausalLM": "modeling_ultrafuser.UltraFuserForCausalLM",
+}
+
+# families that multiply or divide their logits by one number keep it here (Granite, Cohere, Falcon-H1, ...)
+SCALE_FIELDS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+
+# words that transformers looks up on every configuration, or that other code would take for a part of the model
+RESERVED_NAMES = {
+    *("decoder", "encoder", "generator", "text_config", "text_encoder", "audio_encoder", "vision_config"),
+    *("lm_head", "model", "gate", "fusion_gate", "specialists"),
+    *dir(nn.ModuleDict()),
+}
+
+
+class UltraFuserConfig(PreTrainedConfig):
+    """Describes a fused model, and shows its specialists' layers laid end to end as one decoder.
+
+    The derived fields at the top level (`hidden_size`, `num_hidden_layers`, `layer_types`, ...) are what generation,
+    serving and training code reads from any causal language model; they always follow from the specialists.
+
+    Args:
+        specialist_names: Name of each specialist, in the order of the gate's columns.
+        specialists: Configuration of each specialist's backbone, in the same order. Dicts are accepted.
+        gate: How gate weights are computed: "mlp" (the paper's), "linear", "constant" or "uniform".
+        gate_hidden_size: Width of the hidden layer of the "mlp" gate. 512 in the paper (section 4.1).
+        gate_temperature: Gate scores are divided by it before the softmax. Above 1 is softer, below 1 is sharper.
+        fusion: "logits" mixes logits (the paper's Eq. 1), "probabilities" mixes distributions.
+        vocab_size: Rows of the fused head. Default: the smallest vocabulary among the specialists.
+        max_position_embeddings: Longest context, in tokens. Default: the shortest limit among the specialists.
+
+    Raises:
+        ValueError: If a choice is unknown or the specialists cannot be fused.
+        TypeError: If a specialist is neither a configuration nor a dict.
+    """
+
+    model_type = "ultrafuser"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # the inherited default names modules that this model does not have
+    base_model_fsdp_plan = {}
+
+    specialist_names: list[str] | None = None
+    specialists: list[Any] | None = None
+    gate: str = "mlp"
+    gate_hidden_size: int = 512
+    gate_temperature: float = 1.0
+    fusion: str = "logits"
+    vocab_size: int | None = None
+    max_position_embeddings: int | None = None
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.specialist_names is None:
+            self.specialist_names = []
+        self.specialists = [_as_backbone_config(c) for c in self.specialists or []]
+        self._validate_choices()
+        validate_specialist_names(self.specialist_names)
+        if len(self.specialist_names) != len(self.specialists):
+            raise ValueError(
+                f"Every specialist needs one name and one configuration, but got {len(self.specialist_names)} names "
+                f"({self.specialist_names}) and {len(self.specialists)} configurations. Pass two lists of one length."
+            )
+        if self.specialists:
+            self._derive_fields()
+            for derived in self._DERIVED:
+                kwargs.pop(derived, None)
+        super().__post_init__(**kwargs)
+
+    # written to config.json for readers that do not run this code, recomputed whenever it is read back
+    _DERIVED = (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        *("layer_types", "sliding_window", "attention_chunk_size", "final_logit_softcapping", "intermediate_size"),
+    )
+
+    def _validate_choices(self) -> None:
+        for field, choices in (("gate", GATE_NAMES), ("fusion", FUSION_NAMES)):
+            value = getattr(self, field)
+            if value not in choices:
+                raise ValueError(f"Unknown {field} {value!r}. Choose one of {list(choices)}.")
+        temperature = self.gate_temperature
+        if not isinstance(temperature, int | float) or not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(
+                f"`gate_temperature` divides the gate's scores, so it must be a positive number, but it is "
+                f"{temperature!r}. 1.0 changes nothing; for equal weights choose gate='uniform'."
+            )
+        if not isinstance(self.gate_hidden_size, int) or self.gate_hidden_size < 1:
+            raise ValueError(
+                f"`gate_hidden_size` is the width of the gate's hidden layer, so it must be a positive integer, but "
+                f"it is {self.gate_hidden_size!r}. The paper uses 512."
+            )
+
+    def _derive_fields(self) -> None:
+        if len(self.specialists) < 2:
+            raise ValueError(
+                f"Fusing needs at least two specialists, but got {self.specialist_names}. A single model can be "
+                f"loaded with its own class."
+            )
+        configs = self.specialists
+        self.hidden_size = sum(c.hidden_size for c in configs)
+        self.num_hidden_layers = sum(c.num_hidden_layers for c in configs)
+        for field, read in (
+            ("num_attention_heads", lambda c: getattr(c, "num_attention_heads", None)),
+            ("num_key_value_heads", _num_key_value_heads),
+            ("head_dim", _head_dim),
+        ):
+            # absent where specialists differ: readers then fail loudly instead of guessing from `hidden_size`
+            value = _common(read(c) for c in configs)
+            if value is not None:
+                setattr(self, field, value)
+        self.intermediate_size = sum(_intermediate_size(c) for c in configs)
+        self.layer_types = [t for c in configs for t in specialist_layer_types(c)]
+        for field, layer_type in (
+            ("sliding_window", "sliding_attention"),
+            ("attention_chunk_size", "chunked_attention"),
+        ):
+            sizes = [getattr(c, field, None) for c in configs if layer_type in specialist_layer_types(c)]
+            if sizes and _common(sizes) is not None:
+                setattr(self, field, sizes[0])
+        soft_caps = [soft_cap(c) for c in configs]
+        if self.fusion == "logits":
+            if len(set(soft_caps)) > 1:
+                raise ValueError(
+                    f"A logit soft cap is not linear, so mixing logits needs one cap for all specialists, but "
+                    f"`final_logit_softcapping` is {dict(zip(self.specialist_names, soft_caps, strict=True))}. Choose "
+                    f"fusion='probabilities', or fuse specialists of one family."
+                )
+            if soft_caps[0] is not None:
+                self.final_logit_softcapping = soft_caps[0]
+        if self.vocab_size is None:
+            self.vocab_size = min(c.vocab_size for c in configs)
+        if self.max_position_embeddings is None:
+            limits = [getattr(c, "max_position_embeddings", None) for c in configs]
+            self.max_position_embeddings = min((n for n in limits if n), default=None)
+
+    @property
+    def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:
+        """Class of each specialist's configuration by name: how dtype and attention choices reach specialists."""
+        return {n: type(c) for n, c in zip(*self._names_and_configs(), strict=False)}
+
+    @property
+    def per_layer_config(self) -> list[PreTrainedConfig]:
+        """The configuration that each layer was built from, specialist after specialist: how caches are laid out."""
+        return [layer for c in self._names_and_configs()[1] for layer in c.per_layer_config]
+
+    @per_layer_config.setter
+    def per_layer_config(self, value) -> None:
+        raise AttributeError("`per_layer_config` follows from the specialists' own configurations: change those.")
+
+    def _names_and_configs(self) -> tuple[list[str], list[PreTrainedConfig]]:
+        # read during construction too, when neither field need exist
+        return self.__dict__.get("specialist_names") or [], self.__dict__.get("specialists") or []
+
+    def __getattr__(self, name: str):
+        names, configs = self._names_and_configs()
+        if name in names and len(names) == len(configs):
+            return configs[names.index(name)]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value) -> None:
+        names, configs = self._names_and_configs() if name != "specialists" else ([], [])
+        if name in names:
+            configs[names.index(name)] = value
+        else:
+            super().__setattr__(name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Like the library's, with the list of specialists as a list of dicts in its own order."""
+        # the library converts a configuration that is a direct attribute, but not one inside a list
+        output = super().to_dict()
+        output["specialists"] = [_specialist_dict(c) for c in self._names_and_configs()[1]]
+        # vLLM asks for `AutoModel`, which saving the causal language model alone would leave out
+        output["auto_map"] = AUTO_MAP
+        return output
+
+
+def _as_backbone_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
+    """A copy that describes the backbone alone: its head is a part of the wide head, scaled and never tied."""
+    config = copy.deepcopy(_as_config(config).get_text_config(decoder=True))
+    config.tie_word_embeddings = False
+    for field in SCALE_FIELDS:
+        if getattr(config, field, None) is not None:
+            setattr(config, field, 1.0)
+    for field in ("architectures", "auto_map"):
+        config.__dict__.pop(field, None)
+    return config
+
+
+def _as_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if not isinstance(config, dict):
+        raise TypeError(
+            f"A specialist is described by a configuration object or a dict, but got {type(config).__name__}. Load "
+            f"one with `AutoConfig.from_pretrained(...)`."
+        )
+    config = dict(config)
+    model_type = config.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"A specialist must be of an architecture that transformers itself contains, because its own remote code "
+            f"is never run, but `model_type` is {model_type!r}. Upgrade transformers if the architecture is newer "
+            f"than it."
+        )
+    return AutoConfig.for_model(model_type, **config)
+
+
+def _specialist_dict(config: PreTrainedConfig) -> dict[str, Any]:
+    output = config.to_dict()
+    for key in ("transformers_version", "_name_or_path"):
+        output.pop(key, None)
+    return output
+
+
+def validate_specialist_names(names: list[str]) -> None:
+    """Refuses names that cannot be module names, or that other code would take for something else.
+
+    Raises:
+        ValueError: Naming the first unusable name and what a usable one looks like.
+    """
+    for name in names:
+        usable = isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is not None
+        reserved = not usable or keyword.iskeyword(name) or name in RESERVED_NAMES or hasattr(PreTrainedConfig, name)
+        if (
+            not usable
+            or reserved
+            or name in PreTrainedConfig.__annotations__
+            or name in UltraFuserConfig.__annotations__
+        ):
+            raise ValueError(
+                f"A specialist's name becomes the name of a module and of a configuration field, so it must be a word "
+                f"of letters, digits and underscores that starts with a letter and has no other meaning there, but "
+                f"got {name!r}. Try {f'{name}_model'!r} or, say, 'text', 'code', 'math'."
+            )
+    duplicates = sorted({n for n in names if names.count(n) > 1})
+    if duplicates:
+        raise ValueError(f"Every specialist needs a name of its own, but {duplicates} came more than once in {names}.")
+
+
+def specialist_layer_types(config: PreTrainedConfig) -> list[str]:
+    """Type of each layer of a specialist, made up where its family (such as Mistral) does not write them down."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return list(layer_types)
+    if getattr(config, "sliding_window", None) is not None:
+        return ["sliding_attention"] * config.num_hidden_layers
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return ["chunked_attention"] * config.num_hidden_layers
+    return ["full_attention"] * config.num_hidden_layers
+
+
+def check_servable_by_vllm(config: "UltraFuserConfig") -> None:
+    """Refuses what vLLM's Transformers backend would serve wrongly: it knows one attention geometry for all layers.
+
+    Raises:
+        ValueError: Naming the property that differs and its value for each specialist.
+    """
+
+    def refuse(reason: str, values: list) -> None:
+        raise ValueError(
+            f"vLLM's Transformers backend {reason}, but it is {dict(zip(config.specialist_names, values, strict=True))}. "
+            f"Use transformers for this model: `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
+        )
+
+    configs = config.specialists
+    if config.fusion != "logits":
+        refuse("computes logits with one linear head, which needs fusion='logits'", [config.fusion] * len(configs))
+    for field, read in (
+        ("num_attention_heads", lambda c: getattr(c, "num_attention_heads", None)),
+        ("num_key_value_heads", _num_key_value_heads),
+        ("head_dim", _head_dim),
+    ):
+        values = [read(c) for c in configs]
+        if _common(values) is None:
+            refuse(f"knows one `{field}` for all specialists", values)
+    windows = [c.sliding_window if "sliding_attention" in specialist_layer_types(c) else None for c in configs]
+    if len({w for w in windows if w is not None}) > 1:
+        refuse("knows one attention window for all specialists", windows)
+    types = [sorted(set(specialist_layer_types(c)) - {"full_attention", "sliding_attention"}) for c in configs]
+    if any(types):
+        refuse("serves full and sliding attention only in a fused model; other layer types must be absent", types)
+    for field, what in (
+        ("attn_logit_softcapping", "knows one attention soft cap for all specialists; it must be None in each"),
+        ("kv_lora_rank", "cannot mix latent attention (MLA) with others; `kv_lora_rank` must be absent"),
+    ):
+        values = [getattr(c, field, None) for c in configs]
+        if any(v is not None for v in values):
+            refuse(what, values)
+    experts = [next((v for f in _EXPERT_FIELDS if (v := getattr(c, f, None))), None) for c in configs]
+    if any(experts):
+        refuse("cannot load mixture-of-experts specialists; the number of experts must be absent", experts)
+
+
+_EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def soft_cap(config: PreTrainedConfig) -> float | None:
+    """The value that bounds a specialist's logits as `cap * tanh(logits / cap)`, or None."""
+    return getattr(config, "final_logit_softcapping", None)
+
+
+def _common(values):
+    values = list(values)
+    return values[0] if all(v == values[0] for v in values) else None
+
+
+def _num_key_value_heads(config: PreTrainedConfig) -> int | None:
+    return getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+
+
+def _head_dim(config: PreTrainedConfig) -> int | None:
+    heads = getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+
+
+def _intermediate_size(config: PreTrainedConfig) -> int:
+    return getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size

@@ -1,0 +1,106 @@
+"""Gates: from the specialists' last hidden states to one weight per specialist and token.
+
+A gate's parameters are bare `nn.Parameter`s in float32 whatever the model's dtype: serving engines swap `nn.Linear`
+modules for their own, and 16 bits are too coarse for scores that pass through a softmax.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import initialization as init
+
+
+class Gate(nn.Module):
+    """Base of all gates: scores each specialist, then takes the softmax over specialists at `gate_temperature`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.temperature = config.gate_temperature
+        self.num_specialists = len(config.specialists)
+
+    def scores(self, hidden_states: list[Tensor]) -> Tensor:
+        """Unnormalised preference for each specialist. Shape (batch, seq, specialists)."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: list[Tensor]) -> Tensor:
+        """Weighs the specialists at every token.
+
+        Args:
+            hidden_states: Each specialist's last hidden state, after its final norm. Shapes (batch, seq, hidden).
+
+        Returns:
+            Gate weights in float32: non-negative, summing to 1 over the last axis. Shape (batch, seq, specialists).
+        """
+        with torch.autocast(device_type=hidden_states[0].device.type, enabled=False):
+            return (self.scores([h.float() for h in hidden_states]) / self.temperature).softmax(-1)
+
+    def init_weights(self) -> None:
+        """Starts uniform: an untrained fused model is the plain average of its specialists."""
+        for parameter in self.parameters():
+            init.zeros_(parameter)
+
+
+class MLPGate(Gate):
+    """The paper's gate (Ding et al., 2024, section 3.1): one two-layer MLP, shared, scores each hidden state alone.
+
+    score_k = w2 . relu(W1 h_k + b1) + b2. Where hidden sizes differ, W1 is one per specialist and the rest is shared.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        sizes = [c.hidden_size for c in config.specialists]
+        shared = len(set(sizes)) == 1
+        names = ["shared"] if shared else config.specialist_names
+        self.names = ["shared"] * len(sizes) if shared else config.specialist_names
+        width = config.gate_hidden_size
+        self.hidden_weight = nn.ParameterDict({n: _empty(width, d) for n, d in zip(names, sizes, strict=False)})
+        self.hidden_bias = _empty(width)
+        self.score_weight = _empty(1, width)
+        self.score_bias = _empty(1)
+
+    def scores(self, hidden_states: list[Tensor]) -> Tensor:
+        weights = [self.hidden_weight[n] for n in self.names]
+        hidden = [F.linear(h, w, self.hidden_bias).relu() for h, w in zip(hidden_states, weights, strict=True)]
+        return torch.cat([F.linear(h, self.score_weight, self.score_bias) for h in hidden], dim=-1)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        for weight in self.hidden_weight.values():
+            init.normal_(weight, std=weight.shape[1] ** -0.5)
+
+
+class LinearGate(Gate):
+    """One linear layer over all specialists' hidden states side by side, so that it can compare them."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.weight = _empty(self.num_specialists, sum(c.hidden_size for c in config.specialists))
+        self.bias = _empty(self.num_specialists)
+
+    def scores(self, hidden_states: list[Tensor]) -> Tensor:
+        return F.linear(torch.cat(hidden_states, dim=-1), self.weight, self.bias)
+
+
+class ConstantGate(Gate):
+    """One learned number per specialist, the same at every token: tuned ensemble weights."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.logits = _empty(self.num_specialists)
+
+    def scores(self, hidden_states: list[Tensor]) -> Tensor:
+        return self.logits.expand(*hidden_states[0].shape[:-1], -1)
+
+
+class UniformGate(Gate):
+    """Equal weights and no parameters: the plain ensemble, and the baseline to beat."""
+
+    def scores(self, hidden_states: list[Tensor]) -> Tensor:
+        return hidden_states[0].new_zeros(*hidden_states[0].shape[:-1], self.num_specialists)
+
+
+def _empty(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=torch.float32))
+
+
+GATES: dict[str, type[Gate]] = {"mlp": MLPGate, "linear": LinearGate, "constant": ConstantGate, "uniform": UniformGate}

@@ -1,0 +1,476 @@
+"""The fused model: several specialist backbones, a gate, and one wide head.
+
+With last hidden states h_k, heads W_k and gate weights w_k, the paper's fused logits (Ding et al., 2024, Eq. 1) are
+
+    sum_k w_k (h_k W_k^T)  =  [w_1 h_1, ..., w_N h_N] [W_1, ..., W_N]^T
+
+so that a fused model is an ordinary causal language model: `UltraFuserModel` returns the gate-scaled hidden states
+side by side, and `lm_head` holds the specialists' heads side by side.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import ModelOutput
+
+from .cache_ultrafuser import SpecialistCache, paged_window
+from .configuration_ultrafuser import UltraFuserConfig, check_servable_by_vllm, soft_cap, specialist_layer_types
+from .fusing_ultrafuser import fuse_specialists
+from .gating_ultrafuser import GATES, Gate
+
+
+@dataclass
+class UltraFuserModelOutput(ModelOutput):
+    """What the backbone returns.
+
+    Attributes:
+        last_hidden_state: The specialists' last hidden states side by side: scaled by the gate weights with
+            fusion="logits", as they are with fusion="probabilities". Shape (batch, seq, sum of hidden sizes).
+        past_key_values: One cache for all specialists.
+        hidden_states: On request, every specialist's hidden states, one specialist after another.
+        attentions: On request, every specialist's attention weights, one specialist after another.
+        gate_weights: Share of each specialist in each token, in float32. Shape (batch, seq, specialists).
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    gate_weights: Tensor | None = None
+
+
+@dataclass
+class UltraFuserCausalLMOutput(ModelOutput):
+    """What the causal language model returns.
+
+    Attributes:
+        loss: Negative log-likelihood in nats per labelled token, if `labels` were given. A scalar.
+        logits: Fused next-token logits; with fusion="probabilities", log-probabilities. Shape (batch, seq, vocab).
+        past_key_values: One cache for all specialists.
+        hidden_states: On request, every specialist's hidden states, one specialist after another.
+        attentions: On request, every specialist's attention weights, one specialist after another.
+        gate_weights: Share of each specialist in each token, in float32. Shape (batch, seq, specialists).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    gate_weights: Tensor | None = None
+
+
+class Specialists(nn.ModuleDict):
+    """The specialists' backbones by name.
+
+    `PreTrainedModel.post_init` collects what follows from its direct children only, by attribute name: without these
+    properties `device_map="auto"` could cut a decoder layer in two and tensor-parallel plans would be empty.
+    """
+
+    _no_split_modules = property(lambda self: self._union("_no_split_modules"))
+    _keep_in_fp32_modules = property(lambda self: self._union("_keep_in_fp32_modules"))
+    _keep_in_fp32_modules_strict = property(lambda self: self._union("_keep_in_fp32_modules_strict"))
+    _skip_keys_device_placement = property(lambda self: self._union("_skip_keys_device_placement"))
+    _keys_to_ignore_on_load_unexpected = property(lambda self: self._union("_keys_to_ignore_on_load_unexpected"))
+    _keys_to_ignore_on_load_missing = property(lambda self: self._union("_keys_to_ignore_on_load_missing"))
+    _keys_to_ignore_on_save = property(lambda self: self._prefixed_set("_keys_to_ignore_on_save"))
+    _tp_plan = property(lambda self: self._prefixed_dict("_tp_plan"))
+    _ep_plan = property(lambda self: self._prefixed_dict("_ep_plan"))
+    _fsdp_plan = property(lambda self: self._prefixed_dict("_fsdp_plan"))
+
+    @property
+    def all_tied_weights_keys(self) -> dict[str, str]:
+        pairs = [(name, tied) for name, m in self.items() for tied in m.all_tied_weights_keys.items()]
+        return {f"{name}.{target}": f"{name}.{source}" for name, (target, source) in pairs}
+
+    def _union(self, field: str) -> set[str]:
+        return {entry for m in self.values() for entry in getattr(m, field, None) or ()}
+
+    def _prefixed_set(self, field: str) -> set[str]:
+        return {f"{name}.{entry}" for name, m in self.items() for entry in getattr(m, field, None) or ()}
+
+    def _prefixed_dict(self, field: str) -> dict:
+        return {f"{n}.{k}": v for n, m in self.items() for k, v in (getattr(m, field, None) or {}).items()}
+
+
+class UltraFuserPreTrainedModel(PreTrainedModel):
+    """What the backbone and the causal language model have in common."""
+
+    config_class = UltraFuserConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+    # the name differs between the two classes; quantisers read the second list
+    _keep_in_fp32_modules_strict = ["fusion_gate", "model.fusion_gate"]
+    _keep_in_fp32_modules = ["fusion_gate", "model.fusion_gate"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Gate):
+            module.init_weights()
+        else:
+            super()._init_weights(module)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resizes the embeddings of every specialist, and the head. Returns the first specialist's embedding."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        rows = embeddings.weight.shape[0]
+        for specialist in self.base_model.specialists.values():
+            if specialist.get_input_embeddings().weight.shape[0] != rows:
+                specialist.resize_token_embeddings(rows, mean_resizing=mean_resizing)
+            specialist.config.vocab_size = specialist.vocab_size = rows
+        return embeddings
+
+
+class UltraFuserModel(UltraFuserPreTrainedModel):
+    """The specialists' backbones and the gate.
+
+    Building it loads nothing: weights come from `from_pretrained`, or from `UltraFuserForCausalLM.from_specialists`.
+    """
+
+    def __init__(self, config: UltraFuserConfig):
+        super().__init__(config)
+        if not config.specialists:
+            raise ValueError(
+                "A fused model needs specialists, but the configuration names none. Build one with "
+                "`UltraFuserForCausalLM.from_specialists({'text': ..., 'code': ...})`."
+            )
+        # vLLM looks a layer's attention up by its number among all layers; transformers counts each specialist's own
+        number_globally = config._attn_implementation == "vllm"
+        if number_globally:
+            check_servable_by_vllm(config)
+        pairs = zip(config.specialist_names, config.specialists, strict=True)
+        self.specialists = Specialists({name: AutoModel.from_config(c) for name, c in pairs})
+        self.first_layers = [0]
+        for c in config.specialists:
+            self.first_layers.append(self.first_layers[-1] + c.num_hidden_layers)
+        if number_globally:
+            for start, specialist in zip(self.first_layers, self.specialists.values(), strict=False):
+                for module in specialist.modules():
+                    if isinstance(getattr(module, "layer_idx", None), int):
+                        module.layer_idx += start
+        self.fusion_gate = GATES[config.gate](config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return next(iter(self.specialists.values())).get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        next(iter(self.specialists.values())).set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        specialist_input_ids: Tensor | None = None,
+        specialist_attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> UltraFuserModelOutput | tuple:
+        """Runs every specialist and weighs their last hidden states.
+
+        Args:
+            input_ids: Token ids, the same for every specialist. Shape (batch, seq).
+            attention_mask: 1 for tokens, 0 for padding. Shape (batch, past + seq). Prepared masks are taken too.
+            position_ids: Positions of the tokens. Shape (batch, seq).
+            past_key_values: One cache for all specialists.
+            inputs_embeds: Refused: specialists embed the same token differently.
+            use_cache: Whether to return a cache. Default: no in training, else as the configuration says.
+            specialist_input_ids: The prompt in each specialist's own words, padded on the left to one length.
+                Shape (batch, specialists, seq).
+            specialist_attention_mask: Its mask. Shape (batch, specialists, past + seq).
+            output_hidden_states: Whether to return every layer's hidden states.
+            output_attentions: Whether to return attention weights.
+            return_dict: Whether to return a named output instead of a tuple.
+            **kwargs: Passed on to every specialist untouched.
+
+        Raises:
+            ValueError: If `inputs_embeds` is given, or `input_ids` is not, or a per-specialist input has a wrong shape.
+        """
+        self._check_inputs(input_ids, inputs_embeds, specialist_input_ids, specialist_attention_mask)
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if use_cache:
+            past_key_values = self._shared_cache(past_key_values)
+        for key, wanted in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions)):
+            if getattr(self.config, key) if wanted is None else wanted:
+                kwargs[key] = True
+        paged = kwargs.pop("cache", None)
+
+        outputs = []
+        for k, (name, specialist) in enumerate(self.specialists.items()):
+            start, length = self.first_layers[k], self.first_layers[k + 1] - self.first_layers[k]
+            ids, mask, positions = input_ids, _specialist_mask(attention_mask, name, specialist.config), position_ids
+            if specialist_input_ids is not None:
+                ids = specialist_input_ids[:, k]
+            if specialist_attention_mask is not None:
+                mask = specialist_attention_mask[:, k]
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[-1] :]
+            own = {"cache": paged_window(paged, start, self.config)} if paged is not None else {}
+            with torch.no_grad() if _is_frozen(specialist) else nullcontext():
+                output = specialist(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=SpecialistCache(past_key_values, start, length) if use_cache else None,
+                    use_cache=use_cache,
+                    return_dict=True,
+                    **own,
+                    **kwargs,
+                )
+            outputs.append(output)
+
+        # a device map may have put the specialists on several devices
+        device = outputs[-1].last_hidden_state.device
+        hidden_states = [o.last_hidden_state.to(device) for o in outputs]
+        gate_weights = self.fusion_gate(hidden_states)
+        if self.config.fusion == "logits":
+            weights = gate_weights.to(hidden_states[0].dtype).split(1, dim=-1)
+            hidden_states = [w * h for w, h in zip(weights, hidden_states, strict=True)]
+        output = UltraFuserModelOutput(
+            last_hidden_state=torch.cat(hidden_states, dim=-1),
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=_end_to_end(outputs, "hidden_states"),
+            attentions=_end_to_end(outputs, "attentions"),
+            gate_weights=gate_weights,
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _shared_cache(self, cache: Cache | None) -> Cache:
+        if cache is None:
+            return DynamicCache(config=self.config)
+        if not cache.layers and isinstance(cache, DynamicCache):
+            # one made without a configuration adds layers as they come, in an order that only one model can have
+            cache.layers = DynamicCache(config=self.config).layers
+            cache.layer_class_to_replicate = None
+        return cache
+
+    def _check_inputs(self, input_ids, inputs_embeds, specialist_input_ids, specialist_attention_mask) -> None:
+        if inputs_embeds is not None:
+            raise ValueError(
+                "A fused model reads token ids, because its specialists embed the same token differently, but got "
+                "`inputs_embeds`. Pass `input_ids`, or call one specialist: `model.specialist(name)`."
+            )
+        if input_ids is None:
+            raise ValueError("A fused model reads token ids, but `input_ids` is None. Pass a tensor (batch, seq).")
+        for key, value in (
+            ("specialist_input_ids", specialist_input_ids),
+            ("specialist_attention_mask", specialist_attention_mask),
+        ):
+            if value is not None and (value.ndim != 3 or value.shape[1] != len(self.specialists)):
+                raise ValueError(
+                    f"`{key}` holds one row per specialist, in the order {self.config.specialist_names}, so its shape "
+                    f"must be (batch, {len(self.specialists)}, seq), but it is {tuple(value.shape)}."
+                )
+        if specialist_input_ids is not None and specialist_input_ids.shape[-1] != input_ids.shape[-1]:
+            raise ValueError(
+                f"The views of one prompt must be padded on the left to one length, so that the response starts at "
+                f"one position, but `input_ids` has {input_ids.shape[-1]} tokens and `specialist_input_ids` "
+                f"{specialist_input_ids.shape[-1]}."
+            )
+
+
+class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
+    """Several specialist language models that speak as one."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: UltraFuserConfig):
+        super().__init__(config)
+        self.model = UltraFuserModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_specialists(cls, specialists: dict, **kwargs) -> "UltraFuserForCausalLM":
+        """Builds a fused model out of specialists: Hub ids, local folders, or models in memory."""
+        return fuse_specialists(cls, specialists, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        specialist_input_ids: Tensor | None = None,
+        specialist_attention_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> UltraFuserCausalLMOutput | tuple:
+        """Predicts the next token at every position. See `UltraFuserModel.forward` for the inputs it shares.
+
+        Args:
+            labels: Token ids to predict, -100 where there is nothing to predict. Not shifted. Shape (batch, seq).
+            logits_to_keep: How many last positions to compute logits for, 0 for all; or the positions themselves.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            specialist_input_ids=specialist_input_ids,
+            specialist_attention_mask=specialist_attention_mask,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = outputs.last_hidden_state[:, kept]
+        if self.config.fusion == "logits":
+            logits = _bounded(self.lm_head(hidden_states), soft_cap(self.config))
+        else:
+            logits = self._log_probabilities(hidden_states, outputs.gate_weights[:, kept])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = UltraFuserCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            gate_weights=outputs.gate_weights,
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _log_probabilities(self, hidden_states: Tensor, gate_weights: Tensor) -> Tensor:
+        """log sum_k w_k softmax(h_k W_k^T), one specialist at a time. Shape (batch, seq, vocab)."""
+        fused = None
+        for k, (config, columns) in enumerate(zip(self.config.specialists, self._head_columns(), strict=True)):
+            logits = F.linear(hidden_states[..., columns], self.lm_head.weight[:, columns])
+            own = _bounded(logits, soft_cap(config)).float().log_softmax(-1) + gate_weights[..., k, None].log()
+            fused = own if fused is None else torch.logaddexp(fused, own)
+        return fused.to(hidden_states.dtype)
+
+    def _head_columns(self) -> Iterator[slice]:
+        """Each specialist's columns of the wide head."""
+        start = 0
+        for config in self.config.specialists:
+            yield slice(start, start + config.hidden_size)
+            start += config.hidden_size
+
+    @torch.no_grad()
+    def gate_weights(self, input_ids: Tensor, **kwargs) -> Tensor:
+        """Share of each specialist in each token, without computing logits.
+
+        Args:
+            input_ids: Token ids. Shape (batch, seq).
+            **kwargs: As for `forward`, for example `attention_mask`.
+
+        Returns:
+            Weights in float32 that sum to 1 over specialists. Shape (batch, seq, specialists).
+        """
+        return self.model(input_ids=input_ids, use_cache=False, return_dict=True, **kwargs).gate_weights
+
+    def specialist(self, name: str) -> PreTrainedModel:
+        """One specialist as an ordinary causal language model of its own class, sharing this model's tensors.
+
+        Made anew at each call, for inference: as the draft model in assisted decoding, as a baseline, or as a way out
+        with `.save_pretrained(...)`. Do not call `.to(...)` on it: that would move the fused model's tensors.
+
+        Raises:
+            KeyError: If there is no specialist of that name.
+        """
+        if name not in self.model.specialists:
+            raise KeyError(f"There is no specialist {name!r}. Choose one of {self.config.specialist_names}.")
+        backbone = self.model.specialists[name]
+        columns = dict(zip(self.config.specialist_names, self._head_columns(), strict=True))[name]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(backbone.config))
+        place = next(child for child, module in model.named_children() if type(module) is type(backbone))
+        setattr(model, place, backbone)
+        model.get_output_embeddings().weight = nn.Parameter(self.lm_head.weight.detach()[:, columns], False)
+        model.generation_config = copy.deepcopy(self.generation_config)
+        return model.train(self.training)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs) -> dict:
+        """Like the library's, and lets each specialist read the prompt in its own words.
+
+        Generated tokens are the same for all: they are appended to every view, and to its mask.
+        """
+        own_ids, own_mask = kwargs.pop("specialist_input_ids", None), kwargs.pop("specialist_attention_mask", None)
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if own_ids is not None:
+            generated = input_ids[:, None, own_ids.shape[-1] :].expand(-1, own_ids.shape[1], -1)
+            own_mask = torch.ones_like(own_ids) if own_mask is None else own_mask
+            inputs["specialist_attention_mask"] = torch.cat([own_mask, torch.ones_like(generated)], dim=-1)
+            if inputs["input_ids"].shape[-1] == input_ids.shape[-1]:  # no cache yet: the whole prompt is read
+                inputs["specialist_input_ids"] = torch.cat([own_ids, generated], dim=-1)
+        return inputs
+
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs) -> dict:
+        """Attention masks for static caches, made in advance for every specialist, as one flat dict.
+
+        Keys are the specialist's name, or "name/layer_type" where its layers need several masks.
+        """
+        masks = {}
+        for k, (name, specialist) in enumerate(self.model.specialists.items()):
+            start, end = self.model.first_layers[k : k + 2]
+            create = getattr(specialist, "create_masks_for_generate", create_masks_for_generate)
+            cache = SpecialistCache(past_key_values, start, end - start)
+            mask = create(specialist.config, inputs_embeds, attention_mask, cache, **kwargs)
+            if isinstance(mask, dict):
+                masks |= {f"{name}/{layer_type}": m for layer_type, m in mask.items()}
+            else:
+                masks[name] = mask
+        return masks
+
+
+def _specialist_mask(mask: Tensor | dict[str, Tensor] | None, name: str, config) -> Tensor | dict[str, Tensor] | None:
+    """One specialist's part of masks prepared in advance; anything else is for all specialists alike."""
+    if not isinstance(mask, dict):
+        return mask
+    if name in mask:
+        return mask[name]
+    own = {key.removeprefix(f"{name}/"): m for key, m in mask.items() if key.startswith(f"{name}/")}
+    if own:
+        return own
+    # masks by layer type, as continuous batching prepares them
+    return mask if hasattr(config, "layer_types") else mask[specialist_layer_types(config)[0]]
+
+
+def _is_frozen(specialist: nn.Module) -> bool:
+    """Whether running it under autograd would only store activations that no gradient needs."""
+    return torch.is_grad_enabled() and not any(p.requires_grad for p in specialist.parameters())
+
+
+def _bounded(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _end_to_end(outputs: list[ModelOutput], field: str) -> tuple[Tensor, ...] | None:
+    values = [o.get(field) for o in outputs]
+    return None if any(v is None for v in values) else tuple(t for v in values for t in v)
