@@ -110,10 +110,9 @@ def fuse_specialists(
         fusion=fusion,
     )
     tokenizers = {n: _tokenizer(s, **hub[n]) for n, s in specialists.items() if not isinstance(s, PreTrainedModel)}
-    tokenizers = {n: t for n, t in tokenizers.items() if t is not None}
-    for name in names:
-        if name not in tokenizers:
-            print_line(f"{name}: no tokenizer to compare, so nothing checks that its token ids mean the same.")
+    for name in [n for n, t in tokenizers.items() if t is None]:
+        print_line(f"{name}: its folder holds no tokenizer, so nothing checks that its token ids mean the same.")
+        del tokenizers[name]
     if tokenizers:
         _widest_usable_tokenizer(tokenizers, vocab_size)
 
@@ -255,10 +254,12 @@ def _unreadable(name: str, source: str, error: OSError, **hub) -> OSError | Valu
 
 def _check_architecture(name: str, config: PreTrainedConfig, text_config: PreTrainedConfig) -> None:
     kind = f"{name!r} is a {config.model_type!r} model"
-    if config.is_encoder_decoder or getattr(text_config, "is_decoder", True) is False:
+    suffixes = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
+    saved_as = config.architectures or []
+    if config.is_encoder_decoder or (saved_as and not any(a.endswith(suffixes) for a in saved_as)):
         raise ValueError(
-            f"A specialist must be a decoder that predicts the next token, but {kind}, an encoder or encoder-decoder. "
-            f"Use a causal language model."
+            f"A specialist must be a decoder with a language-model head, but {kind} saved as {saved_as}: an encoder, "
+            f"an encoder-decoder, or a model without its head. Use a causal language model."
         )
     if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING or type(text_config) not in MODEL_MAPPING:
         raise ValueError(
@@ -343,6 +344,12 @@ def _probe(
     model.eval()
     ids = (torch.arange(1, 17, device=model.device) * 7919 % rows)[None]
     own = model(input_ids=ids, use_cache=False).logits[..., :rows].float()
+    changed = model(input_ids=torch.cat([ids[:, :-1], ids[:, :1]], dim=-1), use_cache=False).logits[..., :rows].float()
+    if not torch.allclose(own[:, :-1], changed[:, :-1], rtol=1e-3, atol=1e-3 * own.abs().max().item()):
+        raise ValueError(
+            f"A specialist must be a decoder, which predicts each token from those before it, but in {name!r} "
+            f"({type(model).__name__}) a later token changes an earlier prediction. Use a causal language model."
+        )
     rebuilt = backbone_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).eval()
     hidden = rebuilt.to(model.device)(input_ids=ids, use_cache=False).last_hidden_state
     model.train(was_training)

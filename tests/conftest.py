@@ -1,0 +1,43 @@
+import os
+
+
+# before transformers is imported: tests never reach for the network
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", CI="1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import set_seed
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+from tests.tiny import specialist
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    torch.set_num_threads(1)
+    set_seed(0)
+
+
+@pytest.fixture
+def specialists():
+    """Three specialists of different depth, width and tying, in memory."""
+    return {
+        "text": specialist("llama", layers=2),
+        "code": specialist("llama", layers=3, tied=True),
+        "math": specialist("llama", layers=4, hidden_size=48),
+    }
+
+
+@pytest.fixture
+def fused(specialists):
+    """A fused model whose gate has opinions: a fresh one would weigh all specialists alike."""
+    model = UltraFuserForCausalLM.from_specialists(specialists)
+    stir_gate(model)
+    return model
+
+
+def stir_gate(model):
+    for parameter in model.model.fusion_gate.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
