@@ -32,8 +32,8 @@ class UltraFuserModelOutput(ModelOutput):
     """What the backbone returns.
 
     Attributes:
-        last_hidden_state: The specialists' last hidden states side by side: scaled by the gate weights with
-            fusion="logits", as they are with fusion="probabilities". Shape (batch, seq, sum of hidden sizes).
+        last_hidden_state: The specialists' last hidden states side by side, scaled by the gate weights: times the
+            head, they are the fused logits. Shape (batch, seq, sum of hidden sizes).
         past_key_values: One cache for all specialists.
         hidden_states: On request, every specialist's hidden states, one specialist after another.
         attentions: On request, every specialist's attention weights, one specialist after another.
@@ -45,6 +45,39 @@ class UltraFuserModelOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     gate_weights: Tensor | None = None
+
+
+@dataclass
+class UltraFuserMixtureOutput(ModelOutput):
+    """What the backbone returns with fusion="probabilities".
+
+    It has no `last_hidden_state`. Trainers and serving engines multiply that by the head to save memory, which would
+    mix logits here, and nothing would show it.
+
+    Attributes:
+        specialist_hidden_states: The specialists' last hidden states side by side, as they are.
+            Shape (batch, seq, sum of hidden sizes).
+        past_key_values: One cache for all specialists.
+        hidden_states: On request, every specialist's hidden states, one specialist after another.
+        attentions: On request, every specialist's attention weights, one specialist after another.
+        gate_weights: Share of each specialist in each token, in float32. Shape (batch, seq, specialists).
+    """
+
+    specialist_hidden_states: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    gate_weights: Tensor | None = None
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        """Refused: no hidden state times the head gives a mixture of probabilities."""
+        raise AttributeError(
+            "With fusion='probabilities' no single hidden state times the head gives the model's prediction, so its "
+            "backbone has no `last_hidden_state`, which TRL's trainers and others need. Train with fusion='logits', or "
+            "with a trainer that calls the model's own loss, `model(input_ids, labels=labels).loss`, as transformers' "
+            "`Trainer` does. For the hidden states themselves read `specialist_hidden_states`."
+        )
 
 
 @dataclass
@@ -187,7 +220,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs,
-    ) -> UltraFuserModelOutput | tuple:
+    ) -> UltraFuserModelOutput | UltraFuserMixtureOutput | tuple:
         """Runs every specialist and weighs their last hidden states.
 
         Args:
@@ -244,11 +277,13 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         device = outputs[-1].last_hidden_state.device
         hidden_states = [o.last_hidden_state.to(device) for o in outputs]
         gate_weights = self.fusion_gate(hidden_states)
+        output_class = UltraFuserMixtureOutput
         if self.config.fusion == "logits":
+            output_class = UltraFuserModelOutput
             weights = gate_weights.to(hidden_states[0].dtype).split(1, dim=-1)
             hidden_states = [w * h for w, h in zip(weights, hidden_states, strict=True)]
-        output = UltraFuserModelOutput(
-            last_hidden_state=torch.cat(hidden_states, dim=-1),
+        output = output_class(
+            torch.cat(hidden_states, dim=-1),
             past_key_values=past_key_values if use_cache else None,
             hidden_states=_end_to_end(outputs, "hidden_states"),
             attentions=_end_to_end(outputs, "attentions"),
@@ -347,7 +382,7 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_states = outputs.last_hidden_state[:, kept]
+        hidden_states = outputs[0][:, kept]
         if self.config.fusion == "logits":
             logits = _bounded(self.lm_head(hidden_states), soft_cap(self.config))
         else:
