@@ -11,6 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
+# counts up when a saved folder changes in a way that older code would misread
+FORMAT_VERSION = 1
 GATE_NAMES = ("mlp", "linear", "constant", "uniform")
 FUSION_NAMES = ("logits", "probabilities")
 AUTO_MAP = {
@@ -26,6 +28,7 @@ SCALE_FIELDS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_m
 RESERVED_NAMES = {
     *("decoder", "encoder", "generator", "text_config", "text_encoder", "audio_encoder", "vision_config"),
     *("lm_head", "model", "gate", "fusion_gate", "specialists"),
+    *("auto_map", "attn_implementation", "quantization_config"),
     *dir(nn.ModuleDict()),
 }
 
@@ -45,6 +48,7 @@ class UltraFuserConfig(PreTrainedConfig):
         fusion: "logits" mixes logits (the paper's Eq. 1), "probabilities" mixes distributions.
         vocab_size: Rows of the fused head. Default: the smallest vocabulary among the specialists.
         max_position_embeddings: Longest context, in tokens. Default: the shortest limit among the specialists.
+        format_version: Of the saved folder. A folder newer than this code is refused.
 
     Raises:
         ValueError: If a choice is unknown or the specialists cannot be fused.
@@ -65,6 +69,7 @@ class UltraFuserConfig(PreTrainedConfig):
     vocab_size: int | None = None
     max_position_embeddings: int | None = None
     initializer_range: float = 0.02
+    format_version: int = FORMAT_VERSION
     use_cache: bool = True
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
@@ -72,11 +77,12 @@ class UltraFuserConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        self._validate_choices()
         if self.specialist_names is None:
             self.specialist_names = []
-        self.specialists = [_as_backbone_config(c) for c in self.specialists or []]
-        self._validate_choices()
+        # before the specialists: a field of that name would have been written over one of them
         validate_specialist_names(self.specialist_names)
+        self.specialists = [_as_backbone_config(c) for c in self.specialists or []]
         if len(self.specialist_names) != len(self.specialists):
             raise ValueError(
                 f"Every specialist needs one name and one configuration, but got {len(self.specialist_names)} names "
@@ -95,6 +101,13 @@ class UltraFuserConfig(PreTrainedConfig):
     )
 
     def _validate_choices(self) -> None:
+        # first: in a newer folder anything else may read as a mistake
+        if self.format_version not in range(1, FORMAT_VERSION + 1):
+            raise ValueError(
+                f"This code reads folders of fused models up to format {FORMAT_VERSION}, but this one is in format "
+                f"{self.format_version!r}. Upgrade with `pip install -U ultrafuser`, or load the folder with its own "
+                f"code: `trust_remote_code=True` in a process that does not import `modeling_ultrafuser`."
+            )
         for field, choices in (("gate", GATE_NAMES), ("fusion", FUSION_NAMES)):
             value = getattr(self, field)
             if value not in choices:
@@ -247,11 +260,13 @@ def validate_specialist_names(names: list[str]) -> None:
             or reserved
             or name in PreTrainedConfig.__annotations__
             or name in UltraFuserConfig.__annotations__
+            or name in UltraFuserConfig._DERIVED
         ):
+            usable_word = re.sub(r"\W+", "_", f"model_{name}", flags=re.ASCII)
             raise ValueError(
                 f"A specialist's name becomes the name of a module and of a configuration field, so it must be a word "
                 f"of letters, digits and underscores that starts with a letter and has no other meaning there, but "
-                f"got {name!r}. Try {f'{name}_model'!r} or, say, 'text', 'code', 'math'."
+                f"got {name!r}. Try {usable_word!r} or, say, 'text', 'code', 'math'."
             )
     duplicates = sorted({n for n in names if names.count(n) > 1})
     if duplicates:

@@ -84,8 +84,14 @@ def fuse_specialists(
     hub = {name: {**hub_kwargs, "revision": (revisions or {}).get(name) or "main"} for name in names}
     if set(revisions or {}) - set(names):
         raise ValueError(f"`revisions` names {sorted(set(revisions) - set(names))}, but specialists are {names}.")
-    # names, number, gate and fusion are refused before anything is read
-    UltraFuserConfig(specialist_names=names, specialists=[_PLACEHOLDER] * len(names), gate=gate, fusion=fusion)
+    choices = {
+        "gate": gate,
+        "gate_hidden_size": gate_hidden_size,
+        "gate_temperature": gate_temperature,
+        "fusion": fusion,
+    }
+    # names, their number and the choices are refused before anything is read
+    UltraFuserConfig(specialist_names=names, specialists=[_PLACEHOLDER] * len(names), **choices)
 
     sources = {name: _own_config(name, s, **hub[name]) for name, s in specialists.items()}
     text_configs = {name: copy.deepcopy(c.get_text_config(decoder=True)) for name, c in sources.items()}
@@ -101,14 +107,7 @@ def fuse_specialists(
         config.vocab_size = vocab_size
         if config.pad_token_id is not None and config.pad_token_id >= vocab_size:
             config.pad_token_id = None
-    config = UltraFuserConfig(
-        specialist_names=names,
-        specialists=list(text_configs.values()),
-        gate=gate,
-        gate_hidden_size=gate_hidden_size,
-        gate_temperature=gate_temperature,
-        fusion=fusion,
-    )
+    config = UltraFuserConfig(specialist_names=names, specialists=list(text_configs.values()), **choices)
     tokenizers = {n: _tokenizer(s, **hub[n]) for n, s in specialists.items() if not isinstance(s, PreTrainedModel)}
     for name in [n for n, t in tokenizers.items() if t is None]:
         print_line(f"{name}: its folder holds no tokenizer, so nothing checks that its token ids mean the same.")

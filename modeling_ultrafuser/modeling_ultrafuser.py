@@ -9,6 +9,7 @@ side by side, and `lm_head` holds the specialists' heads side by side.
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -156,6 +157,11 @@ class UltraFuserPreTrainedModel(PreTrainedModel):
             module.init_weights()
         else:
             super()._init_weights(module)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        # the library's last step before it reports, with a table of shapes or a mere warning
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        _refuse_other_specialists(self.config.specialist_names, [n for n, _ in self.named_parameters()], loading_info)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -482,6 +488,37 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
             else:
                 masks[name] = mask
         return masks
+
+
+def _refuse_other_specialists(names: list[str], parameters: list[str], loading_info) -> None:
+    """Refuses a checkpoint of other specialists than the configuration names, with one sentence.
+
+    Nothing is said if no specialist was in the checkpoint at all: an adapter, or an empty state on purpose.
+    """
+
+    def specialist_of(key: str) -> str | None:
+        found = re.search(r"(?:^|\.)specialists\.(\w+)\.", key)
+        return found and found[1]
+
+    extra = {specialist_of(key) for key in loading_info.unexpected_keys} - {*names, None}
+    found = {specialist_of(key) for key in parameters if key not in loading_info.missing_keys} - {None}
+    shapes = [
+        f"`{key}` has shape {tuple(saved)} there and {tuple(own)} here"
+        for key, saved, own in sorted(loading_info.mismatched_keys)
+        if (key == "lm_head.weight" and saved[-1] != own[-1])
+        or ("fusion_gate." in key and own[0] == len(names) and saved[0] != own[0])
+    ]
+    if extra or shapes or 0 < len(found) < len(names):
+        there = [n for n in names if n in found] + sorted(extra)
+        # or the library would report on top, and raise an error of its own in place of this one
+        for keys in (loading_info.missing_keys, loading_info.unexpected_keys, loading_info.mismatched_keys):
+            keys.clear()
+        raise ValueError(
+            f"A checkpoint must hold the specialists that its configuration names, because gate and head have a part "
+            f"for each, but it holds {len(there)} ({there}) and the configuration names {len(names)} ({names})"
+            f"{''.join('; ' + shape for shape in shapes)}. Load it with the config.json that was saved with it, or fuse "
+            f"anew with `UltraFuserForCausalLM.from_specialists`."
+        )
 
 
 def _specialist_mask(mask: Tensor | dict[str, Tensor] | None, name: str, config) -> Tensor | dict[str, Tensor] | None:
