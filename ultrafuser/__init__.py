@@ -1,0 +1,1 @@
+"""The tools around the model: command line, quickstart, evaluation."""

@@ -1,0 +1,44 @@
+"""The command line: `ultrafuser --help`."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _root() -> None:
+    """Fuse several specialist language models into one, token by token."""
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("ultrafuser-quickstart"),
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it is there.")] = False,
+) -> None:
+    """Make three small specialists, fuse them, train both stages and show what came out. Offline, on the CPU.
+
+    Example: ultrafuser quickstart --out /tmp/quickstart
+    """
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise typer.BadParameter(
+            f"Nothing is ever overwritten unasked, but {str(out)!r} is not empty. Choose another folder, or pass "
+            f"--overwrite."
+        )
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+    # heavy imports only once they are needed, so that --help answers at once
+    from . import quickstart as module
+
+    shutil.rmtree(out, ignore_errors=True)
+    module.run(out, seed=seed)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
