@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 
 from modeling_ultrafuser import UltraFuserForCausalLM
@@ -184,15 +185,13 @@ def mixture(specialists):
 
 
 def test_stock_trl_stops_in_words_where_it_would_train_a_wrong_loss(mixture, tmp_path):
-    with pytest.raises(AttributeError, match=r"Train with fusion='logits', or with a trainer that calls the model's own"):
+    with pytest.raises(AttributeError, match="Train with fusion='logits', or with a trainer that calls the model's"):
         sft(mixture, tmp_path)
 
 
 def test_the_words_follow_a_mixture_into_peft(mixture, tmp_path):
-    from peft import LoraConfig
-
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-    with pytest.raises(AttributeError, match=r"Train with fusion='logits'"):
+    with pytest.raises(AttributeError, match="Train with fusion='logits'"):
         sft(mixture, tmp_path, peft_config=lora)
 
 

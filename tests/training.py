@@ -52,7 +52,7 @@ def sft_trainer(model, folder, *, data=None, peft_config=None, **settings):
 def sft(model, folder, **settings):
     """Trains `model` in place. Returns the losses it printed, one per step."""
     trainer = sft_trainer(model, folder, **settings)
-    trainer.train(resume_from_checkpoint=settings.pop("resume_from_checkpoint", None))
+    trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
