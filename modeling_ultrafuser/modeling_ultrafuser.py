@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
-from .cache_ultrafuser import SpecialistCache, paged_window
+from .cache_ultrafuser import SpecialistCache, check_pageable, paged_window
 from .configuration_ultrafuser import UltraFuserConfig, check_servable_by_vllm, soft_cap, specialist_layer_types
 from .fusing_ultrafuser import fuse_specialists
 from .gating_ultrafuser import GATES, Gate
@@ -75,8 +75,8 @@ class UltraFuserMixtureOutput(ModelOutput):
         """Refused: no hidden state times the head gives a mixture of probabilities."""
         raise AttributeError(
             "With fusion='probabilities' no single hidden state times the head gives the model's prediction, so its "
-            "backbone has no `last_hidden_state`, which TRL's trainers and others need. Train with fusion='logits', or "
-            "with a trainer that calls the model's own loss, `model(input_ids, labels=labels).loss`, as transformers' "
+            "backbone has no `last_hidden_state`, which TRL's trainers need. Train with fusion='logits', or with a "
+            "trainer that calls the model's own loss, `model(input_ids, labels=labels).loss`, as transformers' "
             "`Trainer` does. For the hidden states themselves read `specialist_hidden_states`."
         )
 
@@ -265,7 +265,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
             if specialist_attention_mask is not None:
                 mask = specialist_attention_mask[:, k]
                 positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[-1] :]
-            own = {"cache": paged_window(paged, start, self.config)} if paged is not None else {}
+            own = {"cache": paged_window(paged, start)} if paged is not None else {}
             with torch.no_grad() if _is_frozen(specialist) else nullcontext():
                 output = specialist(
                     input_ids=ids,
@@ -467,10 +467,26 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         if own_ids is not None:
             generated = input_ids[:, None, own_ids.shape[-1] :].expand(-1, own_ids.shape[1], -1)
             own_mask = torch.ones_like(own_ids) if own_mask is None else own_mask
-            inputs["specialist_attention_mask"] = torch.cat([own_mask, torch.ones_like(generated)], dim=-1)
-            if inputs["input_ids"].shape[-1] == input_ids.shape[-1]:  # no cache yet: the whole prompt is read
-                inputs["specialist_input_ids"] = torch.cat([own_ids, generated], dim=-1)
+            own_mask = torch.cat([own_mask, torch.ones_like(generated)], dim=-1)
+            mask = kwargs.get("attention_mask")
+            # a chunk of a long prompt ends before the prompt does
+            ahead = 0 if mask is None else own_mask.shape[-1] - mask.shape[-1]
+            inputs["specialist_attention_mask"] = own_mask[..., : own_mask.shape[-1] - ahead]
+            to_read = inputs["input_ids"].shape[-1]
+            if to_read > generated.shape[-1]:  # a part of the prompt is not in the cache yet
+                own_ids = torch.cat([own_ids, generated], dim=-1)
+                end = own_ids.shape[-1] - ahead
+                inputs["specialist_input_ids"] = own_ids[..., end - to_read : end]
         return inputs
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Like the library's, and refuses what one paged cache cannot hold before anything starts.
+
+        Raises:
+            ValueError: If the specialists' attention geometry differs.
+        """
+        check_pageable(self.config)
+        return super().init_continuous_batching(*args, **kwargs)
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs) -> dict:
         """Attention masks for static caches, made in advance for every specialist, as one flat dict.
