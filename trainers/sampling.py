@@ -1,8 +1,8 @@
 """Which example is drawn next."""
 
+import random
 from collections.abc import Iterator
 
-import torch
 from torch.utils.data import Sampler
 
 
@@ -40,6 +40,5 @@ class BalancedSampler(Sampler[int]):
             members = self.members[domain]
             cycle, offset = divmod(place, len(members))
             if orders.get(domain, (None,))[0] != cycle:
-                generator = torch.Generator().manual_seed(hash((self.seed, domain, cycle)) % (1 << 63))
-                orders[domain] = (cycle, torch.randperm(len(members), generator=generator).tolist())
-            yield members[orders[domain][1][offset]]
+                orders[domain] = (cycle, random.Random(f"{self.seed} {domain} {cycle}").sample(members, len(members)))
+            yield orders[domain][1][offset]

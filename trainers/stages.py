@@ -51,8 +51,8 @@ class _StageTrainer(SFTTrainer):
         raise NotImplementedError
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        return BalancedSampler(dataset["domain"], seed=self.args.seed)
+        # the dataset that comes as an argument has already lost the columns that the model does not read
+        return BalancedSampler(self.train_dataset["domain"], seed=self.args.seed)
 
 
 class GateTrainer(_StageTrainer):

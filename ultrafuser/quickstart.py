@@ -56,11 +56,11 @@ print(json.dumps([generate(p, max_new_tokens=24, do_sample=False)[0]["generated_
 class Schedule:
     """How long and how fast to train. The learning rates are measured to fit specialists of a million parameters."""
 
-    specialist_steps: int = 240
+    specialist_steps: int = 200
     specialist_rate: float = 3e-3
-    gate_steps: int = 80
+    gate_steps: int = 60
     gate_rate: float = 2e-3
-    joint_steps: int = 60
+    joint_steps: int = 40
     joint_rate: float = 3e-4
 
 
