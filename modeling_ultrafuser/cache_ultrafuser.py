@@ -3,6 +3,8 @@
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
+from .configuration_ultrafuser import specialist_layer_types
+
 
 class SpecialistCache(Cache):
     """One specialist's layers of a shared cache, counted from 0.
@@ -35,20 +37,35 @@ class SpecialistCache(Cache):
         return self.cache.update(key_states, value_states, layer_idx + self.start, *args, **kwargs)
 
 
-def paged_window(cache: PagedAttentionCache, start: int, config) -> PagedAttentionCache:
-    """The same window onto the paged cache of continuous batching (`generate_batch`).
+def check_pageable(config) -> None:
+    """Refuses what continuous batching (`generate_batch`) cannot keep: its cache knows one attention geometry.
 
     Raises:
-        ValueError: If the specialists' attention geometry differs: the paged cache knows only one.
+        ValueError: Naming each specialist's geometry.
     """
-    if not hasattr(config, "num_key_value_heads") or not hasattr(config, "head_dim"):
-        shapes = {
-            n: (c.num_attention_heads, c.hidden_size) for n, c in zip(config.specialist_names, config.specialists)
+    types = {n: set(specialist_layer_types(c)) for n, c in zip(config.specialist_names, config.specialists)}
+    used = set().union(*types.values())
+    # these fields are absent where specialists differ
+    one_shape = hasattr(config, "num_key_value_heads") and hasattr(config, "head_dim")
+    one_window = "sliding_attention" not in used or hasattr(config, "sliding_window")
+    if one_shape and one_window and used <= {"full_attention", "sliding_attention"}:
+        return
+    geometry = {
+        name: {
+            "layer_types": sorted(types[name]),
+            **{f: getattr(c, f, None) for f in ("num_key_value_heads", "num_attention_heads", "hidden_size")},
+            **({"sliding_window": c.sliding_window} if "sliding_attention" in types[name] else {}),
         }
-        raise ValueError(
-            f"Continuous batching keeps keys and values of all layers in blocks of one shape, but the specialists' "
-            f"(attention heads, hidden size) are {shapes}. Use `generate` for this model."
-        )
+        for name, c in zip(config.specialist_names, config.specialists)
+    }
+    raise ValueError(
+        f"Continuous batching keeps keys and values of all layers in blocks of one shape, of full attention and of "
+        f"one attention window at most, but the specialists are {geometry}. Use `generate` for this model."
+    )
+
+
+def paged_window(cache: PagedAttentionCache, start: int) -> PagedAttentionCache:
+    """The same window onto the paged cache of continuous batching (`generate_batch`)."""
     window = object.__new__(_PagedWindow)
     window.__dict__.update(cache=cache, start=start)
     return window

@@ -113,15 +113,17 @@ class UltraFuserConfig(PreTrainedConfig):
             if value not in choices:
                 raise ValueError(f"Unknown {field} {value!r}. Choose one of {list(choices)}.")
         temperature = self.gate_temperature
-        if not isinstance(temperature, int | float) or not (math.isfinite(temperature) and temperature > 0):
+        number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+        if not number or not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(
                 f"`gate_temperature` divides the gate's scores, so it must be a positive number, but it is "
                 f"{temperature!r}. 1.0 changes nothing; for equal weights choose gate='uniform'."
             )
-        if not isinstance(self.gate_hidden_size, int) or self.gate_hidden_size < 1:
+        width = self.gate_hidden_size
+        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
             raise ValueError(
                 f"`gate_hidden_size` is the width of the gate's hidden layer, so it must be a positive integer, but "
-                f"it is {self.gate_hidden_size!r}. The paper uses 512."
+                f"it is {width!r}. The paper uses 512."
             )
 
     def _derive_fields(self) -> None:

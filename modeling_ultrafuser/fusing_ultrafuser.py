@@ -90,15 +90,20 @@ def fuse_specialists(
         "gate_temperature": gate_temperature,
         "fusion": fusion,
     }
+    if not names:
+        raise ValueError("Fusing needs at least two specialists, but got none. Pass {'text': ..., 'code': ...}.")
     # names, their number and the choices are refused before anything is read
     UltraFuserConfig(specialist_names=names, specialists=[_PLACEHOLDER] * len(names), **choices)
 
     sources = {name: _own_config(name, s, **hub[name]) for name, s in specialists.items()}
     text_configs = {name: copy.deepcopy(c.get_text_config(decoder=True)) for name, c in sources.items()}
+    for name, config in text_configs.items():
+        _check_architecture(name, sources[name], config)
+        if not isinstance(specialists[name], PreTrainedModel):
+            _auto_class(name, sources[name])
     vocab_size = min(c.vocab_size for c in text_configs.values())
     dtype = _common_dtype(sources) if dtype == "auto" else _as_dtype(dtype)
     for name, config in text_configs.items():
-        _check_architecture(name, sources[name], config)
         if config.vocab_size > vocab_size:
             print_line(
                 f"{name}: {config.vocab_size} vocabulary rows cut to {vocab_size}, the smallest vocabulary among the "
@@ -186,6 +191,8 @@ def _own_config(name: str, source, **hub) -> PreTrainedConfig:
     if isinstance(source, PreTrainedModel):
         if getattr(source, "quantization_method", None) is not None or getattr(source, "hf_quantizer", None):
             raise ValueError(_quantised(name, "a quantised model in memory"))
+        if source.config.model_type == UltraFuserConfig.model_type:
+            raise ValueError(_already_fused(name, source.config.specialist_names))
         return source.config
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
@@ -199,15 +206,14 @@ def _own_config(name: str, source, **hub) -> PreTrainedConfig:
         found = cached_file(source, "config.json", **hub)
     except OSError as error:
         raise _unreadable(name, source, error, **hub) from error
+    if found is None:  # a local folder without it
+        raise _unreadable(name, source, **hub)
     raw, _ = PreTrainedConfig.get_config_dict(os.path.dirname(found))
     model_type = raw.get("model_type")
     if raw.get("quantization_config"):
         raise ValueError(_quantised(name, repr(source)))
-    if model_type == "ultrafuser":
-        raise ValueError(
-            f"A specialist is a single model, but {name!r} ({source!r}) is itself a fused model of "
-            f"{raw.get('specialist_names')}. Fuse those specialists instead: `model.specialist(name)` gives each back."
-        )
+    if model_type == UltraFuserConfig.model_type:
+        raise ValueError(_already_fused(name, raw.get("specialist_names")))
     if model_type not in CONFIG_MAPPING:
         needs_code = bool(raw.get("auto_map"))
         reason = "needs remote code of its own, which is never run here" if needs_code else "is unknown"
@@ -227,7 +233,14 @@ def _quantised(name: str, what: str) -> str:
     )
 
 
-def _unreadable(name: str, source: str, error: OSError, **hub) -> OSError | ValueError:
+def _already_fused(name: str, specialist_names: list[str]) -> str:
+    return (
+        f"A specialist is a single model, but {name!r} is itself a fused model of {specialist_names}. Fuse those "
+        f"specialists instead: `model.specialist(name)` gives each back."
+    )
+
+
+def _unreadable(name: str, source: str, error: OSError | None = None, **hub) -> OSError | ValueError:
     try:
         adapter = cached_file(source, "adapter_config.json", **hub)
     except OSError:
@@ -279,15 +292,36 @@ def _backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def _load(name: str, source, config: PreTrainedConfig, dtype: torch.dtype | None, **hub) -> PreTrainedModel:
     if isinstance(source, PreTrainedModel):
-        if dtype is not None and source.dtype != dtype:
-            return copy.deepcopy(source).to(dtype).eval()
-        return source
-    in_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if not in_causal and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ValueError(f"{name!r} is a {config.model_type!r} model, whose text part cannot be loaded on its own.")
-    auto = AutoModelForCausalLM if in_causal else AutoModelForImageTextToText
-    return auto.from_pretrained(
-        source, config=config, dtype="auto" if dtype is None else dtype, use_safetensors=True, **hub
+        cast = any(b.is_floating_point() and b.element_size() < 4 for b in source.buffers())
+        if dtype in (None, source.dtype) and not cast:
+            return source
+        # loading keeps in float32 what `.to(dtype)` would round, or has rounded, such as rotary frequencies
+        loaded = type(source).from_pretrained(
+            None, config=copy.deepcopy(source.config), state_dict=source.state_dict(), dtype=dtype or source.dtype
+        )
+        loaded.generation_config = source.generation_config
+        return loaded.to(source.device)
+    try:
+        return _auto_class(name, config).from_pretrained(
+            source, config=config, dtype="auto" if dtype is None else dtype, use_safetensors=True, **hub
+        )
+    except OSError as error:
+        raise OSError(
+            f"The weights of {name!r} could not be read from {os.fspath(source)!r}. Only the safetensors format is "
+            f"read, because others can run code; load and save the model once to convert it. "
+            f"Transformers said: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _auto_class(name: str, config: PreTrainedConfig) -> type:
+    """Which auto class loads this checkpoint together with its head."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise ValueError(
+        f"A specialist must be a causal language model, or read images beside text, but {name!r} is a "
+        f"{config.model_type!r} model, whose text part cannot be loaded on its own. Load it and pass the model."
     )
 
 

@@ -60,8 +60,8 @@ class MLPGate(Gate):
 
     def scores(self, hidden_states: list[Tensor]) -> Tensor:
         weights = [self.hidden_weight[n] for n in self.names]
-        hidden = [F.linear(h, w, self.hidden_bias).relu() for h, w in zip(hidden_states, weights, strict=True)]
-        return torch.cat([F.linear(h, self.score_weight, self.score_bias) for h in hidden], dim=-1)
+        hidden = [_linear(h, w, self.hidden_bias).relu() for h, w in zip(hidden_states, weights, strict=True)]
+        return torch.cat([_linear(h, self.score_weight, self.score_bias) for h in hidden], dim=-1)
 
     def init_weights(self) -> None:
         super().init_weights()
@@ -78,7 +78,7 @@ class LinearGate(Gate):
         self.bias = _empty(self.num_specialists)
 
     def scores(self, hidden_states: list[Tensor]) -> Tensor:
-        return F.linear(torch.cat(hidden_states, dim=-1), self.weight, self.bias)
+        return _linear(torch.cat(hidden_states, dim=-1), self.weight, self.bias)
 
 
 class ConstantGate(Gate):
@@ -89,7 +89,7 @@ class ConstantGate(Gate):
         self.logits = _empty(self.num_specialists)
 
     def scores(self, hidden_states: list[Tensor]) -> Tensor:
-        return self.logits.expand(*hidden_states[0].shape[:-1], -1)
+        return self.logits.float().expand(*hidden_states[0].shape[:-1], -1)
 
 
 class UniformGate(Gate):
@@ -101,6 +101,11 @@ class UniformGate(Gate):
 
 def _empty(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=torch.float32))
+
+
+def _linear(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    # `model.to(torch.bfloat16)`, DeepSpeed and FSDP cast every parameter, these too
+    return F.linear(hidden_states, weight.float(), bias.float())
 
 
 GATES: dict[str, type[Gate]] = {"mlp": MLPGate, "linear": LinearGate, "constant": ConstantGate, "uniform": UniformGate}

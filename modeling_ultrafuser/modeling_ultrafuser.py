@@ -479,6 +479,13 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
                 inputs["specialist_input_ids"] = own_ids[..., end - to_read : end]
         return inputs
 
+    def _get_candidate_generator(self, *, model_kwargs: dict, **kwargs):
+        # a draft model of any kind reads the ordinary input
+        own = {"specialist_input_ids", "specialist_attention_mask"}
+        return super()._get_candidate_generator(
+            model_kwargs={key: value for key, value in model_kwargs.items() if key not in own}, **kwargs
+        )
+
     def init_continuous_batching(self, *args, **kwargs):
         """Like the library's, and refuses what one paged cache cannot hold before anything starts.
 

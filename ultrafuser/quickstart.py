@@ -1,9 +1,12 @@
 """From nothing to a fused model in minutes: offline, on a CPU, on real text, through the code that real models take."""
 
+import json
+import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -111,9 +114,17 @@ def run(out: Path, *, seed: int = 0, schedule: Schedule | None = None) -> dict[s
     model.save_pretrained(fused)
     tokenizer.save_pretrained(fused)
     spoken = reload_elsewhere(fused, list(PROMPTS.values()))
-    minutes = (time.monotonic() - began) / 60
-    _print_outcome(console, rows, mean_gate_weights(model, held_out), spoken, fused, minutes)
+    weights = mean_gate_weights(model, held_out)
+    found = {"seed": seed, "schedule": asdict(schedule), "versions": versions(), "nats_per_token": rows}
+    (out / "results.json").write_text(json.dumps({**found, "mean_gate_weights": weights}, indent=2) + "\n")
+    _print_outcome(console, rows, weights, spoken, fused, minutes=(time.monotonic() - began) / 60)
     return rows
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    libraries = {name: metadata.version(name) for name in ("torch", "transformers", "trl", "ultrafuser")}
+    return {"python": platform.python_version(), **libraries}
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
@@ -222,8 +233,6 @@ def reload_elsewhere(folder: Path, prompts: list[str]) -> list[str]:
     Raises:
         RuntimeError: If the folder does not load there.
     """
-    import json
-
     found = subprocess.run([sys.executable, "-c", RELOAD, str(folder), *prompts], capture_output=True, text=True)
     if found.returncode:
         raise RuntimeError(f"The saved folder {str(folder)!r} did not load in a fresh process:\n{found.stderr}")
