@@ -30,6 +30,7 @@ RESERVED_NAMES = {
     *("lm_head", "model", "gate", "fusion_gate", "specialists"),
     *("auto_map", "attn_implementation", "quantization_config"),
     *dir(nn.ModuleDict()),
+    "smart_apply",  # which transformers gives to every module once it has built a model
 }
 
 

@@ -1,7 +1,7 @@
 """What a user finds who has transformers and a saved folder, but none of our packages.
 
-Run by `test_saving.py` in a process of its own: `python clean_process.py FOLDERS FUSED_V1`. It checks every fact below,
-and writes `report.json`: for each fact "holds", or how it failed.
+Run by `test_saving.py` in a process of its own: `python clean_process.py FOLDERS FUSED_V1`. It checks every fact
+below, and writes `report.json`: for each fact "holds", or how it failed.
 """
 
 import json
