@@ -12,19 +12,19 @@ from tests.tiny import specialist
 
 MIXES = {
     "one family": lambda: {
-        "text": specialist("llama", layers=2),
-        "code": specialist("llama", layers=3, tied=True),
-        "math": specialist("llama", layers=4, hidden_size=48),
+        "text": specialist("llama", layers=1),
+        "code": specialist("llama", layers=2, tied=True),
+        "math": specialist("llama", layers=3, hidden_size=48),
     },
     "three families": lambda: {
         "text": specialist("llama", layers=1, tied=True),
         "code": specialist("qwen2", layers=2, hidden_size=48),
-        "math": specialist("gpt_neox", layers=3),
+        "math": specialist("gpt_neox", layers=1),
     },
     # caps this low bend the tiny models' logits a lot
     "soft caps": lambda: {
         "text": specialist("gemma2", final_logit_softcapping=1.5, sliding_window=4),
-        "code": specialist("gemma2", layers=4, tied=True, final_logit_softcapping=1.5, sliding_window=8),
+        "code": specialist("gemma2", layers=3, tied=True, final_logit_softcapping=1.5, sliding_window=8),
     },
     "windows": lambda: {
         "text": specialist("mistral", sliding_window=4),

@@ -15,6 +15,11 @@ GATES = ("mlp", "linear", "constant", "uniform")
 
 
 @pytest.fixture
+def specialists():
+    return MIXES["one family"]()
+
+
+@pytest.fixture
 def fused(specialists):
     return fuse(specialists)
 
@@ -555,6 +560,18 @@ def test_models_in_memory_stay_their_owners(specialists):
     for parameter in fused.parameters():
         parameter.zero_()
     assert torch.equal(specialists["code"](ids).logits, before)
+
+
+@torch.no_grad()
+def test_what_a_backbone_computes_when_it_is_built_is_there_after_fusing_and_loading(tmp_path):
+    # Falcon-H1 is never given these numbers by a checkpoint: loading must compute them
+    shape = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    hybrid = specialist("falcon_h1", ssm_multipliers=[0.5, 2.0, 0.7, 3.0, 1.5], lm_head_multiplier=0.5, **shape)
+    fused, ids = fuse({"text": hybrid, "code": specialist()}), prompt()
+    assert_same(fused.specialist("text")(ids).logits, hybrid(ids).logits)
+    fused.save_pretrained(tmp_path)
+    again = UltraFuserForCausalLM.from_pretrained(tmp_path)
+    assert_same(again(ids).logits, fused(ids).logits)
 
 
 @torch.no_grad()
