@@ -102,7 +102,7 @@ def fuse_specialists(
         if not isinstance(specialists[name], PreTrainedModel):
             _auto_class(name, sources[name])
     vocab_size = min(c.vocab_size for c in text_configs.values())
-    dtype = _common_dtype(sources) if dtype == "auto" else _as_dtype(dtype)
+    dtype = _common_dtype(specialists, sources) if dtype == "auto" else _as_dtype(dtype)
     for name, config in text_configs.items():
         if config.vocab_size > vocab_size:
             print_line(
@@ -119,8 +119,11 @@ def fuse_specialists(
         del tokenizers[name]
     if tokenizers:
         _widest_usable_tokenizer(tokenizers, vocab_size)
+    generation_config = merged_generation_config(
+        {n: _generation_config(s, sources[n], **hub[n]) for n, s in specialists.items()}, vocab_size
+    )
 
-    state, generation_configs, head, column = {}, {}, None, 0
+    state, head, column = {}, None, 0
     for k, (name, source) in enumerate(specialists.items()):
         model = _load(name, source, sources[name], dtype, **hub[name])
         if dtype is None:
@@ -135,14 +138,13 @@ def fuse_specialists(
         # a model in memory stays its owner's: training the fused one must not change it
         own = isinstance(source, PreTrainedModel)
         state |= {f"model.specialists.{name}.{key}": t.clone() if own else t for key, t in backbone_state.items()}
-        generation_configs[name] = copy.deepcopy(model.generation_config)
-        del model
+        # the columns are a view of the whole head, which must not stay while the next specialist is loaded
+        del model, columns
     state["lm_head.weight"] = head
     new_gate = GATES[gate](config)
     new_gate.init_weights()
     state |= {f"model.fusion_gate.{key}": t for key, t in new_gate.state_dict().items()}
 
-    generation_config = merged_generation_config(generation_configs, vocab_size)
     for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, field, getattr(generation_config, field))
     config.dtype = dtype
@@ -172,8 +174,10 @@ _DTYPE_RULE = (
 )
 
 
-def _common_dtype(configs: dict[str, PreTrainedConfig]) -> torch.dtype | None:
+def _common_dtype(specialists: dict, configs: dict[str, PreTrainedConfig]) -> torch.dtype | None:
     dtypes = {n: _as_dtype(c.dtype or c.get_text_config(decoder=True).dtype) for n, c in configs.items()}
+    # a model in memory may have been cast since its configuration was written
+    dtypes |= {n: s.dtype for n, s in specialists.items() if isinstance(s, PreTrainedModel)}
     if len(set(dtypes.values()) - {None}) > 1:
         raise ValueError(_DTYPE_RULE.format(dtypes))
     return next((d for d in dtypes.values() if d is not None), None)
@@ -248,7 +252,8 @@ def _unreadable(name: str, source: str, error: OSError | None = None, **hub) -> 
     if adapter is not None:
         return ValueError(
             f"A specialist must be a whole model, but {name!r} ({source!r}) holds only an adapter. Merge it into its "
-            f"base first: `AutoPeftModelForCausalLM.from_pretrained({source!r}).merge_and_unload().save_pretrained(...)`."
+            f"base first: `AutoPeftModelForCausalLM.from_pretrained({source!r}).merge_and_unload()`, then "
+            f"`.save_pretrained(...)`."
         )
     if os.path.isdir(source):
         return FileNotFoundError(
@@ -349,14 +354,14 @@ def _probe(
     head = model.get_output_embeddings()
     if backbone is None or head is None:
         raise ValueError(
-            f"A specialist must be a backbone followed by a linear head, but {name!r} ({type(model).__name__}) holds no "
-            f"{backbone_class.__name__} or no output embeddings. It cannot be fused."
+            f"A specialist must be a backbone followed by a linear head, but {name!r} ({type(model).__name__}) holds "
+            f"no {backbone_class.__name__} or no output embeddings. It cannot be fused."
         )
     if getattr(head, "bias", None) is not None:
         raise ValueError(
-            f"A specialist's head must have no bias, because a bias could not be weighed by the gate inside one linear "
-            f"head, but the head of {name!r} ({type(model).__name__}) has one. If it is all zeros, set it to None "
-            f"before fusing."
+            f"A specialist's head must have no bias, because a bias could not be weighed by the gate inside one "
+            f"linear head, but the head of {name!r} ({type(model).__name__}) has one. If it is all zeros, set it to "
+            f"None before fusing."
         )
     columns = head.weight[:rows]
     state = dict(backbone.state_dict())
@@ -403,6 +408,16 @@ def _scales(config: PreTrainedConfig) -> list[float]:
     return [1.0] + [s for w in written if w for s in (1 / w, w)]
 
 
+def _generation_config(source, config: PreTrainedConfig, **hub) -> GenerationConfig | None:
+    """What a specialist's own model would have, without loading it."""
+    if isinstance(source, PreTrainedModel):
+        return getattr(source, "generation_config", None)
+    try:
+        return GenerationConfig.from_pretrained(source, **hub)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
 def merged_generation_config(configs: dict[str, GenerationConfig | None], vocab_size: int) -> GenerationConfig:
     """One generation configuration for all: any specialist's end of text ends the text, conflicts are dropped.
 
@@ -411,27 +426,26 @@ def merged_generation_config(configs: dict[str, GenerationConfig | None], vocab_
     """
     written = {n: {} if c is None else c.to_diff_dict() for n, c in configs.items()}
     for fields in written.values():
-        for key in ("transformers_version", "_from_model_config"):
+        for key in _NOT_SETTINGS:
             fields.pop(key, None)
     ends = {n: f.pop("eos_token_id", None) for n, f in written.items()}
     ends = {n: e if isinstance(e, list) else [] if e is None else [e] for n, e in ends.items()}
     beyond = {n: [i for i in ids if i >= vocab_size] for n, ids in ends.items()}
     if any(beyond.values()):
         raise ValueError(
-            f"Every end-of-text id must be in the fused vocabulary of {vocab_size} tokens, or the model could not stop, "
-            f"but { ({n: ids for n, ids in beyond.items() if ids}) } lie beyond it. Fuse specialists whose vocabularies "
-            f"all contain them."
+            f"Every end-of-text id must be in the fused vocabulary of {vocab_size} tokens, or the model could not "
+            f"stop, but { ({n: ids for n, ids in beyond.items() if ids}) } lie beyond it. Fuse specialists whose "
+            f"vocabularies all contain them."
         )
     eos = sorted({i for ids in ends.values() for i in ids})
-    pads = [f.pop("pad_token_id", None) for f in written.values()]
-    pad = next((p for p in pads if p is not None and p < vocab_size), eos[0] if eos else None)
+    starts, pads = ([f.pop(key, None) for f in written.values()] for key in ("bos_token_id", "pad_token_id"))
+    bos = next((i for i in starts if i is not None and i < vocab_size), None)
+    pad = next((i for i in pads if i is not None and i < vocab_size), eos[0] if eos else None)
     merged = {}
     for key in sorted({k for fields in written.values() for k in fields}):
         values = {n: f.get(key) for n, f in written.items()}
-        if len({repr(v) for v in values.values()}) == 1:
+        if len({repr(v) if v is not False else "None" for v in values.values()}) == 1:
             merged[key] = next(iter(values.values()))
-        elif key == "bos_token_id":
-            merged[key] = next(v for v in values.values() if v is not None)
         else:
             print_line(f"Generation setting `{key}` is dropped, because specialists disagree on it: {values}.")
     if not merged.get("do_sample"):
@@ -440,7 +454,15 @@ def merged_generation_config(configs: dict[str, GenerationConfig | None], vocab_
                 print_line(
                     f"Generation setting `{key}` is dropped, because the fused model does not sample by default."
                 )
-    return GenerationConfig(eos_token_id=eos[0] if len(eos) == 1 else eos or None, pad_token_id=pad, **merged)
+    end = eos[0] if len(eos) == 1 else eos or None
+    return GenerationConfig(bos_token_id=bos, eos_token_id=end, pad_token_id=pad, **merged)
+
+
+# written by some versions and not by others, and no choice of how to generate
+_NOT_SETTINGS = (
+    *("transformers_version", "_from_model_config"),
+    *("use_cache", "output_attentions", "output_hidden_states"),
+)
 
 
 def common_tokenizer(
@@ -528,7 +550,7 @@ def _widest_usable_tokenizer(
     if not usable:
         shown = {n: [tokenizers[n].convert_ids_to_tokens(i) for i in ids[:3]] for n, ids in beyond.items()}
         raise ValueError(
-            f"The fused vocabulary has the {vocab_size} rows that every specialist's head has, but every tokenizer can "
-            f"produce tokens beyond it, such as {shown}. Fuse specialists whose heads cover their tokenizers."
+            f"The fused vocabulary has the {vocab_size} rows that every specialist's head has, but every tokenizer "
+            f"can produce tokens beyond it, such as {shown}. Fuse specialists whose heads cover their tokenizers."
         )
     return tokenizers[usable[0]]

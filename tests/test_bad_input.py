@@ -433,7 +433,7 @@ def test_unequal_soft_caps_are_refused_before_loading(fuse_without_loading, tmp_
     "config",
     [
         PhiConfig(vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2),
-        GPTJConfig(vocab_size=99, n_embd=16, n_layer=1, n_head=2, rotary_dim=4),
+        GPTJConfig(vocab_size=99, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, eos_token_id=2),
     ],
     ids=lambda config: config.model_type,
 )
