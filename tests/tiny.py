@@ -8,24 +8,23 @@ VOCAB = 99
 
 
 def specialist(family="llama", *, layers=2, hidden_size=32, vocab_size=VOCAB, tied=False, **fields):
-    """A small random causal language model. Weights are large enough for its opinions to differ from token to token."""
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4 if family == "gpt_neox" else 2,
-        head_dim=hidden_size // 4,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **fields,
-    )
+    """A small random causal language model, its weights large enough for opinions to differ from token to token."""
+    defaults = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4 if family == "gpt_neox" else 2,
+        "head_dim": hidden_size // 4,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    config = AutoConfig.for_model(family, **{**defaults, **fields})
     return AutoModelForCausalLM.from_config(config).eval()
 
 
