@@ -43,7 +43,9 @@ def check_pageable(config) -> None:
     Raises:
         ValueError: Naming each specialist's geometry.
     """
-    types = {n: set(specialist_layer_types(c)) for n, c in zip(config.specialist_names, config.specialists)}
+    types = {
+        n: set(specialist_layer_types(c)) for n, c in zip(config.specialist_names, config.specialists, strict=True)
+    }
     used = set().union(*types.values())
     # these fields are absent where specialists differ
     one_shape = hasattr(config, "num_key_value_heads") and hasattr(config, "head_dim")
@@ -56,7 +58,7 @@ def check_pageable(config) -> None:
             **{f: getattr(c, f, None) for f in ("num_key_value_heads", "num_attention_heads", "hidden_size")},
             **({"sliding_window": c.sliding_window} if "sliding_attention" in types[name] else {}),
         }
-        for name, c in zip(config.specialist_names, config.specialists)
+        for name, c in zip(config.specialist_names, config.specialists, strict=True)
     }
     raise ValueError(
         f"Continuous batching keeps keys and values of all layers in blocks of one shape, of full attention and of "

@@ -180,6 +180,15 @@ class UltraFuserConfig(PreTrainedConfig):
         """The configuration that each layer was built from, specialist after specialist: how caches are laid out."""
         return [layer for c in self._names_and_configs()[1] for layer in c.per_layer_config]
 
+    @property
+    def kv_sharing_modes(self) -> list[str | None] | None:
+        """Which layers keep no keys and values because they reuse another's (Gemma 3n and 4): not laid out in caches."""
+        configs = self._names_and_configs()[1]
+        modes = [getattr(c, "kv_sharing_modes", None) for c in configs]
+        if not any(modes):
+            return None
+        return [m for c, own in zip(configs, modes, strict=True) for m in own or [None] * c.num_hidden_layers]
+
     @per_layer_config.setter
     def per_layer_config(self, value) -> None:
         raise AttributeError("`per_layer_config` follows from the specialists' own configurations: change those.")
@@ -353,4 +362,6 @@ def _head_dim(config: PreTrainedConfig) -> int | None:
 
 
 def _intermediate_size(config: PreTrainedConfig) -> int:
-    return getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    size = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    # Gemma 3n writes one for each layer
+    return max(size) if isinstance(size, list | tuple) else size

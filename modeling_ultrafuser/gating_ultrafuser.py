@@ -53,20 +53,36 @@ class MLPGate(Gate):
         names = ["shared"] if shared else config.specialist_names
         self.names = ["shared"] * len(sizes) if shared else config.specialist_names
         width = config.gate_hidden_size
-        self.hidden_weight = nn.ParameterDict({n: _empty(width, d) for n, d in zip(names, sizes, strict=False)})
+        self.hidden_weight = HiddenWeights({n: _empty(width, d) for n, d in zip(names, sizes, strict=False)})
         self.hidden_bias = _empty(width)
         self.score_weight = _empty(1, width)
         self.score_bias = _empty(1)
 
     def scores(self, hidden_states: list[Tensor]) -> Tensor:
-        weights = [self.hidden_weight[n] for n in self.names]
-        hidden = [_linear(h, w, self.hidden_bias).relu() for h, w in zip(hidden_states, weights, strict=True)]
-        return torch.cat([_linear(h, self.score_weight, self.score_bias) for h in hidden], dim=-1)
+        hidden = self.hidden_weight(hidden_states, self.hidden_bias, self.names)
+        return torch.cat([_linear(h.relu(), self.score_weight, self.score_bias) for h in hidden], dim=-1)
 
     def init_weights(self) -> None:
         super().init_weights()
-        for weight in self.hidden_weight.values():
+        for weight in self.hidden_weight.parameters():
             init.normal_(weight, std=weight.shape[1] ** -0.5)
+
+
+class HiddenWeights(nn.Module):
+    """The first layer of the "mlp" gate: weights by specialist, or one that all share.
+
+    A module to call, where a `ParameterDict` to read would do: FSDP gathers a module's parameters when it is called,
+    and makes a group of its own out of a module that stays in float32.
+    """
+
+    def __init__(self, weights: dict[str, nn.Parameter]):
+        super().__init__()
+        for name, weight in weights.items():
+            self.register_parameter(name, weight)
+
+    def forward(self, hidden_states: list[Tensor], bias: Tensor, names: list[str]) -> list[Tensor]:
+        """Applies to each specialist's hidden state the weight of that name."""
+        return [_linear(h, getattr(self, name), bias) for h, name in zip(hidden_states, names, strict=True)]
 
 
 class LinearGate(Gate):
@@ -105,7 +121,7 @@ def _empty(*shape: int) -> nn.Parameter:
 
 def _linear(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # `model.to(torch.bfloat16)`, DeepSpeed and FSDP cast every parameter, these too
-    return F.linear(hidden_states, weight.float(), bias.float())
+    return F.linear(hidden_states.float(), weight.float(), bias.float())
 
 
 GATES: dict[str, type[Gate]] = {"mlp": MLPGate, "linear": LinearGate, "constant": ConstantGate, "uniform": UniformGate}

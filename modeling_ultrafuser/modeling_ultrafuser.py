@@ -20,7 +20,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
 
 from .cache_ultrafuser import SpecialistCache, check_pageable, paged_window
 from .configuration_ultrafuser import UltraFuserConfig, check_servable_by_vllm, soft_cap, specialist_layer_types
@@ -147,9 +148,16 @@ class UltraFuserPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
-    # the name differs between the two classes; quantisers read the second list
-    _keep_in_fp32_modules_strict = ["fusion_gate", "model.fusion_gate"]
-    _keep_in_fp32_modules = ["fusion_gate", "model.fusion_gate"]
+    _keep_in_fp32_modules_strict = ["fusion_gate"]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, so that loading fills whatever a saved folder does not hold as it does for the library's own models.
+
+        In other people's code it passes over modules without tensors of their own, backbones among them: the buffers
+        that Falcon-H1 fills there, for one, would be left as whatever was in memory.
+        """
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -222,10 +230,10 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         use_cache: bool | None = None,
         specialist_input_ids: Tensor | None = None,
         specialist_attention_mask: Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> UltraFuserModelOutput | UltraFuserMixtureOutput | tuple:
         """Runs every specialist and weighs their last hidden states.
 
@@ -234,12 +242,13 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
             attention_mask: 1 for tokens, 0 for padding. Shape (batch, past + seq). Prepared masks are taken too.
             position_ids: Positions of the tokens. Shape (batch, seq).
             past_key_values: One cache for all specialists.
-            inputs_embeds: Refused: specialists embed the same token differently.
+            inputs_embeds: Refused: specialists embed the same token differently. vLLM asks for the argument.
             use_cache: Whether to return a cache. Default: no in training, else as the configuration says.
             specialist_input_ids: The prompt in each specialist's own words, padded on the left to one length.
                 Shape (batch, specialists, seq).
             specialist_attention_mask: Its mask. Shape (batch, specialists, past + seq).
-            output_hidden_states: Whether to return every layer's hidden states.
+            output_hidden_states: Whether to return every layer's hidden states, or positions of those to return
+                among all of them: the others are then None.
             output_attentions: Whether to return attention weights.
             return_dict: Whether to return a named output instead of a tuple.
             **kwargs: Passed on to every specialist untouched.
@@ -291,7 +300,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         output = output_class(
             torch.cat(hidden_states, dim=-1),
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=_end_to_end(outputs, "hidden_states"),
+            hidden_states=_selected(_end_to_end(outputs, "hidden_states"), output_hidden_states),
             attentions=_end_to_end(outputs, "attentions"),
             gate_weights=gate_weights,
         )
@@ -348,6 +357,11 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         """Builds a fused model out of specialists: Hub ids, local folders, or models in memory."""
         return fuse_specialists(cls, specialists, **kwargs)
 
+    @property
+    def _is_stateful(self) -> bool:
+        # recurrent states cannot go back to before a rejected draft, so the library refuses drafts for such models
+        return any(specialist._is_stateful for specialist in self.model.specialists.values())
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
@@ -367,7 +381,7 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         specialist_input_ids: Tensor | None = None,
         specialist_attention_mask: Tensor | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> UltraFuserCausalLMOutput | tuple:
         """Predicts the next token at every position. See `UltraFuserModel.forward` for the inputs it shares.
 
@@ -569,3 +583,12 @@ def _bounded(logits: Tensor, cap: float | None) -> Tensor:
 def _end_to_end(outputs: list[ModelOutput], field: str) -> tuple[Tensor, ...] | None:
     values = [o.get(field) for o in outputs]
     return None if any(v is None for v in values) else tuple(t for v in values for t in v)
+
+
+def _selected(states: tuple[Tensor, ...] | None, positions: bool | int | list[int] | None) -> tuple | None:
+    """Keeps the states at these positions, counted over all specialists, as the library does for one model."""
+    if states is None or positions is None or isinstance(positions, bool):
+        return states
+    positions = [positions] if isinstance(positions, int) else positions
+    kept = {i % len(states) for i in positions if -len(states) <= i < len(states)}
+    return tuple(state if i in kept else None for i, state in enumerate(states))

@@ -1,7 +1,7 @@
 """Runs the test suite on the oldest or the newest libraries that `setup.cfg` admits, in an environment of its own.
 
-    python tests/ranges.py oldest
-    python tests/ranges.py newest
+python tests/ranges.py oldest
+python tests/ranges.py newest
 """
 
 import argparse

@@ -332,8 +332,8 @@ def frozen(fused):
 
 def test_frozen_specialists_run_without_autograd_while_the_gate_learns(fused):
     seen, ids = [], prompt()
-    for specialist in frozen(fused).model.specialists.values():
-        specialist.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
+    for backbone in frozen(fused).model.specialists.values():
+        backbone.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
     fused(ids, labels=ids).loss.backward()
     assert len(seen) == 3
     assert all(hidden.grad_fn is None for hidden in seen)
@@ -367,9 +367,13 @@ def test_gradients_are_those_of_the_naive_sum(fusion, specialists):
     fused.zero_grad()
     logits = naive_logits(fused, specialists, ids, naive_gate_weights(fused, specialists, ids))
     F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    assert_same({n: p.grad for n, p in fused.model.fusion_gate.named_parameters()}, part(learned, "model.fusion_gate."))
+    assert_same(
+        {n: p.grad for n, p in fused.model.fusion_gate.named_parameters()}, part(learned, "model.fusion_gate.")
+    )
     widths = [m.config.hidden_size for m in specialists.values()]
-    for (name, model), columns in zip(specialists.items(), learned["lm_head.weight"].split(widths, dim=-1), strict=True):
+    for (name, model), columns in zip(
+        specialists.items(), learned["lm_head.weight"].split(widths, dim=-1), strict=True
+    ):
         expected = {n: p.grad for n, p in model.base_model.named_parameters()}
         actual = part(learned, f"model.specialists.{name}.")
         if model.config.tie_word_embeddings:
@@ -401,8 +405,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(mix):
 
 # one layer each: tracing is slow
 SHALLOW = {
-    "full attention": lambda: {"text": specialist("llama", layers=1), "code": specialist("llama", layers=1, tied=True)},
-    "windows": lambda: {"text": specialist("mistral", layers=1, sliding_window=4), "code": specialist("qwen2", layers=1)},
+    "full attention": lambda: {
+        "text": specialist("llama", layers=1),
+        "code": specialist("llama", layers=1, tied=True),
+    },
+    "windows": lambda: {
+        "text": specialist("mistral", layers=1, sliding_window=4),
+        "code": specialist("qwen2", layers=1),
+    },
 }
 
 
@@ -572,6 +582,17 @@ def test_what_a_backbone_computes_when_it_is_built_is_there_after_fusing_and_loa
     fused.save_pretrained(tmp_path)
     again = UltraFuserForCausalLM.from_pretrained(tmp_path)
     assert_same(again(ids).logits, fused(ids).logits)
+
+
+@torch.no_grad()
+def test_a_family_with_a_width_for_each_layer_can_be_fused():
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 4}
+    small = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99, "laurel_rank": 8}
+    model = specialist("gemma3n_text", layers=4, sliding_window=4, num_kv_shared_layers=2, **layers, **small)
+    fused, ids = fuse({"text": model, "code": model}), prompt()
+    assert_same(fused(ids).logits, model(ids).logits)
+    cache = DynamicCache(config=fused.config)
+    assert_same(in_chunks(fused, ids, cache, [5, 1, 1, 1, 1]), model(ids).logits)
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, set_seed
 
 from modeling_ultrafuser import UltraFuserForCausalLM
@@ -178,6 +180,29 @@ def test_every_specialist_is_a_draft_model_that_changes_no_token(mix):
 def test_looking_up_drafts_in_the_prompt_changes_no_token(mix):
     fused, ids = fuse(MIXES[mix]()), prompt(batch=1, length=4).repeat(1, 3)
     assert torch.equal(generate(fused, ids, prompt_lookup_num_tokens=3), generate(fused, ids))
+
+
+def test_drafts_are_refused_where_a_specialist_cannot_go_back():
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+    types = ["linear_attention", "full_attention"]
+    hybrid = specialist("qwen3_5_text", layer_types=types, linear_value_head_dim=8, **linear)
+    fused, ids = fuse({"text": specialist(), "code": hybrid}), prompt(batch=1)
+    assert torch.equal(generate(fused, ids), generate(fused, ids, use_cache=False))
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        generate(fused, ids, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"), reason="older caches cannot leave out inner layers"
+)
+def test_drafts_work_with_layers_that_keep_no_keys_of_their_own():
+    types = ["sliding_attention", "full_attention"] * 2
+    small = {"sliding_window": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99}
+    sharing = specialist("gemma4_text", layers=4, num_kv_shared_layers=2, layer_types=types, global_head_dim=8, **small)
+    fused, ids = fuse({"text": sharing, "code": specialist()}), prompt(batch=1, length=4).repeat(1, 3)
+    expected = generate(fused, ids, use_cache=False)
+    assert torch.equal(generate(fused, ids, cache_implementation="static"), expected)
+    assert torch.equal(generate(fused, ids, prompt_lookup_num_tokens=3), expected)
 
 
 # ---------------------------------------------------------------------------------------------- views of one prompt

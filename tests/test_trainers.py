@@ -13,7 +13,13 @@ def domains(sizes):
 
 
 def trainer(cls, model, folder, data=None, **settings):
-    settings = {"max_steps": 3, "per_device_train_batch_size": 6, "learning_rate": 1e-2, "logging_steps": 1, **settings}
+    settings = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        **settings,
+    }
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False}
     data = domains({"text": 8, "code": 6, "math": 9}) if data is None else data
     template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"

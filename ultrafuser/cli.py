@@ -27,7 +27,9 @@ def quickstart(
     Example: ultrafuser quickstart --out /tmp/quickstart
     """
     if out.exists() and any(out.iterdir()) and not overwrite:
-        typer.echo(f"Nothing is overwritten unasked, but {str(out)!r} is not empty. Use --out or --overwrite.", err=True)
+        typer.echo(
+            f"Nothing is overwritten unasked, but {str(out)!r} is not empty. Use --out or --overwrite.", err=True
+        )
         raise typer.Exit(2)
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
     # heavy imports only once they are needed, so that --help answers at once

@@ -273,5 +273,9 @@ def _print_outcome(
         f"learns from the tokens so far who should speak, and stage two lets them adapt to each other.\n"
         f"Took {minutes:.1f} minutes. The fused model is one folder that loads anywhere:\n"
     )
-    console.print(f"  model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)", markup=False)
-    console.print(f"  tokenizer = AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)", markup=False)
+    console.print(
+        f"  model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)", markup=False
+    )
+    console.print(
+        f"  tokenizer = AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)", markup=False
+    )
