@@ -61,10 +61,10 @@ class Schedule:
 
     specialist_steps: int = 200
     specialist_rate: float = 3e-3
-    gate_steps: int = 60
-    gate_rate: float = 2e-3
+    gate_steps: int = 120
+    gate_rate: float = 1e-2
     joint_steps: int = 40
-    joint_rate: float = 3e-4
+    joint_rate: float = 1e-3
 
 
 def run(out: Path, *, seed: int = 0, schedule: Schedule | None = None) -> dict[str, dict[str, float]]:
