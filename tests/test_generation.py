@@ -193,12 +193,15 @@ def test_drafts_are_refused_where_a_specialist_cannot_go_back():
 
 
 @pytest.mark.skipif(
-    version.parse(transformers.__version__) < version.parse("5.23"), reason="older caches cannot leave out inner layers"
+    version.parse(transformers.__version__) < version.parse("5.23"),
+    reason="older caches cannot leave out inner layers",
 )
 def test_drafts_work_with_layers_that_keep_no_keys_of_their_own():
     types = ["sliding_attention", "full_attention"] * 2
     small = {"sliding_window": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99}
-    sharing = specialist("gemma4_text", layers=4, num_kv_shared_layers=2, layer_types=types, global_head_dim=8, **small)
+    sharing = specialist(
+        "gemma4_text", layers=4, num_kv_shared_layers=2, layer_types=types, global_head_dim=8, **small
+    )
     fused, ids = fuse({"text": sharing, "code": specialist()}), prompt(batch=1, length=4).repeat(1, 3)
     expected = generate(fused, ids, use_cache=False)
     assert torch.equal(generate(fused, ids, cache_implementation="static"), expected)

@@ -155,7 +155,7 @@ def surroundings(work: Path) -> dict[str, str]:
     """Environment variables for vLLM: offline, small, and with nothing of ours to import."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     ours = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules"), "VLLM_NO_USAGE_STATS": "1"}
-    return {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"} | kept | ours
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | kept | ours
 
 
 def compare(name: str, dtype: str, wanted: dict, found: dict) -> dict:
