@@ -3,11 +3,13 @@
 import copy
 import inspect
 import os
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
@@ -20,7 +22,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file, logging
 
 from .configuration_ultrafuser import SCALE_FIELDS, UltraFuserConfig, soft_cap
@@ -301,9 +302,10 @@ def _load(name: str, source, config: PreTrainedConfig, dtype: torch.dtype | None
         if dtype in (None, source.dtype) and not cast:
             return source
         # loading keeps in float32 what `.to(dtype)` would round, or has rounded, such as rotary frequencies
-        loaded = type(source).from_pretrained(
-            None, config=copy.deepcopy(source.config), state_dict=source.state_dict(), dtype=dtype or source.dtype
-        )
+        with _no_bars():
+            loaded = type(source).from_pretrained(
+                None, config=copy.deepcopy(source.config), state_dict=source.state_dict(), dtype=dtype or source.dtype
+            )
         loaded.generation_config = source.generation_config
         return loaded.to(source.device)
     try:
@@ -328,6 +330,18 @@ def _auto_class(name: str, config: PreTrainedConfig) -> type:
         f"A specialist must be a causal language model, or read images beside text, but {name!r} is a "
         f"{config.model_type!r} model, whose text part cannot be loaded on its own. Load it and pass the model."
     )
+
+
+@contextmanager
+def _no_bars():
+    """For what moves tensors within memory and is over at once."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @torch.no_grad()
@@ -388,7 +402,8 @@ def _probe(
             f"A specialist must be a decoder, which predicts each token from those before it, but in {name!r} "
             f"({type(model).__name__}) a later token changes an earlier prediction. Use a causal language model."
         )
-    rebuilt = backbone_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).eval()
+    with _no_bars():
+        rebuilt = backbone_class.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).eval()
     hidden = rebuilt.to(model.device)(input_ids=ids, use_cache=False).last_hidden_state
     model.train(was_training)
     linear = F.linear(hidden, columns).float()

@@ -43,7 +43,8 @@ class Gate(nn.Module):
 class MLPGate(Gate):
     """The paper's gate (Ding et al., 2024, section 3.1): one two-layer MLP, shared, scores each hidden state alone.
 
-    score_k = w2 . relu(W1 h_k + b1) + b2. Where hidden sizes differ, W1 is one per specialist and the rest is shared.
+    score_k = w2 . relu(W1 h_k + b1). The paper's b2 adds one number to all scores, which the softmax takes out again: it
+    is left out. Where hidden sizes differ, W1 is one per specialist and the rest is shared.
     """
 
     def __init__(self, config):
@@ -56,11 +57,10 @@ class MLPGate(Gate):
         self.hidden_weight = HiddenWeights({n: _empty(width, d) for n, d in zip(names, sizes, strict=False)})
         self.hidden_bias = _empty(width)
         self.score_weight = _empty(1, width)
-        self.score_bias = _empty(1)
 
     def scores(self, hidden_states: list[Tensor]) -> Tensor:
         hidden = self.hidden_weight(hidden_states, self.hidden_bias, self.names)
-        return torch.cat([_linear(h.relu(), self.score_weight, self.score_bias) for h in hidden], dim=-1)
+        return torch.cat([_linear(h.relu(), self.score_weight) for h in hidden], dim=-1)
 
     def init_weights(self) -> None:
         super().init_weights()
@@ -119,9 +119,9 @@ def _empty(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=torch.float32))
 
 
-def _linear(hidden_states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # `model.to(torch.bfloat16)`, DeepSpeed and FSDP cast every parameter, these too
-    return F.linear(hidden_states.float(), weight.float(), bias.float())
+    return F.linear(hidden_states.float(), weight.float(), None if bias is None else bias.float())
 
 
 GATES: dict[str, type[Gate]] = {"mlp": MLPGate, "linear": LinearGate, "constant": ConstantGate, "uniform": UniformGate}

@@ -31,7 +31,9 @@ def quickstart(
             f"Nothing is overwritten unasked, but {str(out)!r} is not empty. Use --out or --overwrite.", err=True
         )
         raise typer.Exit(2)
-    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    # bars for what takes long only: training
+    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     # heavy imports only once they are needed, so that --help answers at once
     from . import quickstart as module
 

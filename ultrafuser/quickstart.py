@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    ProgressCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -35,9 +36,13 @@ from trainers import GateTrainer, JointTrainer
 from .corpora import DOMAINS, documents, splits
 
 
-LENGTH = 128  # tokens per training example
+LENGTH = 256  # tokens per training example
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-PROMPTS = {"text": "The value of the expression is", "code": "def read(self, size):\n", "math": "What is 47 * 36?\n"}
+PROMPTS = {
+    "text": "The value of the expression is",
+    "code": "class Reader:\n\n    def read(self, size):\n",
+    "math": "What is 47 * 36?\n",
+}
 
 RELOAD = """
 import json, sys
@@ -59,10 +64,10 @@ print(json.dumps([generate(p, max_new_tokens=24, do_sample=False)[0]["generated_
 class Schedule:
     """How long and how fast to train. The learning rates are measured to fit specialists of a million parameters."""
 
-    specialist_steps: int = 200
+    specialist_steps: int = 250
     specialist_rate: float = 3e-3
-    gate_steps: int = 120
-    gate_rate: float = 1e-2
+    gate_steps: int = 200
+    gate_rate: float = 2e-2
     joint_steps: int = 40
     joint_rate: float = 1e-3
 
@@ -101,12 +106,12 @@ def run(out: Path, *, seed: int = 0, schedule: Schedule | None = None) -> dict[s
     rows["uniform fusion"] = measure(model, held_out)
     data = {d: Dataset.from_dict(dict.fromkeys(("input_ids", "labels"), blocks[d]["fuse"].tolist())) for d in DOMAINS}
     arguments = stage_arguments(out / "stage_one", schedule.gate_steps, schedule.gate_rate, seed)
-    GateTrainer(model, arguments, data, processing_class=tokenizer).train()
+    train(GateTrainer(model, arguments, data, processing_class=tokenizer), "gate")
     rows["stage one: gate"] = measure(model, held_out)
 
     console.print("[bold]4/5[/] Stage two: gate and specialists together")
     arguments = stage_arguments(out / "stage_two", schedule.joint_steps, schedule.joint_rate, seed)
-    JointTrainer(model, arguments, data, processing_class=tokenizer).train()
+    train(JointTrainer(model, arguments, data, processing_class=tokenizer), "gate and specialists")
     rows["stage two: everything"] = measure(model, held_out)
 
     console.print("[bold]5/5[/] Saved, and reloaded in a process that cannot import this package")
@@ -127,7 +132,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **libraries}
 
 
-def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer for all specialists alike."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -173,7 +178,7 @@ def make_specialist(
     model = LlamaForCausalLM(config)
     arguments = TrainingArguments(
         str(folder),
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=8,
         max_steps=schedule.specialist_steps,
         learning_rate=schedule.specialist_rate,
         lr_scheduler_type="cosine",
@@ -183,9 +188,25 @@ def make_specialist(
         seed=seed,
     )
     dataset = Dataset.from_dict({"input_ids": blocks.tolist(), "labels": blocks.tolist()})
-    Trainer(model, arguments, train_dataset=dataset).train()
+    train(Trainer(model, arguments, train_dataset=dataset), folder.name)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def train(trainer: Trainer, title: str) -> None:
+    """Trains with one bar and nothing else on the screen."""
+
+    class Bar(ProgressCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            super().on_train_begin(args, state, control, **kwargs)
+            self.training_bar.set_description(title)
+
+        def on_log(self, args, state, control, **kwargs):
+            pass
+
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Bar)
+    trainer.train()
 
 
 # no log lines between the bars, nothing written but what is saved on purpose
@@ -193,10 +214,10 @@ _QUIET = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", 
 
 
 def stage_arguments(folder: Path, steps: int, learning_rate: float, seed: int) -> SFTConfig:
-    """Training arguments of a stage: eight examples of each domain in every batch."""
+    """Training arguments of a stage: four examples of each domain in every batch."""
     return SFTConfig(
         str(folder),
-        per_device_train_batch_size=8 * len(DOMAINS),
+        per_device_train_batch_size=4 * len(DOMAINS),
         max_steps=steps,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
