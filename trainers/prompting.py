@@ -164,7 +164,7 @@ def split_conversation(row: Mapping) -> tuple[list[dict], str]:
     if last["role"] != "assistant" or not isinstance(response, str) or not response.strip():
         raise ValueError(
             f"An example ends with the text of an assistant's response, which is what is learned, but this one ends "
-            f"with {last['role']!r} and {response!r}. Drop what comes after the last response, or leave it out."
+            f"with {last['role']!r} and {response!r:.60}. Drop what comes after the last response, or leave it out."
         )
     if not prompt:
         raise ValueError(
