@@ -1,11 +1,10 @@
 import pytest
 from datasets import Dataset
-from trl import SFTConfig
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.tiny import specialist, tokenizer
 from tests.training import changed, conversations, weights
-from trainers import BalancedSampler, GateTrainer, JointTrainer
+from trainers import DomainSampler, GateTrainer, JointTrainer
 
 
 def domains(sizes):
@@ -23,7 +22,7 @@ def trainer(cls, model, folder, data=None, **settings):
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False}
     data = domains({"text": 8, "code": 6, "math": 9}) if data is None else data
     template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-    arguments = SFTConfig(str(folder), **{**quiet, **settings})
+    arguments = cls.config_class(str(folder), **{**quiet, "examples_per_domain": 2, **settings})
     return cls(model, arguments, data, processing_class=tokenizer(chat_template=template))
 
 
@@ -52,7 +51,7 @@ def test_every_batch_holds_the_same_number_of_examples_of_each_domain(fused, tmp
 
 
 def test_a_domain_is_drawn_whole_before_it_repeats_in_another_order():
-    sampler = BalancedSampler(["a"] * 12 + ["b"] * 4)
+    sampler = DomainSampler(["a"] * 12 + ["b"] * 4, 4)
     draws = [i for i in sampler if i >= 12]
     assert len(draws) == 8
     assert sorted(draws[:4]) == sorted(draws[4:]) == [12, 13, 14, 15]
@@ -60,7 +59,7 @@ def test_a_domain_is_drawn_whole_before_it_repeats_in_another_order():
 
 
 def test_the_next_epoch_continues_the_stream():
-    one, two = BalancedSampler(["a"] * 6 + ["b"] * 6), BalancedSampler(["a"] * 6 + ["b"] * 6)
+    one, two = DomainSampler(["a"] * 6 + ["b"] * 6, 4), DomainSampler(["a"] * 6 + ["b"] * 6, 4)
     two.set_epoch(1)
     assert sorted(one) == sorted(two) == list(range(12))
     assert list(one) != list(two)
@@ -68,7 +67,8 @@ def test_the_next_epoch_continues_the_stream():
 
 def test_another_seed_gives_another_stream_and_the_same_seed_the_same():
     labels = ["a"] * 20 + ["b"] * 20
-    assert list(BalancedSampler(labels, 0)) == list(BalancedSampler(labels, 0)) != list(BalancedSampler(labels, 1))
+    assert list(DomainSampler(labels, 4, seed=0)) == list(DomainSampler(labels, 4, seed=0))
+    assert list(DomainSampler(labels, 4, seed=0)) != list(DomainSampler(labels, 4, seed=1))
 
 
 def test_an_interrupted_stage_ends_where_an_uninterrupted_one_ends(specialists, tmp_path):

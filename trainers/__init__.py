@@ -1,7 +1,7 @@
 """TRL trainers for the two stages of a fused model: the gate alone, then everything."""
 
-from .sampling import BalancedSampler
-from .stages import GateTrainer, JointTrainer
+from .sampling import DomainSampler
+from .stages import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 
 
-__all__ = ["BalancedSampler", "GateTrainer", "JointTrainer"]
+__all__ = ["DomainSampler", "GateStageConfig", "GateTrainer", "JointStageConfig", "JointTrainer"]

@@ -1,44 +1,103 @@
-"""Which example is drawn next."""
+"""Which example is drawn next: one stream for all processes, a function of a seed and of the mixes in force."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 from torch.utils.data import Sampler
 
 
-class BalancedSampler(Sampler[int]):
-    """Draws from every domain in turn, so that each batch holds the same number of examples from each.
+# Fractional part of the golden ratio: its multiples, modulo 1, fill the unit interval more evenly than chance would.
+GOLDEN = 0.6180339887498949
 
-    The draw number alone decides the domain and the place in that domain's stream, so the stream is the same after a
-    resume and for any number of processes. A domain that runs out begins again in a new order: small domains are
-    repeated, never starved.
+
+class DomainSampler(Sampler[int]):
+    """Draws each batch from the domains in the proportions of the mix in force.
+
+    Batch b takes its domains at the points (u_b + i) / batch_size of the cumulated mix, so a domain's number in it is
+    its exact share wherever that is a whole number, and else one of the two next to it, evenly over batches. Within a
+    domain every example is drawn once before any is drawn again, in another order. All of it is a function of the
+    seed, the number of the batch and the mixes: the stream is the same for any number of processes or workers, and
+    after a resume. Batches are those of one optimizer step, all processes and accumulated steps together.
 
     Args:
         domains: Domain of each example. Length: number of examples.
+        batch_size: Examples per optimizer step.
+        mix: Share of each domain, in alphabetical order of their names. Default: equal shares.
         seed: Same seed, same draws. All processes must use the same one.
     """
 
-    def __init__(self, domains: list, seed: int = 0):
-        names = sorted(set(domains))
-        self.members = [[i for i, d in enumerate(domains) if d == name] for name in names]
+    def __init__(
+        self, domains: Sequence[str], batch_size: int, mix: Sequence[float] | np.ndarray | None = None, seed: int = 0
+    ):
+        self.names = sorted(set(domains))
+        self.members = [[i for i, d in enumerate(domains) if d == name] for name in self.names]
+        self.batch_size = batch_size
         self.seed = seed
+        self.offset = random.Random(seed).random()
+        mix = np.full(len(self.names), 1 / len(self.names)) if mix is None else np.asarray(mix, float)
+        self.mixes = [(0, mix.tolist())]  # each from the batch of that number on
         self.epoch = 0
+        self.batches_drawn = 0
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """As many as the examples fill, one at least: with a mix, an epoch says nothing about any one domain."""
+        return max(sum(map(len, self.members)) // self.batch_size, 1)
 
     def __len__(self) -> int:
-        """An epoch is as many draws as there are examples, rounded down to full turns."""
-        turns = sum(map(len, self.members)) // len(self.members)
-        return max(turns, 1) * len(self.members)
+        return self.batches_per_epoch * self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Continues the stream where the epochs before left it."""
         self.epoch = epoch
 
+    def mix(self, batch: int) -> np.ndarray:
+        """The mix in force for a batch. Shape (domains,)."""
+        return np.array(next(mix for start, mix in reversed(self.mixes) if start <= batch))
+
+    def set_mix(self, mix: Sequence[float] | np.ndarray, start: int) -> None:
+        """Puts a mix in force from the batch of number `start` on.
+
+        Raises:
+            RuntimeError: If that batch has been drawn already, for then it would depend on how far a loader reads ahead.
+        """
+        if start < self.batches_drawn:
+            raise RuntimeError(
+                f"A new mix must begin at a batch that is not drawn yet, but it was to begin at batch {start} and the "
+                f"data loader has read ahead to batch {self.batches_drawn}. Raise `mix_delay`, or lower "
+                f"`dataloader_num_workers` or `dataloader_prefetch_factor`."
+            )
+        self.mixes = [entry for entry in self.mixes if entry[0] < start] + [(start, np.asarray(mix, float).tolist())]
+
+    def quotas(self, batch: int) -> np.ndarray:
+        """How many examples of each domain a batch holds. Shape (domains,)."""
+        mix = self.mix(batch)
+        points = ((self.offset + batch * GOLDEN) % 1 + np.arange(self.batch_size)) / self.batch_size
+        # rounding may leave the last edge a hair below 1
+        place = np.minimum(np.searchsorted(np.cumsum(mix), points, side="right"), np.flatnonzero(mix)[-1])
+        return np.bincount(place, minlength=len(mix))
+
+    def counts(self, batches: int) -> np.ndarray:
+        """How many examples of each domain the first so many batches hold. Shape (domains,)."""
+        return sum((self.quotas(b) for b in range(batches)), np.zeros(len(self.names), int))
+
     def __iter__(self) -> Iterator[int]:
-        orders = {}
-        for draw in range(self.epoch * len(self), (self.epoch + 1) * len(self)):
-            place, domain = divmod(draw, len(self.members))
-            members = self.members[domain]
-            cycle, offset = divmod(place, len(members))
-            if orders.get(domain, (None,))[0] != cycle:
-                orders[domain] = (cycle, random.Random(f"{self.seed} {domain} {cycle}").sample(members, len(members)))
-            yield orders[domain][1][offset]
+        first = self.epoch * self.batches_per_epoch
+        drawn = self.counts(first)
+        orders = [(-1, []) for _ in self.names]
+        for batch in range(first, first + self.batches_per_epoch):
+            self.batches_drawn = max(self.batches_drawn, batch + 1)
+            quotas = self.quotas(batch)
+            # spread evenly over the batch, so that each process and each accumulated step gets its share too
+            turns = sorted(((j + 0.5) / n, d) for d, n in enumerate(quotas) for j in range(n))
+            for _, domain in turns:
+                cycle, place = divmod(int(drawn[domain]), len(self.members[domain]))
+                if orders[domain][0] != cycle:
+                    orders[domain] = (cycle, self._order(domain, cycle))
+                drawn[domain] += 1
+                yield orders[domain][1][place]
+
+    def _order(self, domain: int, cycle: int) -> list[int]:
+        members = self.members[domain]
+        return random.Random(f"{self.seed} {self.names[domain]} {cycle}").sample(members, len(members))

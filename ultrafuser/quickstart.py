@@ -28,10 +28,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from trl import SFTConfig
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
-from trainers import GateTrainer, JointTrainer
+from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 
 from .corpora import DOMAINS, documents, splits
 
@@ -105,12 +104,16 @@ def run(out: Path, *, seed: int = 0, schedule: Schedule | None = None) -> dict[s
     rows = {f"{d} specialist": measure(model.specialist(d), held_out) for d in DOMAINS}
     rows["uniform fusion"] = measure(model, held_out)
     data = {d: Dataset.from_dict(dict.fromkeys(("input_ids", "labels"), blocks[d]["fuse"].tolist())) for d in DOMAINS}
-    arguments = stage_arguments(out / "stage_one", schedule.gate_steps, schedule.gate_rate, seed)
+    settings = {"per_device_train_batch_size": 12, "examples_per_domain": 4, "max_length": LENGTH, "bf16": False}
+    settings |= {"gradient_checkpointing": False, "seed": seed, **_QUIET}
+    steps, rate = schedule.gate_steps, schedule.gate_rate
+    arguments = GateStageConfig(str(out / "stage_one"), max_steps=steps, learning_rate=rate, **settings)
     train(GateTrainer(model, arguments, data, processing_class=tokenizer), "gate")
     rows["stage one: gate"] = measure(model, held_out)
 
     console.print("[bold]4/5[/] Stage two: gate and specialists together")
-    arguments = stage_arguments(out / "stage_two", schedule.joint_steps, schedule.joint_rate, seed)
+    steps, rate = schedule.joint_steps, schedule.joint_rate
+    arguments = JointStageConfig(str(out / "stage_two"), max_steps=steps, learning_rate=rate, **settings)
     train(JointTrainer(model, arguments, data, processing_class=tokenizer), "gate and specialists")
     rows["stage two: everything"] = measure(model, held_out)
 
@@ -211,22 +214,6 @@ def train(trainer: Trainer, title: str) -> None:
 
 # no log lines between the bars, nothing written but what is saved on purpose
 _QUIET = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "use_cpu": True}
-
-
-def stage_arguments(folder: Path, steps: int, learning_rate: float, seed: int) -> SFTConfig:
-    """Training arguments of a stage: four examples of each domain in every batch."""
-    return SFTConfig(
-        str(folder),
-        per_device_train_batch_size=4 * len(DOMAINS),
-        max_steps=steps,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        max_length=LENGTH,
-        bf16=False,
-        gradient_checkpointing=False,
-        seed=seed,
-        **_QUIET,
-    )
 
 
 @torch.inference_mode()
