@@ -19,7 +19,8 @@ TEMPLATES = {
     "text": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}Assistant:",
     "code": "<s>{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}</s>"
     "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}",
-    "math": "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] | trim }}\n\n{% endfor %}### Response:",
+    "math": "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] | trim }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### Response:{% endif %}",
 }
 ALIKE = dict.fromkeys(NAMES, TEMPLATES["text"])
 QUESTIONS = ["2+2?", "Say something longer than that.", "Why?"]
@@ -113,11 +114,12 @@ def test_a_view_that_is_too_long_loses_the_beginning_of_its_prompt_but_not_the_t
     assert told(views(["a long question"], max_length=9), 0, 1) == "<s> [/INST]"
 
 
-def test_a_response_that_is_too_long_alone_is_cut_at_its_end_and_that_is_said():
-    with pytest.warns(UserWarning, match="Responses are cut at their end, because max_length=6"):
-        batch = views(["2+2?"], ["It is four."], max_length=6)
-    assert [told(batch, 0, k) for k in range(3)] == [":It is", "]It is", ":It is"]
-    assert learned(batch, 0) == "It is"
+@pytest.mark.parametrize(("max_length", "rest"), [(6, "It is"), (12, "It is four.")])
+def test_a_response_that_is_too_long_alone_is_cut_at_its_end_and_that_is_said(max_length, rest):
+    with pytest.warns(UserWarning, match=f"Responses are cut at their end, because max_length={max_length}"):
+        batch = collator(max_length=max_length)([{"prompt": "2+2?", "completion": "It is four."}])
+    assert [told(batch, 0, k) for k in range(3)] == [":" + rest, "]" + rest, ":" + rest]
+    assert learned(batch, 0) == rest
 
 
 # ---------------------------------------------------------------------------------------------- rows

@@ -170,16 +170,13 @@ def _tokens(
 
 def _mean_losses(model: PreTrainedModel, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
     """Mean loss in nats per token of each response behind its context. Shape (batch,)."""
-    # padded on the right, whatever the tokenizer says: no token sees what comes after it, and positions count from 0
+    # padded on the right, whatever the tokenizer says: no token sees what comes after it, so this needs no mask, and
+    # positions count from 0
     ids = pad_sequence([torch.tensor(context + response) for context, response in pairs], batch_first=True)
     labels = [torch.tensor([-100] * len(context) + response) for context, response in pairs]
-    labels = pad_sequence(labels, batch_first=True, padding_value=-100)[:, 1:].to(model.device)
-    lengths = torch.tensor([[len(context) + len(response)] for context, response in pairs])
-    mask = (torch.arange(ids.shape[1]) < lengths).long()
-    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits[
-        :, :-1
-    ]
-    counted = (labels != -100).to(logits.device)
+    labels = pad_sequence(labels, batch_first=True, padding_value=-100)[:, 1:]
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1]
     labels = labels.to(logits.device)
+    counted = labels != -100
     losses = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
     return torch.zeros(counted.shape, device=logits.device).masked_scatter(counted, losses).sum(-1) / counted.sum(-1)
