@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.conftest import stir_gate
@@ -256,3 +258,41 @@ def test_the_command_line_of_trl_trains_a_saved_folder(lora, fused, tmp_path):
     else:
         trained = UltraFuserForCausalLM.from_pretrained(tmp_path / "trained")
         assert changed(trained, weights(fused)) >= set(weights(fused))
+
+
+STEPS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+ALONE = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False}
+
+
+def test_stock_dpo_tunes_a_fused_model_with_its_copy_as_reference(fused, tmp_path):
+    rows = [{"prompt": f"{i}+{i}?", "chosen": f" {2 * i}", "rejected": " no idea"} for i in range(8)]
+    reference = copy.deepcopy(fused)
+    trainer = DPOTrainer(
+        model=fused,
+        ref_model=reference,
+        args=DPOConfig(str(tmp_path), **STEPS, **ALONE),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(chat_template=CHAT_TEMPLATE),
+    )
+    before = weights(fused)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    # model and reference agree before the first step, so neither answer is preferred
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[1] < losses[0]
+    assert {n.split(".")[1] for n in changed(fused, before)} >= {"fusion_gate", "specialists"}
+
+
+def test_stock_grpo_tunes_a_fused_model_on_rewards(fused, tmp_path):
+    trainer = GRPOTrainer(
+        model=fused,
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=GRPOConfig(
+            str(tmp_path), **STEPS, **ALONE, num_generations=4, max_completion_length=8, gradient_checkpointing=False
+        ),
+        train_dataset=Dataset.from_list([{"prompt": f"{i}+{i}?"} for i in range(8)]),
+        processing_class=tokenizer(chat_template=CHAT_TEMPLATE),
+    )
+    before = weights(fused)
+    trainer.train()
+    assert {n.split(".")[1] for n in changed(fused, before)} >= {"fusion_gate", "specialists"}
