@@ -173,13 +173,12 @@ def run_stages(name: str, seed: int, work: Path, path: Path) -> dict[str, float]
 def run_mixes(name: str, seed: int, work: Path, path: Path) -> dict[str, float]:
     """Stage two under one mix, from the same stage one."""
     model, data, held_out = load(seed, "small", work)
-    gate = work / f"small-{seed}" / "gate.pt"
-    if gate.exists():
-        model.model.fusion_gate.load_state_dict(torch.load(gate))
-    else:
+    start = work / f"small-{seed}" / "gate.pt"
+    if not start.exists():
         gate_stage(model, data, work, seed)
-        torch.save(model.model.fusion_gate.state_dict(), gate)
-    before = measure(model, held_out)
+        torch.save((model.model.fusion_gate.state_dict(), measure(model, held_out)), start)
+    gate, before = torch.load(start)
+    model.model.fusion_gate.load_state_dict(gate)
     chosen = MIXES[name]
     began = time.process_time()
     trainer = joint_stage(model, data, work, seed, **(LEARNED if "mix_reward" in chosen else {}), **chosen)
