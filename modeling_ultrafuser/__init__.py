@@ -7,8 +7,8 @@ Importing this package makes `AutoConfig`, `AutoModel` and `AutoModelForCausalLM
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_ultrafuser import UltraFuserConfig
-from .fusing_ultrafuser import common_tokenizer
 from .modeling_ultrafuser import UltraFuserForCausalLM, UltraFuserModel
+from .tokenizing_ultrafuser import common_tokenizer
 
 
 AutoConfig.register("ultrafuser", UltraFuserConfig, exist_ok=True)

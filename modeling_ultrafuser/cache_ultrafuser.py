@@ -3,8 +3,6 @@
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from .configuration_ultrafuser import specialist_layer_types
-
 
 class SpecialistCache(Cache):
     """One specialist's layers of a shared cache, counted from 0.
@@ -35,35 +33,6 @@ class SpecialistCache(Cache):
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         # through the shared cache, which knows about offloading and prefetching
         return self.cache.update(key_states, value_states, layer_idx + self.start, *args, **kwargs)
-
-
-def check_pageable(config) -> None:
-    """Refuses what continuous batching (`generate_batch`) cannot keep: its cache knows one attention geometry.
-
-    Raises:
-        ValueError: Naming each specialist's geometry.
-    """
-    types = {
-        n: set(specialist_layer_types(c)) for n, c in zip(config.specialist_names, config.specialists, strict=True)
-    }
-    used = set().union(*types.values())
-    # these fields are absent where specialists differ
-    one_shape = hasattr(config, "num_key_value_heads") and hasattr(config, "head_dim")
-    one_window = "sliding_attention" not in used or hasattr(config, "sliding_window")
-    if one_shape and one_window and used <= {"full_attention", "sliding_attention"}:
-        return
-    geometry = {
-        name: {
-            "layer_types": sorted(types[name]),
-            **{f: getattr(c, f, None) for f in ("num_key_value_heads", "num_attention_heads", "hidden_size")},
-            **({"sliding_window": c.sliding_window} if "sliding_attention" in types[name] else {}),
-        }
-        for name, c in zip(config.specialist_names, config.specialists, strict=True)
-    }
-    raise ValueError(
-        f"Continuous batching keeps keys and values of all layers in blocks of one shape, of full attention and of "
-        f"one attention window at most, but the specialists are {geometry}. Use `generate` for this model."
-    )
 
 
 def paged_window(cache: PagedAttentionCache, start: int) -> PagedAttentionCache:

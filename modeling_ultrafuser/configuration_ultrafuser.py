@@ -7,8 +7,7 @@ import re
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
 # counts up when a saved folder changes in a way that older code would misread
@@ -138,11 +137,11 @@ class UltraFuserConfig(PreTrainedConfig):
         self.num_hidden_layers = sum(c.num_hidden_layers for c in configs)
         for field, read in (
             ("num_attention_heads", lambda c: getattr(c, "num_attention_heads", None)),
-            ("num_key_value_heads", _num_key_value_heads),
-            ("head_dim", _head_dim),
+            ("num_key_value_heads", num_key_value_heads),
+            ("head_dim", head_dim),
         ):
             # absent where specialists differ: readers then fail loudly instead of guessing from `hidden_size`
-            value = _common(read(c) for c in configs)
+            value = common(read(c) for c in configs)
             if value is not None:
                 setattr(self, field, value)
         self.intermediate_size = sum(_intermediate_size(c) for c in configs)
@@ -152,7 +151,7 @@ class UltraFuserConfig(PreTrainedConfig):
             ("attention_chunk_size", "chunked_attention"),
         ):
             sizes = [getattr(c, field, None) for c in configs if layer_type in specialist_layer_types(c)]
-            if sizes and _common(sizes) is not None:
+            if sizes and common(sizes) is not None:
                 setattr(self, field, sizes[0])
         soft_caps = [soft_cap(c) for c in configs]
         if self.fusion == "logits":
@@ -297,66 +296,24 @@ def specialist_layer_types(config: PreTrainedConfig) -> list[str]:
     return ["full_attention"] * config.num_hidden_layers
 
 
-def check_servable_by_vllm(config: "UltraFuserConfig") -> None:
-    """Refuses what vLLM's Transformers backend would serve wrongly: it knows one attention geometry for all layers.
-
-    Raises:
-        ValueError: Naming the property that differs and its value for each specialist.
-    """
-
-    def refuse(reason: str, values: list) -> None:
-        raise ValueError(
-            f"vLLM's Transformers backend {reason}, but it is {dict(zip(config.specialist_names, values, strict=True))}. "
-            f"Use transformers for this model: `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
-        )
-
-    configs = config.specialists
-    if config.fusion != "logits":
-        refuse("computes logits with one linear head, which needs fusion='logits'", [config.fusion] * len(configs))
-    for field, read in (
-        ("num_attention_heads", lambda c: getattr(c, "num_attention_heads", None)),
-        ("num_key_value_heads", _num_key_value_heads),
-        ("head_dim", _head_dim),
-    ):
-        values = [read(c) for c in configs]
-        if _common(values) is None:
-            refuse(f"knows one `{field}` for all specialists", values)
-    windows = [c.sliding_window if "sliding_attention" in specialist_layer_types(c) else None for c in configs]
-    if len({w for w in windows if w is not None}) > 1:
-        refuse("knows one attention window for all specialists", windows)
-    types = [sorted(set(specialist_layer_types(c)) - {"full_attention", "sliding_attention"}) for c in configs]
-    if any(types):
-        refuse("serves full and sliding attention only in a fused model; other layer types must be absent", types)
-    for field, what in (
-        ("attn_logit_softcapping", "knows one attention soft cap for all specialists; it must be None in each"),
-        ("kv_lora_rank", "cannot mix latent attention (MLA) with others; `kv_lora_rank` must be absent"),
-    ):
-        values = [getattr(c, field, None) for c in configs]
-        if any(v is not None for v in values):
-            refuse(what, values)
-    experts = [next((v for f in _EXPERT_FIELDS if (v := getattr(c, f, None))), None) for c in configs]
-    if any(experts):
-        refuse("cannot load mixture-of-experts specialists; the number of experts must be absent", experts)
-
-
-_EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-
 def soft_cap(config: PreTrainedConfig) -> float | None:
     """The value that bounds a specialist's logits as `cap * tanh(logits / cap)`, or None."""
     return getattr(config, "final_logit_softcapping", None)
 
 
-def _common(values):
+def common(values):
+    """The value that all share, or None."""
     values = list(values)
     return values[0] if all(v == values[0] for v in values) else None
 
 
-def _num_key_value_heads(config: PreTrainedConfig) -> int | None:
+def num_key_value_heads(config: PreTrainedConfig) -> int | None:
+    """Key-value heads of each layer, whether or not the family writes them down."""
     return getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
 
 
-def _head_dim(config: PreTrainedConfig) -> int | None:
+def head_dim(config: PreTrainedConfig) -> int | None:
+    """Width of one attention head, whether or not the family writes it down."""
     heads = getattr(config, "num_attention_heads", None)
     return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
 

@@ -9,10 +9,8 @@ side by side, and `lm_head` holds the specialists' heads side by side.
 """
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,119 +19,23 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import TransformersKwargs
 
-from .cache_ultrafuser import SpecialistCache, check_pageable, paged_window
-from .configuration_ultrafuser import UltraFuserConfig, check_servable_by_vllm, soft_cap, specialist_layer_types
+from .cache_ultrafuser import SpecialistCache, paged_window
+from .configuration_ultrafuser import UltraFuserConfig, soft_cap
 from .fusing_ultrafuser import fuse_specialists
 from .gating_ultrafuser import GATES, Gate
-
-
-@dataclass
-class UltraFuserModelOutput(ModelOutput):
-    """What the backbone returns.
-
-    Attributes:
-        last_hidden_state: The specialists' last hidden states side by side, scaled by the gate weights: times the
-            head, they are the fused logits. Shape (batch, seq, sum of hidden sizes).
-        past_key_values: One cache for all specialists.
-        hidden_states: On request, every specialist's hidden states, one specialist after another.
-        attentions: On request, every specialist's attention weights, one specialist after another.
-        gate_weights: Share of each specialist in each token, in float32. Shape (batch, seq, specialists).
-    """
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    gate_weights: Tensor | None = None
-
-
-@dataclass
-class UltraFuserMixtureOutput(ModelOutput):
-    """What the backbone returns with fusion="probabilities".
-
-    It has no `last_hidden_state`. Trainers and serving engines multiply that by the head to save memory, which would
-    mix logits here, and nothing would show it.
-
-    Attributes:
-        specialist_hidden_states: The specialists' last hidden states side by side, as they are.
-            Shape (batch, seq, sum of hidden sizes).
-        past_key_values: One cache for all specialists.
-        hidden_states: On request, every specialist's hidden states, one specialist after another.
-        attentions: On request, every specialist's attention weights, one specialist after another.
-        gate_weights: Share of each specialist in each token, in float32. Shape (batch, seq, specialists).
-    """
-
-    specialist_hidden_states: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    gate_weights: Tensor | None = None
-
-    @property
-    def last_hidden_state(self) -> Tensor:
-        """Refused: no hidden state times the head gives a mixture of probabilities."""
-        raise AttributeError(
-            "With fusion='probabilities' no single hidden state times the head gives the model's prediction, so its "
-            "backbone has no `last_hidden_state`, which TRL's trainers need. Train with fusion='logits', or with a "
-            "trainer that calls the model's own loss, `model(input_ids, labels=labels).loss`, as transformers' "
-            "`Trainer` does. For the hidden states themselves read `specialist_hidden_states`."
-        )
-
-
-@dataclass
-class UltraFuserCausalLMOutput(ModelOutput):
-    """What the causal language model returns.
-
-    Attributes:
-        loss: Negative log-likelihood in nats per labelled token, if `labels` were given. A scalar.
-        logits: Fused next-token logits; with fusion="probabilities", log-probabilities. Shape (batch, seq, vocab).
-        past_key_values: One cache for all specialists.
-        hidden_states: On request, every specialist's hidden states, one specialist after another.
-        attentions: On request, every specialist's attention weights, one specialist after another.
-        gate_weights: Share of each specialist in each token, in float32. Shape (batch, seq, specialists).
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    gate_weights: Tensor | None = None
-
-
-class Specialists(nn.ModuleDict):
-    """The specialists' backbones by name.
-
-    `PreTrainedModel.post_init` collects what follows from its direct children only, by attribute name: without these
-    properties `device_map="auto"` could cut a decoder layer in two and tensor-parallel plans would be empty.
-    """
-
-    _no_split_modules = property(lambda self: self._union("_no_split_modules"))
-    _keep_in_fp32_modules = property(lambda self: self._union("_keep_in_fp32_modules"))
-    _keep_in_fp32_modules_strict = property(lambda self: self._union("_keep_in_fp32_modules_strict"))
-    _skip_keys_device_placement = property(lambda self: self._union("_skip_keys_device_placement"))
-    _keys_to_ignore_on_load_unexpected = property(lambda self: self._union("_keys_to_ignore_on_load_unexpected"))
-    _keys_to_ignore_on_load_missing = property(lambda self: self._union("_keys_to_ignore_on_load_missing"))
-    _keys_to_ignore_on_save = property(lambda self: self._prefixed_set("_keys_to_ignore_on_save"))
-    _tp_plan = property(lambda self: self._prefixed_dict("_tp_plan"))
-    _ep_plan = property(lambda self: self._prefixed_dict("_ep_plan"))
-    _fsdp_plan = property(lambda self: self._prefixed_dict("_fsdp_plan"))
-
-    @property
-    def all_tied_weights_keys(self) -> dict[str, str]:
-        pairs = [(name, tied) for name, m in self.items() for tied in m.all_tied_weights_keys.items()]
-        return {f"{name}.{target}": f"{name}.{source}" for name, (target, source) in pairs}
-
-    def _union(self, field: str) -> set[str]:
-        return {entry for m in self.values() for entry in getattr(m, field, None) or ()}
-
-    def _prefixed_set(self, field: str) -> set[str]:
-        return {f"{name}.{entry}" for name, m in self.items() for entry in getattr(m, field, None) or ()}
-
-    def _prefixed_dict(self, field: str) -> dict:
-        return {f"{n}.{k}": v for n, m in self.items() for k, v in (getattr(m, field, None) or {}).items()}
+from .outputs_ultrafuser import UltraFuserCausalLMOutput, UltraFuserMixtureOutput, UltraFuserModelOutput
+from .serving_ultrafuser import check_pageable, check_servable_by_vllm
+from .specialists_ultrafuser import (
+    Specialists,
+    check_inputs,
+    end_to_end,
+    is_frozen,
+    refuse_other_specialists,
+    selected,
+    specialist_mask,
+)
 
 
 class UltraFuserPreTrainedModel(PreTrainedModel):
@@ -169,7 +71,7 @@ class UltraFuserPreTrainedModel(PreTrainedModel):
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         # the library's last step before it reports, with a table of shapes or a mere warning
         super()._adjust_missing_and_unexpected_keys(loading_info)
-        _refuse_other_specialists(self.config.specialist_names, [n for n, _ in self.named_parameters()], loading_info)
+        refuse_other_specialists(self.config.specialist_names, [n for n, _ in self.named_parameters()], loading_info)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -256,7 +158,9 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         Raises:
             ValueError: If `inputs_embeds` is given, or `input_ids` is not, or a per-specialist input has a wrong shape.
         """
-        self._check_inputs(input_ids, inputs_embeds, specialist_input_ids, specialist_attention_mask)
+        check_inputs(
+            self.config.specialist_names, input_ids, inputs_embeds, specialist_input_ids, specialist_attention_mask
+        )
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if use_cache:
             past_key_values = self._shared_cache(past_key_values)
@@ -268,14 +172,14 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         outputs = []
         for k, (name, specialist) in enumerate(self.specialists.items()):
             start, length = self.first_layers[k], self.first_layers[k + 1] - self.first_layers[k]
-            ids, mask, positions = input_ids, _specialist_mask(attention_mask, name, specialist.config), position_ids
+            ids, mask, positions = input_ids, specialist_mask(attention_mask, name, specialist.config), position_ids
             if specialist_input_ids is not None:
                 ids = specialist_input_ids[:, k]
             if specialist_attention_mask is not None:
                 mask = specialist_attention_mask[:, k]
                 positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[-1] :]
             own = {"cache": paged_window(paged, start)} if paged is not None else {}
-            with torch.no_grad() if _is_frozen(specialist) else nullcontext():
+            with torch.no_grad() if is_frozen(specialist) else nullcontext():
                 output = specialist(
                     input_ids=ids,
                     attention_mask=mask,
@@ -300,8 +204,8 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         output = output_class(
             torch.cat(hidden_states, dim=-1),
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=_selected(_end_to_end(outputs, "hidden_states"), output_hidden_states),
-            attentions=_end_to_end(outputs, "attentions"),
+            hidden_states=selected(end_to_end(outputs, "hidden_states"), output_hidden_states),
+            attentions=end_to_end(outputs, "attentions"),
             gate_weights=gate_weights,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
@@ -314,30 +218,6 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
             cache.layers = DynamicCache(config=self.config).layers
             cache.layer_class_to_replicate = None
         return cache
-
-    def _check_inputs(self, input_ids, inputs_embeds, specialist_input_ids, specialist_attention_mask) -> None:
-        if inputs_embeds is not None:
-            raise ValueError(
-                "A fused model reads token ids, because its specialists embed the same token differently, but got "
-                "`inputs_embeds`. Pass `input_ids`, or call one specialist: `model.specialist(name)`."
-            )
-        if input_ids is None:
-            raise ValueError("A fused model reads token ids, but `input_ids` is None. Pass a tensor (batch, seq).")
-        for key, value in (
-            ("specialist_input_ids", specialist_input_ids),
-            ("specialist_attention_mask", specialist_attention_mask),
-        ):
-            if value is not None and (value.ndim != 3 or value.shape[1] != len(self.specialists)):
-                raise ValueError(
-                    f"`{key}` holds one row per specialist, in the order {self.config.specialist_names}, so its shape "
-                    f"must be (batch, {len(self.specialists)}, seq), but it is {tuple(value.shape)}."
-                )
-        if specialist_input_ids is not None and specialist_input_ids.shape[-1] != input_ids.shape[-1]:
-            raise ValueError(
-                f"The views of one prompt must be padded on the left to one length, so that the response starts at "
-                f"one position, but `input_ids` has {input_ids.shape[-1]} tokens and `specialist_input_ids` "
-                f"{specialist_input_ids.shape[-1]}."
-            )
 
 
 class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
@@ -527,68 +407,5 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         return masks
 
 
-def _refuse_other_specialists(names: list[str], parameters: list[str], loading_info) -> None:
-    """Refuses a checkpoint of other specialists than the configuration names, with one sentence.
-
-    Nothing is said if no specialist was in the checkpoint at all: an adapter, or an empty state on purpose.
-    """
-
-    def specialist_of(key: str) -> str | None:
-        found = re.search(r"(?:^|\.)specialists\.(\w+)\.", key)
-        return found and found[1]
-
-    extra = {specialist_of(key) for key in loading_info.unexpected_keys} - {*names, None}
-    found = {specialist_of(key) for key in parameters if key not in loading_info.missing_keys} - {None}
-    shapes = [
-        f"`{key}` has shape {tuple(saved)} there and {tuple(own)} here"
-        for key, saved, own in sorted(loading_info.mismatched_keys)
-        if (key == "lm_head.weight" and saved[-1] != own[-1])
-        or ("fusion_gate." in key and own[0] == len(names) and saved[0] != own[0])
-    ]
-    if extra or shapes or 0 < len(found) < len(names):
-        there = [n for n in names if n in found] + sorted(extra)
-        # or the library would report on top, and raise an error of its own in place of this one
-        for keys in (loading_info.missing_keys, loading_info.unexpected_keys, loading_info.mismatched_keys):
-            keys.clear()
-        raise ValueError(
-            f"A checkpoint must hold the specialists that its configuration names, because gate and head have a part "
-            f"for each, but it holds {len(there)} ({there}) and the configuration names {len(names)} ({names})"
-            f"{''.join('; ' + shape for shape in shapes)}. Load it with the config.json that was saved with it, or fuse "
-            f"anew with `UltraFuserForCausalLM.from_specialists`."
-        )
-
-
-def _specialist_mask(mask: Tensor | dict[str, Tensor] | None, name: str, config) -> Tensor | dict[str, Tensor] | None:
-    """One specialist's part of masks prepared in advance; anything else is for all specialists alike."""
-    if not isinstance(mask, dict):
-        return mask
-    if name in mask:
-        return mask[name]
-    own = {key.removeprefix(f"{name}/"): m for key, m in mask.items() if key.startswith(f"{name}/")}
-    if own:
-        return own
-    # masks by layer type, as continuous batching prepares them
-    return mask if hasattr(config, "layer_types") else mask[specialist_layer_types(config)[0]]
-
-
-def _is_frozen(specialist: nn.Module) -> bool:
-    """Whether running it under autograd would only store activations that no gradient needs."""
-    return torch.is_grad_enabled() and not any(p.requires_grad for p in specialist.parameters())
-
-
 def _bounded(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def _end_to_end(outputs: list[ModelOutput], field: str) -> tuple[Tensor, ...] | None:
-    values = [o.get(field) for o in outputs]
-    return None if any(v is None for v in values) else tuple(t for v in values for t in v)
-
-
-def _selected(states: tuple[Tensor, ...] | None, positions: bool | int | list[int] | None) -> tuple | None:
-    """Keeps the states at these positions, counted over all specialists, as the library does for one model."""
-    if states is None or positions is None or isinstance(positions, bool):
-        return states
-    positions = [positions] if isinstance(positions, int) else positions
-    kept = {i % len(states) for i in positions if -len(states) <= i < len(states)}
-    return tuple(state if i in kept else None for i, state in enumerate(states))

@@ -1,0 +1,81 @@
+"""What the backbone and the causal language model return, by name."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class UltraFuserModelOutput(ModelOutput):
+    """What the backbone returns.
+
+    Attributes:
+        last_hidden_state: The specialists' last hidden states side by side, scaled by the gate weights: times the
+            head, they are the fused logits. Shape (batch, seq, sum of hidden sizes).
+        past_key_values: One cache for all specialists.
+        hidden_states: On request, every specialist's hidden states, one specialist after another.
+        attentions: On request, every specialist's attention weights, one specialist after another.
+        gate_weights: Share of each specialist in each token, in float32. Shape (batch, seq, specialists).
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    gate_weights: Tensor | None = None
+
+
+@dataclass
+class UltraFuserMixtureOutput(ModelOutput):
+    """What the backbone returns with fusion="probabilities".
+
+    It has no `last_hidden_state`. Trainers and serving engines multiply that by the head to save memory, which would
+    mix logits here, and nothing would show it.
+
+    Attributes:
+        specialist_hidden_states: The specialists' last hidden states side by side, as they are.
+            Shape (batch, seq, sum of hidden sizes).
+        past_key_values: One cache for all specialists.
+        hidden_states: On request, every specialist's hidden states, one specialist after another.
+        attentions: On request, every specialist's attention weights, one specialist after another.
+        gate_weights: Share of each specialist in each token, in float32. Shape (batch, seq, specialists).
+    """
+
+    specialist_hidden_states: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    gate_weights: Tensor | None = None
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        """Refused: no hidden state times the head gives a mixture of probabilities."""
+        raise AttributeError(
+            "With fusion='probabilities' no single hidden state times the head gives the model's prediction, so its "
+            "backbone has no `last_hidden_state`, which TRL's trainers need. Train with fusion='logits', or with a "
+            "trainer that calls the model's own loss, `model(input_ids, labels=labels).loss`, as transformers' "
+            "`Trainer` does. For the hidden states themselves read `specialist_hidden_states`."
+        )
+
+
+@dataclass
+class UltraFuserCausalLMOutput(ModelOutput):
+    """What the causal language model returns.
+
+    Attributes:
+        loss: Negative log-likelihood in nats per labelled token, if `labels` were given. A scalar.
+        logits: Fused next-token logits; with fusion="probabilities", log-probabilities. Shape (batch, seq, vocab).
+        past_key_values: One cache for all specialists.
+        hidden_states: On request, every specialist's hidden states, one specialist after another.
+        attentions: On request, every specialist's attention weights, one specialist after another.
+        gate_weights: Share of each specialist in each token, in float32. Shape (batch, seq, specialists).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    gate_weights: Tensor | None = None

@@ -1,0 +1,77 @@
+"""Refusals of what engines that know one attention geometry for all layers would serve wrongly."""
+
+from .configuration_ultrafuser import UltraFuserConfig, common, head_dim, num_key_value_heads, specialist_layer_types
+
+
+def check_servable_by_vllm(config: UltraFuserConfig) -> None:
+    """Refuses what vLLM's Transformers backend would serve wrongly: it knows one attention geometry for all layers.
+
+    Raises:
+        ValueError: Naming the property that differs and its value for each specialist.
+    """
+
+    def refuse(reason: str, values: list) -> None:
+        raise ValueError(
+            f"vLLM's Transformers backend {reason}, but it is {dict(zip(config.specialist_names, values, strict=True))}. "
+            f"Use transformers for this model: `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
+        )
+
+    configs = config.specialists
+    if config.fusion != "logits":
+        refuse("computes logits with one linear head, which needs fusion='logits'", [config.fusion] * len(configs))
+    for field, read in (
+        ("num_attention_heads", lambda c: getattr(c, "num_attention_heads", None)),
+        ("num_key_value_heads", num_key_value_heads),
+        ("head_dim", head_dim),
+    ):
+        values = [read(c) for c in configs]
+        if common(values) is None:
+            refuse(f"knows one `{field}` for all specialists", values)
+    windows = [c.sliding_window if "sliding_attention" in specialist_layer_types(c) else None for c in configs]
+    if len({w for w in windows if w is not None}) > 1:
+        refuse("knows one attention window for all specialists", windows)
+    types = [sorted(set(specialist_layer_types(c)) - {"full_attention", "sliding_attention"}) for c in configs]
+    if any(types):
+        refuse("serves full and sliding attention only in a fused model; other layer types must be absent", types)
+    for field, what in (
+        ("attn_logit_softcapping", "knows one attention soft cap for all specialists; it must be None in each"),
+        ("kv_lora_rank", "cannot mix latent attention (MLA) with others; `kv_lora_rank` must be absent"),
+    ):
+        values = [getattr(c, field, None) for c in configs]
+        if any(v is not None for v in values):
+            refuse(what, values)
+    experts = [next((v for f in _EXPERT_FIELDS if (v := getattr(c, f, None))), None) for c in configs]
+    if any(experts):
+        refuse("cannot load mixture-of-experts specialists; the number of experts must be absent", experts)
+
+
+_EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def check_pageable(config: UltraFuserConfig) -> None:
+    """Refuses what continuous batching (`generate_batch`) cannot keep: its cache knows one attention geometry.
+
+    Raises:
+        ValueError: Naming each specialist's geometry.
+    """
+    types = {
+        n: set(specialist_layer_types(c)) for n, c in zip(config.specialist_names, config.specialists, strict=True)
+    }
+    used = set().union(*types.values())
+    # these fields are absent where specialists differ
+    one_shape = hasattr(config, "num_key_value_heads") and hasattr(config, "head_dim")
+    one_window = "sliding_attention" not in used or hasattr(config, "sliding_window")
+    if one_shape and one_window and used <= {"full_attention", "sliding_attention"}:
+        return
+    geometry = {
+        name: {
+            "layer_types": sorted(types[name]),
+            **{f: getattr(c, f, None) for f in ("num_key_value_heads", "num_attention_heads", "hidden_size")},
+            **({"sliding_window": c.sliding_window} if "sliding_attention" in types[name] else {}),
+        }
+        for name, c in zip(config.specialist_names, config.specialists, strict=True)
+    }
+    raise ValueError(
+        f"Continuous batching keeps keys and values of all layers in blocks of one shape, of full attention and of "
+        f"one attention window at most, but the specialists are {geometry}. Use `generate` for this model."
+    )

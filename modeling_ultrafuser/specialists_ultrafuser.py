@@ -1,0 +1,136 @@
+"""Specialists side by side: what their modules, inputs, masks, outputs and checkpoints have to do with each other."""
+
+import re
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .configuration_ultrafuser import specialist_layer_types
+
+
+class Specialists(nn.ModuleDict):
+    """The specialists' backbones by name.
+
+    `PreTrainedModel.post_init` collects what follows from its direct children only, by attribute name: without these
+    properties `device_map="auto"` could cut a decoder layer in two and tensor-parallel plans would be empty.
+    """
+
+    _no_split_modules = property(lambda self: self._union("_no_split_modules"))
+    _keep_in_fp32_modules = property(lambda self: self._union("_keep_in_fp32_modules"))
+    _keep_in_fp32_modules_strict = property(lambda self: self._union("_keep_in_fp32_modules_strict"))
+    _skip_keys_device_placement = property(lambda self: self._union("_skip_keys_device_placement"))
+    _keys_to_ignore_on_load_unexpected = property(lambda self: self._union("_keys_to_ignore_on_load_unexpected"))
+    _keys_to_ignore_on_load_missing = property(lambda self: self._union("_keys_to_ignore_on_load_missing"))
+    _keys_to_ignore_on_save = property(lambda self: self._prefixed_set("_keys_to_ignore_on_save"))
+    _tp_plan = property(lambda self: self._prefixed_dict("_tp_plan"))
+    _ep_plan = property(lambda self: self._prefixed_dict("_ep_plan"))
+    _fsdp_plan = property(lambda self: self._prefixed_dict("_fsdp_plan"))
+
+    @property
+    def all_tied_weights_keys(self) -> dict[str, str]:
+        pairs = [(name, tied) for name, m in self.items() for tied in m.all_tied_weights_keys.items()]
+        return {f"{name}.{target}": f"{name}.{source}" for name, (target, source) in pairs}
+
+    def _union(self, field: str) -> set[str]:
+        return {entry for m in self.values() for entry in getattr(m, field, None) or ()}
+
+    def _prefixed_set(self, field: str) -> set[str]:
+        return {f"{name}.{entry}" for name, m in self.items() for entry in getattr(m, field, None) or ()}
+
+    def _prefixed_dict(self, field: str) -> dict:
+        return {f"{n}.{k}": v for n, m in self.items() for k, v in (getattr(m, field, None) or {}).items()}
+
+
+def check_inputs(names: list[str], input_ids, inputs_embeds, specialist_input_ids, specialist_attention_mask) -> None:
+    """Refuses what a fused model cannot read.
+
+    Raises:
+        ValueError: Naming the argument and what it must be.
+    """
+    if inputs_embeds is not None:
+        raise ValueError(
+            "A fused model reads token ids, because its specialists embed the same token differently, but got "
+            "`inputs_embeds`. Pass `input_ids`, or call one specialist: `model.specialist(name)`."
+        )
+    if input_ids is None:
+        raise ValueError("A fused model reads token ids, but `input_ids` is None. Pass a tensor (batch, seq).")
+    for key, value in (
+        ("specialist_input_ids", specialist_input_ids),
+        ("specialist_attention_mask", specialist_attention_mask),
+    ):
+        if value is not None and (value.ndim != 3 or value.shape[1] != len(names)):
+            raise ValueError(
+                f"`{key}` holds one row per specialist, in the order {names}, so its shape "
+                f"must be (batch, {len(names)}, seq), but it is {tuple(value.shape)}."
+            )
+    if specialist_input_ids is not None and specialist_input_ids.shape[-1] != input_ids.shape[-1]:
+        raise ValueError(
+            f"The views of one prompt must be padded on the left to one length, so that the response starts at "
+            f"one position, but `input_ids` has {input_ids.shape[-1]} tokens and `specialist_input_ids` "
+            f"{specialist_input_ids.shape[-1]}."
+        )
+
+
+def refuse_other_specialists(names: list[str], parameters: list[str], loading_info) -> None:
+    """Refuses a checkpoint of other specialists than the configuration names, with one sentence.
+
+    Nothing is said if no specialist was in the checkpoint at all: an adapter, or an empty state on purpose.
+    """
+
+    def specialist_of(key: str) -> str | None:
+        found = re.search(r"(?:^|\.)specialists\.(\w+)\.", key)
+        return found and found[1]
+
+    extra = {specialist_of(key) for key in loading_info.unexpected_keys} - {*names, None}
+    found = {specialist_of(key) for key in parameters if key not in loading_info.missing_keys} - {None}
+    shapes = [
+        f"`{key}` has shape {tuple(saved)} there and {tuple(own)} here"
+        for key, saved, own in sorted(loading_info.mismatched_keys)
+        if (key == "lm_head.weight" and saved[-1] != own[-1])
+        or ("fusion_gate." in key and own[0] == len(names) and saved[0] != own[0])
+    ]
+    if extra or shapes or 0 < len(found) < len(names):
+        there = [n for n in names if n in found] + sorted(extra)
+        # or the library would report on top, and raise an error of its own in place of this one
+        for keys in (loading_info.missing_keys, loading_info.unexpected_keys, loading_info.mismatched_keys):
+            keys.clear()
+        raise ValueError(
+            f"A checkpoint must hold the specialists that its configuration names, because gate and head have a part "
+            f"for each, but it holds {len(there)} ({there}) and the configuration names {len(names)} ({names})"
+            f"{''.join('; ' + shape for shape in shapes)}. Load it with the config.json that was saved with it, or fuse "
+            f"anew with `UltraFuserForCausalLM.from_specialists`."
+        )
+
+
+def specialist_mask(mask: Tensor | dict[str, Tensor] | None, name: str, config) -> Tensor | dict[str, Tensor] | None:
+    """One specialist's part of masks prepared in advance; anything else is for all specialists alike."""
+    if not isinstance(mask, dict):
+        return mask
+    if name in mask:
+        return mask[name]
+    own = {key.removeprefix(f"{name}/"): m for key, m in mask.items() if key.startswith(f"{name}/")}
+    if own:
+        return own
+    # masks by layer type, as continuous batching prepares them
+    return mask if hasattr(config, "layer_types") else mask[specialist_layer_types(config)[0]]
+
+
+def is_frozen(specialist: nn.Module) -> bool:
+    """Whether running it under autograd would only store activations that no gradient needs."""
+    return torch.is_grad_enabled() and not any(p.requires_grad for p in specialist.parameters())
+
+
+def end_to_end(outputs: list[ModelOutput], field: str) -> tuple[Tensor, ...] | None:
+    """A field of all specialists' outputs, one after another, or None if one lacks it."""
+    values = [o.get(field) for o in outputs]
+    return None if any(v is None for v in values) else tuple(t for v in values for t in v)
+
+
+def selected(states: tuple[Tensor, ...] | None, positions: bool | int | list[int] | None) -> tuple | None:
+    """Keeps the states at these positions, counted over all specialists, as the library does for one model."""
+    if states is None or positions is None or isinstance(positions, bool):
+        return states
+    positions = [positions] if isinstance(positions, int) else positions
+    kept = {i % len(states) for i in positions if -len(states) <= i < len(states)}
+    return tuple(state if i in kept else None for i, state in enumerate(states))
