@@ -1,17 +1,31 @@
-import pytest
-from datasets import Dataset
+import copy
+import warnings
 
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch.nn import functional as F  # noqa: N812
+from trl import SFTConfig
+
+import trainers.losses
 from modeling_ultrafuser import UltraFuserForCausalLM
+from tests.stage_run import data as sums
 from tests.tiny import specialist, tokenizer
-from tests.training import changed, conversations, weights
+from tests.training import CHAT_TEMPLATE, changed, conversations, weights
 from trainers import DomainSampler, GateTrainer, JointTrainer
+from trainers.stages import scaled_rate
+
+
+BOTH = pytest.mark.parametrize("stage", [GateTrainer, JointTrainer])
+TERMS = {"gate_entropy": 0.1, "gate_balance": 0.2, "gate_domain": 0.1, "mix_importance": True}
 
 
 def domains(sizes):
     return {name: Dataset.from_list(conversations(size)) for name, size in sizes.items()}
 
 
-def trainer(cls, model, folder, data=None, **settings):
+def trainer(cls, model, folder, data=None, *, more=None, **settings):
     settings = {
         "max_steps": 3,
         "per_device_train_batch_size": 6,
@@ -21,12 +35,11 @@ def trainer(cls, model, folder, data=None, **settings):
     }
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False}
     data = domains({"text": 8, "code": 6, "math": 9}) if data is None else data
-    template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     arguments = cls.config_class(str(folder), **{**quiet, "examples_per_domain": 2, **settings})
-    return cls(model, arguments, data, processing_class=tokenizer(chat_template=template))
+    return cls(model, arguments, data, processing_class=tokenizer(chat_template=CHAT_TEMPLATE), **(more or {}))
 
 
-@pytest.mark.parametrize("stage", [GateTrainer, JointTrainer])
+@BOTH
 def test_a_stage_moves_its_own_parameters_and_no_others(stage, fused, tmp_path):
     before = weights(fused)
     trainer(stage, fused, tmp_path).train()
@@ -96,3 +109,331 @@ def test_a_gate_without_parameters_is_refused(specialists, tmp_path):
 def test_a_single_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="got a LlamaForCausalLM"):
         trainer(JointTrainer, specialist(), tmp_path)
+
+
+def logs(stage):
+    """What a finished stage logged, by step."""
+    return [entry for entry in stage.state.log_history if "loss" in entry]
+
+
+def batch_of(stage, batch=0):
+    """What one optimizer step reads, in one piece."""
+    draws = list(stage.sampler)[batch * stage.sampler.batch_size :][: stage.sampler.batch_size]
+    stage.sampler.batches_drawn = 0
+    return stage.data_collator([stage.train_dataset[i] for i in draws])
+
+
+# ---- what moves, and how fast
+
+
+@BOTH
+@pytest.mark.parametrize("terms", [{}, TERMS])
+@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+def test_accumulated_batches_are_one_large_batch(stage, terms, fusion, specialists, tmp_path):
+    found = []
+    model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion)
+    for at_once in (8, 1):
+        settings = {**terms, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "examples_per_domain": 4}
+        settings |= {"mix": "fixed", "mix_weights": {"text": 3, "code": 1}}
+        one = copy.deepcopy(model)
+        run = trainer(
+            stage, one, tmp_path, sums({"text": 9, "code": 7}), per_device_train_batch_size=at_once, **settings
+        )
+        run.train()
+        assert run.args.gradient_accumulation_steps == 8 // at_once
+        found.append((weights(one), [entry["loss"] for entry in logs(run)]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+
+
+def test_stage_two_with_adapters_moves_them_and_the_gate(fused, tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    stage = trainer(JointTrainer, fused, tmp_path, more={"peft_config": lora})
+    before = weights(stage.model)
+    stage.train()
+    moved = changed(stage.model, before)
+    assert all("lora_" in name or "fusion_gate.modules_to_save" in name for name in moved)
+    assert {"lora_B" in name for name in moved} == {True, False}
+    assert logs(stage)[-1]["gate/code/code"] != logs(stage)[0]["gate/code/code"]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_specialists_that_are_not_chosen_stay_as_they_are(weight_decay, fused, tmp_path):
+    before = weights(fused)
+    settings = {"train_specialists": ["text", "math"], "weight_decay": weight_decay}
+    trainer(JointTrainer, fused, tmp_path, **settings).train()
+    moved = changed(fused, before)
+    assert {n.split(".")[2] for n in moved if ".specialists." in n} == {"text", "math"}
+    assert any("fusion_gate" in n for n in moved)
+    sizes = [c.hidden_size for c in fused.config.specialists]
+    columns = (fused.lm_head.weight != before["lm_head.weight"]).any(0).split(sizes)
+    assert [bool(c.any()) for c in columns] == [name != "code" for name in fused.config.specialist_names]
+
+
+def test_a_specialist_that_is_not_there_cannot_be_trained(fused, tmp_path):
+    with pytest.raises(ValueError, match="`train_specialists` must name some of .* but is \\['poetry'\\]"):
+        trainer(JointTrainer, fused, tmp_path, train_specialists=["poetry"])
+
+
+def test_the_parts_of_the_model_learn_at_their_own_rates(fused, tmp_path):
+    rates = {"learning_rate": 1e-3, "gate_learning_rate": 1e-2, "head_learning_rate": 1e-4}
+    stage = trainer(JointTrainer, fused, tmp_path, weight_decay=0.1, **rates)
+    names = {id(p): name for name, p in fused.named_parameters()}
+    found = {}
+    for group in stage.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            found[names.pop(id(parameter))] = group["lr"]
+    assert not names, "some parameters are in no group"
+    for name, rate in found.items():
+        expected = "gate_learning_rate" if "gate." in name and "fusion" in name else "learning_rate"
+        assert rate == rates["head_learning_rate" if name == "lm_head.weight" else expected], name
+    stage.train()
+    assert {group["lr"] for group in stage.optimizer.param_groups} == {0.0}, "the schedule reaches every group"
+
+
+def test_the_default_rate_is_the_papers_for_large_specialists_and_higher_for_small_ones(fused, tmp_path):
+    assert trainer(GateTrainer, fused, tmp_path, learning_rate=None).args.learning_rate == pytest.approx(1e-2)
+    assert trainer(JointTrainer, fused, tmp_path, learning_rate=None).args.learning_rate == pytest.approx(1e-3)
+    for at_a_million in (1e-2, 1e-3):
+        assert scaled_rate(1e9, at_a_million) == scaled_rate(7e10, at_a_million) == pytest.approx(2e-5)
+        assert scaled_rate(1e6, at_a_million) == scaled_rate(1e4, at_a_million) == pytest.approx(at_a_million)
+        assert 2e-5 < scaled_rate(1e8, at_a_million) < scaled_rate(1e7, at_a_million) < at_a_million
+
+
+# ---- what is refused
+
+
+def test_a_stage_does_not_resume_from_another(fused, tmp_path):
+    trainer(GateTrainer, fused, tmp_path, save_strategy="steps", save_steps=3).train()
+    with pytest.raises(ValueError, match="stage is 'gate' in .*checkpoint-3' and 'joint' here. Start a new run from"):
+        trainer(JointTrainer, fused, tmp_path / "two").train(str(tmp_path / "checkpoint-3"))
+
+
+def test_a_stage_does_not_resume_with_other_data(fused, tmp_path):
+    trainer(GateTrainer, fused, tmp_path, save_strategy="steps", save_steps=3).train()
+    stage = trainer(GateTrainer, fused, tmp_path, domains({"text": 7, "code": 6, "math": 9}))
+    with pytest.raises(ValueError, match="sizes is \\[6, 9, 8\\] in .* and \\[6, 9, 7\\] here"):
+        stage.train(str(tmp_path / "checkpoint-3"))
+
+
+def test_a_stage_does_not_resume_from_another_trainers_checkpoint(fused, tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="has no ultrafuser_stage.json: it is another trainer's, or was cut off"):
+        trainer(GateTrainer, fused, tmp_path).train(str(tmp_path / "checkpoint-3"))
+
+
+@BOTH
+def test_another_trainers_settings_are_refused(stage, fused, tmp_path):
+    with pytest.raises(ValueError, match=f"reads its settings from a {stage.config_class.__name__}, but got a SFTCo"):
+        stage(fused, SFTConfig(str(tmp_path), use_cpu=True, bf16=False), domains({"text": 8}))
+
+
+def test_batches_that_do_not_divide_a_step_are_refused(fused, tmp_path):
+    with pytest.raises(ValueError, match="6 examples, but per_device_train_batch_size=4 .* Choose a divisor of 6"):
+        trainer(GateTrainer, fused, tmp_path, per_device_train_batch_size=4)
+    with pytest.raises(ValueError, match="follows from `examples_per_domain` and is 2 here, but it was set to 5"):
+        trainer(GateTrainer, fused, tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=5)
+
+
+def test_a_domain_that_masking_leaves_empty_is_named(fused, tmp_path):
+    pairs = [{"prompt": f"{i}+{i}?", "completion": f"It is {2 * i}."} for i in range(6)]
+    long = [{"prompt": pair["prompt"] * 20, "completion": pair["completion"]} for pair in pairs]
+    data = {name: Dataset.from_list(rows) for name, rows in {"text": pairs, "code": long, "math": pairs}.items()}
+    with pytest.raises(ValueError, match="nothing is left of \\['code'\\] once prompts are masked"):
+        trainer(GateTrainer, fused, tmp_path, data, max_length=32)
+
+
+def test_a_domain_whose_batches_hold_no_label_stops_the_run(fused, tmp_path):
+    stage = trainer(GateTrainer, fused, tmp_path, sums({"text": 9, "code": 7, "math": 12}))
+    inner = stage.data_collator.collator
+    masked = {tuple(row["input_ids"]) for row in stage.train_dataset if row["domain"] == "code"}
+
+    def collate(rows):
+        batch = inner(rows)
+        batch["labels"][[tuple(row["input_ids"]) in masked for row in rows]] = -100
+        return batch
+
+    stage.data_collator.collator = collate
+    with pytest.raises(ValueError, match=r"since the last log \['code'\] held none: all its labels are -100"):
+        stage.train()
+
+
+# ---- what is watched
+
+
+@BOTH
+@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+def test_logged_numbers_are_those_of_the_model(stage, fusion, specialists, tmp_path):
+    model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion)
+    for parameter in model.model.fusion_gate.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    run = trainer(stage, model, tmp_path, sums({"text": 9, "code": 7, "math": 12}), learning_rate=0.0, max_steps=1)
+    batch = batch_of(run)
+    run.train()
+    (found,) = logs(run)
+    domain = batch.pop("domain")[:, 1:]
+    labels = batch.pop("labels")[:, 1:]
+    with torch.no_grad():
+        outputs = model.eval()(**batch, use_cache=False)
+    nll = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    gate = outputs.gate_weights[:, :-1]
+    assert found["loss"] == pytest.approx((nll.sum() / (labels != -100).sum()).item(), rel=1e-5)
+    for d, name in enumerate(("code", "math", "text")):
+        mask = (labels != -100) & (domain == d)
+        assert found[f"tokens/{name}"] == mask.sum()
+        assert found[f"loss/{name}"] == pytest.approx(nll[mask].mean().item(), abs=1e-5)
+        entropy = torch.special.entr(gate).sum(-1)[mask].mean()
+        assert found[f"gate_entropy/{name}"] == pytest.approx(entropy.item(), abs=1e-5)
+        for k, own in enumerate(model.config.specialist_names):
+            assert found[f"gate/{name}/{own}"] == pytest.approx(gate[mask][:, k].mean().item(), abs=1e-5)
+            top1 = (gate[mask].argmax(-1) == k).float().mean()
+            assert found[f"top1/{name}/{own}"] == pytest.approx(top1.item(), abs=1e-5)
+
+
+def test_a_gate_that_has_collapsed_is_told_once(specialists, tmp_path):
+    model = UltraFuserForCausalLM.from_specialists(specialists, gate="constant")
+    (numbers,) = model.model.fusion_gate.parameters()
+    numbers.data.flatten()[0] = 9.0
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer(GateTrainer, model, tmp_path, learning_rate=0.0).train()
+    told = [str(w.message) for w in told if "collapsed" in str(w.message)]
+    assert len(told) == 1
+    assert "'text' has 100.0%" in told[0]
+
+
+def test_a_gate_that_does_not_move_is_told(specialists, tmp_path):
+    model = UltraFuserForCausalLM.from_specialists(specialists)
+    with pytest.warns(UserWarning, match="hardly moved after 21 steps.*Raise `learning_rate`"):
+        trainer(GateTrainer, model, tmp_path, learning_rate=1e-8, max_steps=22).train()
+
+
+# ---- gate terms
+
+
+def test_gate_terms_move_the_gate_their_way(fused, tmp_path):
+    for parameter in fused.model.fusion_gate.parameters():
+        parameter.data *= 0.2  # opinions that can change
+
+    def last(**settings):
+        run = trainer(
+            GateTrainer,
+            copy.deepcopy(fused),
+            tmp_path,
+            max_steps=15,
+            learning_rate=3e-2,
+            **settings,
+        )
+        run.train()
+        found = logs(run)[-1]
+        shares = {n: [found[f"gate/{d}/{n}"] for d in run.domains] for n in run.domains}
+        return {
+            "entropy": sum(found[f"gate_entropy/{d}"] for d in run.domains),
+            "unbalance": sum(sum(of) ** 2 for of in shares.values()),
+            "own": sum(found[f"gate/{d}/{d}"] for d in run.domains),
+        }
+
+    plain = last()
+    assert last(gate_entropy=1.0)["entropy"] < plain["entropy"] - 0.1
+    assert last(gate_balance=5.0)["unbalance"] < plain["unbalance"]
+    assert last(gate_domain=5.0, gate_domain_steps=100)["own"] > plain["own"] + 0.02
+
+
+def test_the_warm_start_of_the_gate_ends(fused, tmp_path):
+    def losses(**settings):
+        run = trainer(GateTrainer, copy.deepcopy(fused), tmp_path, learning_rate=0.0, max_steps=4, **settings)
+        run.train()
+        return [entry["loss"] for entry in logs(run)]
+
+    extra = [a - b for a, b in zip(losses(gate_domain=1.0, gate_domain_steps=2), losses(), strict=True)]
+    assert extra[0] > 1.5 * extra[1] > 0
+    assert extra[2:] == [0, 0]
+
+
+def test_domains_without_a_specialist_cannot_start_the_gate_warm(fused, tmp_path):
+    with pytest.raises(ValueError, match="domains must be named as specialists are, but domains are \\['a', 'b'\\]"):
+        trainer(GateTrainer, fused, tmp_path, domains({"a": 4, "b": 4}), gate_domain=1.0)
+
+
+# ---- a mixture of probabilities
+
+
+def test_the_loss_in_chunks_is_the_models_own(specialists, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainers.losses, "CHUNK", 5)
+    model = UltraFuserForCausalLM.from_specialists(specialists, fusion="probabilities")
+    for parameter in model.model.fusion_gate.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    run = trainer(JointTrainer, model, tmp_path)
+    batch = batch_of(run)
+    own_gradients = {}
+    loss = model(**{k: v for k, v in batch.items() if k != "domain"}, use_cache=False).loss
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        own_gradients[name], parameter.grad = parameter.grad, None
+    model.train()
+    run._warned = set()
+    chunked = run.compute_loss(model, dict(batch))
+    chunked.backward()
+    assert chunked.item() == pytest.approx(loss.item(), rel=1e-6)
+    torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, own_gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_a_gate_weight_that_rounds_to_nothing_has_a_gradient(specialists, tmp_path):
+    model = UltraFuserForCausalLM.from_specialists(specialists, fusion="probabilities", gate="constant")
+    (numbers,) = model.model.fusion_gate.parameters()
+    numbers.data.flatten()[0] = 200.0
+    before = weights(model)
+    trainer(JointTrainer, model, tmp_path, max_steps=1).train()
+    assert all(tensor.isfinite().all() for tensor in weights(model).values())
+    assert changed(model, before)
+
+
+# ---- other ways to lay out a batch
+
+
+def seen_sums(stage, row):
+    return {int(part.split("+")[0]) for part in stage.processing_class.decode(row).split("<user>")[1:]}
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_packing_keeps_domains_apart(strategy, fused, tmp_path):
+    sizes = {"text": 9, "code": 7, "math": 12}
+    settings = {"packing": True, "packing_strategy": strategy, "max_length": 96, "per_device_train_batch_size": 3}
+    stage = trainer(GateTrainer, fused, tmp_path, sums(sizes), examples_per_domain=1, **settings)
+    assert len(stage.train_dataset) < 28
+    own = {"text": range(9), "code": range(9, 16), "math": range(16, 28)}
+    found = {name: set() for name in own}
+    for row in stage.train_dataset:
+        if strategy == "bfd":  # the other strategy cuts in the middle of a sum
+            found[row["domain"]] |= seen_sums(stage, row["input_ids"])
+    if strategy == "bfd":
+        assert found == {name: set(numbers) for name, numbers in own.items()}
+    stage.train()
+    assert all(entry[f"tokens/{name}"] for entry in logs(stage) for name in own)
+
+
+@BOTH
+def test_without_padding_everything_is_as_with_it(stage, fused, tmp_path):
+    found = []
+    for settings in ({}, {"padding_free": True, "max_length": None}):
+        data = sums({"text": 9, "code": 7, "math": 12})
+        run = trainer(stage, copy.deepcopy(fused), tmp_path, data, optim="sgd", **TERMS, **settings)
+        run.train()
+        ours = ("loss", "gate", "top1", "tokens", "mix")
+        found.append([{k: v for k, v in entry.items() if k.startswith(ours)} for entry in logs(run)])
+    for padded, free in zip(*found, strict=True):
+        assert padded == pytest.approx(free, abs=1e-4)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_evaluation_is_trls_own(labelled, fused, tmp_path):
+    extra = {"domain": "text"} if labelled else {}
+    held_out = Dataset.from_list([{**row, **extra} for row in conversations(5)])
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.0}
+    stage = trainer(GateTrainer, fused, tmp_path, more={"eval_dataset": held_out}, **settings)
+    stage.train()
+    found = [entry["eval_loss"] for entry in stage.state.log_history if "eval_loss" in entry]
+    rows = [{k: v for k, v in row.items() if k != "domain"} for row in stage.eval_dataset]
+    batch = stage.data_collator(rows)
+    with torch.no_grad():
+        assert found[0] == pytest.approx(fused.eval()(**batch, use_cache=False).loss.item(), rel=1e-5)

@@ -22,7 +22,8 @@ from trl import SFTConfig, SFTTrainer
 
 from .controlling import REWARDS, MixController
 from .losses import add_mixture_head, gate_terms
-from .mixing import POLICIES, effective_epochs, importance_weights, static_mix
+from .mixing import effective_epochs, importance_weights, static_mix
+from .policies import POLICIES
 from .sampling import DomainSampler
 
 
@@ -194,7 +195,14 @@ class _StageTrainer(SFTTrainer):
 
         self.fused = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         if self.fused.config.fusion == "probabilities":
+            if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+                raise ValueError(
+                    "With fusion='probabilities' the loss reads the head a part at a time, in the backward pass too, and "
+                    "ZeRO-3 gathers it only where a whole layer runs. Train with FSDP2, or with ZeRO-2."
+                )
             add_mixture_head(self.fused)
+        self.fused.model.register_forward_hook(self._gather_head)
+        self.fused.register_forward_hook(self._scatter_head)
         self.data_collator = _DomainCollator(self.data_collator, self.domains)
         self.sizes = np.bincount(
             [self.domains.index(d) for d in self.train_dataset["domain"]], minlength=len(self.domains)
@@ -299,6 +307,32 @@ class _StageTrainer(SFTTrainer):
             loss = loss + extra
         return (loss, *outputs) if return_outputs else loss
 
+    def _gather_head(self, *_) -> None:
+        """Lets FSDP2 make the head whole by its own means before anything multiplies by its weight.
+
+        TRL's head does so with `full_tensor()`, whose backward pass gives each process the gradient of its own batch.
+        """
+        head = self.fused.get_output_embeddings()
+        if hasattr(head, "unshard"):
+            head.unshard()
+
+    def _scatter_head(self, *_) -> None:
+        head = self.fused.get_output_embeddings()
+        if hasattr(head, "reshard") and not torch.is_grad_enabled():  # else the backward pass does
+            head.reshard()
+
+    def _whole_head(self) -> Tensor:
+        """The head's weight, from all processes where each holds a part. Every process must ask at the same time."""
+        weight = self.fused.lm_head.weight
+        if hasattr(weight, "full_tensor"):  # FSDP2
+            return weight.full_tensor()
+        if hasattr(weight, "ds_id"):  # ZeRO-3
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([weight]):
+                return weight.detach().clone()
+        return weight
+
     @contextmanager
     def watching(self, *, own: bool = False, hidden: bool = False):
         """Collects per-token scores and gate weights of the next forward pass, without a pass of its own.
@@ -343,8 +377,7 @@ class _StageTrainer(SFTTrainer):
         Returns:
             Log-probabilities, 0 where nothing is supervised. Shape (batch, seq - 1).
         """
-        weight = self.fused.lm_head.weight
-        weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        weight = self._whole_head()
         found = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         config = self.fused.config
         edges = np.cumsum([0] + [c.hidden_size for c in config.specialists])
@@ -534,12 +567,21 @@ class JointTrainer(_StageTrainer):
     config_class = JointStageConfig
     stage = "joint"
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not all(self._trained) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"`train_specialists={self.args.train_specialists}` keeps columns of the wide head as they are, which "
+                f"takes a whole head, but FSDP and DeepSpeed give each process a part. Train all, or use DDP."
+            )
+
     def _choose_parameters(self, model: PreTrainedModel, args: JointStageConfig, peft_config) -> None:
         names = model.config.specialist_names
         chosen = names if args.train_specialists is None else args.train_specialists
         if not set(chosen) <= set(names) or not chosen:
             raise ValueError(f"`train_specialists` must name some of {names}, but is {args.train_specialists}.")
         model.requires_grad_(True)
+        self._trained = [n in chosen for n in names]
         if peft_config is not None:
             if args.train_specialists is not None:
                 raise ValueError(
@@ -552,7 +594,24 @@ class JointTrainer(_StageTrainer):
         elif set(chosen) != set(names):
             for name in set(names) - set(chosen):
                 model.model.specialists[name].requires_grad_(False)
-            _train_columns(model, [n in chosen for n in names])
+            kept = _kept_columns(model, self._trained)
+            model.lm_head.weight.register_hook(lambda gradient: gradient.index_fill(1, kept.to(gradient.device), 0))
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As every stage's, and columns of the head that are not trained stay as they are, whatever it does to them."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created and not all(self._trained):
+            weight, columns, before = self.fused.lm_head.weight, _kept_columns(self.fused, self._trained), []
+
+            @torch.no_grad()
+            def put_back(*_):
+                # weight decay moves what has no gradient too
+                weight.index_copy_(1, columns.to(weight.device), before.pop())
+
+            optimizer.register_step_pre_hook(lambda *_: before.append(weight.detach()[:, columns].clone()))
+            optimizer.register_step_post_hook(put_back)
+        return optimizer
 
     def default_learning_rate(self, model: PreTrainedModel) -> float:
         return scaled_rate(_specialist_size(model), 1e-3)
@@ -587,11 +646,10 @@ def _part(name: str) -> str:
     return "gate" if "fusion_gate" in name else "heads" if "lm_head" in name else "specialists"
 
 
-def _train_columns(model: PreTrainedModel, trained: list[bool]) -> None:
-    """Lets only these specialists' columns of the wide head move."""
+def _kept_columns(model: PreTrainedModel, trained: list[bool]) -> Tensor:
+    """Columns of the wide head that belong to specialists that are not trained. Shape (columns,)."""
     sizes = torch.tensor([c.hidden_size for c in model.config.specialists])
-    moves = torch.repeat_interleave(torch.tensor(trained), sizes)
-    model.lm_head.weight.register_hook(lambda gradient: gradient * moves.to(gradient.device, gradient.dtype))
+    return torch.repeat_interleave(~torch.tensor(trained), sizes).nonzero()[:, 0]
 
 
 def _accumulate(args: _StageConfig, domains: int) -> None:
@@ -610,6 +668,11 @@ def _accumulate(args: _StageConfig, domains: int) -> None:
             f"was set to {args.gradient_accumulation_steps}. Leave it out, or change `examples_per_domain`."
         )
     args.gradient_accumulation_steps = wanted // at_once
+    if getattr(args, "hf_deepspeed_config", None) is not None:
+        # it was filled in with the number of accumulated steps and the learning rate of before
+        args.hf_deepspeed_config = type(args.hf_deepspeed_config)(args.deepspeed)
+        args.hf_deepspeed_config.trainer_config_process(args)
+        args.deepspeed_plugin = type(args.deepspeed_plugin)(hf_ds_config=args.hf_deepspeed_config)
 
 
 class _DomainCollator:
