@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import mixing
-from .mixing import POLICIES, Smoothing, effective_epochs, guarded, towards_target, usable_rewards
+from .mixing import effective_epochs, guarded
+from .policies import POLICIES, Smoothing
+from .rewards import difficulty, gradient_cosine, regret, similarity, towards_target, usable_rewards
 
 
 # What it is, and whether it is read from ordinary training batches at no pass of its own.
@@ -31,7 +32,7 @@ class MixController:
 
     "loss" is the mean loss of a domain's training batches, "regret" its perplexity over that of the domain's own
     specialist. Stage one reads the specialist from the same batches; in stage two the specialists move, so there
-    regret is measured on the pool, against what the specialists said before. The other rewards (see `mixing`) are
+    regret is measured on the pool, against what the specialists said before. The other rewards (see `rewards`) are
     measured on the pool: `mix_probe` training examples of each domain, always the same.
 
     Args:
@@ -93,7 +94,8 @@ class MixController:
     def metrics(self) -> dict[str, float]:
         """For the log: rewards as measured, and the mix that was learned last."""
         named = zip(self.trainer.domains, self.rewards, self.mixes[-1][1], strict=True)
-        return {k: v for d, r, m in named for k, v in ((f"reward/{d}", r), (f"learned_mix/{d}", m))}
+        found = {k: v for d, r, m in named for k, v in ((f"reward/{d}", r), (f"learned_mix/{d}", m))}
+        return {name: value for name, value in found.items() if np.isfinite(value)}  # none before the first update
 
     def state_dict(self) -> dict:
         """Everything that the next update depends on."""
@@ -131,19 +133,25 @@ class MixController:
         target = None if self.args.mix_target is None else self.trainer.domains.index(self.args.mix_target)
         if self.from_batches:
             found = self.trainer.statistics.since("mix", self.trainer.accelerator)
-            rewards = found.nll / found.tokens
-            if self.reward == "regret":
-                rewards = np.exp(rewards - found.own_nll / found.tokens)
+            losses, own = found.nll / found.tokens, found.own_nll / found.tokens
+            # of all the tokens together: a batch's examples are not told apart
+            rewards = (
+                losses
+                if self.reward == "loss"
+                else np.array([regret(*pair) for pair in zip(losses, own, strict=True)])
+            )
         elif self.reward == "similarity":
-            return mixing.similarity(self._mean_hidden_states(), target)
+            return similarity(self._mean_hidden_states(), target)
         elif self.reward == "gradient":
-            half = [(self._gradients(self.pool[part::2])) for part in (0, 1)]
-            rewards = mixing.gradient_cosine(*half)
+            rewards = gradient_cosine(*(self._gradients(half) for half in (0, 1)))
         elif self.reward == "uncertainty":
-            rewards = self._by_domain(self._losses(entropy=True), np.mean)
+            # mean entropy, in one pass: MultiUAT (Wu et al., 2021, arXiv 2109.02284) takes 30 with dropout, which
+            # language models mostly lack
+            rewards = np.array([entropy.mean() for entropy in self._by_domain(self._losses(entropy=True))])
         else:
-            change = self._losses() - self.baseline
-            rewards = self._by_domain(change, lambda c: mixing.difficulty(c, np.zeros_like(c)))
+            formula = regret if self.reward == "regret" else difficulty
+            pairs = zip(self._by_domain(self._losses()), self._by_domain(self.baseline), strict=True)
+            rewards = np.array([formula(now, before) for now, before in pairs])
         return rewards if target is None else towards_target(rewards, target)
 
     # ---- the pool
@@ -155,12 +163,12 @@ class MixController:
         longest = max(map(len, chosen))
         return [c[i] for i in range(longest) for c in chosen if i < len(c)]
 
-    def _by_domain(self, values: np.ndarray, reduce) -> np.ndarray:
-        """Reduces one value per pool example, NaN where it has no supervised token, to one per domain."""
+    def _by_domain(self, values: np.ndarray) -> list[np.ndarray]:
+        """One value per pool example, by domain, without the NaN of those that have no supervised token."""
         places = self.trainer.train_dataset["domain"]
         of = np.array([self.trainer.domains.index(places[i]) for i in self.pool])
-        chosen = [values[(of == d) & np.isfinite(values)] for d in range(len(self.trainer.domains))]
-        return np.array([reduce(c) if len(c) else np.nan for c in chosen])
+        # an example's tokens are the same at any time, so NaN are too
+        return [values[(of == d) & ~np.isnan(values)] for d in range(len(self.trainer.domains))]
 
     @contextmanager
     def _probing(self) -> Iterator[None]:
@@ -236,8 +244,8 @@ class MixController:
                 sums.index_add_(0, domain[: len(places), 0].cpu(), means.cpu())
         return self._reduced(sums).numpy()
 
-    def _gradients(self, places: list[int]) -> np.ndarray:
-        """Gradient of each domain's mean loss with respect to what is trained. Shape (domains, parameters)."""
+    def _gradients(self, half: int) -> np.ndarray:
+        """Gradient of each domain's loss on one half of the pool, by what is trained. Shape (domains, parameters)."""
         trainer = self.trainer
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         domains = trainer.train_dataset["domain"]
@@ -245,7 +253,7 @@ class MixController:
         with self._probing():
             for domain in trainer.domains:
                 total = [torch.zeros_like(p) for p in parameters]
-                for own, batch in self._batches([i for i in places if domains[i] == domain]):
+                for own, batch in self._batches([i for i in self.pool if domains[i] == domain][half::2]):
                     batch.pop("domain")
                     # not the wrapped model: its hooks wait for a backward pass over everything
                     scores = trainer.model(**batch, use_cache=False, fused_lm_head=True)
