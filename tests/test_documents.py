@@ -1,6 +1,10 @@
-from ultrafuser.card import ROOT, with_tables
+import pytest
+
+from ultrafuser.card import DOCUMENTS, MARKED, ROOT, with_tables
 
 
-def test_the_model_cards_tables_are_those_of_the_result_files():
-    card = (ROOT / "MODEL_CARD.md").read_text()
-    assert with_tables(card) == card, "Run `python -m ultrafuser.card`."
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_tables_are_those_of_the_result_files(name):
+    text = (ROOT / name).read_text()
+    assert MARKED.search(text)
+    assert with_tables(text) == text

@@ -1,4 +1,4 @@
-"""Writes the tables of MODEL_CARD.md from the files under results/: `python -m ultrafuser.card`."""
+"""Writes the tables of the documents from the files under results/: `python -m ultrafuser.card`."""
 
 import json
 import re
@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-MARKED = re.compile(r"(<!-- (results/\S+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCUMENTS = ("MODEL_CARD.md", "EXPERIMENTS.md")
+MARKED = re.compile(r"(<!-- (results/\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def loss_table(results: dict) -> str:
@@ -25,9 +26,14 @@ def loss_table(results: dict) -> str:
 
 def with_tables(text: str) -> str:
     """The same document with the table of every marked result file written anew."""
-    return MARKED.sub(lambda m: m[1] + "\n" + loss_table(json.loads((ROOT / m[2]).read_text())) + "\n" + m[3], text)
+    return MARKED.sub(lambda m: f"{m[1]}\n{table(ROOT / m[2])}\n{m[3]}", text)
+
+
+def table(path: Path) -> str:
+    """The table of a result file: made here from JSON, or as the experiment wrote it."""
+    return path.read_text() if path.suffix == ".md" else loss_table(json.loads(path.read_text()))
 
 
 if __name__ == "__main__":
-    card = ROOT / "MODEL_CARD.md"
-    card.write_text(with_tables(card.read_text()))
+    for name in DOCUMENTS:
+        (ROOT / name).write_text(with_tables((ROOT / name).read_text()))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,8 @@ def quickstart(
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     # bars for what takes long only: training
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+    # TRL sets it by its old name, whatever one does
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     # heavy imports only once they are needed, so that --help answers at once
     from . import quickstart as module
 
