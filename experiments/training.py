@@ -214,15 +214,19 @@ def write(path: Path, name: str, seed: int, model, held_out, **more) -> dict[str
 def summarise(folder: Path, names, seeds) -> str:
     """Held-out nats per token, mean ± standard deviation over seeds, as Markdown."""
     found = {n: [json.loads(file_of(folder, n, s).read_text()) for s in seeds] for n in names}
-    base = statistics.mean(r["seconds"] for r in next(iter(found.values())))
-    lines = [f"| | {' | '.join(DOMAINS)} | mean | worst to stage one | time |", "|---|" + "---:|" * (len(DOMAINS) + 3)]
+    reference = next(iter(found.values()))
+    base = statistics.mean(r["seconds"] for r in reference)
+    compares = "stage_one" in reference[0]
+    columns = ["", *DOMAINS, "mean", *(["worst to stage one"] if compares else []), "time"]
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     for name, runs in found.items():
         losses = [r["nats_per_token"] for r in runs]
-        columns = [[x[d] for x in losses] for d in DOMAINS] + [[statistics.mean(x.values()) for x in losses]]
-        cells = [spread(c) for c in columns]
-        worst = [max(r["nats_per_token"][d] - r["stage_one"][d] for d in DOMAINS) for r in runs if "stage_one" in r]
-        time_ratio = statistics.mean(r["seconds"] for r in runs) / base
-        lines.append(f"| {name} | {' | '.join(cells)} | {spread(worst) if worst else ''} | {time_ratio:.2f} |")
+        cells = [spread([x[d] for x in losses]) for d in DOMAINS]
+        cells.append(spread([statistics.mean(x.values()) for x in losses]))
+        if compares:
+            cells.append(spread([max(r["nats_per_token"][d] - r["stage_one"][d] for d in DOMAINS) for r in runs]))
+        cells.append(f"{statistics.mean(r['seconds'] for r in runs) / base:.2f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
