@@ -4,8 +4,9 @@ JSON is one job, or a list of jobs that run one after another, each in forked pr
 the next one resume it, while the libraries are imported once. A job holds: `stage` ("gate" or "joint"), `folder`, and
 optionally `settings` for its configuration, `sizes` of the domains, `fuse` for `from_specialists`, `processes`,
 `kill_at` (a step in whose middle every process kills itself, as hard as it can), `kill_saving` (the step whose
-checkpoint it does not finish), `resume`, `fsdp` and `lora`. A single job may also run under `torchrun` or `deepspeed`.
-The first process writes `outcome.pt` into the folder: losses by step, mixes, draws and final weights.
+checkpoint it does not finish), `refused` (what the error says that it is to end with), `resume`, `fsdp` and `lora`. A
+single job may also run under `torchrun`. The first process writes `outcome.pt` into the folder: what was logged by
+step, mixes, draws and final weights.
 """
 
 import json
@@ -114,6 +115,8 @@ def shard_on_cpu():
         if fsdp_plugin is not None:
             self.distributed_type = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
             PartialState._shared_state["distributed_type"] = self.distributed_type
 
     AcceleratorState.__init__ = init
@@ -163,6 +166,8 @@ def spawn(job):
                 run(job)
                 os._exit(0)
             except BaseException as error:
+                if "refused" in job and job["refused"] in str(error):
+                    os._exit(0)
                 sys.excepthook(type(error), error, error.__traceback__)
                 os._exit(1)
         children.append(child)

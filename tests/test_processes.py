@@ -57,13 +57,16 @@ def farthest(one, two):
 @pytest.mark.parametrize("stage", ["gate", "joint"])
 def test_a_killed_run_resumes_to_the_last_bit(stage, processes, tmp_path):
     jobs = []
-    for name, learned in LEARNED.items():
+    kinds = {**LEARNED, **({"adapters": {}} if stage == "joint" else {}), **({"shards": {}} if processes == 2 else {})}
+    for name, learned in kinds.items():
         settings = {**CHECKPOINTS, **learned, "per_device_train_batch_size": 2 // processes, "max_steps": 8}
-        job = {"stage": stage, "processes": processes, "settings": settings}
+        job = {"stage": stage, "processes": processes, "settings": settings, "lora": name == "adapters"}
+        if name == "shards":
+            job = {**job, "fsdp": True, "settings": {**settings, "fsdp": True}}
         whole, killed = ({**job, "folder": str(tmp_path / f"{name}-{part}")} for part in ("whole", "killed"))
         jobs += [whole, {**killed, "kill_at": 5}, {**killed, "resume": True}]
     found = run(jobs)
-    for i, name in enumerate(LEARNED):
+    for i, name in enumerate(kinds):
         whole, resumed = found[3 * i], found[3 * i + 2]
         assert min(resumed["draws"]) == 4, "it did not resume from the last checkpoint"
         assert resumed["draws"] == {step: sums for step, sums in whole["draws"].items() if step >= 4}
@@ -71,7 +74,7 @@ def test_a_killed_run_resumes_to_the_last_bit(stage, processes, tmp_path):
         assert resumed["drawn"] == whole["drawn"]
         assert logged(resumed) == logged(whole)
         assert same_weights(resumed, whole)
-        if name != "fixed":
+        if name in ("regret", "difficulty"):
             assert len({tuple(mix) for _, mix in whole["mixes"]}) > 2, "the mix did not move"
         if name == "difficulty":
             assert (resumed["baseline"] == whole["baseline"]).all()
@@ -139,6 +142,19 @@ def test_weights_in_shards_train_as_whole_ones(fusion, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+def test_weights_in_shards_train_in_bfloat16(fusion, tmp_path):
+    folders = [tmp_path / stage for stage in ("gate", "joint")]
+    settings, own = {"bf16": True, "mix_reward": None}, {"fsdp": True}
+    jobs = [j for f in folders for j in one_and_two(f.name, f, settings, {"fusion": fusion}, own, fsdp=True)]
+    found = run(jobs)
+    for one, two in (found[:2], found[2:]):
+        losses = [[entry["loss"] for entry in outcome["logs"]] for outcome in (one, two)]
+        assert losses[0] == pytest.approx(losses[1], abs=0.02)
+        assert losses[0][-1] < losses[0][0] - 0.05
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
 @pytest.mark.parametrize("stage", ["gate", "joint"])
 def test_weights_in_shards_of_deepspeed_train_as_whole_ones(stage, tmp_path):
@@ -164,3 +180,14 @@ def test_accelerate_reads_its_configuration(name, monkeypatch):
     )
     if name == "fsdp2":
         assert arguments.fsdp_version == 2
+
+
+def test_what_takes_whole_gradients_is_refused_in_shards(tmp_path):
+    settings = {"per_device_train_batch_size": 1, "fsdp": True}
+    job = {"stage": "joint", "folder": str(tmp_path), "processes": 2, "fsdp": True}
+    refused = [
+        ({"train_specialists": ["code"]}, "keeps columns of the wide head as they are, which takes a whole head"),
+        ({"mix_reward": "gradient"}, "compares whole gradients, which no process holds under FSDP or DeepSpeed"),
+    ]
+    jobs = [{**job, "settings": {**settings, **extra}, "refused": sentence} for extra, sentence in refused]
+    assert run(jobs) == [None, None]
