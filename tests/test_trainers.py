@@ -14,7 +14,7 @@ from tests.stage_run import data as sums
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, changed, conversations, weights
 from trainers import DomainSampler, GateTrainer, JointTrainer
-from trainers.stages import scaled_rate
+from trainers.settings import scaled_rate
 
 
 BOTH = pytest.mark.parametrize("stage", [GateTrainer, JointTrainer])

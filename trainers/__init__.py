@@ -1,7 +1,8 @@
 """TRL trainers for the two stages of a fused model: the gate alone, then everything."""
 
 from .sampling import DomainSampler
-from .stages import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
+from .settings import GateStageConfig, JointStageConfig
+from .stages import GateTrainer, JointTrainer
 
 
 __all__ = ["DomainSampler", "GateStageConfig", "GateTrainer", "JointStageConfig", "JointTrainer"]

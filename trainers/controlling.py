@@ -11,6 +11,7 @@ from torch import Tensor
 from .mixing import effective_epochs, guarded
 from .policies import POLICIES, Smoothing
 from .rewards import difficulty, gradient_cosine, regret, similarity, towards_target, usable_rewards
+from .watching import own_log_probs, watching
 
 
 # What it is, and whether it is read from ordinary training batches at no pass of its own.
@@ -199,7 +200,7 @@ class MixController:
 
     def _forward(self, batch: dict[str, Tensor], **kept) -> dict:
         domain = batch.pop("domain")
-        with self.trainer.compute_loss_context_manager(), self.trainer.watching(**kept) as seen:
+        with self.trainer.compute_loss_context_manager(), watching(self.trainer.fused, **kept) as seen:
             self.trainer.model_wrapped(**batch, use_cache=False, fused_lm_head=True)
         return {**seen, "domain": domain}
 
@@ -219,7 +220,14 @@ class MixController:
                 scores, mask = seen["scores"], seen["scores"].label_mask
                 values = scores.entropy if entropy else -scores.log_probs
                 if own:
-                    values = -self.trainer.own_log_probs(seen["hidden_states"], labels, seen["domain"][:, 1:], mask)
+                    values = -own_log_probs(
+                        self.trainer.fused,
+                        self.trainer.own_specialists,
+                        seen["hidden_states"],
+                        labels,
+                        seen["domain"][:, 1:],
+                        mask,
+                    )
                 for row, place in enumerate(places):
                     found[:, place] = torch.stack(
                         [(values * mask)[row].double().sum(), mask[row].double().sum()]

@@ -39,6 +39,7 @@ class DomainSampler(Sampler[int]):
         self.mixes = [(0, mix.tolist())]  # each from the batch of that number on
         self.epoch = 0
         self.batches_drawn = 0
+        self._counted = (0, np.zeros(len(self.names), int))
 
     @property
     def batches_per_epoch(self) -> int:
@@ -68,7 +69,7 @@ class DomainSampler(Sampler[int]):
                 f"data loader has read ahead to batch {self.batches_drawn}. Raise `mix_delay`, or lower "
                 f"`dataloader_num_workers` or `dataloader_prefetch_factor`."
             )
-        self.mixes = [entry for entry in self.mixes if entry[0] < start] + [(start, np.asarray(mix, float).tolist())]
+        self.restore([e for e in self.mixes if e[0] < start] + [(start, np.asarray(mix, float).tolist())])
 
     def quotas(self, batch: int) -> np.ndarray:
         """How many examples of each domain a batch holds. Shape (domains,)."""
@@ -80,11 +81,25 @@ class DomainSampler(Sampler[int]):
 
     def counts(self, batches: int) -> np.ndarray:
         """How many examples of each domain the first so many batches hold. Shape (domains,)."""
-        return sum((self.quotas(b) for b in range(batches)), np.zeros(len(self.names), int))
+        done, counts = self._counted
+        if batches < done:
+            done, counts = 0, np.zeros(len(self.names), int)
+        for batch in range(done, batches):
+            counts = counts + self.quotas(batch)
+        # batches that are drawn do not change, so the next call can go on from here
+        self._counted = (batches, counts)
+        return counts
+
+    def restore(self, mixes: list[tuple[int, list[float]]]) -> None:
+        """Takes over mixes, each with its first batch, such as those of an interrupted run: the stream follows."""
+        self.mixes = [(start, mix) for start, mix in mixes]
+        # what is drawn by now does not change with a mix to come
+        if self._counted[0] > self.mixes[-1][0]:
+            self._counted = (0, np.zeros(len(self.names), int))
 
     def __iter__(self) -> Iterator[int]:
         first = self.epoch * self.batches_per_epoch
-        drawn = self.counts(first)
+        drawn = self.counts(first).copy()
         orders = [(-1, []) for _ in self.names]
         for batch in range(first, first + self.batches_per_epoch):
             self.batches_drawn = max(self.batches_drawn, batch + 1)

@@ -8,134 +8,25 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
-from .controlling import REWARDS, MixController
+from .controlling import MixController
 from .losses import add_mixture_head, gate_terms
 from .mixing import effective_epochs, importance_weights, static_mix
-from .policies import POLICIES
 from .sampling import DomainSampler
+from .settings import GateStageConfig, JointStageConfig, StageConfig, accumulate, scaled_rate
+from .watching import Statistics, Sums, keep_head_whole, own_log_probs, watching
 
 
 STATE_FILE = "ultrafuser_stage.json"
-MIX_UNITS = ("example", "token", "supervised")
-
-
-@dataclass
-class _StageConfig(SFTConfig):
-    """What both stages share."""
-
-    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["mix_weights", "mix_policy_settings"]
-
-    learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Peak learning rate. Default: 2e-5, the paper's (section 4.1), for specialists of a billion "
-            "parameters or more, and higher for smaller ones."
-        },
-    )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The paper's schedule (section 4.1)."})
-    examples_per_domain: int = field(
-        default=64,
-        metadata={
-            "help": "Examples of each domain per optimizer step, over all processes. The number of accumulated steps "
-            "follows from it; `per_device_train_batch_size` says how many examples fit into memory at once."
-        },
-    )
-    mix: str = field(
-        default="balanced",
-        metadata={
-            "help": "How often each domain is drawn: balanced, proportional, temperature or fixed. Where a mix is "
-            "learned it is what learning starts from."
-        },
-    )
-    mix_temperature: float = field(default=10.0, metadata={"help": "For mix='temperature': 1 is proportional."})
-    mix_weights: dict | str | None = field(
-        default=None, metadata={"help": "For mix='fixed': domain to weight, on any scale."}
-    )
-    mix_unit: str = field(
-        default="example", metadata={"help": f"What a share of the mix counts: one of {', '.join(MIX_UNITS)} tokens."}
-    )
-    mix_reward: str | None = field(
-        default=None,
-        metadata={"help": f"Learn the mix from this reward: {', '.join(REWARDS)}. Default: do not learn."},
-    )
-    mix_policy: str = field(
-        default="logits", metadata={"help": f"How the mix follows rewards: {', '.join(POLICIES)}."}
-    )
-    mix_policy_settings: dict | str | None = field(default=None, metadata={"help": "Settings of the policy by name."})
-    mix_every: int = field(default=100, metadata={"help": "Optimizer steps between two updates of the mix."})
-    mix_delay: int = field(
-        default=2, metadata={"help": "Optimizer steps until an update takes effect: more than the loaders read ahead."}
-    )
-    mix_probe: int = field(
-        default=64, metadata={"help": "Training examples per domain for rewards that need passes of their own."}
-    )
-    mix_smoothing: float = field(default=0.9, metadata={"help": "Share of the new reward in the smoothed one."})
-    mix_target: str | None = field(default=None, metadata={"help": "A domain to specialise in (MoSpec)."})
-    mix_floor: float = field(default=0.05, metadata={"help": "Smallest share of any domain in a learned mix."})
-    mix_max_epochs: float | None = field(
-        default=None, metadata={"help": "How often a domain may be seen whole before a learned mix leaves it out."}
-    )
-    mix_shadow: bool = field(default=False, metadata={"help": "Learn and log the mix, and draw as if it were not."})
-    mix_importance: bool = field(
-        default=False, metadata={"help": "Weigh losses so that a changed mix does not change the objective."}
-    )
-    gate_entropy: float = field(default=0.0, metadata={"help": "Times the gate's entropy in nats, added to the loss."})
-    gate_balance: float = field(
-        default=0.0, metadata={"help": "Times specialists * sum of squared mean gate weights, added to the loss."}
-    )
-    gate_domain: float = field(
-        default=0.0, metadata={"help": "Times the gate's cross-entropy to the domain's specialist: a warm start."}
-    )
-    gate_domain_steps: int = field(default=100, metadata={"help": "Steps over which `gate_domain` falls to 0."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.mix_unit not in MIX_UNITS:
-            raise ValueError(f"`mix_unit` must be one of {MIX_UNITS}, but is {self.mix_unit!r}.")
-        if self.mix_reward is not None and self.mix_reward not in REWARDS:
-            raise ValueError(f"`mix_reward` must be one of {sorted(REWARDS)} or None, but is {self.mix_reward!r}.")
-        if self.mix_policy not in POLICIES:
-            raise ValueError(f"`mix_policy` must be one of {sorted(POLICIES)}, but is {self.mix_policy!r}.")
-        for name in ("examples_per_domain", "mix_every", "mix_delay", "mix_probe"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
-
-
-@dataclass
-class GateStageConfig(_StageConfig):
-    """Settings of stage one. The paper: 400 steps, 2e-5 cosine, 64 examples per domain (section 4.1)."""
-
-    max_steps: int = field(default=400, metadata={"help": "Optimizer steps. The paper's 400 (section 4.1)."})
-    # it would make frozen specialists run a second time, for gradients that nobody needs
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Of no use while specialists are frozen."})
-
-
-@dataclass
-class JointStageConfig(_StageConfig):
-    """Settings of stage two. The paper: 2e-5 cosine, 32 examples per domain (section 4.1), converged near step 5,000."""
-
-    max_steps: int = field(default=5000, metadata={"help": "Optimizer steps. The paper's curves converge near 5,000."})
-    examples_per_domain: int = field(
-        default=32, metadata={"help": _StageConfig.__dataclass_fields__["examples_per_domain"].metadata["help"]}
-    )
-    gate_learning_rate: float | None = field(default=None, metadata={"help": "Of the gate. Default: learning_rate."})
-    head_learning_rate: float | None = field(default=None, metadata={"help": "Of the heads. Default: learning_rate."})
-    train_specialists: list[str] | None = field(
-        default=None,
-        metadata={"help": "Which specialists to train; the others keep backbone and head. Default: all."},
-    )
 
 
 class _StageTrainer(SFTTrainer):
@@ -151,13 +42,13 @@ class _StageTrainer(SFTTrainer):
         ValueError: If the data has no domains, the model is not a fused one, or nothing would be trained.
     """
 
-    config_class: type[_StageConfig]
+    config_class: type[StageConfig]
     stage: str
 
     def __init__(
         self,
         model: PreTrainedModel | str,
-        args: _StageConfig | None = None,
+        args: StageConfig | None = None,
         train_dataset: Dataset | Mapping[str, Dataset] | None = None,
         **kwargs,
     ):
@@ -190,7 +81,7 @@ class _StageTrainer(SFTTrainer):
         self._choose_parameters(model, args, kwargs.get("peft_config"))
         if args.learning_rate is None:
             args.learning_rate = self.default_learning_rate(model)
-        _accumulate(args, len(self.domains))
+        accumulate(args, len(self.domains))
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
 
         self.fused = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
@@ -201,8 +92,7 @@ class _StageTrainer(SFTTrainer):
                     "ZeRO-3 gathers it only where a whole layer runs. Train with FSDP2, or with ZeRO-2."
                 )
             add_mixture_head(self.fused)
-        self.fused.model.register_forward_hook(self._gather_head)
-        self.fused.register_forward_hook(self._scatter_head)
+        keep_head_whole(self.fused)
         self.data_collator = _DomainCollator(self.data_collator, self.domains)
         self.sizes = np.bincount(
             [self.domains.index(d) for d in self.train_dataset["domain"]], minlength=len(self.domains)
@@ -222,11 +112,11 @@ class _StageTrainer(SFTTrainer):
         self.sampler = DomainSampler(
             self.train_dataset["domain"], batch_size, self.in_examples(self.prior), seed=args.seed
         )
-        self.statistics = _Statistics(len(self.domains), len(self.fused.config.specialist_names))
+        self.statistics = Statistics(len(self.domains), len(self.fused.config.specialist_names))
         self.controller = MixController(self) if args.mix_reward is not None else None
         self.add_callback(_StageCallback(self))
 
-    def _choose_parameters(self, model: PreTrainedModel, args: _StageConfig, peft_config) -> None:
+    def _choose_parameters(self, model: PreTrainedModel, args: StageConfig, peft_config) -> None:
         raise NotImplementedError
 
     def default_learning_rate(self, model: PreTrainedModel) -> float:
@@ -281,13 +171,16 @@ class _StageTrainer(SFTTrainer):
         if domain is None or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
-        with self.watching(own=self.controller is not None and self.controller.reads_own_specialists) as seen:
+        own = self.controller is not None and self.controller.reads_own_specialists
+        with watching(self.fused, own=own) as seen:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, *outputs = result if return_outputs else (result,)
         scores, gate_weights, mask = seen["scores"], seen["gate_weights"][:, :-1], seen["scores"].label_mask
         domain = domain[:, 1:]
-        own = self.own_log_probs(seen["hidden_states"], labels, domain, mask) if "hidden_states" in seen else None
-        self.statistics.add(domain, mask, scores.log_probs, gate_weights, own)
+        own_scores = None
+        if own:
+            own_scores = own_log_probs(self.fused, self.own_specialists, seen["hidden_states"], labels, domain, mask)
+        self.statistics.add(domain, mask, scores.log_probs, gate_weights, own_scores)
 
         # per token, so that they are summed and normalised exactly as the loss is
         extra = 0.0
@@ -306,95 +199,6 @@ class _StageTrainer(SFTTrainer):
                 extra = extra * self.accelerator.num_processes
             loss = loss + extra
         return (loss, *outputs) if return_outputs else loss
-
-    def _gather_head(self, *_) -> None:
-        """Lets FSDP2 make the head whole by its own means before anything multiplies by its weight.
-
-        TRL's head does so with `full_tensor()`, whose backward pass gives each process the gradient of its own batch.
-        """
-        head = self.fused.get_output_embeddings()
-        if hasattr(head, "unshard"):
-            head.unshard()
-
-    def _scatter_head(self, *_) -> None:
-        head = self.fused.get_output_embeddings()
-        if hasattr(head, "reshard") and not torch.is_grad_enabled():  # else the backward pass does
-            head.reshard()
-
-    def _whole_head(self) -> Tensor:
-        """The head's weight, from all processes where each holds a part. Every process must ask at the same time."""
-        weight = self.fused.lm_head.weight
-        if hasattr(weight, "full_tensor"):  # FSDP2
-            return weight.full_tensor()
-        if hasattr(weight, "ds_id"):  # ZeRO-3
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters([weight]):
-                return weight.detach().clone()
-        return weight
-
-    @contextmanager
-    def watching(self, *, own: bool = False, hidden: bool = False):
-        """Collects per-token scores and gate weights of the next forward pass, without a pass of its own.
-
-        Args:
-            own: Whether to keep every specialist's last hidden state.
-            hidden: Whether to keep the backbone's.
-        """
-        seen: dict = {}
-
-        def scores_of(_, __, output):
-            if hasattr(output, "label_mask"):
-                seen["scores"] = output
-
-        def gate_of(_, __, output):
-            seen["gate_weights"] = output.gate_weights
-            if hidden:
-                seen["last_hidden_state"] = output[0]
-
-        handles = [
-            self.fused.register_forward_hook(scores_of),
-            self.fused.model.register_forward_hook(gate_of),
-        ]
-        if own:
-            states = seen["hidden_states"] = [None] * len(self.fused.model.specialists)
-            for k, specialist in enumerate(self.fused.model.specialists.values()):
-
-                def state_of(_, __, output, k=k):
-                    states[k] = output.last_hidden_state.detach()
-
-                handles.append(specialist.register_forward_hook(state_of))
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @torch.no_grad()
-    def own_log_probs(self, hidden_states: list[Tensor], labels: Tensor, domain: Tensor, mask: Tensor) -> Tensor:
-        """What each domain's own specialist gives the labels: its head on states that are there already.
-
-        Returns:
-            Log-probabilities, 0 where nothing is supervised. Shape (batch, seq - 1).
-        """
-        weight = self._whole_head()
-        found = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        config = self.fused.config
-        edges = np.cumsum([0] + [c.hidden_size for c in config.specialists])
-        cap = getattr(config, "final_logit_softcapping", None)
-        for d, k in enumerate(self.own_specialists):
-            chosen = mask & (domain == d)
-            head = weight[:, edges[k] : edges[k + 1]]
-            scores = []
-            for states, targets in zip(
-                hidden_states[k][:, :-1][chosen].split(1024), labels[:, 1:][chosen].split(1024), strict=True
-            ):
-                logits = nn.functional.linear(states.to(head.dtype), head).float()
-                logits = logits if cap is None else cap * torch.tanh(logits / cap)
-                scores.append(-nn.functional.cross_entropy(logits, targets, reduction="none"))
-            if scores:
-                found[chosen] = torch.cat(scores)
-        return found
 
     # ---- optimizer
 
@@ -447,7 +251,7 @@ class _StageTrainer(SFTTrainer):
         self._warn(found, mix)
         return {name: round(float(value), 6) for name, value in metrics.items()}
 
-    def _warn(self, found: "_Sums", mix: np.ndarray) -> None:
+    def _warn(self, found: Sums, mix: np.ndarray) -> None:
         silent = [d for d, n in enumerate(found.tokens) if not n and mix[d] * self.sampler.batch_size >= 1]
         if silent and found.tokens.sum():
             raise ValueError(
@@ -502,7 +306,7 @@ class _StageTrainer(SFTTrainer):
                     f"is {state[key]!r} in {str(checkpoint)!r} and {own!r} here. Start a new run from its model: "
                     f"{type(self).__name__}({str(checkpoint)!r}, ...)."
                 )
-        self.sampler.mixes = [(start, mix) for start, mix in state["mixes"]]
+        self.sampler.restore(state["mixes"])
         self.statistics.load_state_dict(state["statistics"], self.args.process_index, self.args.world_size)
         if self.controller is not None:
             self.controller.load_state_dict(state["controller"])
@@ -617,17 +421,6 @@ class JointTrainer(_StageTrainer):
         return scaled_rate(_specialist_size(model), 1e-3)
 
 
-def scaled_rate(parameters: float, at_a_million: float) -> float:
-    """A learning rate between two known points, by a power of the size of one specialist.
-
-    Args:
-        parameters: Of one specialist.
-        at_a_million: The rate that was measured to suit a million parameters; the paper's 2e-5 suits a billion.
-    """
-    place = min(max(np.log10(parameters) - 6, 0), 3) / 3
-    return float(at_a_million ** (1 - place) * 2e-5**place)
-
-
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
     """The last checkpoint of a stage that was written to its end, or None if there is none."""
     if not os.path.isdir(folder):
@@ -652,29 +445,6 @@ def _kept_columns(model: PreTrainedModel, trained: list[bool]) -> Tensor:
     return torch.repeat_interleave(~torch.tensor(trained), sizes).nonzero()[:, 0]
 
 
-def _accumulate(args: _StageConfig, domains: int) -> None:
-    """Sets the accumulated steps so that one optimizer step sees `examples_per_domain` of each domain."""
-    wanted, at_once = args.examples_per_domain * domains, args.per_device_train_batch_size * args.world_size
-    if wanted % at_once:
-        raise ValueError(
-            f"One optimizer step takes examples_per_domain={args.examples_per_domain} of {domains} domains, {wanted} "
-            f"examples, but per_device_train_batch_size={args.per_device_train_batch_size} on {args.world_size} "
-            f"processes takes {at_once} at once, which does not divide it. Choose a divisor of "
-            f"{wanted // args.world_size if wanted % args.world_size == 0 else wanted}."
-        )
-    if args.gradient_accumulation_steps not in (1, wanted // at_once):
-        raise ValueError(
-            f"`gradient_accumulation_steps` follows from `examples_per_domain` and is {wanted // at_once} here, but it "
-            f"was set to {args.gradient_accumulation_steps}. Leave it out, or change `examples_per_domain`."
-        )
-    args.gradient_accumulation_steps = wanted // at_once
-    if getattr(args, "hf_deepspeed_config", None) is not None:
-        # it was filled in with the number of accumulated steps and the learning rate of before
-        args.hf_deepspeed_config = type(args.hf_deepspeed_config)(args.deepspeed)
-        args.hf_deepspeed_config.trainer_config_process(args)
-        args.deepspeed_plugin = type(args.deepspeed_plugin)(hf_ds_config=args.hf_deepspeed_config)
-
-
 class _DomainCollator:
     """Lets a collator do its work and adds the domain of every token, shape (batch, seq), to what it returns."""
 
@@ -693,63 +463,6 @@ class _DomainCollator:
         else:  # without padding all rows are one, end to end
             batch["domain"] = ids.repeat_interleave(torch.tensor([len(row["input_ids"]) for row in rows]))[None]
         return batch
-
-
-@dataclass
-class _Sums:
-    """Sums over supervised tokens, by domain; `gate` and `top1` by domain and specialist."""
-
-    tokens: np.ndarray
-    nll: np.ndarray
-    own_nll: np.ndarray
-    entropy: np.ndarray
-    gate: np.ndarray
-    top1: np.ndarray
-
-
-class _Statistics:
-    """Running sums of what training batches show. Each process keeps its own; reading one adds them up."""
-
-    def __init__(self, domains: int, specialists: int):
-        self.specialists = specialists
-        self.sums = torch.zeros(domains, 4 + 2 * specialists, dtype=torch.float64)
-        self.read = {}  # sums when they were last read, by reader
-        self.last_mean = torch.full((specialists,), 1 / specialists, dtype=torch.float64)
-
-    @torch.no_grad()
-    def add(self, domain: Tensor, mask: Tensor, log_probs: Tensor, gate_weights: Tensor, own: Tensor | None) -> None:
-        """Takes in one micro-batch. Shapes (batch, seq - 1); of `gate_weights`, (batch, seq - 1, specialists)."""
-        weights = gate_weights[mask].double()
-        entropy = torch.special.entr(weights).sum(-1)
-        top1 = nn.functional.one_hot(weights.argmax(-1), self.specialists).double()
-        own = torch.zeros_like(entropy) if own is None else -own[mask].double()
-        columns = [torch.ones_like(entropy), -log_probs[mask].double(), own, entropy]
-        found = torch.cat([torch.stack(columns, -1), weights, top1], -1)
-        totals = torch.zeros(self.sums.shape, dtype=torch.float64, device=found.device)
-        self.sums += totals.index_add(0, domain[mask], found).cpu()
-
-    def since(self, reader: str, accelerator) -> _Sums:
-        """What has come in since this reader last asked, over all processes."""
-        new = self.sums - self.read.get(reader, torch.zeros_like(self.sums))
-        self.read[reader] = self.sums.clone()
-        new = accelerator.reduce(new.to(accelerator.device), "sum").cpu().numpy()
-        k = self.specialists
-        return _Sums(*new[:, :4].T, gate=new[:, 4 : 4 + k], top1=new[:, 4 + k :])
-
-    def state_dict(self, accelerator) -> list:
-        """Sums of every process, so that a run on as many continues to the last digit."""
-        readers = sorted(self.read)
-        own = torch.stack([self.sums, *(self.read[r] for r in readers)])[None].to(accelerator.device)
-        return {"readers": readers, "sums": accelerator.gather(own).cpu().tolist(), "mean": self.last_mean.tolist()}
-
-    def load_state_dict(self, state: dict, process: int, processes: int) -> None:
-        """Continues from `state_dict()`. Where the number of processes has changed, the first takes all."""
-        saved = torch.tensor(state["sums"], dtype=torch.float64)
-        if len(saved) != processes:
-            saved = torch.cat([saved.sum(0)[None], torch.zeros(processes - 1, *saved.shape[1:], dtype=torch.float64)])
-        self.sums, *read = saved[process].unbind(0)
-        self.read = dict(zip(state["readers"], read, strict=True))
-        self.last_mean = torch.tensor(state["mean"], dtype=torch.float64)
 
 
 class _StageCallback(TrainerCallback):

@@ -1,0 +1,153 @@
+"""Settings of the two stages: TRL's, with the paper's defaults, and what a stage adds to them."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from trl import SFTConfig
+
+from .controlling import REWARDS
+from .policies import POLICIES
+
+
+MIX_UNITS = ("example", "token", "supervised")
+
+
+@dataclass
+class StageConfig(SFTConfig):
+    """What both stages share."""
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["mix_weights", "mix_policy_settings"]
+
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate. Default: 2e-5, the paper's (section 4.1), for specialists of a billion "
+            "parameters or more, and higher for smaller ones."
+        },
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The paper's schedule (section 4.1)."})
+    examples_per_domain: int = field(
+        default=64,
+        metadata={
+            "help": "Examples of each domain per optimizer step, over all processes. The number of accumulated steps "
+            "follows from it; `per_device_train_batch_size` says how many examples fit into memory at once."
+        },
+    )
+    mix: str = field(
+        default="balanced",
+        metadata={
+            "help": "How often each domain is drawn: balanced, proportional, temperature or fixed. Where a mix is "
+            "learned it is what learning starts from."
+        },
+    )
+    mix_temperature: float = field(default=10.0, metadata={"help": "For mix='temperature': 1 is proportional."})
+    mix_weights: dict | str | None = field(
+        default=None, metadata={"help": "For mix='fixed': domain to weight, on any scale."}
+    )
+    mix_unit: str = field(
+        default="example", metadata={"help": f"What a share of the mix counts: one of {', '.join(MIX_UNITS)} tokens."}
+    )
+    mix_reward: str | None = field(
+        default=None,
+        metadata={"help": f"Learn the mix from this reward: {', '.join(REWARDS)}. Default: do not learn."},
+    )
+    mix_policy: str = field(
+        default="logits", metadata={"help": f"How the mix follows rewards: {', '.join(POLICIES)}."}
+    )
+    mix_policy_settings: dict | str | None = field(default=None, metadata={"help": "Settings of the policy by name."})
+    mix_every: int = field(default=100, metadata={"help": "Optimizer steps between two updates of the mix."})
+    mix_delay: int = field(
+        default=2, metadata={"help": "Optimizer steps until an update takes effect: more than the loaders read ahead."}
+    )
+    mix_probe: int = field(
+        default=64, metadata={"help": "Training examples per domain for rewards that need passes of their own."}
+    )
+    mix_smoothing: float = field(default=0.9, metadata={"help": "Share of the new reward in the smoothed one."})
+    mix_target: str | None = field(default=None, metadata={"help": "A domain to specialise in (MoSpec)."})
+    mix_floor: float = field(default=0.05, metadata={"help": "Smallest share of any domain in a learned mix."})
+    mix_max_epochs: float | None = field(
+        default=None, metadata={"help": "How often a domain may be seen whole before a learned mix leaves it out."}
+    )
+    mix_shadow: bool = field(default=False, metadata={"help": "Learn and log the mix, and draw as if it were not."})
+    mix_importance: bool = field(
+        default=False, metadata={"help": "Weigh losses so that a changed mix does not change the objective."}
+    )
+    gate_entropy: float = field(default=0.0, metadata={"help": "Times the gate's entropy in nats, added to the loss."})
+    gate_balance: float = field(
+        default=0.0, metadata={"help": "Times specialists * sum of squared mean gate weights, added to the loss."}
+    )
+    gate_domain: float = field(
+        default=0.0, metadata={"help": "Times the gate's cross-entropy to the domain's specialist: a warm start."}
+    )
+    gate_domain_steps: int = field(default=100, metadata={"help": "Steps over which `gate_domain` falls to 0."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mix_unit not in MIX_UNITS:
+            raise ValueError(f"`mix_unit` must be one of {MIX_UNITS}, but is {self.mix_unit!r}.")
+        if self.mix_reward is not None and self.mix_reward not in REWARDS:
+            raise ValueError(f"`mix_reward` must be one of {sorted(REWARDS)} or None, but is {self.mix_reward!r}.")
+        if self.mix_policy not in POLICIES:
+            raise ValueError(f"`mix_policy` must be one of {sorted(POLICIES)}, but is {self.mix_policy!r}.")
+        for name in ("examples_per_domain", "mix_every", "mix_delay", "mix_probe"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
+
+
+@dataclass
+class GateStageConfig(StageConfig):
+    """Settings of stage one. The paper: 400 steps, 2e-5 cosine, 64 examples per domain (section 4.1)."""
+
+    max_steps: int = field(default=400, metadata={"help": "Optimizer steps. The paper's 400 (section 4.1)."})
+    # it would make frozen specialists run a second time, for gradients that nobody needs
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Of no use while specialists are frozen."})
+
+
+@dataclass
+class JointStageConfig(StageConfig):
+    """Settings of stage two. The paper: 2e-5 cosine, 32 examples per domain (section 4.1), converged near step 5,000."""
+
+    max_steps: int = field(default=5000, metadata={"help": "Optimizer steps. The paper's curves converge near 5,000."})
+    examples_per_domain: int = field(
+        default=32, metadata={"help": StageConfig.__dataclass_fields__["examples_per_domain"].metadata["help"]}
+    )
+    gate_learning_rate: float | None = field(default=None, metadata={"help": "Of the gate. Default: learning_rate."})
+    head_learning_rate: float | None = field(default=None, metadata={"help": "Of the heads. Default: learning_rate."})
+    train_specialists: list[str] | None = field(
+        default=None,
+        metadata={"help": "Which specialists to train; the others keep backbone and head. Default: all."},
+    )
+
+
+def scaled_rate(parameters: float, at_a_million: float) -> float:
+    """A learning rate between two known points, by a power of the size of one specialist.
+
+    Args:
+        parameters: Of one specialist.
+        at_a_million: The rate that was measured to suit a million parameters; the paper's 2e-5 suits a billion.
+    """
+    place = min(max(np.log10(parameters) - 6, 0), 3) / 3
+    return float(at_a_million ** (1 - place) * 2e-5**place)
+
+
+def accumulate(args: StageConfig, domains: int) -> None:
+    """Sets the accumulated steps so that one optimizer step sees `examples_per_domain` of each domain."""
+    wanted, at_once = args.examples_per_domain * domains, args.per_device_train_batch_size * args.world_size
+    if wanted % at_once:
+        raise ValueError(
+            f"One optimizer step takes examples_per_domain={args.examples_per_domain} of {domains} domains, {wanted} "
+            f"examples, but per_device_train_batch_size={args.per_device_train_batch_size} on {args.world_size} "
+            f"processes takes {at_once} at once, which does not divide it. Choose a divisor of "
+            f"{wanted // args.world_size if wanted % args.world_size == 0 else wanted}."
+        )
+    if args.gradient_accumulation_steps not in (1, wanted // at_once):
+        raise ValueError(
+            f"`gradient_accumulation_steps` follows from `examples_per_domain` and is {wanted // at_once} here, but it "
+            f"was set to {args.gradient_accumulation_steps}. Leave it out, or change `examples_per_domain`."
+        )
+    args.gradient_accumulation_steps = wanted // at_once
+    if getattr(args, "hf_deepspeed_config", None) is not None:
+        # it was filled in with the number of accumulated steps and the learning rate of before
+        args.hf_deepspeed_config = type(args.hf_deepspeed_config)(args.deepspeed)
+        args.hf_deepspeed_config.trainer_config_process(args)
+        args.deepspeed_plugin = type(args.deepspeed_plugin)(hf_ds_config=args.hf_deepspeed_config)

@@ -1,0 +1,181 @@
+"""What training batches show on the way, by domain, at no pass of its own: scores, gate weights, and their sums."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@contextmanager
+def watching(fused: PreTrainedModel, *, own: bool = False, hidden: bool = False) -> Iterator[dict]:
+    """Collects per-token scores and gate weights of the next forward pass, without a pass of its own.
+
+    Args:
+        fused: The fused model, not wrapped.
+        own: Whether to keep every specialist's last hidden state.
+        hidden: Whether to keep the backbone's.
+    """
+    seen: dict = {}
+
+    def scores_of(_, __, output):
+        if hasattr(output, "label_mask"):
+            seen["scores"] = output
+
+    def gate_of(_, __, output):
+        seen["gate_weights"] = output.gate_weights
+        if hidden:
+            seen["last_hidden_state"] = output[0]
+
+    handles = [
+        fused.register_forward_hook(scores_of),
+        fused.model.register_forward_hook(gate_of),
+    ]
+    if own:
+        states = seen["hidden_states"] = [None] * len(fused.model.specialists)
+        for k, specialist in enumerate(fused.model.specialists.values()):
+
+            def state_of(_, __, output, k=k):
+                states[k] = output.last_hidden_state.detach()
+
+            handles.append(specialist.register_forward_hook(state_of))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def own_log_probs(
+    fused: PreTrainedModel,
+    own_specialists: list[int],
+    hidden_states: list[Tensor],
+    labels: Tensor,
+    domain: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """What each domain's own specialist gives the labels: its head on states that are there already.
+
+    Args:
+        fused: The fused model, not wrapped.
+        own_specialists: Place of each domain's own specialist. Length: domains.
+        hidden_states: Each specialist's last hidden state. Shapes (batch, seq, hidden).
+        labels: As the model takes them. Shape (batch, seq).
+        domain: Domain of each label. Shape (batch, seq - 1).
+        mask: Whether a label is supervised. Shape (batch, seq - 1).
+
+    Returns:
+        Log-probabilities, 0 where nothing is supervised. Shape (batch, seq - 1).
+    """
+    weight = _whole_head(fused)
+    found = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    config = fused.config
+    edges = np.cumsum([0] + [c.hidden_size for c in config.specialists])
+    cap = getattr(config, "final_logit_softcapping", None)
+    for d, k in enumerate(own_specialists):
+        chosen = mask & (domain == d)
+        head = weight[:, edges[k] : edges[k + 1]]
+        scores = []
+        for states, targets in zip(
+            hidden_states[k][:, :-1][chosen].split(1024), labels[:, 1:][chosen].split(1024), strict=True
+        ):
+            logits = nn.functional.linear(states.to(head.dtype), head).float()
+            logits = logits if cap is None else cap * torch.tanh(logits / cap)
+            scores.append(-nn.functional.cross_entropy(logits, targets, reduction="none"))
+        if scores:
+            found[chosen] = torch.cat(scores)
+    return found
+
+
+def keep_head_whole(fused: PreTrainedModel) -> None:
+    """Lets FSDP2 make the head whole by its own means before anything multiplies by its weight.
+
+    TRL's head does so with `full_tensor()`, whose backward pass gives each process the gradient of its own batch.
+    """
+
+    def gather(*_) -> None:
+        head = fused.get_output_embeddings()
+        if hasattr(head, "unshard"):
+            head.unshard()
+
+    def scatter(*_) -> None:
+        head = fused.get_output_embeddings()
+        if hasattr(head, "reshard") and not torch.is_grad_enabled():  # else the backward pass does
+            head.reshard()
+
+    fused.model.register_forward_hook(gather)
+    fused.register_forward_hook(scatter)
+
+
+def _whole_head(fused: PreTrainedModel) -> Tensor:
+    """The head's weight, from all processes where each holds a part. Every process must ask at the same time."""
+    weight = fused.lm_head.weight
+    if hasattr(weight, "full_tensor"):  # FSDP2
+        return weight.full_tensor()
+    if hasattr(weight, "ds_id"):  # ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().clone()
+    return weight
+
+
+@dataclass
+class Sums:
+    """Sums over supervised tokens, by domain; `gate` and `top1` by domain and specialist."""
+
+    tokens: np.ndarray
+    nll: np.ndarray
+    own_nll: np.ndarray
+    entropy: np.ndarray
+    gate: np.ndarray
+    top1: np.ndarray
+
+
+class Statistics:
+    """Running sums of what training batches show. Each process keeps its own; reading one adds them up."""
+
+    def __init__(self, domains: int, specialists: int):
+        self.specialists = specialists
+        self.sums = torch.zeros(domains, 4 + 2 * specialists, dtype=torch.float64)
+        self.read = {}  # sums when they were last read, by reader
+        self.last_mean = torch.full((specialists,), 1 / specialists, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, domain: Tensor, mask: Tensor, log_probs: Tensor, gate_weights: Tensor, own: Tensor | None) -> None:
+        """Takes in one micro-batch. Shapes (batch, seq - 1); of `gate_weights`, (batch, seq - 1, specialists)."""
+        weights = gate_weights[mask].double()
+        entropy = torch.special.entr(weights).sum(-1)
+        top1 = nn.functional.one_hot(weights.argmax(-1), self.specialists).double()
+        own = torch.zeros_like(entropy) if own is None else -own[mask].double()
+        columns = [torch.ones_like(entropy), -log_probs[mask].double(), own, entropy]
+        found = torch.cat([torch.stack(columns, -1), weights, top1], -1)
+        totals = torch.zeros(self.sums.shape, dtype=torch.float64, device=found.device)
+        self.sums += totals.index_add(0, domain[mask], found).cpu()
+
+    def since(self, reader: str, accelerator) -> Sums:
+        """What has come in since this reader last asked, over all processes."""
+        new = self.sums - self.read.get(reader, torch.zeros_like(self.sums))
+        self.read[reader] = self.sums.clone()
+        new = accelerator.reduce(new.to(accelerator.device), "sum").cpu().numpy()
+        k = self.specialists
+        return Sums(*new[:, :4].T, gate=new[:, 4 : 4 + k], top1=new[:, 4 + k :])
+
+    def state_dict(self, accelerator) -> list:
+        """Sums of every process, so that a run on as many continues to the last digit."""
+        readers = sorted(self.read)
+        own = torch.stack([self.sums, *(self.read[r] for r in readers)])[None].to(accelerator.device)
+        return {"readers": readers, "sums": accelerator.gather(own).cpu().tolist(), "mean": self.last_mean.tolist()}
+
+    def load_state_dict(self, state: dict, process: int, processes: int) -> None:
+        """Continues from `state_dict()`. Where the number of processes has changed, the first takes all."""
+        saved = torch.tensor(state["sums"], dtype=torch.float64)
+        if len(saved) != processes:
+            saved = torch.cat([saved.sum(0)[None], torch.zeros(processes - 1, *saved.shape[1:], dtype=torch.float64)])
+        self.sums, *read = saved[process].unbind(0)
+        self.read = dict(zip(state["readers"], read, strict=True))
+        self.last_mean = torch.tensor(state["mean"], dtype=torch.float64)
