@@ -304,9 +304,11 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
     def _log_probabilities(self, hidden_states: Tensor, gate_weights: Tensor) -> Tensor:
         """log sum_k w_k softmax(h_k W_k^T), one specialist at a time. Shape (batch, seq, vocab)."""
         fused = None
+        # a weight that rounds to 0 has a logarithm without a gradient
+        log_weights = gate_weights.clamp(min=torch.finfo(gate_weights.dtype).tiny).log()
         for k, (config, columns) in enumerate(zip(self.config.specialists, self._head_columns(), strict=True)):
             logits = F.linear(hidden_states[..., columns], self.lm_head.weight[:, columns])
-            own = _bounded(logits, soft_cap(config)).float().log_softmax(-1) + gate_weights[..., k, None].log()
+            own = _bounded(logits, soft_cap(config)).float().log_softmax(-1) + log_weights[..., k, None]
             fused = own if fused is None else torch.logaddexp(fused, own)
         return fused.to(hidden_states.dtype)
 

@@ -601,3 +601,14 @@ def test_rows_beyond_the_smallest_vocabulary_are_cut():
     fused, ids = fuse(specialists, gate="uniform"), prompt()
     expected = sum(m(ids).logits[..., :99] for m in specialists.values()) / 2
     assert_same(fused(ids).logits, expected)
+
+
+def test_a_gate_weight_that_rounds_to_nothing_has_a_gradient(specialists):
+    fused = UltraFuserForCausalLM.from_specialists(specialists, fusion="probabilities", gate="constant")
+    (numbers,) = fused.model.fusion_gate.parameters()
+    numbers.data[0] = 200.0
+    ids = prompt()
+    fused(ids, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() for p in fused.parameters())
+    with torch.no_grad():
+        assert torch.allclose(fused(ids).logits, fused.specialist("text")(ids).logits.log_softmax(-1), atol=1e-5)

@@ -66,8 +66,6 @@ def add_mixture_head(model: PreTrainedModel) -> None:
 
 
 def _scores_of_chunk(model, states: Tensor, weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # a weight that rounds to 0 has a logarithm without a gradient
-    weights = weights.clamp(min=torch.finfo(weights.dtype).tiny)
     log_probs = model._log_probabilities(states, weights).float()
     entropy = torch.special.entr(log_probs.detach().exp()).sum(-1)
     return log_probs.gather(-1, targets[:, None])[:, 0], entropy, log_probs.argmax(-1) == targets
