@@ -243,9 +243,11 @@ def draw_mixes(folder: Path, names) -> None:
     figure, axes = plt.subplots(4, 3, figsize=(10, 9), sharex=True, sharey=True, layout="constrained")
     for axis, name in zip(axes.flat, learned, strict=True):
         found = json.loads(file_of(folder, name, 0).read_text())
-        steps = [s for s, _ in found["mixes"]] + [STEPS.joint_steps]
+        # the last mix was to begin when the run was over
+        mixes = [(s, m) for s, m in found["mixes"] if s < STEPS.joint_steps]
+        steps = [s for s, _ in mixes] + [STEPS.joint_steps]
         for d, domain in enumerate(found["domains"]):
-            shares = [m[d] for _, m in found["mixes"]]
+            shares = [m[d] for _, m in mixes]
             axis.step(steps, [*shares, shares[-1]], where="post", label=domain)
         axis.set_title(name, fontsize=10)
         axis.set_ylim(0, 1)
