@@ -12,7 +12,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
 
 @dataclass
 class FusedArguments:
-    """Given in the YAML recipe, or as JSON on the command line."""
+    """Given in the YAML recipe."""
 
     domains: dict[str, Any] | None = field(
         default=None,
@@ -58,9 +58,15 @@ def load_domains(fused: FusedArguments) -> dict[str, Dataset]:
     """One dataset per domain, with the columns that a trainer reads."""
     if not fused.domains:
         raise ValueError("Training draws from domains, but the recipe has none. Add `domains:`, a dataset for each.")
-    known = ("messages", "prompt", "completion", "text", "input_ids", "labels")
+    formats = (("messages",), ("prompt", "completion"), ("text",))  # data sets may hold several
     found = {}
     for name, arguments in fused.domains.items():
         dataset = load_dataset(**{"split": "train", **arguments})
-        found[name] = dataset.select_columns([c for c in dataset.column_names if c in known])
+        columns = next((f for f in formats if set(f) <= set(dataset.column_names)), None)
+        if columns is None:
+            raise ValueError(
+                f"Rows have `messages`, `prompt` and `completion`, or `text`, but those of {name!r} have "
+                f"{dataset.column_names}. Rename its columns."
+            )
+        found[name] = dataset.select_columns(list(columns))
     return found

@@ -286,7 +286,7 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         if self.config.fusion == "logits":
             logits = _bounded(self.lm_head(hidden_states), soft_cap(self.config))
         else:
-            logits = self._log_probabilities(hidden_states, outputs.gate_weights[:, kept])
+            logits = self._log_probabilities(hidden_states, outputs.gate_weights[:, kept]).to(hidden_states.dtype)
 
         loss = None
         if labels is not None:
@@ -310,7 +310,7 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
             logits = F.linear(hidden_states[..., columns], self.lm_head.weight[:, columns])
             own = _bounded(logits, soft_cap(config)).float().log_softmax(-1) + log_weights[..., k, None]
             fused = own if fused is None else torch.logaddexp(fused, own)
-        return fused.to(hidden_states.dtype)
+        return fused
 
     def _head_columns(self) -> Iterator[slice]:
         """Each specialist's columns of the wide head."""

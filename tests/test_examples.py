@@ -41,7 +41,7 @@ def run(script, recipe, folder, *options):
 def test_both_stages_run_from_recipes_one_after_the_other(recipe, specialists, tmp_path):
     gate, joint = tmp_path / "gate", tmp_path / "joint"
     fuse = {"specialists": {n: str(tmp_path / n) for n in specialists}, "output_dir": str(gate)}
-    learned = {"mix_reward": "regret", "mix_every": 1, "mix_policy": "rate"}
+    learned = {"mix_reward": "regret", "mix_every": 1, "mix_delay": 1}
     run("train_gate.py", {**recipe, **fuse, **learned}, tmp_path, "--learning_rate", "0.01")
     trained = {"model_name_or_path": str(gate), "trust_remote_code": True, "output_dir": str(joint)}
     run("train_joint.py", {**recipe, **trained}, tmp_path)

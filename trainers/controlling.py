@@ -14,7 +14,7 @@ from .rewards import difficulty, gradient_cosine, regret, similarity, towards_ta
 from .watching import own_log_probs, watching
 
 
-# What it is, and whether it is read from ordinary training batches at no pass of its own.
+# Whether each is read from ordinary training batches, at no pass of its own.
 REWARDS: dict[str, bool] = {
     "loss": True,
     "regret": True,
@@ -52,6 +52,14 @@ class MixController:
                 "mix_reward='gradient' compares whole gradients, which no process holds under FSDP or DeepSpeed. Choose "
                 "another reward, or train with DDP."
             )
+        if not self.from_batches and (self.args.packing or self.args.padding_free):
+            raise ValueError(
+                f"mix_reward={self.reward!r} scores examples one by one, but with packing or without padding they share "
+                f"rows. Set packing=False and padding_free=False, or learn from 'loss', or from 'regret' in stage one."
+            )
+        if self.reward == "gradient" and self.args.mix_probe < 2:
+            raise ValueError("mix_reward='gradient' compares two halves of the pool. Take mix_probe=2 or more.")
+        guarded(trainer.prior, floor=self.args.mix_floor)  # refuses a floor that is too high now, not in an hour
         settings = self.args.mix_policy_settings or {}
         self.policy = POLICIES[self.args.mix_policy](trainer.prior, **settings)
         self.smoothing = Smoothing(len(trainer.domains), self.args.mix_smoothing)
@@ -74,7 +82,7 @@ class MixController:
     def update(self) -> None:
         """Measures, learns, and sets the mix that takes effect `mix_delay` steps from now."""
         trainer, step = self.trainer, self.trainer.state.global_step
-        mix = np.array(self.mixes[-1][1])
+        mix = self.mix_at(max(step - 1, 0))
         with np.errstate(all="ignore"):
             self.rewards = self._measure()
         rewards = usable_rewards(self.rewards, mix, trainer.domains)
@@ -211,11 +219,6 @@ class MixController:
         with self._probing():
             for places, batch in self._batches(self.pool):
                 labels = batch["labels"]
-                if len(labels) != max(len(places), 1):
-                    raise ValueError(
-                        f"mix_reward={self.reward!r} scores examples one by one, but without padding a batch is one row. "
-                        f"Set padding_free=False, or learn from 'loss' or 'regret' in stage one."
-                    )
                 seen = self._forward(batch, own=own)
                 scores, mask = seen["scores"], seen["scores"].label_mask
                 values = scores.entropy if entropy else -scores.log_probs
@@ -271,7 +274,7 @@ class MixController:
                         for t, g in zip(total, gradients, strict=True):
                             if g is not None:
                                 t += g
-                found.append(self._reduced(torch.cat([t.flatten().double().cpu() for t in total])).numpy())
+                found.append(self._reduced(torch.cat([t.flatten().float().cpu() for t in total])).numpy())
         return np.stack(found)
 
     def _reduced(self, values: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def add_mixture_head(model: PreTrainedModel) -> None:
 
 
 def _scores_of_chunk(model, states: Tensor, weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    log_probs = model._log_probabilities(states, weights).float()
+    log_probs = model._log_probabilities(states, weights)
     entropy = torch.special.entr(log_probs.detach().exp()).sum(-1)
     return log_probs.gather(-1, targets[:, None])[:, 0], entropy, log_probs.argmax(-1) == targets
 
@@ -89,10 +89,10 @@ def gate_terms(args, weights: Tensor, domain: Tensor, own: list[int | None], las
     if args.gate_entropy:
         terms = terms + args.gate_entropy * torch.special.entr(weights.clamp(min=1e-12)).sum(-1)
     if args.gate_balance:
-        # N sum_k m_k^2 of the mean m over the whole batch has the gradient 2 N m_k: with the last step's mean in its
-        # place every micro-batch of every process can be summed up, as if all had been seen together
-        term = weights @ (2 * weights.shape[-1] * last_mean).to(weights)
-        terms = terms + args.gate_balance * term
+        # N sum_k m_k^2 of the mean m over the whole batch, linear in m around the last step's mean: so every
+        # micro-batch of every process can be summed up, as if all had been seen together
+        number, mean = weights.shape[-1], last_mean.to(weights)
+        terms = terms + args.gate_balance * number * (2 * weights @ mean - mean @ mean)
     if args.gate_domain and step < args.gate_domain_steps:
         of_own = torch.tensor(own, device=weights.device)[domain]
         nll = -weights.gather(-1, of_own[..., None])[..., 0].clamp(min=1e-12).log()

@@ -181,7 +181,9 @@ class Rate(_Stateful):
         self.shares = np.where(seen, self.shares, 0) / self.shares[seen].sum()
         total = rewards[seen].sum()
         if total > 0:
-            self.shares = (1 - self.rate) * self.shares + self.rate * np.where(seen, rewards, 0) / total
+            shares = (1 - self.rate) * self.shares + self.rate * np.where(seen, rewards, 0) / total
+            # a share of 0 would mask its domain for good
+            self.shares = np.where(seen, shares.clip(min=1e-300), 0)
         return self.shares
 
 
@@ -304,5 +306,5 @@ POLICIES: dict[str, type] = {
 
 
 def _log_prior(prior: ndarray) -> ndarray:
-    # masked domains get a finite score, which JSON can hold; `_softmax` masks them
+    # masked domains get a finite score, which JSON can hold; `softmax` masks them
     return np.log(np.where(prior > 0, prior, 1))

@@ -13,7 +13,8 @@ from numpy import ndarray
 def similarity(z: ndarray, target: int | None = None) -> ndarray:
     """Reward: how much each domain resembles all domains, the mean of its cosines with itself included (Eq. 8).
 
-    Frozen specialists have the same hidden states for ever, so that in stage one this reward hardly moves.
+    Of a fused model these are the specialists' states times their gate weights, so in stage one, where specialists are
+    frozen, it moves with the gate alone.
 
     Args:
         z: Mean hidden state of each domain (Eq. 7). Shape (domains, hidden).

@@ -45,15 +45,13 @@ class StageConfig(SFTConfig):
         default=None, metadata={"help": "For mix='fixed': domain to weight, on any scale."}
     )
     mix_unit: str = field(
-        default="example", metadata={"help": f"What a share of the mix counts: one of {', '.join(MIX_UNITS)} tokens."}
+        default="example", metadata={"help": "What a share of the mix counts: example, token, or supervised (tokens)."}
     )
     mix_reward: str | None = field(
         default=None,
         metadata={"help": f"Learn the mix from this reward: {', '.join(REWARDS)}. Default: do not learn."},
     )
-    mix_policy: str = field(
-        default="logits", metadata={"help": f"How the mix follows rewards: {', '.join(POLICIES)}."}
-    )
+    mix_policy: str = field(default="rate", metadata={"help": f"How the mix follows rewards: {', '.join(POLICIES)}."})
     mix_policy_settings: dict | str | None = field(default=None, metadata={"help": "Settings of the policy by name."})
     mix_every: int = field(default=100, metadata={"help": "Optimizer steps between two updates of the mix."})
     mix_delay: int = field(
@@ -70,11 +68,12 @@ class StageConfig(SFTConfig):
     )
     mix_shadow: bool = field(default=False, metadata={"help": "Learn and log the mix, and draw as if it were not."})
     mix_importance: bool = field(
-        default=False, metadata={"help": "Weigh losses so that a changed mix does not change the objective."}
+        default=False, metadata={"help": "Weigh losses so that all domains count alike, however often each is drawn."}
     )
     gate_entropy: float = field(default=0.0, metadata={"help": "Times the gate's entropy in nats, added to the loss."})
     gate_balance: float = field(
-        default=0.0, metadata={"help": "Times specialists * sum of squared mean gate weights, added to the loss."}
+        default=0.0,
+        metadata={"help": "Times specialists * sum of squared mean gate weights, 1 if even, added to the loss."},
     )
     gate_domain: float = field(
         default=0.0, metadata={"help": "Times the gate's cross-entropy to the domain's specialist: a warm start."}
@@ -89,6 +88,17 @@ class StageConfig(SFTConfig):
             raise ValueError(f"`mix_reward` must be one of {sorted(REWARDS)} or None, but is {self.mix_reward!r}.")
         if self.mix_policy not in POLICIES:
             raise ValueError(f"`mix_policy` must be one of {sorted(POLICIES)}, but is {self.mix_policy!r}.")
+        if self.mix_reward is None and (self.mix_target or self.mix_shadow or self.mix_policy_settings):
+            raise ValueError(
+                "`mix_target`, `mix_shadow` and `mix_policy_settings` say how a mix is learned, but `mix_reward` is None. "
+                f"Choose one of {sorted(REWARDS)}."
+            )
+        raw = self.mix_reward == "loss" and self.mix_smoothing == 1
+        if self.mix_reward is not None and self.mix_policy in ("skill_it", "aioli") and not raw:
+            raise ValueError(
+                f"mix_policy={self.mix_policy!r} follows losses as they are, but mix_reward={self.mix_reward!r} and "
+                f"mix_smoothing={self.mix_smoothing}. Set mix_reward='loss' and mix_smoothing=1."
+            )
         for name in ("examples_per_domain", "mix_every", "mix_delay", "mix_probe"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
@@ -99,6 +109,7 @@ class GateStageConfig(StageConfig):
     """Settings of stage one. The paper: 400 steps, 2e-5 cosine, 64 examples per domain (section 4.1)."""
 
     max_steps: int = field(default=400, metadata={"help": "Optimizer steps. The paper's 400 (section 4.1)."})
+    save_steps: float = field(default=100, metadata={"help": "Steps between checkpoints: resuming needs one."})
     # it would make frozen specialists run a second time, for gradients that nobody needs
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Of no use while specialists are frozen."})
 

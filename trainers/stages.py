@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from .controlling import MixController
@@ -60,7 +62,13 @@ class _StageTrainer(SFTTrainer):
                 f"same fields and has defaults of its own: {config.__name__}(output_dir, ...)."
             )
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+            chosen = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            model = AutoModelForCausalLM.from_pretrained(model, **chosen)
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                f"{name} decides what is trained, so it adds adapters itself, but got a {type(model).__name__}. Pass the "
+                f"fused model and `peft_config=...` to `JointTrainer`, or merge first: `model.merge_and_unload()`."
+            )
         if model.config.model_type != "ultrafuser":
             raise ValueError(
                 f"{name} trains a fused model, but got a {type(model).__name__}. Build one with "
@@ -81,6 +89,7 @@ class _StageTrainer(SFTTrainer):
         self._choose_parameters(model, args, kwargs.get("peft_config"))
         if args.learning_rate is None:
             args.learning_rate = self.default_learning_rate(model)
+        _check_terms(args, kwargs)
         accumulate(args, len(self.domains))
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
 
@@ -108,13 +117,17 @@ class _StageTrainer(SFTTrainer):
         if set(args.mix_weights or {}) - set(self.domains):
             raise ValueError(f"`mix_weights` names {sorted(args.mix_weights)}, but the domains are {self.domains}.")
         self.prior = static_mix(args.mix, self.sizes, temperature=args.mix_temperature, weights=weights)
+        self._begin()
+        self.add_callback(_StageCallback(self))
+
+    def _begin(self) -> None:
+        """What a run moves, as it is before the first step."""
+        args, places = self.args, self.train_dataset["domain"]
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.sampler = DomainSampler(
-            self.train_dataset["domain"], batch_size, self.in_examples(self.prior), seed=args.seed
-        )
+        self.sampler = DomainSampler(places, batch_size, self.in_examples(self.prior), seed=args.seed)
         self.statistics = Statistics(len(self.domains), len(self.fused.config.specialist_names))
         self.controller = MixController(self) if args.mix_reward is not None else None
-        self.add_callback(_StageCallback(self))
+        self._warned: set[str] = set()
 
     def _choose_parameters(self, model: PreTrainedModel, args: StageConfig, peft_config) -> None:
         raise NotImplementedError
@@ -132,6 +145,9 @@ class _StageTrainer(SFTTrainer):
         places, parts = np.array(dataset["domain"]), []
         for name in sorted(set(dataset["domain"])):
             part = dataset.select(np.flatnonzero(places == name)).remove_columns("domain")
+            # columns of other domains' formats, which were filled up when all were put together
+            empty = [c for c, value in part[0].items() if value is None and all(v is None for v in part[c])]
+            part = part.remove_columns(empty)
             part = super()._prepare_dataset(part, *args, **kwargs)
             parts.append(part.add_column("domain", [name] * len(part)))
         return concatenate_datasets(parts)
@@ -282,10 +298,20 @@ class _StageTrainer(SFTTrainer):
     # ---- resume
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`. A stage resumes from its own checkpoints only; unfinished ones are passed over."""
-        self._warned: set[str] = set()
+        """As `Trainer.train`. A stage resumes from its own checkpoints only; unfinished ones are passed over.
+
+        Raises:
+            ValueError: If there is no checkpoint to resume from, or it is of another run.
+        """
+        if self.sampler.batches_drawn:
+            self._begin()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"There is no complete checkpoint of a stage to resume from in {self.args.output_dir!r}. Check the "
+                    f"folder, or begin anew with `train()`."
+                )
         if resume_from_checkpoint:
             self._load_state(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
@@ -319,14 +345,16 @@ class _StageTrainer(SFTTrainer):
             "sizes": self.sizes.tolist(),
             "batch_size": self.sampler.batch_size,
             "seed": self.args.seed,
+            "prior": self.prior.tolist(),
             "mix_reward": self.args.mix_reward,
+            "mix_policy": self.args.mix_policy,
         }
 
-    def save_state_of_stage(self) -> None:
-        """Writes what the stage knows beyond model and optimizer, after everything else and in one piece."""
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Writes beside random numbers what the stage knows, before the library drops old checkpoints."""
+        super()._save_rng_state(output_dir)
         statistics = self.statistics.state_dict(self.accelerator)
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
             controller = None if self.controller is None else self.controller.state_dict()
             state = {
                 **self._identity(),
@@ -334,9 +362,9 @@ class _StageTrainer(SFTTrainer):
                 "statistics": statistics,
                 "controller": controller,
             }
-            temporary = folder / (STATE_FILE + ".tmp")
-            temporary.write_text(json.dumps(state))
-            temporary.rename(folder / STATE_FILE)
+            (Path(output_dir) / STATE_FILE).write_text(json.dumps(state))
+        # what every process wrote is there before the file that makes a checkpoint complete
+        self.accelerator.wait_for_everyone()
 
 
 class GateTrainer(_StageTrainer):
@@ -423,16 +451,21 @@ class JointTrainer(_StageTrainer):
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
     """The last checkpoint of a stage that was written to its end, or None if there is none."""
-    if not os.path.isdir(folder):
-        return None
     found = [p.parent for p in Path(folder).glob(f"checkpoint-*/{STATE_FILE}")]
-    return str(max(found, key=lambda p: int(p.name.split("-")[1]))) if found else None
+    for checkpoint in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        try:
+            # the library writes it last
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+            return str(checkpoint)
+        except (OSError, json.JSONDecodeError):
+            continue
+    return None
 
 
 def _specialist_size(model: PreTrainedModel) -> float:
-    return sum(p.numel() for n, p in model.named_parameters() if "fusion_gate" not in n) / len(
-        model.config.specialist_names
-    )
+    # ZeRO-3 leaves parameters empty, and says how many there were
+    sizes = [getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters() if "fusion_gate" not in n]
+    return sum(sizes) / len(model.config.specialist_names)
 
 
 def _part(name: str) -> str:
@@ -445,6 +478,23 @@ def _kept_columns(model: PreTrainedModel, trained: list[bool]) -> Tensor:
     return torch.repeat_interleave(~torch.tensor(trained), sizes).nonzero()[:, 0]
 
 
+def _check_terms(args: StageConfig, kwargs: dict) -> None:
+    """Refuses what would leave terms of the loss out, or draws where they are not counted, without a word."""
+    terms = [t for t in ("gate_entropy", "gate_balance", "gate_domain", "mix_importance") if getattr(args, t)]
+    if terms and (args.label_smoothing_factor or kwargs.get("compute_loss_func")):
+        raise ValueError(
+            f"{terms} are added to TRL's own loss, token by token, but `label_smoothing_factor` or `compute_loss_func` "
+            f"puts another in its place. Leave one of them out."
+        )
+    if args.mix_importance and args.loss_type != "nll":
+        raise ValueError(f"`mix_importance` weighs log-likelihoods, but loss_type={args.loss_type!r}. Use 'nll'.")
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "`auto_find_batch_size` would change the batch size in mid-run, but draws are counted in batches. Lower "
+            "`per_device_train_batch_size` by hand: the number of accumulated steps follows."
+        )
+
+
 class _DomainCollator:
     """Lets a collator do its work and adds the domain of every token, shape (batch, seq), to what it returns."""
 
@@ -452,16 +502,17 @@ class _DomainCollator:
         self.collator, self.places = collator, {name: i for i, name in enumerate(domains)}
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        domains = [row.get("domain") for row in rows]
+        places = [self.places.get(row.get("domain")) for row in rows]
         batch = self.collator([{k: v for k, v in row.items() if k != "domain"} for row in rows])
-        if None in domains:
+        if None in places:  # evaluation on something else
             return batch
-        ids = torch.tensor([self.places[d] for d in domains])
+        ids = torch.tensor(places)
         batch_size, length = batch["input_ids"].shape
         if batch_size == len(rows):
             batch["domain"] = ids[:, None].expand(-1, length)
         else:  # without padding all rows are one, end to end
-            batch["domain"] = ids.repeat_interleave(torch.tensor([len(row["input_ids"]) for row in rows]))[None]
+            of_tokens = ids.repeat_interleave(torch.tensor([len(row["input_ids"]) for row in rows]))
+            batch["domain"] = torch.nn.functional.pad(of_tokens, (0, length - len(of_tokens)))[None]
         return batch
 
 
@@ -486,13 +537,17 @@ class _StageCallback(TrainerCallback):
         if self.trainer.controller is not None and state.global_step % args.mix_every == 0:
             self.trainer.controller.update()
 
-    def on_save(self, args, state, control, **kwargs):
-        self.trainer.save_state_of_stage()
-
 
 def _with_domains(dataset: Dataset | Mapping[str, Dataset] | None) -> Dataset:
+    given = list(dataset.values()) if isinstance(dataset, Mapping) else [dataset]
+    if any(isinstance(part, IterableDataset) for part in given):
+        raise ValueError(
+            "A mix of domains needs to know its examples, which a stream does not tell, but got an IterableDataset. "
+            "Load it without `streaming=True`; a Dataset is read from disk as needed too."
+        )
     if isinstance(dataset, Mapping):
-        parts = [part.add_column("domain", [name] * len(part)) for name, part in dataset.items()]
+        parts = [p.remove_columns("domain") if "domain" in p.column_names else p for p in given]
+        parts = [part.add_column("domain", [name] * len(part)) for name, part in zip(dataset, parts, strict=True)]
         dataset = concatenate_datasets(parts)
     if dataset is None or "domain" not in dataset.column_names:
         columns = None if dataset is None else dataset.column_names

@@ -75,10 +75,9 @@ def own_log_probs(
     found = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     config = fused.config
     edges = np.cumsum([0] + [c.hidden_size for c in config.specialists])
-    cap = getattr(config, "final_logit_softcapping", None)
     for d, k in enumerate(own_specialists):
         chosen = mask & (domain == d)
-        head = weight[:, edges[k] : edges[k + 1]]
+        head, cap = weight[:, edges[k] : edges[k + 1]], getattr(config.specialists[k], "final_logit_softcapping", None)
         scores = []
         for states, targets in zip(
             hidden_states[k][:, :-1][chosen].split(1024), labels[:, 1:][chosen].split(1024), strict=True
@@ -148,28 +147,32 @@ class Statistics:
     @torch.no_grad()
     def add(self, domain: Tensor, mask: Tensor, log_probs: Tensor, gate_weights: Tensor, own: Tensor | None) -> None:
         """Takes in one micro-batch. Shapes (batch, seq - 1); of `gate_weights`, (batch, seq - 1, specialists)."""
-        weights = gate_weights[mask].double()
+        weights, domain = gate_weights[mask].float(), domain[mask]
         entropy = torch.special.entr(weights).sum(-1)
-        top1 = nn.functional.one_hot(weights.argmax(-1), self.specialists).double()
-        own = torch.zeros_like(entropy) if own is None else -own[mask].double()
-        columns = [torch.ones_like(entropy), -log_probs[mask].double(), own, entropy]
+        top1 = nn.functional.one_hot(weights.argmax(-1), self.specialists).float()
+        own = torch.zeros_like(entropy) if own is None else -own[mask].float()
+        columns = [torch.ones_like(entropy), -log_probs[mask].float(), own, entropy]
         found = torch.cat([torch.stack(columns, -1), weights, top1], -1)
-        totals = torch.zeros(self.sums.shape, dtype=torch.float64, device=found.device)
-        self.sums += totals.index_add(0, domain[mask], found).cpu()
+        # one sum after another, in an order that does not change from run to run
+        self.sums += torch.stack([found[domain == d].sum(0) for d in range(len(self.sums))]).cpu().double()
 
     def since(self, reader: str, accelerator) -> Sums:
         """What has come in since this reader last asked, over all processes."""
         new = self.sums - self.read.get(reader, torch.zeros_like(self.sums))
         self.read[reader] = self.sums.clone()
-        new = accelerator.reduce(new.to(accelerator.device), "sum").cpu().numpy()
+        if accelerator.num_processes > 1:
+            new = accelerator.reduce(new.to(accelerator.device), "sum").cpu()
+        new = new.numpy()
         k = self.specialists
         return Sums(*new[:, :4].T, gate=new[:, 4 : 4 + k], top1=new[:, 4 + k :])
 
     def state_dict(self, accelerator) -> list:
         """Sums of every process, so that a run on as many continues to the last digit."""
         readers = sorted(self.read)
-        own = torch.stack([self.sums, *(self.read[r] for r in readers)])[None].to(accelerator.device)
-        return {"readers": readers, "sums": accelerator.gather(own).cpu().tolist(), "mean": self.last_mean.tolist()}
+        sums = torch.stack([self.sums, *(self.read[r] for r in readers)])[None]
+        if accelerator.num_processes > 1:
+            sums = accelerator.gather(sums.to(accelerator.device))
+        return {"readers": readers, "sums": sums.tolist(), "mean": self.last_mean.tolist()}
 
     def load_state_dict(self, state: dict, process: int, processes: int) -> None:
         """Continues from `state_dict()`. Where the number of processes has changed, the first takes all."""

@@ -1,1 +1,1 @@
-"""The tools around the model: command line, quickstart, evaluation."""
+"""The tools around the model: command line, quickstart, documents' tables."""
