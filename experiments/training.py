@@ -2,7 +2,7 @@
 
     python -m experiments.training stages     # the paper's ablation: results/stages/
     python -m experiments.training mixes      # learned mixes against fixed ones: results/mixes/
-    python -m experiments.training rates      # learning rates by size of the specialists: results/rates/
+    python -m experiments.training rates      # learning rates: results/rates/
 
 Each run is one JSON file; those that are there are not run again. When all are, a table is printed and written beside
 them, for the mixes with a figure of each mix over time. Specialists are trained once per seed, in the folder `--work`.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import set_seed
+from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from modeling_ultrafuser import UltraFuserForCausalLM
@@ -59,16 +59,10 @@ MIXES = {
 LEARNED = {"mix_every": 5, "mix_delay": 1, "mix_probe": 8}
 
 RATES = {
-    f"{stage} {size} {rate:g}": (stage, size, rate)
-    for stage, size, rates in (
-        ("gate", "small", (1e-3, 3e-3, 1e-2, 3e-2)),
-        ("gate", "larger", (1e-3, 3e-3, 1e-2, 3e-2)),
-        ("joint", "small", (3e-4, 1e-3, 3e-3)),
-        ("joint", "larger", (1e-4, 3e-4, 1e-3)),
-    )
+    f"{stage} {rate:g}": (stage, rate)
+    for stage, rates in (("gate", (2e-5, 1e-3, 1e-2, 3e-2)), ("joint", (2e-5, 3e-4, 1e-3, 3e-3)))
     for rate in rates
 }
-SIZES = {"small": {}, "larger": {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 6}}
 
 
 def main() -> None:
@@ -83,8 +77,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     seeds = SEEDS[:1] if options.experiment == "rates" else SEEDS
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
-        sizes = {s for _, s, _ in RATES.values()} if options.experiment == "rates" else {"small"}
-        list(pool.map(prepare, *zip(*[(s, size, options.work) for s in seeds for size in sizes], strict=True)))
+        list(pool.map(prepare, seeds, [options.work] * len(seeds)))
         todo = [(n, s, file_of(folder, n, s)) for s in seeds for n in names if not file_of(folder, n, s).exists()]
         waiting = [(name, seed, pool.submit(run, name, seed, options.work, path)) for name, seed, path in todo]
         for i, (name, seed, future) in enumerate(waiting, 1):
@@ -100,32 +93,43 @@ def file_of(folder: Path, name: str, seed: int) -> Path:
     return folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json"
 
 
-def prepare(seed: int, size: str, work: Path) -> None:
-    """Tokenizer, specialists and data of a seed, unless they are there."""
-    folder = work / f"{size}-{seed}"
-    if (folder / "blocks.pt").exists():
+def prepare(seed: int, work: Path) -> None:
+    """Tokenizer, specialists, data and a gate after stage one, unless they are there."""
+    folder = work / f"{seed}"
+    if (folder / "gate.pt").exists():
         return
     torch.set_num_threads(1)
     parts = {d: splits(documents(d, seed)) for d in DOMAINS}
     tokenizer = train_tokenizer([text for part in parts.values() for text in part["specialist"]])
     blocks = {d: {name: to_blocks(texts, tokenizer) for name, texts in parts[d].items()} for d in DOMAINS}
     for d in DOMAINS:
-        make_specialist(blocks[d]["specialist"], tokenizer, folder / d, STEPS, seed, **SIZES[size])
+        make_specialist(blocks[d]["specialist"], tokenizer, folder / d, STEPS, seed)
     tokenizer.save_pretrained(folder / "tokenizer")
     torch.save(blocks, folder / "blocks.pt")
+    model, data, held_out = load(seed, work)
+    gate_stage(model, data, work, seed)
+    torch.save((model.model.fusion_gate.state_dict(), measure(model, held_out)), folder / "gate.pt")
 
 
-def load(seed: int, size: str, work: Path) -> tuple[UltraFuserForCausalLM, dict, dict]:
-    """A fresh fused model, data to train it and held-out blocks."""
+def load(seed: int, work: Path) -> tuple[UltraFuserForCausalLM, dict, dict]:
+    """A fused model with a new gate, data to train it and held-out blocks."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    folder = work / f"{size}-{seed}"
+    folder = work / f"{seed}"
     set_seed(seed)
     model = UltraFuserForCausalLM.from_specialists({d: folder / d for d in DOMAINS})
     blocks = torch.load(folder / "blocks.pt")
     kept = {d: blocks[d]["fuse"][: round(SHARES[d] * len(blocks[d]["fuse"]))].tolist() for d in DOMAINS}
     data = {d: Dataset.from_dict({"input_ids": ids, "labels": ids}) for d, ids in kept.items()}
     return model, data, {d: blocks[d]["held_out"] for d in DOMAINS}
+
+
+def after_stage_one(seed: int, work: Path) -> tuple[UltraFuserForCausalLM, dict, dict, dict[str, float]]:
+    """As `load`, with the gate of stage one, and what was measured then."""
+    model, data, held_out = load(seed, work)
+    gate, losses = torch.load(work / f"{seed}" / "gate.pt")
+    model.model.fusion_gate.load_state_dict(gate)
+    return model, data, held_out, losses
 
 
 def settings(work: Path, seed: int, **more) -> dict:
@@ -153,15 +157,13 @@ def joint_stage(model, data, work: Path, seed: int, **more) -> JointTrainer:
 
 
 def tokenizer_of(work: Path, seed: int):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(work / f"small-{seed}" / "tokenizer")
+    return AutoTokenizer.from_pretrained(work / f"{seed}" / "tokenizer")
 
 
 def run_stages(name: str, seed: int, work: Path, path: Path) -> dict[str, float]:
     """One variant of the paper's ablation (Ding et al., 2024, section 4.4)."""
     gate_steps, joint_steps, mix = STAGES[name]
-    model, data, held_out = load(seed, "small", work)
+    model, data, held_out = load(seed, work)
     before = measure(model, held_out)
     began = time.process_time()
     if gate_steps:
@@ -172,13 +174,7 @@ def run_stages(name: str, seed: int, work: Path, path: Path) -> dict[str, float]
 
 def run_mixes(name: str, seed: int, work: Path, path: Path) -> dict[str, float]:
     """Stage two under one mix, from the same stage one."""
-    model, data, held_out = load(seed, "small", work)
-    start = work / f"small-{seed}" / "gate.pt"
-    if not start.exists():
-        gate_stage(model, data, work, seed)
-        torch.save((model.model.fusion_gate.state_dict(), measure(model, held_out)), start)
-    gate, before = torch.load(start)
-    model.model.fusion_gate.load_state_dict(gate)
+    model, data, held_out, before = after_stage_one(seed, work)
     chosen = MIXES[name]
     began = time.process_time()
     trainer = joint_stage(model, data, work, seed, **(LEARNED if "mix_reward" in chosen else {}), **chosen)
@@ -190,16 +186,16 @@ def run_mixes(name: str, seed: int, work: Path, path: Path) -> dict[str, float]:
 
 
 def run_rates(name: str, seed: int, work: Path, path: Path) -> dict[str, float]:
-    """One learning rate in one stage, for specialists of one size."""
-    stage, size, rate = RATES[name]
-    model, data, held_out = load(seed, size, work)
+    """One learning rate in one stage."""
+    stage, rate = RATES[name]
+    model, data, held_out, _ = after_stage_one(seed, work)
     parameters = model.specialist("text").num_parameters()
     began = time.process_time()
     if stage == "gate":
-        gate_stage(model, data, work, seed, learning_rate=rate, max_steps=STEPS.gate_steps // 2)
+        model, data, held_out = load(seed, work)
+        gate_stage(model, data, work, seed, learning_rate=rate)
     else:
-        gate_stage(model, data, work, seed, max_steps=STEPS.gate_steps // 2)
-        joint_stage(model, data, work, seed, learning_rate=rate, max_steps=STEPS.joint_steps // 2)
+        joint_stage(model, data, work, seed, learning_rate=rate)
     return write(path, name, seed, model, held_out, seconds=time.process_time() - began, parameters=parameters)
 
 

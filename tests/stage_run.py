@@ -72,10 +72,10 @@ def build(job):
             self.draws = [*self.draws, (self.state.global_step, sums)]
             return super().training_step(model, inputs, *args, **kwargs)
 
-        def save_state_of_stage(self):
+        def _save_rng_state(self, output_dir):
+            super()._save_rng_state(output_dir)
             if self.state.global_step == job.get("kill_saving"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            super().save_state_of_stage()
 
     sizes = job.get("sizes", {"text": 9, "code": 7, "math": 12})
     trainer = Recorded(model, arguments, data(sizes), processing_class=words, **extra)

@@ -182,7 +182,12 @@ def test_learning_in_the_shadow_changes_nothing(stage, reward, tmp_path):
     model, found = UltraFuserForCausalLM.from_specialists(specialists), []
     for learned in (None, reward):
         one = copy.deepcopy(model)
-        settings = {"learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 2, "mix_shadow": bool(learned)}
+        settings = {
+            "learning_rate": 1e-2,
+            "max_steps": 3,
+            "per_device_train_batch_size": 2,
+            "mix_shadow": bool(learned),
+        }
         run = learn(stage, one, tmp_path, learned, **settings)
         run.train()
         ours = [{k: v for k, v in e.items() if not k.startswith(("reward/", "learned_mix/"))} for e in logs(run)]

@@ -87,7 +87,8 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
     assert min(resumed["draws"]) == 2
     assert logged(resumed) == logged(whole)
     assert same_weights(resumed, whole)
-    assert (tmp_path / "killed" / "checkpoint-4" / STATE_FILE).exists(), "it is written anew"
+    assert (tmp_path / "killed" / "checkpoint-4" / STATE_FILE).exists()
+    assert (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").exists(), "it is written anew"
 
 
 def test_two_processes_are_one_with_the_same_batch(tmp_path):

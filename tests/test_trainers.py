@@ -4,7 +4,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F  # noqa: N812
 from trl import SFTConfig
 
@@ -15,6 +15,7 @@ from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, changed, conversations, weights
 from trainers import DomainSampler, GateTrainer, JointTrainer
 from trainers.settings import scaled_rate
+from trainers.watching import own_log_probs
 
 
 BOTH = pytest.mark.parametrize("stage", [GateTrainer, JointTrainer])
@@ -437,3 +438,84 @@ def test_evaluation_is_trls_own(labelled, fused, tmp_path):
     batch = stage.data_collator(rows)
     with torch.no_grad():
         assert found[0] == pytest.approx(fused.eval()(**batch, use_cache=False).loss.item(), rel=1e-5)
+
+
+# ---- nothing goes wrong in silence
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"gate_domain": 1.0, "label_smoothing_factor": 0.1}, "\\['gate_domain'\\] are added to TRL's own loss"),
+        ({"mix_importance": True, "loss_type": "dft"}, "loss_type='dft'"),
+        ({"auto_find_batch_size": True}, "draws are counted in batches"),
+        ({"mix_reward": "similarity", "packing": True}, "scores examples one by one"),
+        ({"mix_reward": "loss", "mix_floor": 0.6}, "A floor is a share of the mix"),
+        ({"mix_reward": "gradient", "mix_probe": 1}, "two halves of the pool"),
+        ({"mix_reward": "regret", "mix_policy": "aioli"}, "follows losses as they are"),
+        ({"mix_shadow": True}, "`mix_reward` is None"),
+        ({"mix": "fixed", "mix_weights": {"poetry": 1}}, "the domains are \\['code', 'math', 'text'\\]"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_would_be_ignored_or_fail_later_are_refused(settings, sentence, fused, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        trainer(GateTrainer, fused, tmp_path, **settings)
+
+
+def test_a_resume_with_nothing_to_resume_from_is_refused(fused, tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    stage = trainer(GateTrainer, fused, tmp_path)
+    with pytest.raises(ValueError, match="no complete checkpoint of a stage"):
+        stage.train(resume_from_checkpoint=True)
+
+
+@BOTH
+def test_a_model_with_adapters_already_is_refused(stage, fused, tmp_path):
+    adapted = get_peft_model(fused, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="it adds adapters itself"):
+        trainer(stage, adapted, tmp_path)
+
+
+def test_a_stream_of_data_is_refused(fused, tmp_path):
+    with pytest.raises(ValueError, match="got an IterableDataset"):
+        trainer(GateTrainer, fused, tmp_path, {"text": Dataset.from_list(conversations()).to_iterable_dataset()})
+
+
+def test_each_domain_may_come_in_a_format_of_its_own(fused, tmp_path):
+    pairs = [{"prompt": f"{i}+{i}?", "completion": f" {2 * i}", "domain": "another"} for i in range(6)]
+    data = {"text": Dataset.from_list(conversations(6)), "code": Dataset.from_list(pairs)}
+    stage = trainer(GateTrainer, fused, tmp_path, data, examples_per_domain=3)
+    stage.train()
+    rows = {name: [r for r in stage.train_dataset if r["domain"] == name] for name in data}
+    assert all(len(part) == 6 for part in rows.values())
+    # of a completion only that is learned; of a conversation, here, everything
+    assert all(-100 in row["labels"] for row in rows["code"])
+    assert not any(-100 in row["labels"] for row in rows["text"])
+
+
+def test_a_second_training_begins_anew(fused, tmp_path):
+    settings = {"mix_reward": "loss", "mix_every": 1, "mix_delay": 1, "max_steps": 2, "learning_rate": 0.0}
+    stage = trainer(GateTrainer, fused, tmp_path, **settings)
+    stage.train()
+    first = stage.controller.mixes
+    stage.train()
+    assert stage.controller.mixes == first
+    assert len(first) == 3
+
+
+def test_regret_reads_a_specialist_as_it_speaks_under_a_soft_cap_of_its_own(tmp_path):
+    pair = {n: specialist("gemma2", layers=k, final_logit_softcapping=2.0 + k) for k, n in ((1, "text"), (2, "code"))}
+    model = UltraFuserForCausalLM.from_specialists(pair, fusion="probabilities")
+    stage = trainer(GateTrainer, model, tmp_path, domains({"text": 4, "code": 4}), examples_per_domain=3)
+    batch = stage.data_collator([stage.train_dataset[i] for i in range(8)])
+    states = [
+        s(batch["input_ids"], batch["attention_mask"]).last_hidden_state for s in model.model.specialists.values()
+    ]
+    domain, labels = batch["domain"][:, 1:], batch["labels"]
+    found = own_log_probs(model, stage.own_specialists, states, labels, domain, labels[:, 1:] != -100)
+    for row in range(8):
+        own = pair[stage.domains[domain[row, 0]]]
+        logits = own(batch["input_ids"][row : row + 1], attention_mask=batch["attention_mask"][row : row + 1]).logits
+        expected = -F.cross_entropy(logits[0, :-1], labels[row, 1:], reduction="none")
+        assert torch.allclose(found[row], expected, atol=1e-5)

@@ -162,19 +162,20 @@ def to_blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def make_specialist(
-    blocks: Tensor, tokenizer: PreTrainedTokenizerBase, folder: Path, schedule: Schedule, seed: int, **sizes: int
+    blocks: Tensor, tokenizer: PreTrainedTokenizerBase, folder: Path, schedule: Schedule, seed: int
 ) -> None:
     """Trains a small Llama from scratch on one domain and saves it with its tokenizer."""
-    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, **sizes}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **sizes,
     )
     set_seed(seed)
     model = LlamaForCausalLM(config)
