@@ -14,6 +14,7 @@ from tests.stage_run import data as sums
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, changed, conversations, weights
 from trainers import DomainSampler, GateTrainer, JointTrainer
+from trainers.prompting import ViewCollator
 from trainers.settings import scaled_rate
 from trainers.watching import own_log_probs
 
@@ -519,3 +520,21 @@ def test_regret_reads_a_specialist_as_it_speaks_under_a_soft_cap_of_its_own(tmp_
         logits = own(batch["input_ids"][row : row + 1], attention_mask=batch["attention_mask"][row : row + 1]).logits
         expected = -F.cross_entropy(logits[0, :-1], labels[row, 1:], reduction="none")
         assert torch.allclose(found[row], expected, atol=1e-5)
+
+
+@BOTH
+def test_every_specialist_may_read_the_prompt_in_its_own_template(stage, fused, tmp_path):
+    words = tokenizer(chat_template=CHAT_TEMPLATE)
+    templates = {"text": CHAT_TEMPLATE, "code": CHAT_TEMPLATE.replace("<", "[["), "math": CHAT_TEMPLATE}
+    views = ViewCollator(words, templates, fused.config.specialist_names)
+    unprepared = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    more = {"data_collator": views}
+    run = trainer(stage, fused, tmp_path, max_steps=1, mix_reward="regret", mix_every=1, more=more, **unprepared)
+    rows = [run.train_dataset[i] for i in list(run.sampler)[:6]]
+    batch = views(rows)
+    batch.pop("domain")
+    with torch.no_grad():
+        expected = fused(**batch).loss.item()
+    run.train()
+    assert run.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-5)
+    assert (run.controller.rewards > 0).all()
