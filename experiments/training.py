@@ -32,7 +32,7 @@ from ultrafuser.quickstart import LENGTH, Schedule, make_specialist, measure, to
 ROOT = Path(__file__).parent.parent
 SEEDS = (0, 1, 2)
 SHARES = {"text": 1.0, "code": 0.5, "math": 0.15}  # of the examples to fuse with
-STEPS = Schedule(specialist_steps=200, gate_steps=60, joint_steps=30)
+STEPS = Schedule(specialist_steps=200, gate_steps=60, gate_rate=2e-2, joint_steps=30, joint_rate=1e-3)
 
 STAGES = {
     # gate steps, joint steps, mix; a gate step costs less than half of a joint step

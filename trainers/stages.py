@@ -446,7 +446,7 @@ class JointTrainer(_StageTrainer):
         return optimizer
 
     def default_learning_rate(self, model: PreTrainedModel) -> float:
-        return scaled_rate(_specialist_size(model), 1e-3)
+        return scaled_rate(_specialist_size(model), 3e-4)
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:

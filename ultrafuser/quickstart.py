@@ -68,7 +68,7 @@ class Schedule:
     gate_steps: int = 200
     gate_rate: float = 2e-2
     joint_steps: int = 40
-    joint_rate: float = 1e-3
+    joint_rate: float = 3e-4
 
 
 def run(out: Path, *, seed: int = 0, schedule: Schedule | None = None) -> dict[str, dict[str, float]]:
