@@ -195,8 +195,8 @@ def test_the_parts_of_the_model_learn_at_their_own_rates(fused, tmp_path):
 
 def test_the_default_rate_is_the_papers_for_large_specialists_and_higher_for_small_ones(fused, tmp_path):
     assert trainer(GateTrainer, fused, tmp_path, learning_rate=None).args.learning_rate == pytest.approx(1e-2)
-    assert trainer(JointTrainer, fused, tmp_path, learning_rate=None).args.learning_rate == pytest.approx(1e-3)
-    for at_a_million in (1e-2, 1e-3):
+    assert trainer(JointTrainer, fused, tmp_path, learning_rate=None).args.learning_rate == pytest.approx(3e-4)
+    for at_a_million in (1e-2, 3e-4):
         assert scaled_rate(1e9, at_a_million) == scaled_rate(7e10, at_a_million) == pytest.approx(2e-5)
         assert scaled_rate(1e6, at_a_million) == scaled_rate(1e4, at_a_million) == pytest.approx(at_a_million)
         assert 2e-5 < scaled_rate(1e8, at_a_million) < scaled_rate(1e7, at_a_million) < at_a_million
