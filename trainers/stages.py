@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -21,6 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from .controlling import MixController
+from .domains import DomainCollator, with_domains
 from .losses import add_mixture_head, gate_terms
 from .mixing import effective_epochs, importance_weights, static_mix
 from .sampling import DomainSampler
@@ -74,7 +75,7 @@ class _StageTrainer(SFTTrainer):
                 f"{name} trains a fused model, but got a {type(model).__name__}. Build one with "
                 f"`UltraFuserForCausalLM.from_specialists(...)`, or train a single model with TRL's `SFTTrainer`."
             )
-        train_dataset = _with_domains(train_dataset)
+        train_dataset = with_domains(train_dataset)
         self.domains = sorted(set(train_dataset["domain"]))
         self.own_specialists = [
             model.config.specialist_names.index(d) if d in model.config.specialist_names else None
@@ -102,7 +103,7 @@ class _StageTrainer(SFTTrainer):
                 )
             add_mixture_head(self.fused)
         keep_head_whole(self.fused)
-        self.data_collator = _DomainCollator(self.data_collator, self.domains)
+        self.data_collator = DomainCollator(self.data_collator, self.domains)
         self.sizes = np.bincount(
             [self.domains.index(d) for d in self.train_dataset["domain"]], minlength=len(self.domains)
         )
@@ -495,27 +496,6 @@ def _check_terms(args: StageConfig, kwargs: dict) -> None:
         )
 
 
-class _DomainCollator:
-    """Lets a collator do its work and adds the domain of every token, shape (batch, seq), to what it returns."""
-
-    def __init__(self, collator, domains: list[str]):
-        self.collator, self.places = collator, {name: i for i, name in enumerate(domains)}
-
-    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        places = [self.places.get(row.get("domain")) for row in rows]
-        batch = self.collator([{k: v for k, v in row.items() if k != "domain"} for row in rows])
-        if None in places:  # evaluation on something else
-            return batch
-        ids = torch.tensor(places)
-        batch_size, length = batch["input_ids"].shape
-        if batch_size == len(rows):
-            batch["domain"] = ids[:, None].expand(-1, length)
-        else:  # without padding all rows are one, end to end
-            of_tokens = ids.repeat_interleave(torch.tensor([len(row["input_ids"]) for row in rows]))
-            batch["domain"] = torch.nn.functional.pad(of_tokens, (0, length - len(of_tokens)))[None]
-        return batch
-
-
 class _StageCallback(TrainerCallback):
     """Calls the stage at the moments it needs."""
 
@@ -536,23 +516,3 @@ class _StageCallback(TrainerCallback):
             self.trainer.statistics.last_mean = torch.tensor(found.gate.sum(0) / max(found.tokens.sum(), 1))
         if self.trainer.controller is not None and state.global_step % args.mix_every == 0:
             self.trainer.controller.update()
-
-
-def _with_domains(dataset: Dataset | Mapping[str, Dataset] | None) -> Dataset:
-    given = list(dataset.values()) if isinstance(dataset, Mapping) else [dataset]
-    if any(isinstance(part, IterableDataset) for part in given):
-        raise ValueError(
-            "A mix of domains needs to know its examples, which a stream does not tell, but got an IterableDataset. "
-            "Load it without `streaming=True`; a Dataset is read from disk as needed too."
-        )
-    if isinstance(dataset, Mapping):
-        parts = [p.remove_columns("domain") if "domain" in p.column_names else p for p in given]
-        parts = [part.add_column("domain", [name] * len(part)) for name, part in zip(dataset, parts, strict=True)]
-        dataset = concatenate_datasets(parts)
-    if dataset is None or "domain" not in dataset.column_names:
-        columns = None if dataset is None else dataset.column_names
-        raise ValueError(
-            f"Batches are drawn evenly from the domains, so `train_dataset` needs a column 'domain', but its columns "
-            f"are {columns}. Add one, or pass one dataset per domain: {{'text': ..., 'code': ...}}."
-        )
-    return dataset
