@@ -1,0 +1,1 @@
+"""Is fusing worth it? What is measured, and against which baselines."""

@@ -1,0 +1,128 @@
+"""What a sceptic would do with the same specialists instead of training a gate. No weights are copied."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.gating_ultrafuser import GATES, Gate
+
+from .measuring import HeldOut, Scores
+
+
+def ensemble(model: UltraFuserForCausalLM, gate: str | Gate, fusion: str = "logits") -> UltraFuserForCausalLM:
+    """The same specialists under another gate or fusion rule. Shares its tensors with `model`.
+
+    Args:
+        model: A fused model.
+        gate: Name of a gate, made anew: "uniform" is the plain average, "constant" one tuned weight per specialist
+            once trained. Or a gate that is there.
+        fusion: "logits", or "probabilities": the classical mixture.
+    """
+    config = copy.deepcopy(model.config)
+    config.fusion = fusion
+    if isinstance(gate, str):
+        config.gate = gate
+    with torch.device("meta"):
+        other = UltraFuserForCausalLM(config)
+    other.model.specialists, other.lm_head = model.model.specialists, model.lm_head
+    other.generation_config = model.generation_config
+    if isinstance(gate, str):
+        gate = GATES[gate](config).to(model.device)
+        gate.init_weights()
+    other.model.fusion_gate = gate
+    return other.eval()
+
+
+class RandomGate(Gate):
+    """A control: weights drawn anew for every token, evenly from all that sum to 1."""
+
+    def __init__(self, config, seed: int = 0):
+        super().__init__(config)
+        self.rng = torch.Generator().manual_seed(seed)
+
+    def forward(self, hidden_states: list[Tensor]) -> Tensor:
+        shape = (*hidden_states[0].shape[:-1], self.num_specialists)
+        drawn = torch.empty(shape).exponential_(generator=self.rng).to(hidden_states[0].device)
+        return drawn / drawn.sum(-1, keepdim=True)
+
+
+class ShuffledGate(Gate):
+    """A control: a gate's own weights, dealt out among the tokens of each example at random."""
+
+    def __init__(self, config, gate: Gate, seed: int = 0):
+        super().__init__(config)
+        self.gate, self.rng = gate, torch.Generator().manual_seed(seed)
+
+    def forward(self, hidden_states: list[Tensor]) -> Tensor:
+        weights = self.gate(hidden_states)
+        places = torch.rand(weights.shape[:2], generator=self.rng).argsort(-1).to(weights.device)
+        return weights.gather(1, places[..., None].expand_as(weights))
+
+
+class RequestGate(Gate):
+    """One weight per specialist for a whole request. `weights`, of shape (batch, specialists), is set from outside."""
+
+    weights: Tensor
+
+    def forward(self, hidden_states: list[Tensor]) -> Tensor:
+        weights = self.weights.to(hidden_states[0].device, torch.float32)
+        return weights[:, None].expand(-1, hidden_states[0].shape[1], -1)
+
+
+def prompt_losses(specialists: Mapping[str, Scores], data: HeldOut) -> Tensor:
+    """Mean loss of each specialist on each prompt, in nats per token. Shape (examples, specialists)."""
+    read = data.prompt.clone()
+    read[:, 0] = False
+    return torch.stack([(s.losses * read).sum(-1) / read.sum(-1).clamp(min=1) for s in specialists.values()], dim=-1)
+
+
+def perplexity_weights(specialists: Mapping[str, Scores], data: HeldOut, temperature: float = 1.0) -> Tensor:
+    """Weights of PackLLM-sim (Mavromatis et al., 2024, arXiv 2404.11531): softmax of -log perplexity of the prompt.
+
+    Returns:
+        Weights for whole requests. Shape (examples, specialists).
+    """
+    return (-prompt_losses(specialists, data) / temperature).softmax(-1)
+
+
+def response_losses(specialists: Mapping[str, Scores], data: HeldOut) -> Tensor:
+    """Summed loss of each specialist on each response. Shape (examples, specialists)."""
+    return torch.stack([(s.losses * data.scored).sum(-1) for s in specialists.values()], dim=-1)
+
+
+def select(specialists: Mapping[str, Scores], chosen: Tensor) -> Scores:
+    """The scores of one specialist per request.
+
+    Args:
+        specialists: By name.
+        chosen: Which of them answers. Shape (examples,).
+    """
+    fields = ("losses", "correct", "confidence")
+    rows = torch.arange(len(chosen))
+    return Scores(*(torch.stack([getattr(s, f) for s in specialists.values()])[chosen, rows] for f in fields))
+
+
+def train_router(prompts: list[str], best: list[int]):
+    """A classifier of prompts, as request-level routers are: logistic regression on character n-grams.
+
+    Args:
+        prompts: Text that a router reads.
+        best: The specialist that answered each one best.
+
+    Returns:
+        A scikit-learn pipeline with `predict(prompts)`.
+    """
+    features = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), max_features=20_000, sublinear_tf=True)
+    return make_pipeline(features, LogisticRegression(C=10.0, max_iter=1000)).fit(prompts, best)
+
+
+def prompt_texts(data: HeldOut, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The prompts as text, for a router."""
+    return [tokenizer.decode(ids[kept]) for ids, kept in zip(data.input_ids, data.prompt, strict=True)]

@@ -1,0 +1,189 @@
+"""Is fusing worth it? A fused model against every baseline that the same specialists allow, on the same tokens."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+
+from .contenders import FUSED, Bench, Measured, best_per_domain, contenders
+from .measuring import HeldOut, Scores
+from .merging import NotMergeableError
+from .statistics import calibration_error, flips, interval, per_example, sign_test
+
+
+MIXED = "mixed"  # items that need several domains at once: measured, but no part of the means
+BIN = 16  # tokens in each bin of the gate weights by position
+
+
+def compare(
+    bench: Bench,
+    out: Path,
+    *,
+    more: Mapping[str, Callable[[], PreTrainedModel]] | None = None,
+    identity: dict | None = None,
+) -> dict:
+    """Measures a fused model and its baselines, each once: what `out` holds already is not measured again.
+
+    Args:
+        bench: The fused model, its specialists, and what to measure on. A domain named "mixed" is reported, but kept
+            out of the means.
+        out: Folder for the scores of every contender (`scores/`) and `results.json`.
+        more: Further contenders by name, each loaded when its turn comes.
+        identity: What the run is about, in JSON: a folder that holds another run's scores is refused.
+
+    Returns:
+        What `results.json` holds: rows best first, what could not be compared and why, and the gate's statistics.
+
+    Raises:
+        ValueError: If `out` holds the scores of another run.
+    """
+    _check_identity(out, identity or {})
+    plan = contenders(bench)
+    for name, load in (more or {}).items():
+        plan[name] = lambda load=load: bench.run(load(), "trained")
+    left_out = {}
+    for name in track(plan, "Comparing", transient=True):
+        try:
+            bench.found[name] = _kept(out / "scores" / f"{slug(name)}.safetensors", plan[name])
+        except NotMergeableError as error:
+            left_out[name] = str(error)
+    results = {
+        "domains": list(bench.data),
+        "specialists": list(bench.specialists),
+        "seed": bench.seed,
+        "examples": {domain: len(examples) for domain, examples in bench.data.items()},
+        "rows": table_rows(bench),
+        "left_out": left_out,
+        "gate": gate_statistics(bench.fused, bench.data),
+    }
+    _write(out / "results.json", results)
+    return results
+
+
+def slug(name: str) -> str:
+    """A file name for a row's name."""
+    return re.sub(r"\W+", "_", name).strip("_").lower()
+
+
+def table_rows(bench: Bench) -> list[dict]:
+    """One row per contender, best mean loss first: losses, how sure they are, what changed for the specialist's owner.
+
+    `difference` is to the fused model: negative means that fusing loses. Flips and retention are against each domain's
+    best specialist, by the mean over domains.
+    """
+    domains = [d for d in bench.data if d != MIXED]
+    sums = {name: {d: per_example(m.scores[d], x) for d, x in bench.data.items()} for name, m in bench.found.items()}
+    right = best_specialists(bench)
+    rows = []
+    for name, measured in bench.found.items():
+        own = sums[name]
+        loss = {d: float(own[d][0].sum() / own[d][1].sum()) for d in own}
+        paired = [(own[d][0] - sums[FUSED][d][0], own[d][1]) for d in domains]
+        scored = {d: bench.data[d].scored for d in own}
+        changed = [flips(measured.scores[d], bench.found[right[d]].scores[d], bench.data[d]) for d in domains]
+        row = {
+            "name": name,
+            "kind": measured.kind,
+            "loss": loss,
+            "loss_interval": {d: interval([own[d]], seed=bench.seed) for d in own},
+            "mean": _mean([loss[d] for d in domains]),
+            "mean_interval": interval([own[d] for d in domains], seed=bench.seed),
+            "difference": _mean([float(s.sum() / n.sum()) for s, n in paired]),
+            "difference_interval": interval(paired, seed=bench.seed),
+            "p": sign_test(paired, seed=bench.seed),
+            "accuracy": {d: measured.scores[d].correct[scored[d]].float().mean().item() for d in own},
+            "calibration_error": {
+                d: calibration_error(measured.scores[d].confidence[scored[d]], measured.scores[d].correct[scored[d]])
+                for d in own
+            },
+            **{key: _mean([c[key] for c in changed]) for key in changed[0]},
+            "cost": measured.cost,
+        }
+        if MIXED in own:
+            difference = [(own[MIXED][0] - sums[FUSED][MIXED][0], own[MIXED][1])]
+            row |= {"mixed_difference_interval": interval(difference, seed=bench.seed)}
+        rows.append(row | ({"note": measured.note} if measured.note else {}))
+    return sorted(rows, key=lambda row: row["mean"])
+
+
+def best_specialists(bench: Bench) -> dict[str, str]:
+    """For each domain the name of the row of its best specialist."""
+    names = list(bench.specialists)
+    found = {}
+    for domain, examples in bench.data.items():
+        scores = {name: m.scores[domain] for name, m in bench.alone().items()}
+        found[domain] = f"{names[best_per_domain(scores, examples)[0]]} specialist"
+    return found
+
+
+@torch.inference_mode()
+def gate_statistics(model: UltraFuserForCausalLM, data: Mapping[str, HeldOut], batch_size: int = 16) -> dict:
+    """Who speaks where: mean weights by domain and by position, and the mean entropy of the weights in nats."""
+    names = model.config.specialist_names
+    found = {"mean_weights": {}, "weights_by_position": {}, "bin_tokens": BIN, "entropy": {}}
+    for domain, examples in data.items():
+        batches = zip(examples.input_ids.split(batch_size), examples.attention_mask.split(batch_size), strict=True)
+        weights = torch.cat(
+            [model.gate_weights(ids.to(model.device), attention_mask=m.to(model.device)).cpu() for ids, m in batches]
+        )
+        kept = examples.attention_mask.bool()
+        mean = weights[kept].mean(0)
+        found["mean_weights"][domain] = dict(zip(names, mean.tolist(), strict=True))
+        found["entropy"][domain] = torch.special.entr(weights[kept]).sum(-1).mean().item()
+        bins = zip(weights.split(BIN, dim=1), kept.split(BIN, dim=1), strict=True)
+        found["weights_by_position"][domain] = [w[k].mean(0).tolist() for w, k in bins if k.any()]
+    return found
+
+
+def _check_identity(out: Path, identity: dict) -> None:
+    file = out / "scores" / "run.json"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write(file, identity)
+        return
+    kept, asked = json.loads(file.read_text()), json.loads(json.dumps(identity))
+    odd = sorted(key for key in {*kept, *asked} if kept.get(key) != asked.get(key))
+    if odd:
+        there = {key: kept.get(key) for key in odd}
+        here = {key: asked.get(key) for key in odd}
+        raise ValueError(
+            f"Finished parts are only taken up by the run that made them, but {str(out)!r} holds those of another: "
+            f"there {there}, here {here}. Choose another folder, or delete that one."
+        )
+
+
+def _kept(file: Path, make: Callable[[], Measured]) -> Measured:
+    """Scores from a file, or made and written there whole."""
+    fields = ("losses", "correct", "confidence")
+    if file.exists():
+        with safe_open(file, "pt") as saved:
+            meta = {key: json.loads(value) for key, value in saved.metadata().items()}
+            domains = meta.pop("domains")
+            scores = {d: Scores(*(saved.get_tensor(f"{d}/{field}") for field in fields)) for d in domains}
+        return Measured(scores=scores, **meta)
+    measured = make()
+    meta = {"kind": measured.kind, "cost": measured.cost, "note": measured.note, "domains": list(measured.scores)}
+    tensors = {f"{d}/{f}": getattr(s, f).contiguous() for d, s in measured.scores.items() for f in fields}
+    part = file.with_suffix(".part")
+    save_file(tensors, part, {key: json.dumps(value) for key, value in meta.items()})
+    os.replace(part, file)
+    return measured
+
+
+def _write(file: Path, content: dict) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, file)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,222 @@
+"""Who is compared: the fused model, its specialists, and all that a sceptic would make of the same specialists."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from tempfile import TemporaryDirectory
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+from trainers import GateStageConfig, GateTrainer
+
+from .baselines import (
+    RandomGate,
+    RequestGate,
+    ShuffledGate,
+    ensemble,
+    perplexity_weights,
+    prompt_losses,
+    prompt_texts,
+    response_losses,
+    select,
+    train_router,
+)
+from .measuring import HeldOut, Scores, cost, score
+from .merging import MERGES, merge
+
+
+FUSED = "fused"
+
+
+@dataclass
+class Measured:
+    """What one contender got: its scores by domain, what it costs, and how it was made where that needs saying."""
+
+    kind: str
+    scores: dict[str, Scores]
+    cost: dict[str, float]
+    note: str = ""
+
+
+@dataclass
+class Bench:
+    """What every contender is made of and measured on.
+
+    Attributes:
+        fused: The fused model.
+        ingredients: The fused model whose specialists are as they came: another one if `fused` went through stage two.
+        tokenizer: Of both.
+        data: Held-out examples by domain.
+        tune: Other examples by domain, to tune baselines with. May be empty.
+        base: What all specialists were tuned from, if anything.
+        seed: Of everything random.
+        found: What was measured so far, by name.
+    """
+
+    fused: UltraFuserForCausalLM
+    ingredients: UltraFuserForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    data: Mapping[str, HeldOut]
+    tune: Mapping[str, HeldOut]
+    base: PreTrainedModel | None = None
+    seed: int = 0
+    found: dict[str, Measured] = field(default_factory=dict)
+
+    def __post_init__(self):
+        names = self.ingredients.config.specialist_names
+        self.specialists = {name: self.ingredients.specialist(name) for name in names}
+
+    def run(
+        self, model: PreTrainedModel, kind: str, before: Callable[[str, slice], None] | None = None, note: str = ""
+    ) -> Measured:
+        """Measures a model on every domain, and what it costs.
+
+        Args:
+            model: Any causal language model.
+            kind: What it is, for the table.
+            before: Called with the domain and the rows of each batch before it is run.
+            note: How it was made.
+        """
+        hooks = {d: None if before is None else partial(before, d) for d in self.data}
+        scores = {d: score(model, examples, before=hooks[d]) for d, examples in self.data.items()}
+        domain, examples = next(iter(self.data.items()))
+        if before is not None:
+            before(domain, slice(0, 1))
+        reference = next(iter(self.specialists.values()))
+        return Measured(kind, scores, cost(model, reference, examples.input_ids[:1, :16]), note)
+
+    def alone(self) -> dict[str, Measured]:
+        """What each specialist got by itself."""
+        return {name: self.found[f"{name} specialist"] for name in self.specialists}
+
+
+def contenders(bench: Bench) -> dict[str, Callable[[], Measured]]:
+    """How to measure each contender, in an order in which each finds what it builds on."""
+    fused, ingredients, config = bench.fused, bench.ingredients, bench.ingredients.config
+    plan = {f"{n} specialist": partial(bench.run, s, "specialist") for n, s in bench.specialists.items()}
+    plan[FUSED] = partial(bench.run, fused, "fused")
+    for fusion in ("logits", "probabilities"):
+        plan[f"uniform {fusion}"] = partial(bench.run, ensemble(ingredients, "uniform", fusion), "ensemble")
+    random_gate = RandomGate(config, bench.seed)
+    plan["random gate"] = partial(bench.run, ensemble(ingredients, random_gate), "control")
+    shuffled = ensemble(fused, ShuffledGate(config, fused.model.fusion_gate, bench.seed), config.fusion)
+    plan["shuffled gate"] = partial(bench.run, shuffled, "control")
+    plan["best specialist per domain (oracle)"] = partial(routed, bench, best_per_domain)
+    plan["best specialist per request (oracle)"] = partial(routed, bench, best_per_request)
+    plan["router: prompt perplexity"] = partial(routed, bench, least_perplexed)
+    plan["prompt perplexity weights (PackLLM)"] = partial(weighted_by_perplexity, bench)
+    if bench.tune:
+        plan["tuned constant weights"] = partial(tuned_constant, bench)
+        plan["router: trained"] = lambda: routed(bench, trained_choice(bench))
+    for method in MERGES:
+        for by_depth in (False, True):
+            name = f"merge: {method.replace('_', ' ')}{' + LiNeS' if by_depth else ''}"
+            plan[name] = partial(merged, bench, method, by_depth)
+    return plan
+
+
+def routed(bench: Bench, choose: Callable[[dict[str, Scores], HeldOut], Tensor]) -> Measured:
+    """One specialist per request: all are held, one is read per token.
+
+    Args:
+        bench: The specialists' scores among others.
+        choose: From the specialists' scores and the examples to the specialist of each. Shape (examples,).
+    """
+    alone, scores = bench.alone(), {}
+    for domain, examples in bench.data.items():
+        own = {name: measured.scores[domain] for name, measured in alone.items()}
+        scores[domain] = select(own, choose(own, examples))
+    costs = [measured.cost for measured in alone.values()]
+    price = {key: sum(c[key] for c in costs) for key in ("parameters", "bytes")}
+    price |= {key: max(c[key] for c in costs) for key in ("parameters_per_token", "cache_bytes_per_token")}
+    price |= {key: min(c[key] for c in costs) for key in ("tokens_per_second", "speed")}
+    return Measured("router", scores, price)
+
+
+def best_per_domain(specialists: dict[str, Scores], data: HeldOut) -> Tensor:
+    """The specialist with the least loss on all responses, which only an oracle knows. Shape (examples,)."""
+    return response_losses(specialists, data).sum(0).argmin().expand(len(data))
+
+
+def best_per_request(specialists: dict[str, Scores], data: HeldOut) -> Tensor:
+    """The specialist with the least loss on each response, which only an oracle knows. Shape (examples,)."""
+    return response_losses(specialists, data).argmin(-1)
+
+
+def least_perplexed(specialists: dict[str, Scores], data: HeldOut) -> Tensor:
+    """The specialist with the least loss on each prompt. Shape (examples,)."""
+    return prompt_losses(specialists, data).argmin(-1)
+
+
+def trained_choice(bench: Bench) -> Callable[[dict[str, Scores], HeldOut], Tensor]:
+    """A router that learnt from the tuning examples which specialist answers what prompt best."""
+    prompts, best = [], []
+    for examples in bench.tune.values():
+        scores = {name: score(model, examples) for name, model in bench.specialists.items()}
+        prompts += prompt_texts(examples, bench.tokenizer)
+        best += best_per_request(scores, examples).tolist()
+    router = train_router(prompts, best)
+    return lambda _, examples: torch.tensor(router.predict(prompt_texts(examples, bench.tokenizer)))
+
+
+def weighted_by_perplexity(bench: Bench) -> Measured:
+    """All specialists, weighed for the whole request by how well each predicts its prompt."""
+    gate = RequestGate(bench.ingredients.config)
+    weights = {}
+    for domain, examples in bench.data.items():
+        weights[domain] = perplexity_weights({n: m.scores[domain] for n, m in bench.alone().items()}, examples)
+
+    def set_weights(domain: str, rows: slice) -> None:
+        gate.weights = weights[domain][rows]
+
+    return bench.run(ensemble(bench.ingredients, gate), "router", set_weights)
+
+
+def tuned_constant(bench: Bench) -> Measured:
+    """One weight per specialist for all tokens, tuned by stage one's own trainer on the tuning examples."""
+    model = ensemble(bench.ingredients, "constant")
+    for parameter in model.model.specialists.parameters():
+        parameter.requires_grad_(False)
+    data = {domain: Dataset.from_list(examples.as_rows()) for domain, examples in bench.tune.items()}
+    with TemporaryDirectory() as folder:
+        # adam moves a number by about the rate at each step: far enough to leave all to one specialist
+        arguments = GateStageConfig(
+            folder,
+            max_steps=60,
+            learning_rate=5e-2,
+            examples_per_domain=4,
+            per_device_train_batch_size=4 * len(data),
+            max_length=None,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            bf16=model.dtype == torch.bfloat16,
+            seed=bench.seed,
+        )
+        GateTrainer(model, arguments, data, processing_class=bench.tokenizer).train()
+    weights = model.model.fusion_gate.logits.softmax(-1).tolist()
+    names = bench.ingredients.config.specialist_names
+    note = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, weights, strict=True))
+    return bench.run(model.eval(), "ensemble", note=note)
+
+
+def merged(bench: Bench, method: str, by_depth: bool) -> Measured:
+    """A weight merge; where there are tuning examples, with the best of three factors of the changes."""
+    # the average has no factor unless it follows depth, and without examples it is not tuned
+    weights = [1 / len(bench.specialists), 0.5, 1.0] if bench.tune and (method != "average" or by_depth) else [1.0]
+    options = {"base": bench.base, "by_depth": by_depth, "seed": bench.seed}
+    candidates = {w: merge(bench.specialists, method, weight=w, **options) for w in weights}
+    best = weights[0]
+    if len(weights) > 1:
+        few = {domain: examples.first(16) for domain, examples in bench.tune.items()}
+        best = min(weights, key=lambda w: sum(_loss(candidates[w], examples) for examples in few.values()))
+    return bench.run(candidates[best], "merge", note=f"factor {best:.2g}")
+
+
+def _loss(model: PreTrainedModel, examples: HeldOut) -> float:
+    return score(model, examples).losses[examples.scored].mean().item()
