@@ -1,0 +1,132 @@
+"""What every experiment is, what of it has been measured, and what is missing."""
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+
+ROOT = Path(__file__).parent.parent
+CODE = ("modeling_ultrafuser", "trainers", "ultrafuser", "experiments")
+KEYS = {"runner", "seeds", "shared", "variants"}
+
+
+class Run(NamedTuple):
+    """One variant of an experiment under one seed."""
+
+    experiment: str
+    variant: str
+    seed: int
+    runner: str  # module of this package whose RUNS has the experiment
+    settings: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.experiment}: {self.variant}, seed {self.seed}"
+
+    def digest(self) -> str:
+        """Hash of the settings: another config, another hash."""
+        return digest(self.settings)
+
+    def path(self, root: Path = ROOT) -> Path:
+        """The result file."""
+        name = self.variant.replace(" ", "_").replace(",", "")
+        return root / "results" / self.experiment / f"{name}-{self.seed}.json"
+
+
+def digest(settings: Any) -> str:
+    """Hash of settings, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def experiments(root: Path = ROOT) -> list[str]:
+    """Names of all experiments."""
+    return sorted(path.parent.name for path in (root / "experiments").glob("*/config.yaml"))
+
+
+def read(experiment: str, root: Path = ROOT) -> list[Run]:
+    """Every run that an experiment's config asks for, all seeds of a variant together.
+
+    Raises:
+        ValueError: If the config is not what a config must be.
+    """
+    path = root / "experiments" / experiment / "config.yaml"
+    found = yaml.safe_load(path.read_text())
+    if not isinstance(found, dict) or set(found) | {"shared"} != KEYS:
+        has = sorted(found) if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{path} must have {sorted(KEYS)} ('shared' may be left out), but has {has}.")
+    if not (root / "experiments" / f"{found['runner']}.py").exists():
+        raise ValueError(f"{path} names runner {found['runner']!r}, but there is no experiments/{found['runner']}.py.")
+    variants = {name: merged(found.get("shared") or {}, own or {}) for name, own in found["variants"].items()}
+    runs = [Run(experiment, v, seed, found["runner"], s) for v, s in variants.items() for seed in found["seeds"]]
+    if len({run.path(root) for run in runs}) < len(runs):
+        raise ValueError(f"{path} has two runs that would write the same file. Give every variant a name of its own.")
+    return runs
+
+
+def merged(shared: dict, own: dict) -> dict:
+    """Settings of a variant: its own before the shared ones, in nested settings too."""
+    nested = [key for key in shared if isinstance(shared[key], dict) and isinstance(own.get(key), dict)]
+    return shared | own | {key: merged(shared[key], own[key]) for key in nested}
+
+
+def result(run: Run, root: Path = ROOT) -> dict | None:
+    """What was measured under these very settings, or None."""
+    path = run.path(root)
+    found = json.loads(path.read_text()) if path.exists() else None
+    return found if found and found.get("config") == run.digest() else None
+
+
+def results(experiment: str, root: Path = ROOT) -> dict[str, list[dict]]:
+    """All results by variant, one for each seed, in the config's order.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    found: dict[str, list[dict]] = {}
+    for run in read(experiment, root):
+        one = result(run, root)
+        if one is None:
+            raise ValueError(f"{run}, has no result. `python -m experiments {experiment}` makes it.")
+        found.setdefault(run.variant, []).append(one)
+    return found
+
+
+def record(run: Run, measured: dict, root: Path = ROOT) -> Path:
+    """Writes a result with where it comes from. A killed process leaves the whole file or none."""
+    origin = {"commit": commit(), "versions": versions(), "machine": machine()}
+    found = {"name": run.variant, "seed": run.seed, "config": run.digest(), **origin, **measured}
+    path = run.path(root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def commit() -> str:
+    """The commit of the code that runs, with a + if the code differs from it."""
+    changed = _git("status", "--porcelain", "--", *CODE)
+    return _git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    from ultrafuser.quickstart import versions
+
+    return versions()
+
+
+def machine() -> dict[str, Any]:
+    """The kind of machine: its GPU, or that it has none, and its cores."""
+    import torch
+
+    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"kind": kind, "cores": os.cpu_count()}
