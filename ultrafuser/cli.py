@@ -10,6 +10,8 @@ import typer
 
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+data = typer.Typer(no_args_is_help=True, help="Instruction data: make it, clean it, take it in, look at it.")
+app.add_typer(data, name="data")
 
 
 @app.callback()
