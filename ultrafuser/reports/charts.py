@@ -1,0 +1,269 @@
+"""Charts of the gate, of a comparison and of training, to be drawn with `figures.save`."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .colours import assign, text_on
+
+
+OTHER = "#7d8590"  # rows that are no specialist: reads on light and on dark
+INCH_PER_ROW = 0.3
+
+
+def draw_gate_by_domain(mean_weights: Mapping[str, Mapping[str, float]], colours: dict[str, str]) -> Figure:
+    """Mean gate weight of each specialist, one bar per domain.
+
+    Args:
+        mean_weights: Domain to specialist to mean weight, which sum to 1 over specialists.
+        colours: Colour of each specialist.
+    """
+    domains = list(mean_weights)
+    specialists = list(next(iter(mean_weights.values())))
+    figure = Figure(figsize=(7, 1.2 + 0.5 * len(domains)), layout="constrained")
+    axis = figure.add_subplot()
+    left = np.zeros(len(domains))
+    for name in specialists:
+        values = np.array([mean_weights[d][name] for d in domains])
+        bars = axis.barh(domains, values, left=left, color=colours[name], label=name, height=0.72, linewidth=1)
+        # narrower parts have no room for a number
+        labels = [f"{v:.2f}" if v >= 0.06 else "" for v in values]
+        axis.bar_label(bars, labels, label_type="center", color=text_on(colours[name]))
+        left += values
+    axis.set(xlim=(0, 1), xlabel="mean gate weight", ylabel="tokens of")
+    axis.invert_yaxis()
+    axis.grid(visible=False)
+    _legend(figure, len(specialists))
+    return figure
+
+
+def draw_gate_by_position(
+    weights_by_position: Mapping[str, Sequence[Sequence[float]]],
+    specialists: Sequence[str],
+    bin_tokens: int,
+    colours: dict[str, str],
+) -> Figure:
+    """Mean gate weight of each specialist along a text, one panel per domain.
+
+    Args:
+        weights_by_position: Domain to one vector of weights per bin of positions, specialists in order.
+        specialists: Their names.
+        bin_tokens: Positions in a bin.
+        colours: Colour of each specialist.
+    """
+    figure, axes = _panels(len(weights_by_position))
+    for axis, (domain, bins) in zip(axes, weights_by_position.items(), strict=True):
+        starts = np.arange(len(bins) + 1) * bin_tokens
+        for name, values in zip(specialists, np.transpose(bins), strict=True):
+            # a bin's value holds up to its end
+            axis.step(starts, [*values, values[-1]], where="post", color=colours[name], label=name)
+        axis.set(title=f"tokens of {domain}", ylim=(-0.03, 1.03))
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    figure.supxlabel("position in the text, tokens", fontsize="medium")
+    figure.supylabel("mean gate weight", fontsize="medium")
+    _legend(figure, len(specialists), *axes[0].get_legend_handles_labels())
+    return figure
+
+
+def draw_gate_entropy(entropy: Mapping[str, float], specialists: int, colours: dict[str, str]) -> Figure:
+    """How undecided the gate is, one bar per domain.
+
+    Args:
+        entropy: Domain to mean entropy of the gate weights, in nats.
+        specialists: How many there are. Equal weights for all have the largest entropy, which is marked.
+        colours: Colour of each domain.
+    """
+    figure = Figure(figsize=(7, 1.2 + 0.45 * len(entropy)), layout="constrained")
+    axis = figure.add_subplot()
+    bars = axis.barh(list(entropy), list(entropy.values()), color=[colours[d] for d in entropy], height=0.65)
+    axis.bar_label(bars, [f"{v:.2f}" for v in entropy.values()], padding=4)
+    most = math.log(specialists)
+    axis.axvline(most, color=_ink(), linestyle=(0, (4, 3)), linewidth=1.2)
+    label = {"xycoords": axis.get_xaxis_transform(), "textcoords": "offset points", "ha": "right", "va": "center"}
+    axis.annotate("equal weights", (most, 0.5), (-6, 0), **label)
+    axis.set(xlim=(0, 1.04 * most), xlabel="mean entropy of the gate weights, nats", ylabel="tokens of")
+    axis.invert_yaxis()
+    axis.grid(visible=False, axis="y")
+    return figure
+
+
+def draw_rows(rows: Sequence[Mapping], colours: dict[str, str]) -> Figure:
+    """Loss of every row of a comparison, overall and by domain, with intervals where there are any.
+
+    Args:
+        rows: With `name`, `kind`, `mean` and `loss` by domain, and perhaps `mean_interval` and `loss_interval`.
+        colours: Colour of each specialist.
+    """
+    domains = list(dict.fromkeys(d for row in rows for d in row["loss"]))
+    figure = Figure(figsize=(2.8 + 1.9 * (1 + len(domains)), 1.2 + INCH_PER_ROW * len(rows)), layout="constrained")
+    axes = figure.subplots(1, 1 + len(domains), sharey=True, squeeze=False)[0]
+    means = [(row["mean"], row.get("mean_interval")) for row in rows]
+    _bars(axes[0], "mean of domains", rows, means, colours)
+    for axis, domain in zip(axes[1:], domains, strict=True):
+        values = [(row["loss"].get(domain), row.get("loss_interval", {}).get(domain)) for row in rows]
+        _bars(axis, domain, rows, values, colours)
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
+    figure.supxlabel("held-out loss, nats per token: shorter is better", fontsize="medium")
+    return figure
+
+
+def draw_differences(rows: Sequence[Mapping], colours: dict[str, str]) -> Figure:
+    """How far every row is from the fused model, with intervals.
+
+    Args:
+        rows: As for `draw_rows`, with `difference` and perhaps `difference_interval`.
+        colours: Colour of each specialist.
+    """
+    others = [row for row in rows if row["kind"] != "fused" and row.get("difference") is not None]
+    figure = Figure(figsize=(8.5, 1.5 + INCH_PER_ROW * len(others)), layout="constrained")
+    axis = figure.add_subplot()
+    for place, row in enumerate(others):
+        colour, low_high = _colour(row, colours), row.get("difference_interval")
+        if low_high:
+            axis.hlines(place, *low_high, color=colour, linewidth=2.5)
+        axis.plot(row["difference"], place, "o", color=colour, markersize=7)
+    axis.axvline(0, color=_ink(), linewidth=1.2)
+    # a hopeless baseline would press all others together
+    axis.set_xscale("symlog", linthresh=0.1, linscale=1)
+    axis.margins(x=0.06)
+    low, high = axis.get_xlim()
+    ticks = [t for t in (-10, -1, -0.1, -0.05, 0, 0.05, 0.1, 0.3, 1, 3, 10) if low <= t <= high]
+    axis.set_xticks(ticks, [f"{t:+g}" if t else "0" for t in ticks])
+    axis.minorticks_off()
+    axis.set_yticks(range(len(others)), [row["name"] for row in others])
+    axis.set_ylim(len(others) - 0.5, -0.5)
+    axis.set_xlabel("loss minus the fused model's, nats per token\n← better than fused   |   worse than fused →")
+    return figure
+
+
+def draw_radar(rows: Sequence[Mapping], colours: dict[str, str]) -> Figure:
+    """The fused model, its specialists and the best other row, on every domain (Ding et al., 2024, Figure 1).
+
+    An axis shows exp(best loss - loss): the mean probability of a token relative to the best row's, which lies on
+    the outer ring; the rings are 1/4 apart.
+
+    Args:
+        rows: As for `draw_rows`.
+        colours: Colour of each specialist.
+
+    Raises:
+        ValueError: If there are fewer than three domains, which span no area.
+    """
+    domains = list(dict.fromkeys(d for row in rows for d in row["loss"]))
+    if len(domains) < 3:
+        raise ValueError(f"A radar chart needs three axes or more, but the rows have the domains {domains} only.")
+    others = [row for row in rows if row["kind"] not in ("fused", "specialist")]
+    best = min(others, key=lambda row: row["mean"], default=None)
+    shown = [row for row in rows if row["kind"] in ("fused", "specialist") or row is best]
+    floors = [min(row["loss"][d] for row in shown if d in row["loss"]) for d in domains]
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axis = figure.add_subplot(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
+    angles = np.linspace(0, 2 * math.pi, len(domains), endpoint=False)
+    for row in shown:
+        values = [math.exp(f - row["loss"].get(d, math.inf)) for d, f in zip(domains, floors, strict=True)]
+        colour, fused = _colour(row, colours), row["kind"] == "fused"
+        style = {"color": colour, "linewidth": 3 if fused else 2, "linestyle": (0, (4, 2)) if row is best else "-"}
+        axis.plot([*angles, angles[0]], [*values, values[0]], **style, label=row["name"])
+        axis.fill(angles, values, color=colour, alpha=0 if row is best else 0.08)
+    axis.set_xticks(angles, domains)
+    axis.set_yticks([0.25, 0.5, 0.75, 1], [])
+    axis.set_ylim(0, 1.02)
+    axis.spines["polar"].set_visible(False)
+    axis.tick_params(axis="x", pad=8)
+    _legend(figure, 2)
+    return figure
+
+
+def draw_losses(runs: Mapping[str, Sequence[Mapping]], colours: dict[str, str] | None = None) -> Figure:
+    """Training loss over steps.
+
+    Args:
+        runs: Name to a trainer's `log_history`, or any list of entries with `step` and `loss`. Others are passed over.
+        colours: Colour of each run.
+    """
+    colours = colours or assign(runs)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.add_subplot()
+    for name, history in runs.items():
+        points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+        axis.plot(*zip(*points, strict=True), color=colours[name], label=name)
+    axis.set(xlabel="optimizer step", ylabel="training loss, nats per token")
+    _legend(figure, 3)
+    return figure
+
+
+def draw_mixes(
+    runs: Mapping[str, Sequence[tuple[int, Sequence[float]]]],
+    domains: Sequence[str],
+    steps: int,
+    colours: dict[str, str] | None = None,
+) -> Figure:
+    """Each mix over time, one panel per run.
+
+    Args:
+        runs: Name to (step from which it held, mix) in order.
+        domains: Their names, in the order of the mixes.
+        steps: Optimizer steps of the runs.
+        colours: Colour of each domain.
+    """
+    colours = colours or assign(domains)
+    figure, axes = _panels(len(runs))
+    for axis, (name, mixes) in zip(axes, runs.items(), strict=True):
+        # a mix that was to begin when the run was over held for no batch
+        held = [(step, mix) for step, mix in mixes if step < steps]
+        starts = [step for step, _ in held] + [steps]
+        for domain, shares in zip(domains, zip(*(mix for _, mix in held), strict=True), strict=True):
+            axis.step(starts, [*shares, shares[-1]], where="post", color=colours[domain], label=domain)
+        axis.set(title=name, ylim=(-0.03, 1.03))
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    figure.supxlabel("optimizer step", fontsize="medium")
+    figure.supylabel("share of the mix", fontsize="medium")
+    _legend(figure, len(domains), *axes[0].get_legend_handles_labels())
+    return figure
+
+
+def _panels(number: int) -> tuple[Figure, list[Axes]]:
+    """Small panels that share their axes, three in a row."""
+    columns = min(number, 3)
+    lines = math.ceil(number / columns)
+    figure = Figure(figsize=(max(4.5, 2.6 * columns), 1 + 2.1 * lines), layout="constrained")
+    axes = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for unused in axes[number:]:
+        # the panel above it shows the ticks of the column
+        axes[axes.index(unused) - columns].tick_params(labelbottom=True)
+        unused.remove()
+    return figure, axes[:number]
+
+
+def _bars(axis: Axes, title: str, rows, values: list[tuple], colours: dict[str, str]) -> None:
+    for place, (row, (value, low_high)) in enumerate(zip(rows, values, strict=True)):
+        if value is None:
+            continue
+        error = [[max(0, value - low_high[0])], [max(0, low_high[1] - value)]] if low_high else None
+        bar = {"color": _colour(row, colours), "height": 0.7, "ecolor": _ink(), "error_kw": {"elinewidth": 1.4}}
+        axis.barh(place, value, xerr=error, **bar)
+    axis.set_title(title)
+    axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.grid(visible=False, axis="y")
+
+
+def _colour(row: Mapping, colours: dict[str, str]) -> str:
+    """A specialist's own colour, the ink for the fused model, grey for all others."""
+    if row["kind"] == "fused":
+        return _ink()
+    return colours.get(row["name"].removesuffix(" specialist"), OTHER) if row["kind"] == "specialist" else OTHER
+
+
+def _legend(figure: Figure, columns: int, *handles_labels: list) -> None:
+    # below, the library would write it over the label that panels share
+    figure.legend(*handles_labels, loc="outside upper center", ncols=min(columns, 6))
+
+
+def _ink() -> str:
+    return matplotlib.rcParams["text.color"]
