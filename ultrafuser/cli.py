@@ -1,8 +1,10 @@
 """The command line: `ultrafuser --help`."""
 
+import json
 import os
 import shutil
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +46,88 @@ def quickstart(
 
     shutil.rmtree(out, ignore_errors=True)
     module.run(out, seed=seed)
+
+
+@app.command()
+def judge(
+    model: Annotated[str, typer.Argument(help="Folder of the model, or with --url its name on that server.")],
+    questions: Annotated[str, typer.Option(help="JSON Lines file, or alpaca_eval, alpaca_eval_2, mt_bench.")],
+    judge: Annotated[str, typer.Option(help="Name of the judging model on its server.")],
+    out: Annotated[Path, typer.Option(help="Folder for answers, judgements and results.json.")],
+    judge_url: Annotated[str, typer.Option(help="OpenAI-compatible server.")] = "https://api.openai.com/v1",
+    judge_key: Annotated[str | None, typer.Option(help="Environment variable that holds its API key.")] = None,
+    judge_options: Annotated[str, typer.Option(help="More fields of its requests, as JSON.")] = '{"temperature": 0}',
+    url: Annotated[str | None, typer.Option(help="Server that serves the model, such as vLLM's.")] = None,
+    key: Annotated[str | None, typer.Option(help="Environment variable that holds that server's API key.")] = None,
+    method: Annotated[str | None, typer.Option(help="pairwise or grading; needed for a file.")] = None,
+    against: Annotated[Path | None, typer.Option(help="answers.jsonl of another run to compare with.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a Hub's data set.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only this many questions.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Folder of judge prompts other than the package's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the answers; 0 is greedy.")] = 0.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers generated at once, from a folder.")] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
+    retries: Annotated[int, typer.Option(min=0, help="Of a request, with back-off.")] = 6,
+    timeout: Annotated[float, typer.Option(min=0, help="Of a request, in seconds.")] = 300.0,
+) -> None:
+    """Have another model compare (AlpacaEval) or grade (MT-Bench) a model's answers. Run again, it goes on.
+
+    Example: ultrafuser judge fused --questions mt_bench --judge gpt-4.1 --out judged
+    """
+    from rich.console import Console
+
+    from .evaluation import judging
+    from .evaluation.endpoint import Endpoint, EndpointError
+
+    shared = {"concurrency": concurrency, "retries": retries, "timeout": timeout}
+    try:
+        judging_model = Endpoint(judge, judge_url, judge_key, json.loads(judge_options), **shared)
+        results = judging.run(
+            Endpoint(model, url, key, **shared) if url else model,
+            questions=questions,
+            judge=judging_model,
+            out=out,
+            method=method,
+            against=against,
+            revision=revision,
+            limit=limit,
+            prompts=prompts or judging.PROMPTS,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            batch_size=batch_size,
+        )
+    except (EndpointError, ValueError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    Console().print(judging.table(results))
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="Folder of a fused model, or its id on the Hub.")],
+    text: Annotated[str, typer.Argument(help="What to explain, or with --generate the prompt.")],
+    generate: Annotated[int, typer.Option(help="Tokens to continue the text by.", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything in JSON, for programs.")] = False,
+) -> None:
+    """Show who speaks: a text coloured, token by token, by the specialist that leads.
+
+    Example: ultrafuser explain fused "What is 47 * 36?" --generate 40
+    """
+    from transformers.utils import logging
+
+    from .reports import explaining, terminal
+
+    logging.disable_progress_bar()
+    try:
+        tokens = explaining.explain(*explaining.load(model), text, generate=generate)
+    except (OSError, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    if as_json:
+        typer.echo(json.dumps([asdict(token) for token in tokens], indent=1))
+    else:
+        terminal.print_tokens(tokens)
 
 
 def main() -> None:

@@ -1,0 +1,159 @@
+"""Asking a model behind any OpenAI-compatible server, many requests at a time."""
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import openai
+
+
+OPENAI_URL = "https://api.openai.com/v1"
+
+
+@dataclass
+class Endpoint:
+    """A model on a server.
+
+    Attributes:
+        model: The name under which the server knows it.
+        url: Base address, up to and including `/v1`.
+        key_variable: Environment variable that holds the API key. None sends no key, except to OpenAI itself, which
+            gets the one in OPENAI_API_KEY.
+        options: More fields of each request, such as `temperature` or `max_tokens`.
+        concurrency: Requests in flight at once.
+        retries: Of a request that met a rate limit, a server error, a time-out or no connection, with exponential
+            back-off, or after as long as the server asks for.
+        timeout: Of one try, in seconds.
+    """
+
+    model: str
+    url: str = OPENAI_URL
+    key_variable: str | None = None
+    options: dict = field(default_factory=dict)
+    concurrency: int = 8
+    retries: int = 6
+    timeout: float = 300.0
+
+    def key(self) -> str:
+        """The API key.
+
+        Raises:
+            EndpointError: Naming the environment variable that should hold one.
+        """
+        variable = self._variable()
+        if variable is None:
+            # not the client's default: no other server may see OpenAI's key
+            return "none"
+        if not os.environ.get(variable):
+            raise EndpointError(
+                f"{self.url} needs an API key, which is read from the environment, but {variable} is not set. "
+                f"Run `export {variable}=...`, or name the variable that holds it."
+            )
+        return os.environ[variable]
+
+    def _variable(self) -> str | None:
+        is_openai = urlsplit(self.url).hostname == urlsplit(OPENAI_URL).hostname
+        return self.key_variable or ("OPENAI_API_KEY" if is_openai else None)
+
+    @asynccontextmanager
+    async def connect(self):
+        """Gives `ask`: an async function from chat messages to the answer's text and why it ended.
+
+        Raises:
+            EndpointError: If the server cannot be reached, does not know key or model, or still fails after all
+                retries, in words.
+        """
+        async with openai.AsyncOpenAI(
+            base_url=self.url, api_key=self.key(), max_retries=self.retries, timeout=self.timeout
+        ) as client:
+
+            async def ask(messages: list[dict]) -> tuple[str, str]:
+                try:
+                    completion = await client.chat.completions.create(
+                        model=self.model, messages=messages, extra_body=self.options
+                    )
+                    choice = completion.choices[0]
+                    return choice.message.content or "", choice.finish_reason or "unknown"
+                except (json.JSONDecodeError, AttributeError, TypeError, IndexError) as error:
+                    raise BadReplyError(f"{self.url} replied with something that is no chat completion.") from error
+
+            try:
+                yield ask
+            except openai.NotFoundError as error:
+                raise EndpointError(await self._unknown_model(client, error)) from error
+            except openai.OpenAIError as error:
+                raise EndpointError(self._in_words(error)) from error
+
+    async def _unknown_model(self, client: openai.AsyncOpenAI, error: openai.OpenAIError) -> str:
+        try:
+            known = sorted([m.id async for m in client.models.list()])
+        except (openai.OpenAIError, json.JSONDecodeError, AttributeError, TypeError):
+            known = []
+        there = f"It knows {known[:20]}." if known else "It does not list what it knows; check the address, too."
+        return f"{self.url} does not know the model {self.model!r}. {there} It said: {_said(error)}"
+
+    def _in_words(self, error: openai.OpenAIError) -> str:
+        tries = f"{self.retries + 1} tries"
+        match error:
+            case openai.APITimeoutError():
+                return (
+                    f"{self.url} did not answer within {self.timeout:g} s in {tries}. Raise the time-out, or ask for "
+                    f"fewer at once ({self.concurrency} now)."
+                )
+            case openai.APIConnectionError():
+                return (
+                    f"{self.url} could not be reached in {tries} ({error.__cause__ or error}). Check the address and "
+                    f"that the server is up."
+                )
+            case openai.AuthenticationError() | openai.PermissionDeniedError():
+                return (
+                    f"{self.url} refused the API key, which came from {self._variable() or 'nowhere: name a variable'}. "
+                    f"It said: {_said(error)}"
+                )
+            case openai.RateLimitError():
+                return (
+                    f"{self.url} still refuses after {tries}: too many requests, or nothing left to pay with. Ask "
+                    f"for fewer at once ({self.concurrency} now), or wait. It said: {_said(error)}"
+                )
+            case openai.APIStatusError() if error.status_code < 500:
+                return (
+                    f"{self.url} cannot take a request for {self.model!r} with {self.options}. It said: {_said(error)}"
+                )
+        return f"{self.url} still fails after {tries}. It said: {_said(error)}"
+
+
+class EndpointError(RuntimeError):
+    """A server that does not answer, and why, in words."""
+
+
+class BadReplyError(EndpointError):
+    """A reply that is no chat completion."""
+
+
+def _said(error: openai.OpenAIError) -> str:
+    return str(error).splitlines()[0][:300]
+
+
+async def for_all(items: Iterable, work: Callable[..., Awaitable[None]], concurrency: int) -> None:
+    """Awaits `work(item)` for all items, at most `concurrency` at once.
+
+    At the first failure nothing new begins, but what is under way is waited for: it may be paid for already.
+    """
+    queue, failures = iter(items), []
+
+    async def worker() -> None:
+        for item in queue:
+            if failures:
+                return
+            try:
+                await work(item)
+            except Exception as error:
+                failures.append(error)
+
+    await asyncio.gather(*(worker() for _ in range(concurrency)))
+    if failures:
+        raise failures[0]
