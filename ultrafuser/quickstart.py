@@ -165,10 +165,18 @@ def make_specialist(
     blocks: Tensor, tokenizer: PreTrainedTokenizerBase, folder: Path, schedule: Schedule, seed: int
 ) -> None:
     """Trains a small Llama from scratch on one domain and saves it with its tokenizer."""
+    model = new_model(tokenizer, seed)
+    pretrain(model, blocks, folder, schedule.specialist_steps, schedule.specialist_rate, seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def new_model(tokenizer: PreTrainedTokenizerBase, seed: int, *, hidden_size: int = 128) -> LlamaForCausalLM:
+    """A small Llama with random weights: about 0.8 million parameters at the ordinary width."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -178,22 +186,24 @@ def make_specialist(
         pad_token_id=tokenizer.pad_token_id,
     )
     set_seed(seed)
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+def pretrain(model: PreTrainedModel, blocks: Tensor, folder: Path, steps: int, rate: float, seed: int) -> None:
+    """Trains a model on blocks of text, 8 at each step. Writes nothing; the folder's name is the bar's title."""
     arguments = TrainingArguments(
         str(folder),
         per_device_train_batch_size=8,
-        max_steps=schedule.specialist_steps,
-        learning_rate=schedule.specialist_rate,
+        max_steps=steps,
+        learning_rate=rate,
         lr_scheduler_type="cosine",
-        warmup_steps=schedule.specialist_steps // 20,
+        warmup_steps=steps // 20,
         weight_decay=0.1,
         **_QUIET,
         seed=seed,
     )
     dataset = Dataset.from_dict({"input_ids": blocks.tolist(), "labels": blocks.tolist()})
     train(Trainer(model, arguments, train_dataset=dataset), folder.name)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def train(trainer: Trainer, title: str) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def compare(
     _check_identity(out, identity or {})
     plan = contenders(bench)
     for name, load in (more or {}).items():
-        plan[name] = lambda load=load: bench.run(load(), "trained")
+        plan[name] = partial(_further, bench, load)
     left_out = {}
     for name in track(plan, "Comparing", transient=True):
         try:
@@ -67,6 +68,11 @@ def compare(
     }
     _write(out / "results.json", results)
     return results
+
+
+def _further(bench: Bench, load: Callable[[], PreTrainedModel]) -> Measured:
+    model = load()
+    return bench.run(model, "fused" if model.config.model_type == "ultrafuser" else "trained")
 
 
 def slug(name: str) -> str:
