@@ -1,10 +1,53 @@
+import json
+import re
+
 import pytest
 
-from ultrafuser.card import DOCUMENTS, MARKED, ROOT, with_tables
+from experiments.tables import DOCUMENTS, MARKED, ROOT, TABLES, files, with_tables
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_tables_are_those_of_the_result_files(name):
-    text = (ROOT / name).read_text()
-    assert MARKED.search(text)
+@pytest.fixture(params=DOCUMENTS)
+def text(request):
+    return (ROOT / request.param).read_text()
+
+
+def test_tables_are_those_of_the_result_files(text):
     assert with_tables(text) == text
+
+
+def test_every_marker_is_followed_by_its_table_and_an_end(text):
+    assert len(MARKED.findall(text)) == text.count("<!-- results/") == text.count("<!-- end -->")
+
+
+def test_no_table_of_measured_numbers_stands_outside_the_markers(text):
+    written = [line for line in MARKED.sub("", text).splitlines() if line.startswith("|")]
+    assert not [line for line in written if len(re.findall(r"\| -?\d+\.\d+ ", line)) > 1]
+
+
+def test_a_changed_number_is_told_from_the_result_files():
+    text = (ROOT / "MODEL_CARD.md").read_text()
+    assert with_tables(text.replace("3.558", "3.557")) == text != text.replace("3.558", "3.557")
+
+
+@pytest.mark.parametrize(
+    ("marker", "said"),
+    [("results/nowhere.json: losses", "nowhere.json"), ("results/quickstart.json: loses", "no table 'loses'")],
+)
+def test_a_marker_that_names_nothing_is_an_error(marker, said):
+    with pytest.raises(ValueError, match=said):
+        with_tables(f"<!-- {marker} -->\n\n<!-- end -->\n")
+
+
+def test_comparisons_read_what_the_evaluation_writes_as_they_read_the_quickstarts_file(tmp_path):
+    quickstart = ROOT / "results" / "quickstart.json"
+    found = files(quickstart)[0]
+    domains = ["text", "code", "math"]
+    losses = found["nats_per_token"].items()
+    weights = {d: dict(zip(domains, w, strict=True)) for d, w in found["mean_gate_weights"].items()}
+    written = {
+        "rows": [{"name": name, "loss": {**row, "mixed": 9.0}} for name, row in losses],
+        "gate": {"mean_weights": {**weights, "mixed": dict.fromkeys(domains, 1 / 3)}},
+    }
+    (tmp_path / "results.json").write_text(json.dumps(written))
+    for name in ("losses", "losses beside the paper's", "gate weights beside the paper's"):
+        assert TABLES[name](tmp_path / "results.json") == TABLES[name](tmp_path) == TABLES[name](quickstart)

@@ -1,0 +1,18 @@
+.PHONY: check test slow results card
+
+check:  # the code's form
+	ruff check .
+	ruff format --check .
+
+test:  # seconds to minutes
+	pytest
+
+slow:  # minutes, or packages of their own
+	pytest -m slow
+
+results:  # experiments that are missing or whose config changed
+	python -m experiments
+
+card:  # the documents' tables and figures, from results/
+	python -m experiments.tables
+	python -m experiments.figures

@@ -1,0 +1,200 @@
+"""Writes the documents' tables from the files under results/.
+
+    python -m experiments.tables
+
+A table stands between `<!-- results/<path>: <name> -->` and `<!-- end -->`; `TABLES` has the function of each name,
+from the path to Markdown.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+from experiments import ledger
+
+
+ROOT = ledger.ROOT
+DOCUMENTS = ("README.md", "MODEL_CARD.md", "EXPERIMENTS.md")
+MARKED = re.compile(r"(<!-- (results/\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+DOMAINS = ("text", "code", "math")
+
+# Ding et al., 2024, table 2: TruthfulQA, HumanEval and GSM8K, in per cent
+PAPER_STAGES = {
+    "joint from the start": (51.17, 46.95, 53.83),
+    "two stages": (61.72, 50.00, 52.69),
+    "two stages, balanced": (64.67, 53.05, 54.59),
+}
+# table 3 (ACL 2025 version): loss on AlpacaEval, HumanEval and GSM8K, in a unit that it does not name
+PAPER_LOSSES = {
+    "text specialist": (0.046, 0.055, 0.063),
+    "code specialist": (0.060, 0.042, 0.056),
+    "math specialist": (0.062, 0.064, 0.036),
+}
+# table 6: mean weight of the specialists for text, code and mathematics, by domain
+PAPER_WEIGHTS = {"text": (0.45, 0.29, 0.26), "code": (0.23, 0.59, 0.18), "math": (0.18, 0.39, 0.43)}
+# table 1: average of seven benchmarks in per cent, recomputed from the seven; tuned on what the fused model is tuned on
+PAPER_TUNED = {
+    "text specialist": (35.46,),
+    "text specialist, tuned further": (41.60,),
+    "code specialist": (36.78,),
+    "code specialist, tuned further": (21.76,),
+    "math specialist": (29.90,),
+    "math specialist, tuned further": (36.94,),
+    "fused": (46.05,),
+}
+
+
+def with_tables(text: str) -> str:
+    """The same document with every marked table written anew.
+
+    Raises:
+        ValueError: If a marker names a table or a file that is not there.
+    """
+    return MARKED.sub(lambda m: f"{m[1]}\n{table(ROOT / m[2], m[3])}\n\n{m[4]}", text)
+
+
+def table(path: Path, name: str) -> str:
+    """One table as Markdown."""
+    if name not in TABLES:
+        raise ValueError(f"There is no table {name!r}, only {', '.join(TABLES)}.")
+    if not path.exists():
+        raise ValueError(
+            f"A document's table is of {path}, which is not there. `python -m experiments` makes results."
+        )
+    return TABLES[name](path)
+
+
+def losses(path: Path) -> str:
+    """Held-out loss by row and domain, then mean gate weights."""
+    rows = [[name, *numbers(by_domain), *numbers([mean(by_domain)])] for name, by_domain in losses_of(path).items()]
+    shares = [[domain, *numbers(by_specialist, 2)] for domain, by_specialist in weights_of(path).items()]
+    return "\n\n".join([markdown(["", *DOMAINS, "mean"], rows), markdown(["mean gate weight on", *DOMAINS], shares)])
+
+
+def runs(path: Path, **columns: Callable[[list[dict], list[dict]], str]) -> str:
+    """Held-out nats per token of an experiment's variants, mean ± standard deviation over seeds.
+
+    Args:
+        path: The experiment's folder of results.
+        columns: Further ones by head: from a variant's results and the first variant's to a cell.
+    """
+    found = ledger.results(path.name)
+    first = next(iter(found.values()))
+    rows = []
+    for variant, results in found.items():
+        values = [[*vector(r["nats_per_token"]), mean(vector(r["nats_per_token"]))] for r in results]
+        more = [cell(results, first) for cell in columns.values()]
+        rows.append([variant, *map(spread, zip(*values, strict=True)), *more])
+    return markdown(["", *DOMAINS, "mean", *columns], rows)
+
+
+def relative_time(results: list[dict], first: list[dict]) -> str:
+    """Processor time against the first variant's."""
+    mine, its = (mean(r["seconds"] for r in group) for group in (results, first))
+    return f"{mine / its:.2f}"
+
+
+def worst_gain(results: list[dict], first: list[dict]) -> str:
+    """Change of loss in the domain that gained least, or lost most, from the stage before."""
+    return spread([max(r["nats_per_token"][d] - r["before"][d] for d in DOMAINS) for r in results])
+
+
+def stages_beside_paper(path: Path) -> str:
+    """The paper's table 2 beside ours: what each step of the training adds."""
+    found = ledger.results(path.name)
+    ours = {name: averaged(vector(r["nats_per_token"]) for r in results) for name, results in found.items()}
+    return beside(["TruthfulQA, %", "HumanEval, %", "GSM8K, %"], PAPER_STAGES, 2, DOMAINS, ours, 3)
+
+
+def losses_beside_paper(path: Path) -> str:
+    """The paper's table 3 beside ours: loss of every specialist on every domain."""
+    return beside(["AlpacaEval", "HumanEval", "GSM8K"], PAPER_LOSSES, 3, DOMAINS, losses_of(path), 3)
+
+
+def weights_beside_paper(path: Path) -> str:
+    """The paper's table 6 beside ours: mean gate weights by domain."""
+    heads = [[f"{d}, {whose}" for d in DOMAINS] for whose in ("paper", "ours")]
+    return beside(heads[0], PAPER_WEIGHTS, 2, heads[1], weights_of(path), 2, corner="mean gate weight on")
+
+
+def tuned_beside_paper(path: Path) -> str:
+    """The paper's figure 5 (of its first version) beside ours: every specialist tuned on all the data."""
+    ours = {name: [mean(by_domain)] for name, by_domain in losses_of(path).items()}
+    return beside(["seven benchmarks, %"], PAPER_TUNED, 2, ["mean of domains, nats"], ours, 3)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "losses": losses,
+    "runs": runs,
+    "runs and time": partial(runs, time=relative_time),
+    "runs, worst domain and time": partial(runs, **{"worst to stage one": worst_gain, "time": relative_time}),
+    "stages beside the paper's": stages_beside_paper,
+    "losses beside the paper's": losses_beside_paper,
+    "gate weights beside the paper's": weights_beside_paper,
+    "tuned further beside the paper's": tuned_beside_paper,
+}
+
+
+def losses_of(path: Path) -> dict[str, list[float]]:
+    """By row the loss on each domain: of the quickstart's file, or of files that `ultrafuser evaluate` writes."""
+    return pooled([f.get("nats_per_token") or {row["name"]: row["loss"] for row in f["rows"]} for f in files(path)])
+
+
+def weights_of(path: Path) -> dict[str, list[float]]:
+    """By domain the mean weight of each specialist, from the same files."""
+    found = [f.get("mean_gate_weights") or f["gate"]["mean_weights"] for f in files(path)]
+    return {domain: weights for domain, weights in pooled(found).items() if domain in DOMAINS}
+
+
+def files(path: Path) -> list[dict]:
+    """A result file, or all of a folder."""
+    return [json.loads(file.read_text()) for file in ([path] if path.is_file() else sorted(path.glob("*.json")))]
+
+
+def pooled(found: list[dict]) -> dict[str, list[float]]:
+    """Means over files of what each has by name."""
+    return {name: averaged(vector(f[name]) for f in found) for name in found[0]}
+
+
+def vector(values: Mapping[str, float] | list[float]) -> list[float]:
+    """Values by domain or specialist in the one order."""
+    return [values[d] for d in DOMAINS] if isinstance(values, Mapping) else values
+
+
+def averaged(vectors: Iterable[list[float]]) -> list[float]:
+    """Element by element."""
+    return [mean(values) for values in zip(*vectors, strict=True)]
+
+
+def beside(heads, paper, places, our_heads, ours, our_places, corner="") -> str:
+    """The paper's rows, each with ours of the same name."""
+    rows = [[name, *numbers(p, places), *numbers(ours[name], our_places)] for name, p in paper.items()]
+    return markdown([corner, *heads, *our_heads], rows)
+
+
+def numbers(values: Iterable[float], places: int = 3) -> list[str]:
+    return [f"{value:.{places}f}" for value in values]
+
+
+def spread(values: Sequence[float]) -> str:
+    more = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{more}"
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def main() -> None:
+    for name in DOCUMENTS:
+        path = ROOT / name
+        path.write_text(with_tables(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
