@@ -49,6 +49,63 @@ def quickstart(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder of a fused model, or its id on the Hub.")],
+    data: Annotated[list[str], typer.Option(help="DOMAIN=FILE.jsonl or DOMAIN=HUB_ID:SPLIT, once per domain.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results. Run again, it goes on.")],
+    tune: Annotated[list[str] | None, typer.Option(help="DOMAIN=..., other data to tune baselines with.")] = None,
+    also: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of a further model to compare with.")] = None,
+    specialists_of: Annotated[
+        str | None, typer.Option(help="Fused model from before stage two, whose specialists are untouched.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="What the specialists were tuned from, for merges.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Of each domain at most.")] = 200,
+    max_length: Annotated[int, typer.Option(min=2, help="Longer examples are cut, in tokens.")] = 1024,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of plain text: what routers read.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of controls and resampling.")] = 0,
+) -> None:
+    """Is fusing worth it? A fused model against its specialists, averages, routers and merges: one table.
+
+    Example: ultrafuser evaluate fused --data text=text.jsonl --data code=code.jsonl --out evaluated
+    """
+    from rich.console import Console
+
+    from .evaluation import evaluating
+
+    try:
+        results = evaluating.evaluate(
+            model,
+            _pairs(data, "--data"),
+            out,
+            tune=_pairs(tune, "--tune"),
+            specialists_of=specialists_of,
+            base=base,
+            also=_pairs(also, "--also"),
+            examples=examples,
+            max_length=max_length,
+            prompt_tokens=prompt_tokens,
+            seed=seed,
+        )
+    except (OSError, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    console = Console()
+    console.print(evaluating.table(results))
+    console.print(evaluating.verdict(results))
+    for name, reason in results["left_out"].items():
+        console.print(f"Left out: {name}. {reason}", style="dim")
+
+
+def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
+    """NAME=VALUE arguments as a dict."""
+    pairs = [text.partition("=") for text in texts or ()]
+    for name, _, value in pairs:
+        if not name or not value:
+            raise typer.BadParameter(f"{option} takes NAME=VALUE, but got {name!r}.")
+    return {name: value for name, _, value in pairs}
+
+
+@app.command()
 def judge(
     model: Annotated[str, typer.Argument(help="Folder of the model, or with --url its name on that server.")],
     questions: Annotated[str, typer.Option(help="JSON Lines file, or alpaca_eval, alpaca_eval_2, mt_bench.")],

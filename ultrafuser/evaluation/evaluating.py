@@ -1,0 +1,191 @@
+"""One command, one table: what `ultrafuser evaluate` does."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+from ultrafuser.provenance import provenance
+
+from .comparing import MIXED, compare
+from .contenders import FUSED, Bench
+from .measuring import HeldOut, held_out
+
+
+def evaluate(
+    model: str,
+    data: Mapping[str, str],
+    out: Path,
+    *,
+    tune: Mapping[str, str] | None = None,
+    specialists_of: str | None = None,
+    base: str | None = None,
+    also: Mapping[str, str] | None = None,
+    examples: int = 200,
+    max_length: int = 1024,
+    prompt_tokens: int = 32,
+    seed: int = 0,
+) -> dict:
+    """Measures a fused model against its specialists and every baseline that they allow.
+
+    Args:
+        model: Folder or Hub id of a fused model.
+        data: Held-out data by domain: a JSON Lines file, or a data set of the Hub as `id` or `id:split`. Rows have
+            `text`, `messages`, or `prompt` and `completion`. Items of a domain named "mixed" need several domains at
+            once; they are no part of the means.
+        out: Folder for the results. A run that was killed goes on there.
+        tune: Other data by domain, to tune constant weights, a router and the weights of merges with.
+        specialists_of: Fused model whose specialists are the untouched ones, if `model` went through stage two.
+        base: The model that all specialists were tuned from, for merges.
+        also: Further models to compare with, by name: a single model tuned on the same data, an earlier stage.
+        examples: Of each domain at most.
+        max_length: Longer examples are cut, in tokens.
+        prompt_tokens: First tokens of plain text, which routers read and nobody is scored on.
+        seed: Of controls, merges and resampling.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        ValueError: If a row of the data is malformed, before any model is loaded.
+        OSError: If data or a model cannot be read.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    limits = {"max_length": max_length, "prompt_tokens": prompt_tokens}
+    read = partial(_read, tokenizer=tokenizer, examples=examples, **limits)
+    held, tuning = ({d: read(d, source) for d, source in (sources or {}).items()} for sources in (data, tune))
+    load = partial(UltraFuserForCausalLM.from_pretrained, dtype="auto", device_map="auto")
+    fused = load(model)
+    single = partial(AutoModelForCausalLM.from_pretrained, dtype="auto", device_map="auto")
+    bench = Bench(
+        fused,
+        load(specialists_of) if specialists_of else fused,
+        tokenizer,
+        held,
+        tuning,
+        single(base) if base else None,
+        seed,
+    )
+    asked = {"model": model, "specialists_of": specialists_of, "base": base, "also": dict(also or {}), "seed": seed}
+    weights = {"gate": _digest(list(fused.model.fusion_gate.parameters())), "head": _digest([fused.lm_head.weight])}
+    tokens = {d: _digest([x.input_ids, x.scored]) for d, x in held.items()}
+    tuned = {d: _digest([x.input_ids, x.scored]) for d, x in tuning.items()}
+    more = {name: partial(_load_any, path) for name, path in (also or {}).items()}
+    identity = {**asked, **weights, "data": tokens, "tune": tuned}
+    results = compare(bench, out, more=more, identity=identity)
+    results = {**provenance(), "config": asked | limits, "prompt_tokens": prompt_tokens, **results}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _load_any(path: str):
+    config = json.loads((Path(path) / "config.json").read_text()) if Path(path).is_dir() else {}
+    kind = UltraFuserForCausalLM if config.get("model_type") == "ultrafuser" else AutoModelForCausalLM
+    return kind.from_pretrained(path, dtype="auto", device_map="auto")
+
+
+def _read(domain: str, source: str, *, tokenizer, examples: int, **limits) -> HeldOut:
+    if Path(source).suffix in (".jsonl", ".json"):
+        rows = read_json_lines(Path(source), examples)
+    else:
+        name, _, split = source.partition(":")
+        stream = load_dataset(name, split=split or "test", streaming=True)
+        rows = list(stream.take(examples))
+    try:
+        return held_out(rows, tokenizer, **limits)
+    except ValueError as error:
+        raise ValueError(f"{domain}, {source}: {error}") from error
+
+
+def read_json_lines(path: Path, limit: int) -> list[dict]:
+    """The first rows of a JSON Lines file.
+
+    Raises:
+        ValueError: Naming the first line that is no JSON object.
+        OSError: If the file cannot be read.
+    """
+    rows = []
+    with path.open() as lines:
+        for number, line in enumerate(lines, 1):
+            if len(rows) == limit:
+                break
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}: line {number} is not JSON ({error}): {line[:80]!r}. Mend it or drop it."
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: line {number} must be a JSON object, but is {line.strip()[:80]!r}.")
+            rows.append(row)
+    return rows
+
+
+def _digest(tensors: list[torch.Tensor]) -> str:
+    """A fingerprint of tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def table(results: dict) -> Table:
+    """The outcome on a screen: rows that are ahead of the fused model come first."""
+    domains = [d for d in results["domains"] if d != MIXED]
+    shown = Table(title="Held-out loss, nats per token (lower is better)", title_justify="left")
+    shown.add_column("")
+    mixed = [MIXED] if MIXED in results["domains"] else []
+    columns = [*domains, "mean", "to fused (95 %)", *mixed, "retains", "held", "read", "speed"]
+    for column in columns:
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in results["rows"]:
+        low, high = row["difference_interval"]
+        price = row["cost"]
+        cells = [f"{row['loss'][d]:.3f}" for d in domains]
+        cells += [
+            f"{row['mean']:.3f}",
+            "" if row["name"] == FUSED else f"{row['difference']:+.3f} ({low:+.3f} {high:+.3f})",
+        ]
+        cells += [f"{row['loss'][d]:.3f}" for d in mixed]
+        cells += [f"{row['retention']:.0%}", _count(price["parameters"]), _count(price["parameters_per_token"])]
+        shown.add_row(row["name"], *cells, f"{price['speed']:.2f}", style="bold" if row["name"] == FUSED else "")
+    shown.caption = (
+        "retains: share of the tokens that the domain's best specialist gets right and this row too; held, read: "
+        "parameters in memory, and read for each token; speed: relative to one specialist"
+    )
+    return shown
+
+
+def _count(number: float) -> str:
+    for unit in ("", "K", "M", "B"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
+def verdict(results: dict) -> str:
+    """In a sentence or two, whether fusing paid."""
+    fused = next(row for row in results["rows"] if row["name"] == FUSED)
+    rivals = [r for r in results["rows"] if r["name"] != FUSED and "oracle" not in r["name"]]
+    ahead = [r for r in rivals if r["difference_interval"][1] < 0]
+    level = [r for r in rivals if r["difference_interval"][0] <= 0 <= r["difference_interval"][1]]
+    cheaper = min(level, key=lambda r: r["cost"]["parameters_per_token"], default=None)
+    if ahead:
+        best = ahead[0]
+        words = f"Fusing loses to {best['name']!r} by {fused['mean'] - best['mean']:.3f} nats per token"
+        words += f" and to {len(ahead) - 1} more" if len(ahead) > 1 else ""
+    else:
+        words = "Nothing that was compared is surely ahead of the fused model"
+    if cheaper and cheaper["cost"]["parameters_per_token"] < fused["cost"]["parameters_per_token"]:
+        words += f"; {cheaper['name']!r} is level with it and reads fewer parameters per token"
+    return words + "."

@@ -1,0 +1,40 @@
+"""Where a number comes from."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def provenance() -> dict:
+    """Versions, commit and machine, as every result file has them."""
+    return {"versions": versions(), "commit": commit(), "machine": machine()}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that numbers depend on."""
+    libraries = {name: metadata.version(name) for name in ("torch", "transformers", "trl", "ultrafuser")}
+    return {"python": platform.python_version(), **libraries}
+
+
+def machine() -> dict[str, str | int]:
+    """The kind of machine: its GPU, or that it has none, and its cores."""
+    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"kind": kind, "cores": os.cpu_count()}
+
+
+def commit() -> str | None:
+    """The commit of this code, with a + if a file differs from it. None where it is installed without its history."""
+    folder = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        asked = ["git", *arguments, "--", "modeling_ultrafuser", "trainers", "ultrafuser", "experiments"]
+        return subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("log", "-1", "--format=%h") + "+" * bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return None
