@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,9 +121,8 @@ def _git(*arguments: str) -> str:
 
 def versions() -> dict[str, str]:
     """What the numbers were made with."""
-    from ultrafuser.quickstart import versions
-
-    return versions()
+    packages = {name: metadata.version(name) for name in ("torch", "transformers", "trl", "ultrafuser")}
+    return {"python": platform.python_version(), **packages}
 
 
 def machine() -> dict[str, Any]:

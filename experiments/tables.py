@@ -3,7 +3,8 @@
     python -m experiments.tables
 
 A table stands between `<!-- results/<path>: <name> -->` and `<!-- end -->`; `TABLES` has the function of each name,
-from the path to Markdown.
+from the path to Markdown. A path is a file, an experiment's folder, or a pattern for the files of several seeds
+(`results/rivals/from_scratch-*.json`), whose means are shown.
 """
 
 import json
@@ -61,7 +62,7 @@ def table(path: Path, name: str) -> str:
     """One table as Markdown."""
     if name not in TABLES:
         raise ValueError(f"There is no table {name!r}, only {', '.join(TABLES)}.")
-    if not path.exists():
+    if not list(path.parent.glob(path.name)):
         raise ValueError(
             f"A document's table is of {path}, which is not there. `python -m experiments` makes results."
         )
@@ -151,8 +152,8 @@ def weights_of(path: Path) -> dict[str, list[float]]:
 
 
 def files(path: Path) -> list[dict]:
-    """A result file, or all of a folder."""
-    return [json.loads(file.read_text()) for file in ([path] if path.is_file() else sorted(path.glob("*.json")))]
+    """What all result files of a path say, seed by seed."""
+    return [json.loads(file.read_text()) for file in sorted(path.parent.glob(path.name))]
 
 
 def pooled(found: list[dict]) -> dict[str, list[float]]:

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from experiments.tables import DOCUMENTS, MARKED, ROOT, TABLES, files, with_tables
+from experiments.tables import DOCUMENTS, MARKED, PAPER_TUNED, ROOT, TABLES, files, with_tables
 
 
 @pytest.fixture(params=DOCUMENTS)
@@ -50,4 +50,13 @@ def test_comparisons_read_what_the_evaluation_writes_as_they_read_the_quickstart
     }
     (tmp_path / "results.json").write_text(json.dumps(written))
     for name in ("losses", "losses beside the paper's", "gate weights beside the paper's"):
-        assert TABLES[name](tmp_path / "results.json") == TABLES[name](tmp_path) == TABLES[name](quickstart)
+        assert TABLES[name](tmp_path / "results.json") == TABLES[name](quickstart)
+
+
+def test_a_pattern_shows_the_mean_over_the_files_of_all_seeds(tmp_path):
+    for seed, more in ((0, 0.0), (1, 1.0)):
+        rows = [{"name": n, "loss": dict.fromkeys(("text", "code", "math"), 2.0 + more)} for n in PAPER_TUNED]
+        (tmp_path / f"one_base-{seed}.json").write_text(json.dumps({"rows": rows}))
+    found = TABLES["tuned further beside the paper's"](tmp_path / "one_base-*.json")
+    assert "| text specialist | 35.46 | 2.500 |" in found.splitlines()
+    assert len(found.splitlines()) == 2 + len(PAPER_TUNED)
