@@ -104,6 +104,22 @@ def worst_gain(results: list[dict], first: list[dict]) -> str:
     return spread([max(r["nats_per_token"][d] - r["before"][d] for d in DOMAINS) for r in results])
 
 
+def comparison(path: Path) -> str:
+    """What `ultrafuser evaluate` found, best mean first: nats per token, mean ± standard deviation over seeds."""
+    by_name: dict[str, list[dict]] = {}
+    for found in files(path):
+        for row in found["rows"]:
+            by_name.setdefault(row["name"], []).append(row)
+    heads = ["", *DOMAINS, "mixed", "mean", "to the fused model", "parameters, millions", "of them per token"]
+    rows = []
+    for name, seeds in sorted(by_name.items(), key=lambda item: mean(row["mean"] for row in item[1])):
+        losses = numbers(mean(row["loss"][d] for row in seeds) for d in (*DOMAINS, "mixed"))
+        spreads = [spread([row[key] for row in seeds]) for key in ("mean", "difference")]
+        costs = numbers((seeds[0]["cost"][key] / 1e6 for key in ("parameters", "parameters_per_token")), 1)
+        rows.append([name, *losses, *spreads, *costs])
+    return markdown(heads, rows)
+
+
 def stages_beside_paper(path: Path) -> str:
     """The paper's table 2 beside ours: what each step of the training adds."""
     found = ledger.results(path.name)
@@ -133,6 +149,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "runs": runs,
     "runs and time": partial(runs, time=relative_time),
     "runs, worst domain and time": partial(runs, **{"worst to stage one": worst_gain, "time": relative_time}),
+    "comparison": comparison,
     "stages beside the paper's": stages_beside_paper,
     "losses beside the paper's": losses_beside_paper,
     "gate weights beside the paper's": weights_beside_paper,

@@ -60,3 +60,17 @@ def test_a_pattern_shows_the_mean_over_the_files_of_all_seeds(tmp_path):
     found = TABLES["tuned further beside the paper's"](tmp_path / "one_base-*.json")
     assert "| text specialist | 35.46 | 2.500 |" in found.splitlines()
     assert len(found.splitlines()) == 2 + len(PAPER_TUNED)
+
+
+def test_a_comparison_is_sorted_by_the_mean_and_averages_seeds(tmp_path):
+    cost = {"parameters": 2.5e6, "parameters_per_token": 2.4e6}
+    for seed in (0, 1):
+        rows = [
+            {"name": name, "loss": dict.fromkeys(("text", "code", "math", "mixed"), loss + seed), "cost": cost}
+            | {"mean": loss + seed, "difference": loss - 3.0}
+            for name, loss in (("fused", 3.0), ("router", 4.0), ("one model", 2.0))
+        ]
+        (tmp_path / f"x-{seed}.json").write_text(json.dumps({"rows": rows}))
+    lines = TABLES["comparison"](tmp_path / "x-*.json").splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| one model", "| fused", "| router"]
+    assert lines[2].endswith("2.500 | 2.500 ± 0.707 | -1.000 ± 0.000 | 2.5 | 2.4 |")
