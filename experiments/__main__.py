@@ -47,7 +47,8 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     if options.list:
-        print("\n".join(f"{run}: {'config changed' if run.path().exists() else 'not run'}" for run in todo))
+        for run in todo:
+            print(f"{run}: {'its config changed' if run.path().exists() else 'not run'}")
         print(f"{len(todo)} of {len(runs)} runs are missing")
     else:
         run_all(todo, options.work, options.jobs)

@@ -56,12 +56,17 @@ def read(experiment: str, root: Path = ROOT) -> list[Run]:
         ValueError: If the config is not what a config must be.
     """
     path = root / "experiments" / experiment / "config.yaml"
-    found = yaml.safe_load(path.read_text())
+    try:
+        found = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(found, dict) or set(found) | {"shared"} != KEYS:
         has = sorted(found) if isinstance(found, dict) else type(found).__name__
         raise ValueError(f"{path} must have {sorted(KEYS)} ('shared' may be left out), but has {has}.")
     if not (root / "experiments" / f"{found['runner']}.py").exists():
         raise ValueError(f"{path} names runner {found['runner']!r}, but there is no experiments/{found['runner']}.py.")
+    if odd := [name for name, own in found["variants"].items() if not isinstance(own or {}, dict)]:
+        raise ValueError(f"{path}: a variant is settings by name, but {odd[0]!r} is {found['variants'][odd[0]]!r}.")
     variants = {name: merged(found.get("shared") or {}, own or {}) for name, own in found["variants"].items()}
     runs = [Run(experiment, v, seed, found["runner"], s) for v, s in variants.items() for seed in found["seeds"]]
     if len({run.path(root) for run in runs}) < len(runs):

@@ -85,7 +85,8 @@ def train(
         found["mixes"] = [(0, trainer.prior.tolist())] if trainer.controller is None else trainer.controller.mixes
         found["domains"] = trainer.domains
         found["drawn"] = trainer.sampler.counts(joint["max_steps"]).tolist()
-    return {"seconds": time.process_time() - began, "nats_per_token": measure(model, held_out), **found}
+    seconds = time.process_time() - began
+    return {"seconds": seconds, "nats_per_token": measure(model, held_out), **found}
 
 
 def prepared(seed: int, work: Path, specialists: dict) -> Path:

@@ -128,11 +128,18 @@ def test_a_failed_experiment_keeps_what_it_has_and_goes_on_from_there(root):
         ({"variant": {}}, "must have"),
         ({"runner": "nobody"}, "names runner 'nobody'"),
         ({"variants": {"a b": {}, "a_b": {}}}, "would write the same file"),
+        ({"variants": {"a": 3}}, "settings by name, but 'a' is 3"),
     ],
 )
 def test_a_config_that_is_none_is_refused_in_words(root, change, said):
     write(root, CONFIG | change)
     with pytest.raises(ValueError, match=said):
+        ledger.read("tried", root)
+
+
+def test_a_config_that_is_not_yaml_is_refused_in_words(root):
+    (root / "experiments" / "tried" / "config.yaml").write_text("seeds: [0")
+    with pytest.raises(ValueError, match="is not YAML"):
         ledger.read("tried", root)
 
 
