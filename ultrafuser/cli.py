@@ -89,11 +89,8 @@ def evaluate(
     except (OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error
-    console = Console()
-    console.print(evaluating.table(results))
-    console.print(evaluating.verdict(results))
-    for name, reason in results["left_out"].items():
-        console.print(f"Left out: {name}. {reason}", style="dim")
+    console = Console(highlight=False)
+    console.print(*evaluating.tables(results), evaluating.verdict(results), *evaluating.left_out(results), sep="\n")
 
 
 def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
@@ -103,6 +100,34 @@ def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
         if not name or not value:
             raise typer.BadParameter(f"{option} takes NAME=VALUE, but got {name!r}.")
     return {name: value for name, _, value in pairs}
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Folder of a fused model.")],
+    results: Annotated[list[Path] | None, typer.Option(help="results.json of evaluate or judge; may be given again.")] = None,
+    specialists: Annotated[list[str] | None, typer.Option(help="name=id or name=folder; may be given again.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="What it was trained on; may be given again.")] = None,
+    repo: Annotated[str | None, typer.Option(help="Id that the model will have on the Hub.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md of someone else's.")] = False,
+) -> None:
+    """Write a fused folder's README.md: how to load it, what it is made of, licences, evaluation.
+
+    Example: ultrafuser card fused --results out/results.json --specialists text=Qwen/Qwen2.5-1.5B-Instruct
+    """
+    from .hub_card import write_card
+
+    sources = dict(s.partition("=")[::2] for s in specialists or [])
+    try:
+        warnings = write_card(
+            folder, results=results or [], specialists=sources, data=data or [], repo=repo, overwrite=overwrite
+        )
+    except (ValueError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    for warning in warnings:
+        typer.echo(f"Warning: {warning}", err=True)
+    typer.echo(f"Wrote {folder / 'README.md'}.")
 
 
 @app.command()
@@ -185,6 +210,104 @@ def explain(
         typer.echo(json.dumps([asdict(token) for token in tokens], indent=1))
     else:
         terminal.print_tokens(tokens)
+
+
+@app.command()
+def report(
+    results: Annotated[Path | None, typer.Argument(help="results.json of `ultrafuser evaluate`.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder of the fused model, or its id on the Hub.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the page and the pictures.")] = Path("report"),
+    training: Annotated[list[Path] | None, typer.Option(help="Checkpoint of a stage, for its curves.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text to colour, instead of the examples.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the held-out text, if there are no results.")] = 0,
+) -> None:
+    """Draw everything about a fused model into one web page, and each picture as SVG and PNG beside it.
+
+    Example: ultrafuser report evaluated/results.json --model fused --out report
+    """
+    from transformers.utils import logging
+
+    from .reports import explaining, reporting
+
+    logging.disable_progress_bar()
+    try:
+        page = reporting.report(
+            out,
+            results=json.loads(results.read_text()) if results else None,
+            fused=explaining.load(model) if model else None,
+            training=reporting.read_training(training or []),
+            examples={f"Text {number}": given for number, given in enumerate(text, 1)} if text else None,
+            seed=seed,
+        )
+    except (OSError, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    typer.echo(f"Open {page}")
+
+
+@data.command("plan")
+def data_plan(recipe: Annotated[Path, typer.Argument(help="YAML file that says what to make.")]) -> None:
+    """What making a recipe's data would take: calls, tokens, money and time. Sends nothing.
+
+    Example: ultrafuser data plan examples/recipes/ultrachat.yaml
+    """
+    from rich.console import Console
+
+    _planned(recipe, Console())
+
+
+@data.command("make")
+def data_make(
+    recipe: Annotated[Path, typer.Argument(help="YAML file that says what to make.")],
+    out: Annotated[Path, typer.Option(help="Folder for the data. Run again, it goes on.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before many calls, or calls that cost much.")] = False,
+) -> None:
+    """Make instruction data with a teacher behind any OpenAI-compatible server. Nothing is paid for twice.
+
+    Example: ultrafuser data make examples/recipes/ultrachat_tiny.yaml --out ultrachat
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    read, plan = _planned(recipe, console)
+    if not yes and (plan.total["calls"] > 1000 or plan.money > 1):
+        if not console.is_terminal:
+            typer.echo("More than 1,000 calls, or a cost of more than 1, need a yes. Add --yes.", err=True)
+            raise typer.Exit(2)
+        typer.confirm("Make it?", abort=True, err=True)
+    from .data.running import make_set
+
+    try:
+        report = make_set(read, out, plan.total["calls"], console)
+    except ValueError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(2) from None
+    for domain, kinds in report["records"].items():
+        console.print(f"{domain}: {sum(kinds.values()):,} conversations")
+    for step, domains in report["given_up"].items():
+        console.print(f"given up in step {step}, no reply could be used: {sum(domains.values()):,}")
+    spent = f"{report['tokens_in'] + report['tokens_out']:,} tokens and {report['cost']:,.2f} in all"
+    console.print(f"{report['replies']:,} replies, {report['refused']:,} refusals, {spent}: {out}")
+    if report["stopped"]:
+        typer.echo(report["stopped"], err=True)
+        raise typer.Exit(1)
+
+
+def _planned(recipe: Path, console):
+    """The recipe and its plan, which is printed."""
+    os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+    from .data.planning import Plan
+    from .data.recipe import load_recipe
+
+    try:
+        read = load_recipe(recipe)
+    except (ValueError, OSError) as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(2) from None
+    plan = Plan(read)
+    console.print(plan.table())
+    console.print(plan.assumptions(), highlight=False)
+    return read, plan
 
 
 def main() -> None:

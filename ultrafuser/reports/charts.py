@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .colours import assign, text_on
+from .colours import text_on
 
 
 OTHER = "#7d8590"  # rows that are no specialist: reads on light and on dark
@@ -38,7 +38,7 @@ def draw_gate_by_domain(mean_weights: Mapping[str, Mapping[str, float]], colours
     axis.set(xlim=(0, 1), xlabel="mean gate weight", ylabel="tokens of")
     axis.invert_yaxis()
     axis.grid(visible=False)
-    _legend(figure, len(specialists))
+    _legend(figure)
     return figure
 
 
@@ -66,7 +66,7 @@ def draw_gate_by_position(
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     figure.supxlabel("position in the text, tokens", fontsize="medium")
     figure.supylabel("mean gate weight", fontsize="medium")
-    _legend(figure, len(specialists), *axes[0].get_legend_handles_labels())
+    _shared_legend(figure, axes)
     return figure
 
 
@@ -175,25 +175,30 @@ def draw_radar(rows: Sequence[Mapping], colours: dict[str, str]) -> Figure:
     axis.set_ylim(0, 1.02)
     axis.spines["polar"].set_visible(False)
     axis.tick_params(axis="x", pad=8)
-    _legend(figure, 2)
+    _legend(figure, columns=2)
     return figure
 
 
-def draw_losses(runs: Mapping[str, Sequence[Mapping]], colours: dict[str, str] | None = None) -> Figure:
-    """Training loss over steps.
+def draw_losses(runs: Mapping[str, Sequence[Mapping]], colours: dict[str, str]) -> Figure:
+    """Training loss over steps, one panel per run: over all tokens, and by domain where that was logged.
 
     Args:
-        runs: Name to a trainer's `log_history`, or any list of entries with `step` and `loss`. Others are passed over.
-        colours: Colour of each run.
+        runs: Name to a trainer's `log_history`, or any list of entries with `step` and `loss`, and perhaps
+            `loss/text`, ... Other entries are passed over.
+        colours: Colour of each domain.
     """
-    colours = colours or assign(runs)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.add_subplot()
-    for name, history in runs.items():
-        points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-        axis.plot(*zip(*points, strict=True), color=colours[name], label=name)
-    axis.set(xlabel="optimizer step", ylabel="training loss, nats per token")
-    _legend(figure, 3)
+    figure, axes = _panels(len(runs))
+    for axis, (name, history) in zip(axes, runs.items(), strict=True):
+        lines = {domain: (f"loss/{domain}", colour) for domain, colour in colours.items()}
+        for label, (key, colour) in {**lines, "all": ("loss", _ink())}.items():
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, label=label)
+        axis.set_title(name)
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    figure.supxlabel("optimizer step", fontsize="medium")
+    figure.supylabel("loss, nats per token", fontsize="medium")
+    _shared_legend(figure, axes)
     return figure
 
 
@@ -201,7 +206,7 @@ def draw_mixes(
     runs: Mapping[str, Sequence[tuple[int, Sequence[float]]]],
     domains: Sequence[str],
     steps: int,
-    colours: dict[str, str] | None = None,
+    colours: dict[str, str],
 ) -> Figure:
     """Each mix over time, one panel per run.
 
@@ -211,7 +216,6 @@ def draw_mixes(
         steps: Optimizer steps of the runs.
         colours: Colour of each domain.
     """
-    colours = colours or assign(domains)
     figure, axes = _panels(len(runs))
     for axis, (name, mixes) in zip(axes, runs.items(), strict=True):
         # a mix that was to begin when the run was over held for no batch
@@ -223,7 +227,7 @@ def draw_mixes(
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     figure.supxlabel("optimizer step", fontsize="medium")
     figure.supylabel("share of the mix", fontsize="medium")
-    _legend(figure, len(domains), *axes[0].get_legend_handles_labels())
+    _shared_legend(figure, axes)
     return figure
 
 
@@ -260,9 +264,15 @@ def _colour(row: Mapping, colours: dict[str, str]) -> str:
     return colours.get(row["name"].removesuffix(" specialist"), OTHER) if row["kind"] == "specialist" else OTHER
 
 
-def _legend(figure: Figure, columns: int, *handles_labels: list) -> None:
+def _shared_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """Each label once, whichever panels have it."""
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    _legend(figure, list(found.values()), list(found))
+
+
+def _legend(figure: Figure, *handles_labels: list, columns: int = 6) -> None:
     # below, the library would write it over the label that panels share
-    figure.legend(*handles_labels, loc="outside upper center", ncols=min(columns, 6))
+    figure.legend(*handles_labels, loc="outside upper center", ncols=columns)
 
 
 def _ink() -> str:

@@ -35,6 +35,8 @@ STYLE = {
     "axes.facecolor": "none",
     "legend.frameon": False,
     "lines.linewidth": 2.0,
+    # names may hold a dollar sign
+    "text.parse_math": False,
     # text stays text: it can be found, read aloud and scaled
     "svg.fonttype": "none",
     # the same picture gives the same file
