@@ -28,7 +28,7 @@ NOT_BEHIND = re.compile(
     re.I,
 )
 NOT_BEFORE = re.compile(
-    r"[ \t]*(?:remainder|rem|r|mod|modulo|percent|times|plus|minus|divided|squared|cubed|million|billion|thousand|hundred|dozen|of)\b",
+    r"[ \t]*(?:remainder|rem|r|mod|modulo|percent|times|plus|minus|divided|squared|cubed|million|billion|thousand|hundred|dozen)\b",
     re.I,
 )
 # in such lines an equality need not hold, or not in these numbers

@@ -5,6 +5,7 @@ They judge what the assistant says, for that is what is trained on: a user may w
 
 import ast
 import functools
+import importlib.util
 import re
 import textwrap
 import warnings
@@ -75,16 +76,20 @@ def wrong_language(record: dict, languages: tuple[str, ...] = ("en",), confidenc
     return f"language {language!r} with probability {probability:.2f}: {_shortened(text)}"
 
 
+def need_language_model() -> None:
+    """Raises ImportError where languages cannot be told, so that this is known before any record is read."""
+    if importlib.util.find_spec("py3langid") is None:
+        raise ImportError(
+            "Languages are told by py3langid, which is not installed: pip install py3langid. Or leave the filter out: "
+            "skip 'language'."
+        )
+
+
 @functools.cache
 def _identifier():
     # loading takes a second and 120 MB, so only where it is used
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError as error:
-        raise ImportError(
-            "The language filter needs py3langid, which is not installed: pip install py3langid. Or leave the filter "
-            "out: --skip language."
-        ) from error
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 

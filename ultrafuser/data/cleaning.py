@@ -1,0 +1,199 @@
+"""Cleaning a set of records in one pass: every filter counts, and shows what it dropped and why.
+
+Records stream through: filters that look at one record run in as many processes as are asked for, duplicates are
+looked up in an index on disk, in the order of the records. Results do not depend on the number of processes.
+"""
+
+import collections
+import functools
+import itertools
+import json
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from . import filters
+from .arithmetic import wrong_arithmetic
+from .decontamination import contaminated
+from .duplicates import DuplicateIndex, Fingerprint, fingerprint
+
+
+KEPT, DROPPED, REPORT = "kept.jsonl", "dropped.jsonl", "cleaning.json"
+# in this order; the first that objects drops a record, so each is counted once
+FILTERS: dict[str, Callable[[dict], str | None]] = {
+    "length": filters.wrong_length,
+    "language": filters.wrong_language,
+    "refusal": filters.refusal,
+    "code": filters.broken_code,
+    "arithmetic": wrong_arithmetic,
+    "contamination": contaminated,
+}
+DUPLICATES = ("duplicate", "near_duplicate")
+CHUNK = 64
+
+
+def clean(
+    records: Iterable[dict],
+    out: Path,
+    *,
+    languages: tuple[str, ...] = ("en",),
+    shortest: int = 20,
+    longest: int = 40_000,
+    near: float = 0.7,
+    evaluation: dict[str, np.ndarray] | None = None,
+    skip: Iterable[str] = (),
+    processes: int = 1,
+) -> dict:
+    """Writes `kept.jsonl`, `dropped.jsonl` and `cleaning.json` to a folder.
+
+    A line of `dropped.jsonl` holds the record, its row in the input, counted from 1, the filter, and why: the line
+    that does not parse, the equality that does not hold, the 13-gram, the row of the record that it repeats.
+
+    Args:
+        records: The records, streamed, as `sources.take_in` gives them.
+        out: Folder to write to; made if it is not there.
+        languages: ISO 639-1 codes of the languages that are kept.
+        shortest: Fewest characters of a record.
+        longest: Most characters of a record.
+        near: Jaccard similarity of shingles from which on a record repeats another.
+        evaluation: Name of every evaluation set to its `decontamination.gram_hashes`.
+        skip: Filters to leave out, of `FILTERS` and `DUPLICATES`.
+        processes: For the filters of single records. With more than one, a script calls this under
+            `if __name__ == "__main__":`, since processes begin by importing it.
+
+    Returns:
+        What is in `cleaning.json`: numbers of records, kept and dropped, altogether, by filter and by domain.
+
+    Raises:
+        ValueError: If a filter to skip is unknown.
+        ImportError: If languages cannot be told.
+        FileExistsError: If the folder holds a cleaned set.
+    """
+    if unknown := set(skip) - {*FILTERS, *DUPLICATES}:
+        raise ValueError(f"Filters are {[*FILTERS, *DUPLICATES]}, but to skip are {sorted(unknown)}.")
+    if (out / KEPT).exists():
+        raise FileExistsError(
+            f"Nothing is overwritten unasked, but {str(out)!r} holds a cleaned set. Write elsewhere."
+        )
+    if "language" not in set(skip):
+        filters.need_language_model()
+    settings = {
+        "length": {"shortest": shortest, "longest": longest},
+        "language": {"languages": tuple(languages)},
+        "contamination": {"evaluation": evaluation or {}},
+    }
+    checks = {n: functools.partial(f, **settings.get(n, {})) for n, f in FILTERS.items() if n not in set(skip)}
+    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / (KEPT + ".part")
+    with (
+        tempfile.TemporaryDirectory(dir=out, prefix=".index-") as folder,
+        DuplicateIndex(Path(folder) / "index.sqlite", near) as index,
+        part.open("w", encoding="utf-8") as kept,
+        (out / DROPPED).open("w", encoding="utf-8") as dropped,
+    ):
+        judged = _judged(records, checks, near, processes)
+        for row, (record, verdict) in enumerate(tqdm(judged, unit=" records", disable=None), start=1):
+            if isinstance(verdict, Fingerprint):
+                verdict = _repeats(index, row, verdict, set(skip))
+            counts[record["domain"]][verdict[0] if verdict else "kept"] += 1
+            if verdict:
+                write_dropped(dropped, row, *verdict, record)
+            else:
+                kept.write(json.dumps(record, ensure_ascii=False) + "\n")
+    part.replace(out / KEPT)
+    report = {"filters": [*checks, *(name for name in DUPLICATES if name not in set(skip))], "domains": counts}
+    return write_report(out, report)
+
+
+def write_dropped(file, row: int, reason: str, why: str, record: dict) -> None:
+    """One line of `dropped.jsonl`."""
+    file.write(json.dumps({"row": row, "filter": reason, "why": why, "record": record}, ensure_ascii=False) + "\n")
+
+
+def write_report(out: Path, report: dict) -> dict:
+    """Writes `cleaning.json` with all sums taken anew, and returns it."""
+    total: collections.Counter = sum(map(collections.Counter, report["domains"].values()), collections.Counter())
+    report = {
+        "records": total.total(),
+        "kept": total["kept"],
+        "dropped": {name: total[name] for name in report["filters"]},
+        **report,
+    }
+    (out / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def table(report: dict) -> str:
+    """The report as lines of text: one for each filter, one column for each domain."""
+    domains = report["domains"]
+    rows = [("", *domains, "all")]
+    rows += [
+        (
+            name,
+            *(str(counts.get(name, 0)) for counts in domains.values()),
+            str(report["dropped"].get(name, report["kept"])),
+        )
+        for name in (*report["filters"], "kept")
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def _judged(records, checks: dict, near: float, processes: int) -> Iterator[tuple[dict, tuple | Fingerprint]]:
+    """Every record, in order, with the filter and the reason that drop it, or with its fingerprint."""
+    # as many as are worth a message between processes
+    stream = iter(records)
+    chunks = iter(lambda: list(itertools.islice(stream, CHUNK)), [])
+    if processes == 1:
+        for chunk in chunks:
+            yield from zip(chunk, _judge(chunk, checks, near), strict=True)
+        return
+    # spawned, not forked: a fork of a process with threads may hang
+    context = multiprocessing.get_context("spawn")
+    waiting: collections.deque = collections.deque()
+    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(checks, near)) as pool:
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(_judge_in_process, chunk)))
+            # so many are under way at once, and no more are read
+            if len(waiting) > 2 * processes:
+                chunk, verdicts = waiting.popleft()
+                yield from zip(chunk, verdicts.result(), strict=True)
+        for chunk, verdicts in waiting:
+            yield from zip(chunk, verdicts.result(), strict=True)
+
+
+def _judge(chunk: list[dict], checks: dict, near: float) -> list[tuple[str, str] | Fingerprint]:
+    return [_first_objection(record, checks) or fingerprint(record, near) for record in chunk]
+
+
+def _first_objection(record: dict, checks: dict) -> tuple[str, str] | None:
+    return next(((name, why) for name, check in checks.items() if (why := check(record))), None)
+
+
+_OWN: dict = {}
+
+
+def _begin(checks: dict, near: float) -> None:
+    _OWN.update(checks=checks, near=near)
+
+
+def _judge_in_process(chunk: list[dict]) -> list[tuple[str, str] | Fingerprint]:
+    return _judge(chunk, **_OWN)
+
+
+def _repeats(index: DuplicateIndex, row: int, found: Fingerprint, skip: set[str]) -> tuple[str, str] | None:
+    if "duplicate" not in skip and (other := index.exact(found)):
+        return "duplicate", f"same as row {other}"
+    if "near_duplicate" not in skip and (hit := index.near(found)):
+        return "near_duplicate", f"like row {hit[0]}, Jaccard similarity {hit[1]:.2f}"
+    index.add(row, found)
+    return None
