@@ -105,7 +105,9 @@ def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
 @app.command()
 def card(
     folder: Annotated[Path, typer.Argument(help="Folder of a fused model.")],
-    results: Annotated[list[Path] | None, typer.Option(help="results.json of evaluate or judge; may be given again.")] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="results.json of evaluate or judge; may be given again.")
+    ] = None,
     specialists: Annotated[list[str] | None, typer.Option(help="name=id or name=folder; may be given again.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="What it was trained on; may be given again.")] = None,
     repo: Annotated[str | None, typer.Option(help="Id that the model will have on the Hub.")] = None,
@@ -137,10 +139,10 @@ def judge(
     judge: Annotated[str, typer.Option(help="Name of the judging model on its server.")],
     out: Annotated[Path, typer.Option(help="Folder for answers, judgements and results.json.")],
     judge_url: Annotated[str, typer.Option(help="OpenAI-compatible server.")] = "https://api.openai.com/v1",
-    judge_key: Annotated[str | None, typer.Option(help="Environment variable that holds its API key.")] = None,
+    judge_key_variable: Annotated[str | None, typer.Option(help="Environment variable of its API key.")] = None,
     judge_options: Annotated[str, typer.Option(help="More fields of its requests, as JSON.")] = '{"temperature": 0}',
     url: Annotated[str | None, typer.Option(help="Server that serves the model, such as vLLM's.")] = None,
-    key: Annotated[str | None, typer.Option(help="Environment variable that holds that server's API key.")] = None,
+    key_variable: Annotated[str | None, typer.Option(help="Environment variable of that server's API key.")] = None,
     method: Annotated[str | None, typer.Option(help="pairwise or grading; needed for a file.")] = None,
     against: Annotated[Path | None, typer.Option(help="answers.jsonl of another run to compare with.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a Hub's data set.")] = None,
@@ -162,13 +164,16 @@ def judge(
     from .evaluation import judging
     from .evaluation.endpoint import Endpoint, EndpointError
 
+    try:
+        options = dict(json.loads(judge_options))
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(f"an object in JSON was expected, but got {judge_options!r}.") from error
     shared = {"concurrency": concurrency, "retries": retries, "timeout": timeout}
     try:
-        judging_model = Endpoint(judge, judge_url, judge_key, json.loads(judge_options), **shared)
         results = judging.run(
-            Endpoint(model, url, key, **shared) if url else model,
+            Endpoint(model, url, key_variable, **shared) if url else model,
             questions=questions,
-            judge=judging_model,
+            judge=Endpoint(judge, judge_url, judge_key_variable, options, **shared),
             out=out,
             method=method,
             against=against,
@@ -308,6 +313,53 @@ def _planned(recipe: Path, console):
     console.print(plan.table())
     console.print(plan.assumptions(), highlight=False)
     return read, plan
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Folder of a model, fused or not, or its id on the Hub.")],
+    tasks: Annotated[
+        list[str],
+        typer.Argument(
+            help="Suites (paper, code, instructions, mmlu_math, mmlu_medicine, mmlu_others, local) or tasks of lm-eval."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for one result file per task; what is in it is not run again.")],
+    limit: Annotated[int | None, typer.Option(help="Only so many questions of each task.")] = None,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Allow tasks that execute what the model wrote.")
+    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the chat template.")] = False,
+    server: Annotated[
+        str | None, typer.Option(help="Address of an OpenAI server of the model, such as vLLM's.")
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder of further tasks, as lm-eval's --include_path.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of everything random, and of the quickstart that made the model.")] = 0,
+) -> None:
+    """Run benchmarks with lm-eval; one result file per task, so that a run that was killed goes on where it was.
+
+    Example: ultrafuser bench fused local --run-code --out bench/fused
+    """
+    from .evaluation import local_tasks, suites
+
+    if "local" in tasks and include is None:
+        include = out / "tasks"
+        local_tasks.write(include, seed)
+    settings = {"limit": limit, "run_code": run_code, "chat": chat, "server": server, "include": include}
+    try:
+        results = suites.run_suite(model, tasks, out, **settings, batch_size=batch_size, dtype=dtype, seed=seed)
+    except (OSError, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    for result in results.values():
+        for task, scores in result["scores"].items():
+            for metric, score in scores.items():
+                stderr = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
+                typer.echo(f"{task:40} {metric:30} {score['value']:.4f}{stderr}")
+    for group, mean in suites.mmlu_means(results).items():
+        typer.echo(f"{'MMLU, ' + group:40} {'mean over subjects':30} {mean:.4f}")
 
 
 def main() -> None:

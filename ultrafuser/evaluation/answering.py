@@ -1,122 +1,19 @@
-"""Answers of a model to questions of one or more turns, from a local folder or through a server, all in a journal."""
+"""Answers of a served model to questions of one or more turns, in a journal."""
 
 from collections.abc import Callable
-from pathlib import Path
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-
-# so that fused folders load with the installed code
-import modeling_ultrafuser  # noqa: F401
-from trainers.prompting import render
 
 from .endpoint import Endpoint, for_all
-from .journal import Journal, digest
+from .journal import Journal
 from .questions import Question
 
 
-def weights_digest(folder: Path) -> str:
-    """A fingerprint of a folder's weights: a model trained on, or saved anew, gives new answers."""
-    found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]
-    if not found:
-        raise FileNotFoundError(
-            f"A model is a folder with safetensors weights, but {str(folder)!r} holds none. Point to the folder that "
-            f"`save_pretrained` wrote, or pass the address of the server that serves the model."
-        )
-    return digest(found)
-
-
-def answer_locally(
-    folder: Path,
-    questions: list[Question],
-    journal: Journal,
-    *,
-    max_new_tokens: int = 1024,
-    temperature: float = 0.0,
-    batch_size: int = 8,
-    advance: Callable[[], None] = lambda: None,
-) -> None:
-    """Generates what the journal lacks with transformers, turn by turn, in the tokenizer's chat template.
-
-    Args:
-        folder: Of any causal language model with its tokenizer.
-        questions: To answer.
-        journal: Gets `answer` and `finish`: "stop", or "length" where the answer was cut.
-        max_new_tokens: Of each answer; fewer where the model's context ends.
-        temperature: 0 is greedy.
-        batch_size: Answers generated at once.
-        advance: Called after each answer.
-
-    Raises:
-        ValueError: If there is no chat template.
-    """
-    turns = max(len(q.turns) for q in questions)
-    waiting = [[q for q in questions if len(q.turns) > t and (q.id, t) not in journal.rows] for t in range(turns)]
-    if not any(waiting):
-        return
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    if not isinstance(tokenizer.chat_template, str):
-        raise ValueError(
-            f"Questions are put in the model's chat template, but the tokenizer in {str(folder)!r} has none. Set "
-            f"`tokenizer.chat_template` and save it there, or serve the model with a template."
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
-    set_seed(0)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    for turn, pending in enumerate(waiting):
-        # alike in length, so that a batch holds little padding
-        prompts = sorted(
-            (
-                (q.id, render(tokenizer, _messages(q, turn, journal), tokenizer.chat_template, "model"))
-                for q in pending
-            ),
-            key=lambda p: len(p[1]),
-        )
-        for start in range(0, len(prompts), batch_size):
-            ids, texts = zip(*prompts[start : start + batch_size], strict=True)
-            said = _generate(model, tokenizer, list(texts), max_new_tokens, sampling)
-            for id, (answer, finish) in zip(ids, said, strict=True):
-                journal.add(id, turn, answer=answer, finish=finish)
-                advance()
-
-
-def _messages(question: Question, turn: int, journal: Journal) -> list[dict]:
+def messages_of(question: Question, turn: int, journal: Journal) -> list[dict]:
     """The conversation up to a turn, which comes last."""
     messages = []
     for t in range(turn):
         messages.append({"role": "user", "content": question.turns[t]})
         messages.append({"role": "assistant", "content": journal.rows[question.id, t]["answer"]})
     return [*messages, {"role": "user", "content": question.turns[turn]}]
-
-
-@torch.inference_mode()
-def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_new_tokens: int, sampling: dict
-) -> list[tuple[str, str]]:
-    """The answer to each prompt, and why it ended."""
-    batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
-    length = batch["input_ids"].shape[1]
-    room = min(max_new_tokens, (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - length)
-    if room <= 0:
-        # alone, a shorter prompt may still fit
-        if len(texts) > 1:
-            return [_generate(model, tokenizer, [text], max_new_tokens, sampling)[0] for text in texts]
-        return [("", "length")]
-    output = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        max_new_tokens=room,
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
-    )[:, length:]
-    ends = model.generation_config.eos_token_id
-    ends = torch.tensor([] if ends is None else ends, device=output.device).view(-1)
-    stopped = torch.isin(output, ends).any(-1).tolist()
-    answers = tokenizer.batch_decode(output, skip_special_tokens=True)
-    return [(a.strip(), "stop" if s else "length") for a, s in zip(answers, stopped, strict=True)]
 
 
 async def answer_through(
@@ -142,7 +39,7 @@ async def answer_through(
         async def work(question: Question) -> None:
             for turn in range(len(question.turns)):
                 if (question.id, turn) not in journal.rows:
-                    answer, finish = await ask(_messages(question, turn, journal))
+                    answer, finish = await ask(messages_of(question, turn, journal))
                     journal.add(question.id, turn, answer=answer.strip(), finish=finish)
                     advance()
 

@@ -3,10 +3,10 @@
 from statistics import fmean, stdev
 
 import numpy as np
+from scipy.stats import bootstrap
 from sklearn.linear_model import LogisticRegression
 
 from .questions import Question
-from .statistics import interval
 
 
 def pairwise_scores(questions: list[Question], verdicts: dict, ours: dict, theirs: dict) -> dict:
@@ -106,10 +106,13 @@ def _spread(rows: list[list[float]]) -> dict:
     """Standard error of the mean over questions, and a bootstrap interval of the mean over all values."""
     if len(rows) < 2:
         return {"standard_error": None, "interval": None}
-    sums, counts = np.array([[sum(row), len(row)] for row in rows]).T
+    sums, counts = np.array([[sum(row), len(row)] for row in rows], float).T
+    found = bootstrap(
+        (sums, counts), lambda s, n, axis: s.sum(axis) / n.sum(axis), paired=True, method="percentile", rng=0
+    )
     return {
         "standard_error": stdev(map(fmean, rows)) / len(rows) ** 0.5,
-        "interval": interval([(sums, counts)]),
+        "interval": [float(end) for end in found.confidence_interval],
     }
 
 

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .answering import answer_locally, answer_through, weights_digest
+from .answering import answer_through
 from .endpoint import BadReplyError, Endpoint, EndpointError, for_all
 from .journal import Journal, digest, read_journal
 from .judge_scores import grading_scores, pairwise_scores
@@ -132,7 +132,18 @@ def _answer_settings(
         return settings | {"model": model.model, "options": options}
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     folder = Path(model).resolve()
-    return settings | {"model": str(folder), "weights": weights_digest(folder), "options": options}
+    return settings | {"model": str(folder), "weights": _weights_digest(folder), "options": options}
+
+
+def _weights_digest(folder: Path) -> str:
+    """A fingerprint of a folder's weights: a model trained on, or saved anew, gives new answers."""
+    found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]
+    if not found:
+        raise FileNotFoundError(
+            f"A model is a folder with safetensors weights, but {str(folder)!r} holds none. Point to the folder that "
+            f"`save_pretrained` wrote, or pass the address of the server that serves the model."
+        )
+    return digest(found)
 
 
 def _opponents(questions: list[Question], against: Path | None, settings: dict) -> dict[str, list[str]]:
@@ -176,6 +187,9 @@ def _answer(
                 model = replace(model, options=settings["options"])
                 asyncio.run(answer_through(model, questions, journal, advance=advance))
             else:
+                # torch and all that comes with it, only where it is needed
+                from .generating import answer_locally
+
                 options = {**settings["options"], "batch_size": batch_size}
                 answer_locally(Path(model), questions, journal, **options, advance=advance)
     answers = {q.id: [journal.rows[q.id, t]["answer"] for t in range(len(q.turns))] for q in questions}
