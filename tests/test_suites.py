@@ -1,0 +1,161 @@
+"""Benchmarks by name: they exist, wrong ones are refused early, and what is finished is not run again."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from tests.tiny import tokenizer  # noqa: E402
+from ultrafuser.cli import app  # noqa: E402
+from ultrafuser.evaluation import suites  # noqa: E402
+from ultrafuser.evaluation.suites import MMLU_GROUPS, SUITES, mmlu_means, run_suite  # noqa: E402
+
+
+SUMS = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a, b in ((1, 2), (3, 4), (2, 2), (5, 3))]
+
+
+@pytest.fixture(scope="module")
+def manager():
+    return TaskManager()
+
+
+@pytest.fixture
+def lm_evals_own(manager, monkeypatch):
+    # its index takes seconds to build: once for all tests
+    monkeypatch.setattr(suites, "_task_manager", lambda tasks, include: manager)
+
+
+@pytest.fixture
+def folder(fused, tmp_path):
+    fused.save_pretrained(tmp_path / "fused")
+    tokenizer().save_pretrained(tmp_path / "fused")
+    return tmp_path / "fused"
+
+
+@pytest.fixture
+def include(tmp_path):
+    """Two tasks over the same questions: one lets the model write, one shows it two answers."""
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "sums.jsonl").write_text("\n".join(json.dumps(row) for row in SUMS))
+    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tasks / "sums.jsonl")}}}
+    common |= {"test_split": "test", "doc_to_text": "question", "doc_to_target": "answer", "metadata": {"version": 7}}
+    written = {"output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]}
+    written |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 2}}
+    chosen = {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{[answer, '?']}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tasks / "written.yaml").write_text(yaml.safe_dump({"task": "written", **common, **written}))
+    (tasks / "chosen.yaml").write_text(yaml.safe_dump({"task": "chosen", **common, **chosen}))
+    return tasks
+
+
+def test_every_task_of_every_suite_is_one_of_lm_evals(manager):
+    names = {task for name, suite in SUITES.items() if name != "local" for task in suite.tasks}
+    assert not names - {*manager.all_subtasks, *manager.all_groups}
+
+
+def test_every_subject_of_mmlu_is_in_exactly_one_group(manager):
+    ours = [f"mmlu_{subject}" for subjects in MMLU_GROUPS.values() for subject in subjects]
+    assert sorted(ours) == sorted(suites._leaves("mmlu", manager))
+    assert {group: len(subjects) for group, subjects in MMLU_GROUPS.items()} == {
+        "math": 5,
+        "medicine": 9,
+        "others": 43,
+    }
+
+
+def test_an_unknown_name_is_answered_with_those_close_to_it(lm_evals_own, tmp_path):
+    with pytest.raises(ValueError, match="'gsm8' is neither. Close to it are .*'gsm8k'"):
+        run_suite("no/such/model", ["paper", "gsm8"], tmp_path / "out", run_code=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "task"), [("paper", "humaneval"), ("mbpp", "mbpp")])
+def test_code_is_not_run_unasked_and_this_is_said_before_the_model_is_loaded(name, task, lm_evals_own, tmp_path):
+    with pytest.raises(ValueError, match=rf"only when asked for, but \['{task}'\] do so. Set `--run-code`"):
+        run_suite("no/such/model", [name], tmp_path)
+
+
+def test_a_group_runs_code_if_one_of_its_tasks_does(include, tmp_path):
+    (include / "written.yaml").write_text((include / "written.yaml").read_text() + "unsafe_code: true\n")
+    (include / "group.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["chosen", "written"]}))
+    with pytest.raises(ValueError, match=r"\['both'\] do so"):
+        run_suite("no/such/model", ["chosen", "both"], tmp_path, include=include)
+
+
+def test_local_tasks_must_be_written_first(lm_evals_own, tmp_path):
+    with pytest.raises(ValueError, match="made from the corpora first"):
+        run_suite("no/such/model", ["local"], tmp_path)
+
+
+def test_a_result_says_what_was_scored_and_how(folder, include, tmp_path):
+    out = tmp_path / "out"
+    results = run_suite(folder, ["chosen", "written"], out, include=include, limit=3, dtype="float32")
+    assert sorted(file.name for file in out.iterdir()) == ["chosen.json", "written.json"]
+    assert {task: json.loads((out / f"{task}.json").read_text()) for task in results} == results
+    chosen = results["chosen"]
+    accuracy = chosen["scores"]["chosen"]["acc,none"]
+    right = 3 * accuracy["value"]
+    assert right == round(right)
+    # of a proportion in three draws
+    share = accuracy["value"]
+    assert accuracy["stderr"] == pytest.approx((share * (1 - share) / 2) ** 0.5)
+    assert (chosen["samples"], chosen["versions"]["tasks"]) == ({"chosen": 3}, {"chosen": 7})
+    assert chosen["settings"]["limit"] == 3
+    assert (
+        f"lm_eval --model hf --model_args pretrained={folder},trust_remote_code=True,dtype=float32"
+        in chosen["command"]
+    )
+    assert chosen["command"].endswith(f"--limit 3 --include_path {include}")
+
+
+def test_a_run_that_failed_goes_on_where_it_was(folder, include, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    broken = (include / "written.yaml").read_text()
+    (include / "written.yaml").write_text(broken.replace("doc_to_text: question", "doc_to_text: '{{question / 2}}'"))
+    with pytest.raises(TypeError):
+        run_suite(folder, ["chosen", "written"], out, include=include)
+    (include / "written.yaml").write_text(broken)
+    before = (out / "chosen.json").stat().st_mtime_ns
+    evaluate, asked = suites.simple_evaluate, []
+    monkeypatch.setattr(suites, "simple_evaluate", lambda *a, **k: asked.append(k["tasks"]) or evaluate(*a, **k))
+    results = run_suite(folder, ["chosen", "written"], out, include=include)
+    assert asked == [["written"]]
+    assert list(results) == ["chosen", "written"]
+    assert (out / "chosen.json").stat().st_mtime_ns == before
+
+
+def test_results_of_other_settings_are_not_taken_for_these(folder, include, tmp_path):
+    run_suite(folder, ["chosen"], tmp_path / "out", include=include, limit=3)
+    with pytest.raises(ValueError, match=r"has \(there, now\) {'limit': \(3, 4\)}"):
+        run_suite(folder, ["chosen"], tmp_path / "out", include=include, limit=4)
+
+
+def test_the_mean_of_a_group_is_the_plain_mean_of_its_subjects():
+    names = [f"mmlu_{subject}" for subject in MMLU_GROUPS["math"]]
+    results = {n: {"scores": {n: {"acc,none": {"value": i / 10, "stderr": 0.0}}}} for i, n in enumerate(names)}
+    assert mmlu_means(results) == {"math": pytest.approx(0.2)}
+
+
+def test_the_command_line_says_what_is_wrong_in_a_sentence(lm_evals_own, tmp_path):
+    done = CliRunner().invoke(app, ["bench", "no/such/model", "gsm8", "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "'gsm8' is neither" in done.output
+
+
+def test_the_command_line_prints_a_line_for_each_score(folder, include, tmp_path):
+    command = ["bench", str(folder), "chosen", "--include", str(include), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    value = json.loads((tmp_path / "out" / "chosen.json").read_text())["scores"]["chosen"]["acc,none"]["value"]
+    assert f"{value:.4f}" in done.stdout
+    assert "chosen" in done.stdout

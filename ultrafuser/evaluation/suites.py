@@ -1,0 +1,282 @@
+"""Public benchmarks, run by lm-eval and written down task by task.
+
+    ultrafuser bench FOLDER paper --run-code --out results/paper
+    ultrafuser bench FOLDER mmlu_math mmlu_medicine gsm8k --out results/some
+
+A result file names the `lm_eval` command that gives the same scores without this package.
+
+Six of the seven benchmarks of Ding et al. (2024, https://arxiv.org/abs/2403.08281) are in the suite "paper"; the
+seventh, AlpacaEval, is scored by a judge, not by lm-eval. The paper asks without examples and without chain of
+thought, and so does the suite. Its scores are still not the paper's, because
+
+- TruthfulQA: the paper shows one answer at a time and lets the model judge it with Yes or No; `truthfulqa_mc2` is the
+  probability that the model itself gives to the true answers, after six examples that are a part of the prompt;
+- HumanEval: the paper words it as an instruction; `humaneval` lets the model continue the code;
+- GSM8K, MATH: how the paper finds the answer in what the model wrote is not told. `gsm8k` has a strict filter, which
+  without examples hardly ever matches, and a flexible one, the last number: compare by `flexible-extract`.
+  `hendrycks_math` compares the whole answer after normalising it, so a model that explains itself scores near zero;
+- SAT-Math, AQuA-RAT: the most probable option counts, here; nothing is generated.
+"""
+
+import difflib
+import json
+import os
+import shlex
+import urllib.request
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+
+from ..provenance import provenance
+from . import local_tasks
+
+
+class Suite(NamedTuple):
+    """Tasks by lm-eval's names, and how many examples come before a question; None for each task's own number."""
+
+    tasks: tuple[str, ...]
+    shots: int | None = None
+
+
+# 5, 9 and 43 subjects, the groups of Wu et al. (2024, Mixture-of-Skills, https://arxiv.org/abs/2406.08811). The nine
+# of medicine are those of MMLU-Medical (Chen et al., 2023, Meditron, https://arxiv.org/abs/2311.16079).
+_SUBJECTS = {
+    "math": """
+        abstract_algebra college_mathematics elementary_mathematics high_school_mathematics high_school_statistics
+    """,
+    "medicine": """
+        anatomy clinical_knowledge college_biology college_medicine high_school_biology medical_genetics nutrition
+        professional_medicine virology
+    """,
+    "others": """
+        astronomy business_ethics college_chemistry college_computer_science college_physics computer_security
+        conceptual_physics econometrics electrical_engineering formal_logic global_facts high_school_chemistry
+        high_school_computer_science high_school_european_history high_school_geography
+        high_school_government_and_politics high_school_macroeconomics high_school_microeconomics high_school_physics
+        high_school_psychology high_school_us_history high_school_world_history human_aging human_sexuality
+        international_law jurisprudence logical_fallacies machine_learning management marketing miscellaneous
+        moral_disputes moral_scenarios philosophy prehistory professional_accounting professional_law
+        professional_psychology public_relations security_studies sociology us_foreign_policy world_religions
+    """,
+}
+MMLU_GROUPS = {group: subjects.split() for group, subjects in _SUBJECTS.items()}
+
+PAPER = ("truthfulqa_mc2", "humaneval", "gsm8k", "hendrycks_math", "agieval_sat_math", "agieval_aqua_rat")
+SUITES = {
+    "paper": Suite(PAPER, shots=0),
+    "code": Suite(("humaneval", "mbpp")),
+    "instructions": Suite(("ifeval",)),
+    "local": Suite(local_tasks.NAMES),
+    **{f"mmlu_{g}": Suite(tuple(f"mmlu_{s}" for s in subjects), shots=0) for g, subjects in MMLU_GROUPS.items()},
+}
+
+
+def run_suite(
+    folder: str | Path,
+    names: list[str],
+    out: str | Path,
+    *,
+    server: str | None = None,
+    include: str | Path | None = None,
+    limit: int | None = None,
+    run_code: bool = False,
+    chat: bool = False,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Runs lm-eval, one task after the other, and writes each task's result as soon as it is there.
+
+    Tasks whose result is in `out` already are not run again, so a run that was killed goes on where it was.
+
+    Args:
+        folder: The model, fused or not; a name on the Hub will do.
+        names: Keys of `SUITES`, or lm-eval's own names of tasks, groups and tags.
+        out: Folder of the result files, `<task>.json`.
+        server: Address of an OpenAI server that serves `folder`, such as "http://127.0.0.1:8000" of vLLM; then lm-eval's
+            `local-completions` asks it, and only the tokenizer is loaded here.
+        include: Folder of further tasks, lm-eval's `--include_path`; for "local", what `local_tasks.write` wrote to.
+        limit: Only so many first questions of each task.
+        run_code: Allows tasks that execute what the model wrote. Those of lm-eval do so in `evaluate`'s `code_eval`,
+            which is no sandbox: use a container.
+        chat: Asks through the tokenizer's chat template.
+        batch_size: Questions at a time.
+        dtype: Of the weights. A server has its own.
+        seed: Of everything random.
+
+    Returns:
+        The content of each result file, by task.
+
+    Raises:
+        ValueError: Before any model is loaded, if a name is unknown, if a task executes code and `run_code` is not
+            set, or if `out` holds a result of other settings.
+        OSError: If the server does not answer.
+    """
+    out = Path(out)
+    shots = {}
+    for name in names:
+        suite = SUITES.get(name, Suite((name,)))
+        shots |= dict.fromkeys(suite.tasks, suite.shots)
+    manager = _task_manager(shots, include)
+    _check_names(shots, manager)
+    if not run_code:
+        _check_nothing_runs_code(shots, manager)
+    shared = {"model": str(folder), "server": server is not None, "limit": limit, "chat": chat, "seed": seed}
+    shared |= {"dtype": None if server else dtype, "batch_size": batch_size}
+    settings = {task: shared | {"shots": number} for task, number in shots.items()}
+    found = {task: read for task in shots if (read := _finished(out / f"{task}.json", settings[task]))}
+    backend, arguments = _server(folder, server) if server else _weights(folder, dtype)
+    out.mkdir(parents=True, exist_ok=True)
+    # for what `code_eval` asks, beside lm-eval's own question
+    os.environ.update({"HF_ALLOW_CODE_EVAL": "1"} if run_code else {})
+
+    model = None
+    for task, number in shots.items():
+        if task in found:
+            continue
+        model = model or get_model(backend)(**arguments, batch_size=batch_size, **_device(backend))
+        evaluated = simple_evaluate(
+            model,
+            tasks=[task],
+            task_manager=manager,
+            num_fewshot=number,
+            batch_size=batch_size,
+            limit=limit,
+            apply_chat_template=chat,
+            confirm_run_unsafe_code=run_code,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+        command = _command(task, backend, arguments, settings[task], include, run_code)
+        found[task] = _result(task, evaluated) | {"settings": settings[task], "command": command}
+        _write(out / f"{task}.json", found[task])
+    return {task: found[task] for task in shots}
+
+
+def mmlu_means(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Accuracy in each group of MMLU whose subjects are all there: the plain mean over subjects, as Wu et al. have it."""
+    means = {}
+    for group, subjects in MMLU_GROUPS.items():
+        if all(f"mmlu_{subject}" in results for subject in subjects):
+            means[group] = fmean(results[f"mmlu_{s}"]["scores"][f"mmlu_{s}"]["acc,none"]["value"] for s in subjects)
+    return means
+
+
+def _task_manager(tasks: Iterable[str], include: str | Path | None) -> TaskManager:
+    # lm-eval's own index takes many seconds to build
+    if include is not None:
+        manager = TaskManager(include_path=str(include), include_defaults=False)
+        if all(task in manager.all_tasks for task in tasks):
+            return manager
+    return TaskManager(include_path=None if include is None else str(include))
+
+
+def _check_names(tasks: Iterable[str], manager: TaskManager) -> None:
+    known = {*SUITES, *manager.all_tasks}
+    for task in tasks:
+        if task in local_tasks.NAMES and task not in known:
+            raise ValueError(
+                f"The local tasks are made from the corpora first, but {task!r} is not in `include`. Write them with "
+                f"`local_tasks.write(folder)` and give `include=folder`; `ultrafuser bench` does both."
+            )
+        if task not in known:
+            close = difflib.get_close_matches(task, known, n=4)
+            raise ValueError(
+                f"A benchmark is one of our suites, {sorted(SUITES)}, or a task of lm-eval, but {task!r} is neither. "
+                + (f"Close to it are {close}." if close else "`lm-eval ls tasks` lists lm-eval's.")
+            )
+
+
+def _check_nothing_runs_code(tasks: Iterable[str], manager: TaskManager) -> None:
+    unsafe = [
+        task for task in tasks if any(manager.task_index[t].cfg.get("unsafe_code") for t in _leaves(task, manager))
+    ]
+    if unsafe:
+        raise ValueError(
+            f"Code that a model wrote is executed only when asked for, but {unsafe} do so. Set `--run-code` "
+            f"(`run_code=True`), preferably in a container, or leave them out."
+        )
+
+
+def _leaves(name: str, manager: TaskManager) -> Iterator[str]:
+    # single tasks of a group or a tag
+    entry = manager.task_index[name]
+    if name in manager.all_subtasks:
+        yield name
+    elif name in manager.all_tags:
+        yield from entry.tags
+    else:
+        for part in entry.cfg["task"]:
+            part = part if isinstance(part, str) else part.get("task") or part.get("group")
+            if part in manager.task_index:
+                yield from _leaves(part, manager)
+
+
+def _finished(file: Path, settings: dict) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    result = json.loads(file.read_text())
+    differing = {k: (result["settings"].get(k), v) for k, v in settings.items() if result["settings"].get(k) != v}
+    if differing:
+        raise ValueError(
+            f"Results of one folder are of one model and one setting, so that they can be compared, but {str(file)!r} "
+            f"has (there, now) {differing}. Use another `out`, or remove the file."
+        )
+    return result
+
+
+def _weights(folder: str | Path, dtype: str) -> tuple[str, dict[str, Any]]:
+    # a model of lm-eval's, and what it is made from
+    return "hf", {"pretrained": str(folder), "trust_remote_code": True, "dtype": dtype}
+
+
+def _server(folder: str | Path, server: str) -> tuple[str, dict[str, Any]]:
+    with urllib.request.urlopen(f"{server}/v1/models", timeout=60) as answer:
+        served = json.load(answer)["data"][0]
+    arguments = {"model": served["id"], "base_url": f"{server}/v1/completions", "tokenizer": str(folder)}
+    # vLLM says how long a prompt may be; longer ones are refused, not cut
+    arguments |= {"max_length": served["max_model_len"]} if "max_model_len" in served else {}
+    return "local-completions", arguments | {"tokenizer_backend": "huggingface", "trust_remote_code": True}
+
+
+def _device(backend: str) -> dict[str, str]:
+    # made from Python, lm-eval's `hf` wants a GPU unless told otherwise
+    return {"device": "cuda" if torch.cuda.is_available() else "cpu"} if backend == "hf" else {}
+
+
+def _command(task: str, backend: str, arguments: dict, settings: dict, include, run_code: bool) -> str:
+    options = {"model": backend, "model_args": ",".join(f"{k}={v}" for k, v in arguments.items()), "tasks": task}
+    options |= {"batch_size": settings["batch_size"], "seed": settings["seed"], "num_fewshot": settings["shots"]}
+    options |= {"limit": settings["limit"], "include_path": include}
+    flags = ["--apply_chat_template"] * settings["chat"] + ["--confirm_run_unsafe_code"] * run_code
+    given = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    return " ".join(["lm_eval", *given, *flags])
+
+
+def _result(task: str, evaluated: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a task: its scores, or those of the group and of all its tasks."""
+    scores = {}
+    for name, row in evaluated["results"].items():
+        metrics = [key for key in row if "," in key and "_stderr," not in key]
+        stderr = {key: row.get(key.replace(",", "_stderr,")) for key in metrics}
+        # lm-eval says "N/A" where there is none
+        numbers = {key: value if isinstance(value, float) else None for key, value in stderr.items()}
+        scores[name] = {key: {"value": float(row[key]), "stderr": numbers[key]} for key in metrics}
+    result = {"task": task, "scores": scores} | provenance()
+    result["versions"] |= {"lm_eval": evaluated["lm_eval_version"], "tasks": evaluated["versions"]}
+    return result | {"samples": {name: number["effective"] for name, number in evaluated["n-samples"].items()}}
+
+
+def _write(file: Path, content: dict) -> None:
+    # whole or not at all
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(file)
