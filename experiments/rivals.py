@@ -26,6 +26,7 @@ from ultrafuser.evaluation.measuring import HeldOut, held_out
 from ultrafuser.quickstart import LENGTH, new_model, pretrain, to_blocks, train_tokenizer
 
 
+EXAMPLES = 48  # of each domain to measure on
 TURN = 64  # tokens between changes of domain in a mixed item
 
 
@@ -68,15 +69,8 @@ def rivals(
         start = make("base", lambda: new_model(tokenizer, seed), seen, **base, seed=seed)
         for d in DOMAINS:
             make(d, partial(_copy, start), blocks[d]["specialist"], **specialist, seed=seed)
-        wide = {"hidden_size": 224}  # three times the parameters
-        third = {"steps": whole["steps"] // 3, "rate": whole["rate"]}
         singles = {
             "one model, all data and compute": (lambda: new_model(tokenizer, seed), everything, whole),
-            "one model of three times the size, all data and compute": (
-                lambda: new_model(tokenizer, seed, **wide),
-                everything,
-                third,
-            ),
             **{f"{d} specialist, tuned further": (partial(_load, folder / d), fresh, tuned) for d in DOMAINS},
         }
         if base["steps"]:
@@ -90,8 +84,8 @@ def rivals(
         stages.train("fused, stage two on the specialists' own data", JointTrainer, "fused", "specialist", joint)
         stages.train("fused, probability mixture", GateTrainer, None, "fuse", gate, fusion="probabilities")
 
-    data = {d: _blocks(blocks[d]["held_out"], tokenizer) for d in DOMAINS}
-    data[MIXED] = _blocks(mixed({d: blocks[d]["held_out"] for d in DOMAINS}, seed), tokenizer)
+    data = {d: _blocks(blocks[d]["held_out"][:EXAMPLES], tokenizer) for d in DOMAINS}
+    data[MIXED] = _blocks(mixed({d: blocks[d]["held_out"] for d in DOMAINS}, seed, EXAMPLES), tokenizer)
     tune = {d: _blocks(blocks[d]["fuse"][:48], tokenizer) for d in DOMAINS}
     more = {name: partial(_load, folder / name) for name in (*singles, *stages.names[1:])}
     if base["steps"]:
@@ -111,7 +105,7 @@ def corpora(seed: int, folder: Path) -> tuple[dict[str, dict[str, Tensor]], Auto
     return {d: {name: to_blocks(texts, tokenizer) for name, texts in parts[d].items()} for d in DOMAINS}, tokenizer
 
 
-def mixed(blocks: dict[str, Tensor], seed: int, items: int = 80) -> Tensor:
+def mixed(blocks: dict[str, Tensor], seed: int, items: int) -> Tensor:
     """Items that change the domain every `TURN` tokens. Shape (items, LENGTH)."""
     rng = random.Random(seed)
     made = []

@@ -10,9 +10,12 @@ from typing import Annotated
 
 import typer
 
+from .data.commands import app as data_commands
+
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Instruction data: make it, clean it, take it in, look at it.")
+data.add_typer(data_commands)
 app.add_typer(data, name="data")
 
 

@@ -171,12 +171,12 @@ def make_specialist(
     tokenizer.save_pretrained(folder)
 
 
-def new_model(tokenizer: PreTrainedTokenizerBase, seed: int, *, hidden_size: int = 128) -> LlamaForCausalLM:
-    """A small Llama with random weights: about 0.8 million parameters at the ordinary width."""
+def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
+    """A small Llama with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
+        hidden_size=128,
+        intermediate_size=384,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,

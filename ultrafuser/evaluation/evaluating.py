@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from datasets import load_dataset
+from rich import box
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -138,31 +139,36 @@ def _digest(tensors: list[torch.Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-def table(results: dict) -> Table:
-    """The outcome on a screen: rows that are ahead of the fused model come first."""
+def tables(results: dict) -> list[Table]:
+    """The outcome on a screen: losses, then what changed and what it costs. Rows ahead of the fused model come first."""
     domains = [d for d in results["domains"] if d != MIXED]
-    shown = Table(title="Held-out loss, nats per token (lower is better)", title_justify="left")
-    shown.add_column("")
     mixed = [MIXED] if MIXED in results["domains"] else []
-    columns = [*domains, "mean", "to fused (95 %)", *mixed, "retains", "held", "read", "speed"]
-    for column in columns:
-        shown.add_column(column, justify="right", no_wrap=True)
+    losses = _table("Held-out loss, nats per token (lower is better)", [*domains, "mean", "to fused", "95 %", *mixed])
+    prices = _table("What it keeps, and what it costs", ["retains", "gains", "parameters", "per token", "speed"])
     for row in results["rows"]:
+        fused, price = row["name"] == FUSED, row["cost"]
+        style = "bold" if fused else ""
         low, high = row["difference_interval"]
-        price = row["cost"]
-        cells = [f"{row['loss'][d]:.3f}" for d in domains]
-        cells += [
-            f"{row['mean']:.3f}",
-            "" if row["name"] == FUSED else f"{row['difference']:+.3f} ({low:+.3f} {high:+.3f})",
-        ]
-        cells += [f"{row['loss'][d]:.3f}" for d in mixed]
-        cells += [f"{row['retention']:.0%}", _count(price["parameters"]), _count(price["parameters_per_token"])]
-        shown.add_row(row["name"], *cells, f"{price['speed']:.2f}", style="bold" if row["name"] == FUSED else "")
-    shown.caption = (
-        "retains: share of the tokens that the domain's best specialist gets right and this row too; held, read: "
-        "parameters in memory, and read for each token; speed: relative to one specialist"
+        difference = ["", ""] if fused else [f"{row['difference']:+.3f}", f"{low:+.3f} {high:+.3f}"]
+        own = [f"{row['loss'][d]:.3f}" for d in domains] + [f"{row['mean']:.3f}", *difference]
+        losses.add_row(row["name"], *own, *(f"{row['loss'][d]:.3f}" for d in mixed), style=style)
+        shares = [f"{row['retention']:.1%}", f"{row['positive_flips']:.1%}"]
+        counts = [_count(price["parameters"]), _count(price["parameters_per_token"]), f"{price['speed']:.2f}"]
+        prices.add_row(row["name"], *shares, *counts, style=style)
+    prices.caption = (
+        "retains: of the tokens that the domain's best specialist gets right, the share that is right here too; gains: "
+        "share of all tokens that are right here and wrong there; parameters held, and read for each token; speed of one "
+        "request relative to one specialist"
     )
-    return shown
+    return [losses, prices]
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    made = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made.add_column("")
+    for column in columns:
+        made.add_column(column, justify="right", no_wrap=True)
+    return made
 
 
 def _count(number: float) -> str:
@@ -189,3 +195,11 @@ def verdict(results: dict) -> str:
     if cheaper and cheaper["cost"]["parameters_per_token"] < fused["cost"]["parameters_per_token"]:
         words += f"; {cheaper['name']!r} is level with it and reads fewer parameters per token"
     return words + "."
+
+
+def left_out(results: dict) -> list[str]:
+    """What could not be compared, a sentence for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in results["left_out"].items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"Left out: {', '.join(names)}. {reason}" for reason, names in reasons.items()]

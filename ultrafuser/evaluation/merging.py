@@ -49,8 +49,8 @@ def merge(
         raise ValueError(f"Unknown merge {method!r}. Choose one of {sorted(MERGES)}.")
     if base is None and (method != "average" or by_depth):
         raise NotMergeableError(
-            f"The merge {method!r}{' by depth' if by_depth else ''} works on what each specialist changed, but no base "
-            f"was given. Pass the model that all specialists were tuned from, or take the plain average."
+            "Merges other than the plain average work on what each specialist changed, but no base was given. Pass the "
+            "model that all specialists were tuned from."
         )
     models = {**specialists, **({"the base": base} if base is not None else {})}
     _check_mergeable(models)
