@@ -21,6 +21,7 @@ from . import filters
 from .arithmetic import wrong_arithmetic
 from .decontamination import contaminated
 from .duplicates import DuplicateIndex, Fingerprint, fingerprint
+from .sources import lines_file
 
 
 KEPT, DROPPED, REPORT = "kept.jsonl", "dropped.jsonl", "cleaning.json"
@@ -48,6 +49,7 @@ def clean(
     evaluation: dict[str, np.ndarray] | None = None,
     skip: Iterable[str] = (),
     processes: int = 1,
+    overwrite: bool = False,
 ) -> dict:
     """Writes `kept.jsonl`, `dropped.jsonl` and `cleaning.json` to a folder.
 
@@ -65,6 +67,7 @@ def clean(
         skip: Filters to leave out, of `FILTERS` and `DUPLICATES`.
         processes: For the filters of single records. With more than one, a script calls this under
             `if __name__ == "__main__":`, since processes begin by importing it.
+        overwrite: Replace a cleaned set, once the new one is whole.
 
     Returns:
         What is in `cleaning.json`: numbers of records, kept and dropped, altogether, by filter and by domain.
@@ -76,9 +79,9 @@ def clean(
     """
     if unknown := set(skip) - {*FILTERS, *DUPLICATES}:
         raise ValueError(f"Filters are {[*FILTERS, *DUPLICATES]}, but to skip are {sorted(unknown)}.")
-    if (out / KEPT).exists():
+    if (out / KEPT).exists() and not overwrite:
         raise FileExistsError(
-            f"Nothing is overwritten unasked, but {str(out)!r} holds a cleaned set. Write elsewhere."
+            f"Nothing is overwritten unasked, but {str(out)!r} holds a cleaned set. Write elsewhere, or use overwrite."
         )
     if "language" not in set(skip):
         filters.need_language_model()
@@ -90,23 +93,24 @@ def clean(
     checks = {n: functools.partial(f, **settings.get(n, {})) for n, f in FILTERS.items() if n not in set(skip)}
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     out.mkdir(parents=True, exist_ok=True)
-    part = out / (KEPT + ".part")
-    with (
-        tempfile.TemporaryDirectory(dir=out, prefix=".index-") as folder,
-        DuplicateIndex(Path(folder) / "index.sqlite", near) as index,
-        part.open("w", encoding="utf-8") as kept,
-        (out / DROPPED).open("w", encoding="utf-8") as dropped,
-    ):
-        judged = _judged(records, checks, near, processes)
-        for row, (record, verdict) in enumerate(tqdm(judged, unit=" records", disable=None), start=1):
-            if isinstance(verdict, Fingerprint):
-                verdict = _repeats(index, row, verdict, set(skip))
-            counts[record["domain"]][verdict[0] if verdict else "kept"] += 1
-            if verdict:
-                write_dropped(dropped, row, *verdict, record)
-            else:
-                kept.write(json.dumps(record, ensure_ascii=False) + "\n")
-    part.replace(out / KEPT)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".cleaning-") as name:
+        folder = Path(name)
+        with (
+            DuplicateIndex(folder / "index.sqlite", near) as index,
+            lines_file(folder / KEPT) as kept,
+            lines_file(folder / DROPPED) as dropped,
+        ):
+            judged = _judged(records, checks, near, processes)
+            for row, (record, verdict) in enumerate(tqdm(judged, unit=" records", disable=None), start=1):
+                if isinstance(verdict, Fingerprint):
+                    verdict = _repeats(index, row, verdict, set(skip))
+                counts[record["domain"]][verdict[0] if verdict else "kept"] += 1
+                if verdict:
+                    write_dropped(dropped, row, *verdict, record)
+                else:
+                    kept.write(json.dumps(record, ensure_ascii=False) + "\n")
+        for name in (KEPT, DROPPED):
+            (folder / name).replace(out / name)
     report = {"filters": [*checks, *(name for name in DUPLICATES if name not in set(skip))], "domains": counts}
     return write_report(out, report)
 

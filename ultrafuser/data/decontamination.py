@@ -5,7 +5,7 @@ Only hashes are kept, eight bytes for each 13-gram of the evaluation sets, howev
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -42,11 +42,13 @@ def _hash(gram: str) -> int:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """All texts of a row of an evaluation set, however deep they lie."""
+    """All texts of the rows of an evaluation set, however deep they lie."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list | tuple):
-        for inner in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, Mapping):
+        yield from strings(value.values())
+    elif isinstance(value, Iterable):
+        for inner in value:
             yield from strings(inner)
 
 

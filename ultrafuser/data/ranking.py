@@ -5,6 +5,7 @@ Both compare records of one domain with each other, so they come last, and hold 
 
 import json
 import re
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 
 from .cleaning import DROPPED, KEPT, REPORT, write_dropped, write_report
 from .filters import FENCE, answers
+from .sources import lines_file
 
 
 FUNCTION_WORDS = re.compile(
@@ -140,16 +142,19 @@ def _keep(out: Path, keep: np.ndarray, name: str, why: Iterable[str]) -> dict:
     report = json.loads((out / REPORT).read_text())
     gone = np.fromiter((line["row"] for line in read(out / DROPPED)), int)
     rows = np.setdiff1d(np.arange(1, report["records"] + 1), gone)
-    part = out / (KEPT + ".part")
-    with part.open("w", encoding="utf-8") as kept, (out / DROPPED).open("a", encoding="utf-8") as dropped:
-        for stays, row, reason, record in zip(keep, rows, why, read(out / KEPT), strict=True):
-            if stays:
-                kept.write(json.dumps(record, ensure_ascii=False) + "\n")
-            else:
-                write_dropped(dropped, int(row), name, reason, record)
-                counts = report["domains"][record["domain"]]
-                counts["kept"] -= 1
-                counts[name] = counts.get(name, 0) + 1
-    part.replace(out / KEPT)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".cleaning-") as folder:
+        parts = {file: Path(folder) / file for file in (KEPT, DROPPED)}
+        shutil.copyfile(out / DROPPED, parts[DROPPED])
+        with lines_file(parts[KEPT]) as kept, lines_file(parts[DROPPED], "a") as dropped:
+            for stays, row, reason, record in zip(keep, rows, why, read(out / KEPT), strict=True):
+                if stays:
+                    kept.write(json.dumps(record, ensure_ascii=False) + "\n")
+                else:
+                    write_dropped(dropped, int(row), name, reason, record)
+                    counts = report["domains"][record["domain"]]
+                    counts["kept"] -= 1
+                    counts[name] = counts.get(name, 0) + 1
+        for file, part in parts.items():
+            part.replace(out / file)
     report["filters"].append(name)
     return write_report(out, {key: report[key] for key in ("filters", "domains")})

@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from tqdm.auto import tqdm
 
@@ -99,7 +99,7 @@ def take_in(
     """Streams a set as records: nothing is held but the row at hand.
 
     Args:
-        name: One of `SOURCES`, a file, a folder, or a set on the Hub.
+        name: One of `SOURCES`, a file, a folder that `save_to_disk` wrote or of the Hub's layout, or a set on the Hub.
         domain: Domain of all records. Default: the source's, or what the row says.
         licence: Licence of all records. Default: the source's, what the row says, or what the set's card says.
         columns: Which column holds what, see `to_record`. Default: the source's, or the schema's own names.
@@ -163,13 +163,15 @@ def _rows(source: Source, local: bool) -> Iterator[tuple[str, Any]]:
                         yield f"{path}, line {number}", line
         return
     # heavy, and not needed for plain lines
-    from datasets import load_dataset
+    from datasets import load_dataset, load_from_disk
 
     if local or Path(source.path).is_file():
         suffix = Path(paths[0]).suffix
         if suffix not in BUILDERS:
             raise ValueError(f"Files are told by their ending, one of {sorted(BUILDERS)}, but got {paths[0]!r}.")
         rows = load_dataset(BUILDERS[suffix], data_files=paths, split="train", streaming=True)
+    elif (Path(source.path) / "state.json").is_file():
+        rows = load_from_disk(source.path)
     else:
         rows = load_dataset(
             source.path,
@@ -180,7 +182,13 @@ def _rows(source: Source, local: bool) -> Iterator[tuple[str, Any]]:
             streaming=True,
         )
     for number, row in enumerate(rows, start=1):
-        yield f"{source.path if not local else paths}, row {number}", row
+        yield f"{', '.join(paths) if local else source.path}, row {number}", row
+
+
+def raw_rows(path: str, *, config: str | None = None, split: str = "train") -> Iterator[Any]:
+    """Rows of a file, a folder or a Hub set as they are, streamed."""
+    for _, row in _rows(Source(path, None, None, {}, config=config, split=split), local=False):
+        yield json.loads(row) if isinstance(row, str) else row
 
 
 # what a mapping may name a column for
@@ -289,12 +297,17 @@ def _licence_of_card(path: str) -> str | None:
     return " or ".join(found) if isinstance(found, list) else found
 
 
+def lines_file(path: Path, mode: str = "w") -> TextIO:
+    """A file to write lines of JSON to. Half a surrogate pair, which is no text but does come, is written as JSON can."""
+    return open(path, mode, encoding="utf-8", errors="backslashreplace")
+
+
 def write_records(records: Iterable[dict], path: Path) -> int:
     """Writes one JSON line per record, and tells how many; the file is there once it is whole."""
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     number = 0
-    with part.open("w", encoding="utf-8") as file:
+    with lines_file(part) as file:
         for record in tqdm(records, unit=" records", disable=None):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             number += 1
