@@ -327,7 +327,7 @@ judging.run(judge, questions=sys.argv[2], judge=judge, out=Path(sys.argv[3]), me
 def test_an_unreachable_judge_is_named_before_anything_is_generated(serve, questions, tmp_path):
     answerer, gone = serve(), Server()
     gone.close()
-    with pytest.raises(EndpointError, match=rf"{gone.url} could not be reached in 1 tries"):
+    with pytest.raises(EndpointError, match=rf"{gone.url} could not be reached in one try"):
         run(questions, tmp_path / "out", gone.endpoint(retries=0), answerer.endpoint("served"))
     assert answerer.requests == []
 

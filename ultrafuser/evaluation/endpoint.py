@@ -97,7 +97,7 @@ class Endpoint:
         return f"{self.url} does not know the model {self.model!r}. {there} It said: {_said(error)}"
 
     def _in_words(self, error: openai.OpenAIError) -> str:
-        tries = f"{self.retries + 1} tries"
+        tries = f"{self.retries + 1} tries" if self.retries else "one try"
         match error:
             case openai.APITimeoutError():
                 return (
@@ -135,7 +135,7 @@ class BadReplyError(EndpointError):
 
 
 def _said(error: openai.OpenAIError) -> str:
-    return str(error).splitlines()[0][:300]
+    return f"{str(error).splitlines()[0][:300]!r}."
 
 
 async def for_all(items: Iterable, work: Callable[..., Awaitable[None]], concurrency: int) -> None:

@@ -95,9 +95,9 @@ def run(
         try:
             answers, cut = _answer(model, asked, settings, judge, out, batch_size, progress)
             if method == "pairwise":
-                items = [*_pairs(asked, answers, opponents, templates)]
+                items = list(_pairs(asked, answers, opponents, templates))
             else:
-                items = [*_grades(asked, answers, templates)]
+                items = list(_grades(asked, answers, templates))
             verdicts = _judge(judge, method, items, out, progress)
         except EndpointError as error:
             raise EndpointError(
@@ -157,7 +157,7 @@ def _opponents(questions: list[Question], against: Path | None, settings: dict) 
             )
         return {q.id: q.reference for q in questions}
     theirs, rows = read_journal(against)
-    if theirs["questions"] != settings["questions"]:
+    if theirs.get("questions") != settings["questions"]:
         raise ValueError(
             f"Both models must have answered the same questions, but {str(against)!r} holds answers to others. Run "
             f"with the same questions and the same limit."
