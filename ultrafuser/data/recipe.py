@@ -1,0 +1,289 @@
+"""What data to make, with which teacher, at what cost: one YAML file, checked whole before anything is sent."""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jinja2
+import jinja2.meta
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+PROMPTS = Path(__file__).parent / "prompts"
+# a prompt may use all of these; without the ones named here a step would ask the same of every row
+PLACEHOLDERS = (
+    "domain",
+    "description",
+    "number",
+    "known",
+    "topic",
+    "subtopic",
+    "instruction",
+    "skills",
+    "conversation",
+)
+NEEDED = {
+    "meta_topics": ("description", "number"),
+    "sub_topics": ("topic", "number"),
+    "instructions": ("subtopic", "number"),
+    "strong": ("instruction", "number"),
+    "weak": ("instruction", "number"),
+    "skills": ("description", "number"),
+    "pairs": ("skills",),
+    "harder": ("instruction",),
+    "answers": (),
+    "turns": ("conversation",),
+}
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(gt=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Teacher(_Part):
+    """A model behind an OpenAI-compatible server, what it costs and how fast it may be asked."""
+
+    base_url: str
+    """Address up to and including `/v1`."""
+    model: str
+    """The name under which the server knows it."""
+    api_key_variable: str | None = None
+    """Environment variable that holds the API key. None sends none."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Temperature of sampling."""
+    max_tokens: Positive | None = 2048
+    """Most tokens of a reply. None sends no limit, for servers that call it by another name (see `parameters`)."""
+    parameters: dict = {}
+    """More fields of each request, as the server calls them."""
+    structured: Literal["json_schema", "json_object", "none"] = "json_schema"
+    """How lists are asked for: by a schema that the server enforces, as any JSON, or by the prompt alone."""
+    price_in: Annotated[float, Field(ge=0)] = 0.0
+    """Money per million prompt tokens."""
+    price_out: Annotated[float, Field(ge=0)] = 0.0
+    """Money per million reply tokens."""
+    requests_per_minute: Amount | None = None
+    """What the server allows. None sets no limit."""
+    tokens_per_minute: Amount | None = None
+    """What the server allows, prompt and reply together. None sets no limit."""
+    concurrency: Positive = 32
+    """Requests under way at once."""
+    tokens_per_second: Amount = 50.0
+    """Speed of one reply, only to foresee how long everything takes."""
+    timeout: Amount = 300.0
+    """Of one try, in seconds."""
+    retries: Count = 8
+    """Of a request that met a rate limit, a server error, a time-out or a lost connection."""
+
+    def api_key(self) -> str:
+        """The API key, from the environment.
+
+        Raises:
+            ValueError: If the variable is not set.
+        """
+        if self.api_key_variable is None:
+            # not the client's default: no other server may see OpenAI's key
+            return "none"
+        if not os.environ.get(self.api_key_variable):
+            raise ValueError(
+                f"The API key is read from the environment, so that no file holds it, but "
+                f"{self.api_key_variable} is not set. Run `export {self.api_key_variable}=...`, or name another "
+                f"variable as `teacher.api_key_variable`."
+            )
+        return os.environ[self.api_key_variable]
+
+
+class Budget(_Part):
+    """What the whole set may cost, all runs together. Nothing is sent that could go beyond."""
+
+    tokens: Positive | None = None
+    """Of prompts and replies together."""
+    money: Amount | None = None
+    """In the unit of the teacher's prices."""
+
+
+class Skills(_Part):
+    """Instructions that need two skills at once (Instruct-SkillMix, https://arxiv.org/abs/2408.14774)."""
+
+    number: Annotated[int, Field(ge=2)]
+    """Length of the domain's list of skills."""
+    pairs: Count = 0
+    """Instructions for two skills of this domain."""
+    across: Count = 0
+    """Instructions for a skill of this domain and one of another."""
+
+
+class Domain(_Part):
+    """What is made for one domain."""
+
+    description: str
+    """What the domain is about, for the teacher."""
+    meta_topics: Positive
+    """Topics."""
+    sub_topics: Positive
+    """Sub-topics of all topics together."""
+    instructions: Positive
+    """Conversations about the sub-topics, expansion included; those for pairs of skills come on top."""
+    strong: Count = 0
+    """Strongly related instructions that each first one is expanded by."""
+    weak: Count = 0
+    """Weakly related instructions that each first one is expanded by."""
+    harder: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Share of all instructions that are rewritten to be harder."""
+    turns: Positive = 1
+    """Questions in each conversation; all but the first come from a simulated user."""
+    skills: Skills | None = None
+    """Instructions for pairs of skills, or none."""
+    instruction_tokens: Positive = 60
+    """Typical length of an instruction, to foresee the cost."""
+    answer_tokens: Positive = 400
+    """Typical length of an answer, to foresee the cost."""
+
+    @model_validator(mode="after")
+    def _counts_grow(self):
+        if not self.meta_topics <= self.sub_topics <= self.instructions:
+            raise ValueError(
+                f"Every topic has a sub-topic and every sub-topic an instruction, but meta_topics={self.meta_topics}, "
+                f"sub_topics={self.sub_topics} and instructions={self.instructions}. Let them grow in this order."
+            )
+        return self
+
+
+class Recipe(_Part):
+    """Everything that a set is made from."""
+
+    source: str
+    """Written into every record: what made it."""
+    licence: str
+    """Written into every record: what its use is bound to, such as the terms of the teacher's provider."""
+    teacher: Teacher
+    domains: Annotated[dict[str, Domain], Field(min_length=1)]
+    budget: Budget = Budget()
+    seed: int = 0
+    """Of what is drawn: which instructions become harder and which skills meet."""
+    items_per_request: Positive = 20
+    """Most topics, skills or instructions that one request asks for."""
+    more_rounds: Count = 2
+    """How often what is missing, for being malformed or a repetition, is asked for again."""
+    keep_cut_off: bool = False
+    """Keep answers that end because they reached `max_tokens`."""
+    prompts: Path | None = None
+    """Folder whose files replace the prompts of the same name. Relative to the recipe."""
+
+    @field_validator("domains")
+    @classmethod
+    def _names_are_file_names(cls, domains: dict) -> dict:
+        for name in domains:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(
+                    f"A domain's name is a file's name too: letters, digits, - and _. It is {name!r}. Rename it."
+                )
+        return domains
+
+    @model_validator(mode="after")
+    def _pairs_can_be_made(self):
+        with_skills = {name: domain.skills for name, domain in self.domains.items() if domain.skills}
+        for name, skills in with_skills.items():
+            others = sum(other.number for n, other in with_skills.items() if n != name)
+            for field, pairs, most in (
+                ("pairs", skills.pairs, skills.number * (skills.number - 1) // 2),
+                ("across", skills.across, skills.number * others),
+            ):
+                if pairs > most:
+                    raise ValueError(
+                        f"No pair of skills is asked for twice, so domains.{name}.skills.{field} is at most {most} with "
+                        f"these numbers of skills, but is {pairs}. Lower it, or raise `skills.number` of a domain."
+                    )
+        return self
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Reads a recipe and checks everything that can be checked without the teacher.
+
+    Raises:
+        FileNotFoundError: If the file, or the folder of prompts that it names, is not there.
+        ValueError: With every mistake, by the name of its place.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"A recipe is a YAML file, but {str(path)!r} cannot be read as one: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"A recipe is a YAML file of keys and values, but {str(path)!r} is {content!r}.")
+    if isinstance(content.get("prompts"), str):
+        content["prompts"] = path.parent / content["prompts"]
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        mistakes = "\n".join(f"- {_in_words(mistake)}" for mistake in error.errors())
+        raise ValueError(f"{str(path)!r} is not a recipe that can be followed:\n{mistakes}") from error
+    load_prompts(recipe.prompts)
+    return recipe
+
+
+def _in_words(mistake: dict) -> str:
+    place = ".".join(map(str, mistake["loc"]))
+    if mistake["type"] == "extra_forbidden":
+        known = list(_fields_at(mistake["loc"][:-1]))
+        close = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Known there: {', '.join(known)}."
+        return f"{place}: unknown key. {hint}"
+    if mistake["type"] == "missing":
+        return f"{place}: missing."
+    if mistake["type"] == "value_error":
+        return f"{place}: {mistake['ctx']['error']}".removeprefix(": ")
+    return f"{place}: {mistake['msg']}, but it is {mistake['input']!r}."
+
+
+def _fields_at(place: tuple) -> dict:
+    part = {"teacher": Teacher, "budget": Budget, "domains": Domain}[place[0]] if place else Recipe
+    return (Skills if place[-1:] == ("skills",) else part).model_fields
+
+
+def load_prompts(folder: Path | None = None) -> dict[str, jinja2.Template]:
+    """Templates of all prompts by step: those in `folder`, and for the others the package's own.
+
+    Raises:
+        FileNotFoundError: If the folder is not there.
+        ValueError: If a file is not the prompt of a step, is no valid template, uses a placeholder that nobody fills,
+            or lacks one without which all its requests would be alike.
+    """
+    own = {}
+    if folder is not None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"`prompts` names a folder with prompts, but {str(folder)!r} is not there.")
+        own = {file.stem: file for file in sorted(folder.glob("*.md"))}
+        if unknown := sorted(set(own) - set(NEEDED)):
+            raise ValueError(
+                f"A prompt has the name of its step, one of {list(NEEDED)}, but {str(folder)!r} holds "
+                f"{[f'{name}.md' for name in unknown]}. Rename or remove what is not a prompt."
+            )
+    return {step: _template(step, own.get(step, PROMPTS / f"{step}.md")) for step in NEEDED}
+
+
+def _template(step: str, file: Path) -> jinja2.Template:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = file.read_text(encoding="utf-8")
+    try:
+        used = jinja2.meta.find_undeclared_variables(environment.parse(text))
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"Prompts are Jinja templates, but {str(file)!r} line {error.lineno}: {error.message}"
+        ) from error
+    for name in sorted(used - set(PLACEHOLDERS)):
+        close = difflib.get_close_matches(name, PLACEHOLDERS, n=1)
+        hint = f"Did you mean {{{{ {close[0]} }}}}?" if close else f"There are {list(PLACEHOLDERS)}."
+        raise ValueError(f"Nothing fills {{{{ {name} }}}} in {str(file)!r}. {hint}")
+    for name in NEEDED[step]:
+        if name not in used:
+            raise ValueError(
+                f"Without {{{{ {name} }}}} the prompt of step {step!r} would not say what is asked for, but "
+                f"{str(file)!r} lacks it. Put it in."
+            )
+    return environment.from_string(text)

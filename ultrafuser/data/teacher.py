@@ -1,0 +1,326 @@
+"""Asking the teacher: many requests under way at once, within its limits and the budget, each paid for once."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+import openai
+
+from .journal import Journal, request_key
+from .recipe import Budget
+from .recipe import Teacher as TeacherSettings
+
+
+CHARACTERS_PER_TOKEN = 4  # of English prose; to foresee, and where a server does not tell
+REFUSALS_IN_A_ROW = 10  # then it is the server, or how it is asked
+SECONDS_BETWEEN_TRIES = 0.5
+
+
+class Request(NamedTuple):
+    """What the teacher is asked.
+
+    Attributes:
+        step: Name of the step that asks.
+        domain: Name of the domain it is for.
+        messages: The conversation so far.
+        number: Items to list in the reply. None asks for text.
+        sample: Which time the same is asked: another number is another request.
+        reply_tokens: Typical length of the reply, to foresee cost and pace.
+    """
+
+    step: str
+    domain: str
+    messages: list[dict]
+    number: int | None = None
+    sample: int = 0
+    reply_tokens: int = 100
+
+    def prompt_tokens(self) -> int:
+        """Roughly."""
+        return sum(len(m["content"]) for m in self.messages) // CHARACTERS_PER_TOKEN + 4 * len(self.messages)
+
+
+class Reply(NamedTuple):
+    """What the teacher said, and whether it reached the limit of tokens before its end."""
+
+    text: str
+    cut_off: bool = False
+
+
+class Teacher:
+    """A model behind an OpenAI-compatible server, with a journal of all it ever said. Use it as a context manager.
+
+    Attributes:
+        stopped: Why nothing more is sent, in words: the budget, or a server that does not serve. None while it does.
+        sent: Requests that were answered in this run.
+        refused: Requests that the server refused for what is in them, in this run or an earlier one.
+    """
+
+    def __init__(
+        self,
+        settings: TeacherSettings,
+        journal: Journal,
+        budget: Budget | None = None,
+        on_reply: Callable[[Request], None] = lambda request: None,
+    ) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            settings: Where it is and how it may be asked.
+            journal: An open journal. A request that it holds is not sent.
+            budget: What may be spent, what the journal holds included.
+            on_reply: Called when the reply to a request is there.
+
+        Raises:
+            ValueError: If the environment lacks the API key.
+        """
+        self.settings, self.journal, self.budget, self.on_reply = settings, journal, budget or Budget(), on_reply
+        self.stopped: str | None = None
+        self.sent = self.refused = 0
+        self._refusals_in_a_row = 0
+        self._loop = asyncio.new_event_loop()
+        self._reserved = (0, 0)
+        self._settled = asyncio.Condition()
+        self._requests_pace = Pace(settings.requests_per_minute)
+        self._tokens_pace = Pace(settings.tokens_per_minute)
+        self._client = openai.AsyncOpenAI(
+            base_url=settings.base_url,
+            api_key=settings.api_key(),
+            timeout=settings.timeout,
+            # the client waits as long as Retry-After says, or twice as long each time
+            max_retries=settings.retries,
+        )
+
+    def ask(self, requests: list[Request]) -> list[Reply | None]:
+        """Replies in the order of the requests, whatever order they arrived in.
+
+        Returns:
+            For each request its reply, or None: refused by the server, or not sent because the teacher `stopped`.
+        """
+        keys = [self._key(request) for request in requests]
+        # twice the same request is one request
+        missing = {key: r for key, r in zip(keys, requests, strict=True) if key not in self.journal}
+        for key, request in zip(keys, requests, strict=True):
+            if key not in missing:
+                self.on_reply(request)
+        self._loop.run_until_complete(self._send_all(missing))
+        return [self._reply(key) for key in keys]
+
+    def _reply(self, key: str) -> Reply | None:
+        if key not in self.journal:
+            return None
+        entry = self.journal.get(key)
+        if entry["reply"] is None:
+            self.refused += 1
+            return None
+        return Reply(entry["reply"], entry["finish"] == "length")
+
+    def _key(self, request: Request) -> str:
+        return request_key(self.settings.model, request.messages, self._parameters(request), request.sample)
+
+    def _parameters(self, request: Request) -> dict:
+        settings = self.settings
+        parameters = {"temperature": settings.temperature}
+        if settings.max_tokens is not None:
+            parameters["max_tokens"] = settings.max_tokens
+        if request.number is not None and settings.structured == "json_object":
+            parameters["response_format"] = {"type": "json_object"}
+        if request.number is not None and settings.structured == "json_schema":
+            schema = {"name": "items", "strict": True, "schema": list_schema(request.number)}
+            parameters["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return {**parameters, **settings.parameters}
+
+    async def _send_all(self, missing: dict[str, Request]) -> None:
+        queue = iter(missing.items())
+
+        async def worker() -> None:
+            for key, request in queue:
+                dearest = request.prompt_tokens(), self.settings.max_tokens or request.reply_tokens
+                if not await self._reserve(dearest):
+                    return
+                try:
+                    await self._send(key, request)
+                finally:
+                    await self._release(dearest)
+
+        await asyncio.gather(*(worker() for _ in range(min(self.settings.concurrency, len(missing)))))
+
+    async def _send(self, key: str, request: Request) -> None:
+        await self._requests_pace.wait(1)
+        foreseen = request.prompt_tokens() + request.reply_tokens
+        await self._tokens_pace.wait(foreseen)
+        if self.stopped:
+            return
+        entry = {"key": key, "step": request.step, "domain": request.domain}
+        try:
+            entry |= await self._complete(request)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            self._refusals_in_a_row += 1
+            # the first refusal of a run is one of how we ask, not of what
+            if len(self.journal) == 0 or self._refusals_in_a_row >= REFUSALS_IN_A_ROW:
+                self.stopped = self._in_words(error)
+                return
+            entry |= {"reply": None, "finish": _said(error), "tokens_in": 0, "tokens_out": 0}
+        except openai.OpenAIError as error:
+            self.stopped = self.stopped or self._in_words(error)
+            return
+        else:
+            self._refusals_in_a_row = 0
+            self.sent += 1
+        self._tokens_pace.correct(entry["tokens_in"] + entry["tokens_out"] - foreseen)
+        self.journal.add(entry)
+        self.on_reply(request)
+
+    async def _complete(self, request: Request) -> dict:
+        """The reply and its usage. What is no completion at all is asked for again, as a lost connection is."""
+        for tries_left in range(self.settings.retries, -1, -1):
+            try:
+                completion = await self._client.chat.completions.create(
+                    model=self.settings.model, messages=request.messages, extra_body=self._parameters(request)
+                )
+                return _content(completion, request)
+            except (json.JSONDecodeError, AttributeError, TypeError, IndexError) as error:
+                if not tries_left:
+                    raise openai.OpenAIError(f"what came is no chat completion ({error})") from error
+                await asyncio.sleep(SECONDS_BETWEEN_TRIES)
+
+    async def _reserve(self, dearest: tuple[int, int]) -> bool:
+        """Waits until the budget holds the dearest reply. False, and `stopped`, if it never will."""
+        async with self._settled:
+            while not self.stopped and (over := self._over_budget(dearest)):
+                if self._reserved == (0, 0):
+                    self.stopped = over
+                else:
+                    await self._settled.wait()
+            if not self.stopped:
+                self._reserved = _add(self._reserved, dearest)
+        return not self.stopped
+
+    async def _release(self, dearest: tuple[int, int]) -> None:
+        async with self._settled:
+            self._reserved = _add(self._reserved, dearest, -1)
+            self._settled.notify_all()
+
+    def _over_budget(self, dearest: tuple[int, int]) -> str | None:
+        tokens_in, tokens_out = _add(_add(self.spent, self._reserved), dearest)
+        limits = {
+            "tokens": (self.budget.tokens, tokens_in + tokens_out, sum(self.spent)),
+            "money": (self.budget.money, cost(self.settings, tokens_in, tokens_out), cost(self.settings, *self.spent)),
+        }
+        for name, (limit, foreseen, spent) in limits.items():
+            if limit is not None and foreseen > limit:
+                return (
+                    f"The budget allows {limit:,} ({name}); {spent:,.10g} are spent and the next request could go "
+                    f"beyond. Raise `budget.{name}` and run again: nothing is paid for twice."
+                )
+        return None
+
+    @property
+    def spent(self) -> tuple[int, int]:
+        """Tokens of prompts and of replies, all runs together."""
+        return self.journal.tokens_in, self.journal.tokens_out
+
+    def _in_words(self, error: Exception) -> str:
+        """Why the server does not serve, and the way out."""
+        settings, kept = self.settings, "Then run again: all replies so far are kept."
+        where, tries = settings.base_url, f"{settings.retries + 1} tries"
+        match error:
+            case openai.APITimeoutError():
+                return (
+                    f"{where} did not answer within {settings.timeout:g} s in {tries}. Raise `teacher.timeout`, or "
+                    f"lower `teacher.concurrency` (now {settings.concurrency}). {kept}"
+                )
+            case openai.APIConnectionError():
+                return (
+                    f"{where} cannot be reached in {tries} ({error.__cause__ or error}). See that the server is up "
+                    f"and `teacher.base_url` right. {kept}"
+                )
+            case openai.AuthenticationError() | openai.PermissionDeniedError():
+                return (
+                    f"{where} does not accept the API key, which came from {settings.api_key_variable or 'nowhere'} "
+                    f"(`teacher.api_key_variable`). It said: {_said(error)} {kept}"
+                )
+            case openai.NotFoundError():
+                return (
+                    f"{where} does not know {settings.model!r}. Name a model that {where}/models lists, or mend "
+                    f"`teacher.base_url`. It said: {_said(error)} {kept}"
+                )
+            case openai.RateLimitError():
+                return (
+                    f"{where} still refuses after {tries}: too many requests, or no credit left. Lower "
+                    f"`teacher.requests_per_minute` or `teacher.concurrency`. It said: {_said(error)} {kept}"
+                )
+            case openai.APIStatusError() if error.status_code < 500:
+                return (
+                    f"{where} refuses what is asked. A server that knows no schemas needs `teacher.structured: none`. "
+                    f"It said: {_said(error)} {kept}"
+                )
+        return f"{where} still fails after {tries}. It said: {_said(error)} {kept}"
+
+    async def _close(self) -> None:
+        # after Ctrl-C, requests may be under way
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._client.close()
+
+    def __enter__(self) -> "Teacher":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._loop.run_until_complete(self._close())
+        self._loop.close()
+
+
+class Pace:
+    """Lets so much through per minute, evenly."""
+
+    def __init__(self, per_minute: float | None) -> None:
+        self.seconds_each = 60 / per_minute if per_minute else 0.0
+        self.free_at = 0.0
+
+    async def wait(self, amount: float) -> None:
+        """Returns when it is this amount's turn."""
+        now = asyncio.get_running_loop().time()
+        turn = max(now, self.free_at)
+        self.free_at = turn + amount * self.seconds_each
+        if turn > now:
+            await asyncio.sleep(turn - now)
+
+    def correct(self, more: float) -> None:
+        """Accounts for an amount that was foreseen wrongly by `more`."""
+        self.free_at += more * self.seconds_each
+
+
+def list_schema(number: int) -> dict:
+    """The JSON schema of an object that lists `number` strings as its `items`."""
+    items = {"type": "array", "items": {"type": "string"}, "minItems": number, "maxItems": number}
+    return {"type": "object", "properties": {"items": items}, "required": ["items"], "additionalProperties": False}
+
+
+def cost(settings: TeacherSettings, tokens_in: int, tokens_out: int) -> float:
+    """What so many tokens cost, in the unit of the prices."""
+    return (tokens_in * settings.price_in + tokens_out * settings.price_out) / 1e6
+
+
+def _content(completion, request: Request) -> dict:
+    """What the journal keeps of a completion."""
+    choice, usage = completion.choices[0], completion.usage
+    text, finish = choice.message.content or "", choice.finish_reason
+    told = usage is not None and usage.prompt_tokens is not None
+    return {
+        "reply": text,
+        "finish": finish,
+        "tokens_in": usage.prompt_tokens if told else request.prompt_tokens(),
+        "tokens_out": usage.completion_tokens if told else len(text) // CHARACTERS_PER_TOKEN,
+    }
+
+
+def _add(a: tuple[int, int], b: tuple[int, int], sign: int = 1) -> tuple[int, int]:
+    return a[0] + sign * b[0], a[1] + sign * b[1]
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
