@@ -520,14 +520,16 @@ def test_a_folders_answers_are_what_it_generates_alone(fused, folder, serve, que
     assert len(server.requests) == asked + 1
 
 
-def test_a_prompt_that_fills_the_context_gives_an_answer_that_was_cut(folder, serve, tmp_path):
-    path = tmp_path / "questions.jsonl"
-    path.write_text(json.dumps({"id": "long", "turns": ["x" * 300]}) + '\n{"id": "short", "turns": ["x"]}\n')
-    found = run(path, tmp_path / "out", serve().endpoint(), folder, max_new_tokens=5)
-    rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()[1:]]
-    assert {row["id"]: row["finish"] for row in rows}["long"] == "length"
-    assert next(row["answer"] for row in rows if row["id"] == "long") == ""
-    assert found["answers_cut"] >= 1
+def test_a_prompt_that_fills_the_context_is_cut_and_takes_no_room_from_others(folder, serve, tmp_path):
+    short = '{"id": "short", "turns": ["x"]}\n'
+    answers = []
+    for name, rows in {"both": json.dumps({"id": "long", "turns": ["x" * 300]}) + "\n" + short, "one": short}.items():
+        (tmp_path / name).write_text(rows)
+        found = run(tmp_path / name, tmp_path / f"out-{name}", serve().endpoint(), folder, max_new_tokens=9)
+        lines = (tmp_path / f"out-{name}" / "answers.jsonl").read_text().splitlines()[1:]
+        answers.append({row["id"]: (row["answer"], row["finish"]) for row in map(json.loads, lines)})
+        assert found["answers_cut"] == [finish for _, finish in answers[-1].values()].count("length")
+    assert answers[0] == {"long": ("", "length"), **answers[1]}
 
 
 def test_a_folder_that_was_saved_anew_is_another_model(fused, folder, serve, questions, tmp_path):

@@ -57,17 +57,13 @@ def answer_locally(
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     for turn, pending in enumerate(waiting):
         # alike in length, so that a batch holds little padding
-        prompts = sorted(
-            (
-                (q.id, render(tokenizer, messages_of(q, turn, journal), tokenizer.chat_template, "model"))
-                for q in pending
-            ),
-            key=lambda p: len(p[1]),
-        )
-        for start in range(0, len(prompts), batch_size):
-            ids, texts = zip(*prompts[start : start + batch_size], strict=True)
-            said = _generate(model, tokenizer, list(texts), max_new_tokens, sampling)
-            for id, (answer, finish) in zip(ids, said, strict=True):
+        conversations = {q.id: messages_of(q, turn, journal) for q in pending}
+        prompts = {id: render(tokenizer, c, tokenizer.chat_template, "model") for id, c in conversations.items()}
+        ids = sorted(prompts, key=lambda id: len(prompts[id]))
+        for start in range(0, len(ids), batch_size):
+            batch = ids[start : start + batch_size]
+            said = _generate(model, tokenizer, [prompts[id] for id in batch], max_new_tokens, sampling)
+            for id, (answer, finish) in zip(batch, said, strict=True):
                 journal.add(id, turn, answer=answer, finish=finish)
                 advance()
 
@@ -80,10 +76,10 @@ def _generate(
     batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
     length = batch["input_ids"].shape[1]
     room = min(max_new_tokens, (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - length)
+    if room < max_new_tokens and len(texts) > 1:
+        # a long prompt must not take room from the others
+        return [_generate(model, tokenizer, [text], max_new_tokens, sampling)[0] for text in texts]
     if room <= 0:
-        # alone, a shorter prompt may still fit
-        if len(texts) > 1:
-            return [_generate(model, tokenizer, [text], max_new_tokens, sampling)[0] for text in texts]
         return [("", "length")]
     output = model.generate(
         input_ids=batch["input_ids"],
