@@ -107,6 +107,7 @@ def draw_rows(rows: Sequence[Mapping], colours: dict[str, str]) -> Figure:
     for axis, domain in zip(axes[1:], domains, strict=True):
         values = [(row["loss"].get(domain), row.get("loss_interval", {}).get(domain)) for row in rows]
         _bars(axis, domain, rows, values, colours)
+    axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     figure.supxlabel("held-out loss, nats per token: shorter is better", fontsize="medium")
     return figure
@@ -244,15 +245,16 @@ def _panels(number: int) -> tuple[Figure, list[Axes]]:
     return figure, axes[:number]
 
 
-def _bars(axis: Axes, title: str, rows, values: list[tuple], colours: dict[str, str]) -> None:
-    for place, (row, (value, low_high)) in enumerate(zip(rows, values, strict=True)):
-        if value is None:
-            continue
-        error = [[max(0, value - low_high[0])], [max(0, low_high[1] - value)]] if low_high else None
-        bar = {"color": _colour(row, colours), "height": 0.7, "ecolor": _ink(), "error_kw": {"elinewidth": 1.4}}
-        axis.barh(place, value, xerr=error, **bar)
+def _bars(axis: Axes, title: str, rows: Sequence[Mapping], values: Sequence[tuple], colours: dict[str, str]) -> None:
+    """One bar per row, with an interval where there is one."""
+    lengths = np.array([math.nan if value is None else value for value, _ in values])
+    ends = np.array([low_high or (math.nan, math.nan) for _, low_high in values]).T
+    errors = np.clip([lengths - ends[0], ends[1] - lengths], 0, None)
+    own = [_colour(row, colours) for row in rows]
+    axis.barh(
+        range(len(rows)), lengths, xerr=errors, color=own, height=0.7, ecolor=_ink(), error_kw={"elinewidth": 1.4}
+    )
     axis.set_title(title)
-    axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.grid(visible=False, axis="y")
 

@@ -1,6 +1,5 @@
 """One web page about a fused model: no file beside it, no request to anywhere, everything escaped."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ NONE = "–"
 def render(
     title: str,
     *,
-    facts: Mapping[str, object],
+    facts: Mapping[str, str],
     rows: Sequence[Mapping] = (),
     left_out: Mapping[str, str] | None = None,
     figures: Sequence[Mapping[str, str]] = (),
@@ -42,7 +41,7 @@ def render(
     domains = list(dict.fromkeys(domain for row in rows for domain in row["loss"]))
     return environment.from_string(TEMPLATE.read_text()).render(
         title=title,
-        facts={key: json.dumps(v) if isinstance(v, dict | list) else v for key, v in facts.items()},
+        facts=facts,
         domains=domains,
         losses=[_losses(row, domains) for row in rows],
         costs=[_costs(row) for row in rows],

@@ -91,7 +91,7 @@ def report(
             f"Results and model must belong together, but the results' specialists are {results['specialists']} and "
             f"the model's {specialists}. Pass the model that was measured."
         )
-    facts = {key: results[key] for key in _FACTS if results.get(key)}
+    facts = {key.replace("_", " "): _plain(results[key]) for key in _FACTS if results.get(key) is not None}
     if fused and not results.get("gate"):
         results["gate"] = measure_gate(*fused, seed=seed)
         facts["gate measured on"] = f"held-out text of ultrafuser.corpora, seed {seed}"
@@ -118,6 +118,7 @@ def report(
     return file
 
 
+# of a results file, in the order in which the page shows them
 _FACTS = ("seed", "examples", "prompt_tokens", "machine", "commit", "versions", "config")
 
 
@@ -152,6 +153,11 @@ def read_training(checkpoints: Sequence[Path]) -> dict[str, dict]:
             "mixes": stage["mixes"],
         }
     return found
+
+
+def _plain(value) -> str:
+    """A fact in words: `text 96, code 96` for a dict."""
+    return ", ".join(f"{key} {own}" for key, own in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _texts(model, tokenizer, examples: Mapping[str, str] | None) -> dict[str, list[Token]]:
