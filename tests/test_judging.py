@@ -520,16 +520,24 @@ def test_a_folders_answers_are_what_it_generates_alone(fused, folder, serve, que
     assert len(server.requests) == asked + 1
 
 
-def test_a_prompt_that_fills_the_context_is_cut_and_takes_no_room_from_others(folder, serve, tmp_path):
+# the context is of 256 tokens, and the template takes 18
+@pytest.mark.parametrize(("length", "has_answer"), [(300, False), (230, True)])
+def test_a_prompt_that_fills_the_context_is_cut_and_takes_no_room_from_others(
+    length, has_answer, folder, serve, tmp_path
+):
     short = '{"id": "short", "turns": ["x"]}\n'
     answers = []
-    for name, rows in {"both": json.dumps({"id": "long", "turns": ["x" * 300]}) + "\n" + short, "one": short}.items():
+    for name, rows in {
+        "both": json.dumps({"id": "long", "turns": ["x" * length]}) + "\n" + short,
+        "one": short,
+    }.items():
         (tmp_path / name).write_text(rows)
         found = run(tmp_path / name, tmp_path / f"out-{name}", serve().endpoint(), folder, max_new_tokens=9)
         lines = (tmp_path / f"out-{name}" / "answers.jsonl").read_text().splitlines()[1:]
         answers.append({row["id"]: (row["answer"], row["finish"]) for row in map(json.loads, lines)})
         assert found["answers_cut"] == [finish for _, finish in answers[-1].values()].count("length")
-    assert answers[0] == {"long": ("", "length"), **answers[1]}
+    assert answers[0]["short"] == answers[1]["short"]
+    assert (bool(answers[0]["long"][0]), answers[0]["long"][1]) == (has_answer, "length")
 
 
 def test_a_folder_that_was_saved_anew_is_another_model(fused, folder, serve, questions, tmp_path):
