@@ -1,13 +1,16 @@
 """Benchmarks by name: they exist, wrong ones are refused early, and what is finished is not run again."""
 
 import json
+import socket
+from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_command
 from typer.testing import CliRunner
 
 
-pytest.importorskip("lm_eval")
+lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
@@ -20,14 +23,18 @@ from ultrafuser.evaluation.suites import MMLU_GROUPS, SUITES, mmlu_means, run_su
 SUMS = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a, b in ((1, 2), (3, 4), (2, 2), (5, 3))]
 
 
+# where in lm-eval the suites' tasks are; its whole index takes many seconds to build
+FOLDERS = ("agieval", "gsm8k", "hendrycks_math", "humaneval", "ifeval", "mbpp", "mmlu", "truthfulqa")
+
+
 @pytest.fixture(scope="module")
 def manager():
-    return TaskManager()
+    own = Path(lm_eval.__file__).parent / "tasks"
+    return TaskManager(include_path=[own / folder for folder in FOLDERS], include_defaults=False)
 
 
 @pytest.fixture
 def lm_evals_own(manager, monkeypatch):
-    # its index takes seconds to build: once for all tests
     monkeypatch.setattr(suites, "_task_manager", lambda tasks, include: manager)
 
 
@@ -97,6 +104,15 @@ def test_local_tasks_must_be_written_first(lm_evals_own, tmp_path):
         run_suite("no/such/model", ["local"], tmp_path)
 
 
+def test_a_server_that_does_not_answer_is_told_before_anything_is_written(include, tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(OSError, match="refused"):
+            run_suite("no/such/model", ["chosen"], tmp_path / "out", include=include, server=address)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_result_says_what_was_scored_and_how(folder, include, tmp_path):
     out = tmp_path / "out"
     results = run_suite(folder, ["chosen", "written"], out, include=include, limit=3, dtype="float32")
@@ -150,6 +166,11 @@ def test_the_command_line_says_what_is_wrong_in_a_sentence(lm_evals_own, tmp_pat
     done = CliRunner().invoke(app, ["bench", "no/such/model", "gsm8", "--out", str(tmp_path)])
     assert done.exit_code == 2
     assert "'gsm8' is neither" in done.output
+
+
+def test_the_command_line_names_every_suite():
+    (argument,) = (p for p in get_command(app).commands["bench"].params if p.name == "tasks")
+    assert all(suite in argument.help for suite in SUITES)
 
 
 def test_the_command_line_prints_a_line_for_each_score(folder, include, tmp_path):
