@@ -257,6 +257,20 @@ def test_the_best_row_lies_on_the_outer_ring_of_the_radar_and_worse_ones_inside(
     assert radii["code specialist"] == pytest.approx([np.exp(-2)] * 4)
 
 
+def test_a_drawn_text_has_every_token_in_its_colour_and_every_line_in_its_place(byte_model, byte_tokenizer):
+    tokens = explain(byte_model, byte_tokenizer, "ab cd\n\n  efgh")
+    (axis,) = charts.draw_tokens(tokens, {"a": "#ff0000", "b": "#0000ff"}, columns=4).axes
+    lines = {}
+    for text in axis.texts:
+        column, height = text.get_position()
+        row = lines.setdefault(int(height), [" "] * 6)
+        row[int(column) : int(column) + len(text.get_text())] = text.get_text()
+    assert {number: "".join(row).rstrip() for number, row in lines.items()} == {0: "ab c", 1: "d", 3: "  ef", 4: "gh"}
+    drawn = [patch.get_facecolor()[:3] for patch in axis.patches[1::2]]
+    speaking = [token for token in tokens[1:] if token.text.strip("\n")]
+    assert drawn == [(1, 0, 0) if token.leader == "a" else (0, 0, 1) for token in speaking]
+
+
 def test_a_radar_of_two_domains_is_refused():
     flat = [{**row, "loss": {d: row["loss"][d] for d in NAMES[:2]}} for row in rows()]
     with pytest.raises(ValueError, match="three axes"):

@@ -1,15 +1,17 @@
 """Charts of the gate, of a comparison and of training, to be drawn with `figures.save`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from .colours import text_on
+from .colours import strength, text_on
+from .explaining import Token, leaders
 
 
 OTHER = "#7d8590"  # rows that are no specialist: reads on light and on dark
@@ -178,6 +180,49 @@ def draw_radar(rows: Sequence[Mapping], colours: dict[str, str]) -> Figure:
     axis.tick_params(axis="x", pad=8)
     _legend(figure, columns=2)
     return figure
+
+
+def draw_tokens(tokens: Sequence[Token], colours: dict[str, str], *, columns: int = 96) -> Figure:
+    """A text coloured by who speaks, as on the page.
+
+    Args:
+        tokens: What `explain` gives.
+        colours: Colour of each specialist.
+        columns: Characters after which a line is broken.
+    """
+    pieces = list(_set_type(tokens, columns))
+    rows, names = pieces[-1][0] + 1, list(tokens[-1].weights)
+    # a monospaced character of 10 points is 6 points wide
+    figure = Figure(figsize=(columns * 6.02 / 72, (rows + 2) * 0.22))
+    axis = figure.add_axes((0, 0, 1, rows / (rows + 2)), xlim=(0, columns), ylim=(rows, 0))
+    axis.set_axis_off()
+    for row, column, piece, token, leader in pieces:
+        if leader:
+            paint = {"facecolor": colours[leader], "edgecolor": "none"}
+            alpha = strength(token.weights[leader], len(names))
+            axis.add_patch(Rectangle((column, row + 0.04), len(piece), 0.86, alpha=alpha, **paint))
+            axis.add_patch(Rectangle((column, row + 0.9), len(piece), 0.06, **paint))
+        # the space before a word is left out, as SVG would
+        start = column + len(piece) - len(piece.lstrip())
+        axis.text(start, row + 0.5, piece.strip(), family="monospace", fontsize=10, va="center_baseline")
+    swatches = [Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
+    figure.legend(swatches, names, loc="upper left", ncols=len(names), borderpad=0)
+    return figure
+
+
+def _set_type(tokens: Sequence[Token], columns: int) -> Iterator[tuple[int, int, str, Token, str | None]]:
+    """Row, column and text of every piece of a line that is one token's, with that token and who leads there."""
+    row = column = 0
+    for token, leader in zip(tokens, leaders(tokens), strict=True):
+        for number, line in enumerate(token.text.split("\n")):
+            if number:
+                row, column = row + 1, 0
+            while line:
+                if column == columns:
+                    row, column = row + 1, 0
+                piece, line = line[: columns - column], line[columns - column :]
+                yield row, column, piece, token, leader
+                column += len(piece)
 
 
 def draw_losses(runs: Mapping[str, Sequence[Mapping]], colours: dict[str, str]) -> Figure:

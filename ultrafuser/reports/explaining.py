@@ -151,10 +151,16 @@ def text_pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]
     return pieces
 
 
+def leaders(tokens: list[Token]) -> list[str | None]:
+    """Who leads at each token; nobody at the first one, nor in a prompt that the model continued."""
+    continued = any(token.generated for token in tokens)
+    return [token.leader if token.generated or not continued else None for token in tokens]
+
+
 def mean_weights(tokens: list[Token]) -> dict[str, float]:
-    """Mean gate weight of each specialist over the tokens that have weights."""
-    weighed = [token.weights for token in tokens if token.weights]
-    return {name: sum(w[name] for w in weighed) / len(weighed) for name in weighed[0]}
+    """Mean gate weight of each specialist, over the tokens at which somebody leads."""
+    weights = [token.weights for token, leader in zip(tokens, leaders(tokens), strict=True) if leader]
+    return {name: sum(w[name] for w in weights) / len(weights) for name in weights[0]}
 
 
 def _add_predictions(

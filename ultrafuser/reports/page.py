@@ -1,14 +1,13 @@
 """One web page about a fused model: no file beside it, no request to anywhere, everything escaped."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from .colours import strength
-from .explaining import FUSED, Token, mean_weights
+from .explaining import FUSED, Token, leaders, mean_weights
 
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -108,21 +107,28 @@ def _labelled(figure: Mapping[str, str]) -> Markup:
 
 
 def _text(title: str, tokens: list[Token], colours: Mapping[str, str]) -> dict:
-    continued = any(token.generated for token in tokens)
-    names = list(tokens[-1].weights)
+    spans = [
+        {"html": _visible(token.text), "style": _style(token, leader, colours)}
+        for token, leader in zip(tokens, leaders(tokens), strict=True)
+    ]
     return {
         "title": title,
-        "continued": continued,
-        "mean_weights": mean_weights([t for t in tokens if t.generated or not continued]),
-        "tokens": [
-            {
-                "html": _visible(token.text),
-                "style": _style(token, colours) if token.generated or not continued else "",
-                "leader": token.leader or "",
-            }
-            for token in tokens
-        ],
-        "data": {"names": [FUSED, *names], "tokens": [asdict(token) for token in tokens]},
+        "continued": any(token.generated for token in tokens),
+        "mean_weights": mean_weights(tokens),
+        "tokens": spans,
+        "data": {"names": [FUSED, *tokens[-1].weights], "tokens": [_numbers(token) for token in tokens]},
+    }
+
+
+def _numbers(token: Token) -> dict:
+    """What the page shows of a token on demand. More digits would only make the file larger."""
+    return {
+        "text": token.text,
+        "weights": {name: round(weight, 6) for name, weight in token.weights.items()},
+        "probabilities": {name: round(own, 6) for name, own in token.probabilities.items()},
+        "candidates": {
+            name: [(c.text, round(c.probability, 6)) for c in own] for name, own in token.candidates.items()
+        },
     }
 
 
@@ -131,9 +137,8 @@ def _visible(text: str) -> Markup:
     return escape(text).replace("\n", Markup("<i>⏎</i>\n")) or Markup("<i>◌</i>")
 
 
-def _style(token: Token, colours: Mapping[str, str]) -> str:
-    if token.leader is None:
+def _style(token: Token, leader: str | None, colours: Mapping[str, str]) -> str:
+    if leader is None:
         return ""
-    colour = colours[token.leader]
-    opacity = round(255 * strength(token.weights[token.leader], len(token.weights)))
-    return f"background:{colour}{opacity:02x};border-color:{colour}"
+    opacity = round(255 * strength(token.weights[leader], len(token.weights)))
+    return f"background:{colours[leader]}{opacity:02x};border-color:{colours[leader]}"

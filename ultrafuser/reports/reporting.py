@@ -21,6 +21,7 @@ from .charts import (
     draw_mixes,
     draw_radar,
     draw_rows,
+    draw_tokens,
 )
 from .colours import assign
 from .explaining import Token, explain
@@ -104,13 +105,17 @@ def report(
         *_gate_figures(out, gate, specialists, colours),
         *_training_figures(out, training or {}, colours),
     ]
+    texts = _texts(*fused, examples) if fused else {}
+    for number, tokens in enumerate(texts.values()):
+        # for places that show no web page, such as a README
+        save(out / f"text_{number}", draw_tokens, tokens, colours)
     page = render(
         f"Fused from {', '.join(specialists[:-1])} and {specialists[-1]}",
         facts=facts,
         rows=rows,
         left_out=results.get("left_out"),
         figures=found,
-        texts=_texts(*fused, examples) if fused else {},
+        texts=texts,
         colours={name: colours[name] for name in specialists},
     )
     file = out / "index.html"

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .colours import assign, blend, strength, text_on
-from .explaining import FUSED, Token, mean_weights
+from .explaining import FUSED, Token, leaders, mean_weights
 
 
 def print_tokens(tokens: list[Token], console: Console | None = None) -> None:
@@ -44,14 +44,12 @@ def token_table(tokens: list[Token]) -> Table:
 
 
 def _coloured(tokens: list[Token], colours: dict[str, str]) -> Text:
-    """The text; if the model continued it, only the continuation in colour."""
-    continued = any(token.generated for token in tokens)
     text = Text()
-    for token in tokens:
-        if token.leader is None or (continued and not token.generated):
+    for token, leader in zip(tokens, leaders(tokens), strict=True):
+        if leader is None:
             text.append(token.text, "dim")
         else:
-            style = _style(colours[token.leader], token.weights[token.leader], len(colours))
+            style = _style(colours[leader], token.weights[leader], len(colours))
             *lines, rest = token.text.split("\n")
             for line in lines:
                 # the line's end itself stays without a style, or colour would fill the rest of the line
