@@ -11,11 +11,15 @@ thought, and so does the suite. Its scores are still not the paper's, because
 
 - TruthfulQA: the paper shows one answer at a time and lets the model judge it with Yes or No; `truthfulqa_mc2` is the
   probability that the model itself gives to the true answers, after six examples that are a part of the prompt;
-- HumanEval: the paper words it as an instruction; `humaneval` lets the model continue the code;
+- HumanEval: the paper words it as an instruction, as `humaneval_instruct` does, in words of its own; `humaneval` lets
+  the model continue the code;
 - GSM8K, MATH: how the paper finds the answer in what the model wrote is not told. `gsm8k` has a strict filter, which
   without examples hardly ever matches, and a flexible one, the last number: compare by `flexible-extract`.
-  `hendrycks_math` compares the whole answer after normalising it, so a model that explains itself scores near zero;
-- SAT-Math, AQuA-RAT: the most probable option counts, here; nothing is generated.
+  `hendrycks_math` compares all that stands between the first and the last dollar sign, or all that was written, so
+  that a model that explains itself scores near zero;
+- SAT-Math, AQuA-RAT: the most probable option counts here; nothing is written.
+
+`ifeval` needs more packages: `pip install "lm_eval[ifeval]"`.
 """
 
 import difflib
@@ -133,8 +137,9 @@ def run_suite(
     found = {task: read for task in shots if (read := _finished(out / f"{task}.json", settings[task]))}
     backend, arguments = _server(folder, server) if server else _weights(folder, dtype)
     out.mkdir(parents=True, exist_ok=True)
-    # for what `code_eval` asks, beside lm-eval's own question
-    os.environ.update({"HF_ALLOW_CODE_EVAL": "1"} if run_code else {})
+    if run_code:
+        # `code_eval` asks once more
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
 
     model = None
     for task, number in shots.items():
@@ -206,18 +211,16 @@ def _check_nothing_runs_code(tasks: Iterable[str], manager: TaskManager) -> None
         )
 
 
-def _leaves(name: str, manager: TaskManager) -> Iterator[str]:
-    # single tasks of a group or a tag
-    entry = manager.task_index[name]
-    if name in manager.all_subtasks:
-        yield name
-    elif name in manager.all_tags:
+def _leaves(part: str | dict, manager: TaskManager) -> Iterator[str]:
+    # single tasks of a task, a group, a tag, or of what stands within a group
+    entry = manager.task_index.get(part) if isinstance(part, str) else None
+    if part in manager.all_subtasks:
+        yield part
+    elif part in manager.all_tags:
         yield from entry.tags
-    else:
-        for part in entry.cfg["task"]:
-            part = part if isinstance(part, str) else part.get("task") or part.get("group")
-            if part in manager.task_index:
-                yield from _leaves(part, manager)
+    elif inside := entry.cfg["task"] if entry else isinstance(part, dict) and part.get("task"):
+        for one in [inside] if isinstance(inside, str) else inside:
+            yield from _leaves(one, manager)
 
 
 def _finished(file: Path, settings: dict) -> dict[str, Any] | None:
