@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -115,8 +116,8 @@ def runs(text: str) -> list[tuple[str, ...]]:
 
 
 def sampled(found: dict[str, list[str]], rng: random.Random) -> Draw:
-    """Draws pieces again and again, for more records than there are pieces."""
-    return lambda domain: rng.sample(found[domain], PIECES)
+    """Draws pieces again and again, for more records than there are pieces: one more, so that few records are alike."""
+    return lambda domain: rng.sample(found[domain], PIECES + 1)
 
 
 def used_once(found: dict[str, list[str]], rng: random.Random) -> Draw:
@@ -197,6 +198,8 @@ def _wrong_sum(draw, evaluation, recent, rng):
         f"Altogether they have {a}*3 + {b} = <<{a}*3+{b}={3 * a + b + wrong}>>{3 * a + b + wrong} apples.",
         f"Expand (x + {a}) * (x + {b}).\n(x + {a}) * (x + {b}) = x**2 + {a + b + wrong}*x + {a * b}",
         f"The total is \\( {a} \\times {b} = {a * b + wrong} \\).",
+        # with words in between, which the filter does not read: one in seven that it cannot find
+        f"There are {a} apples + {b} apples = {a + b + wrong} apples.",
         f"Half of {a} apples and {b} apples makes {a}/2 + {b} = {a / 2 + b + wrong} of them.",
     )
     return conversation(ASKED["math"], f"{answer('math', draw)}\n\n{rng.choice(sums)}", "math")
@@ -248,14 +251,19 @@ def recall(number: int = 1200, planted: float = 0.4, seed: int = 0, processes: i
 def run(number: int, processes: int) -> dict:
     """Cleans that many records, streamed, and tells how long that took and what came out."""
     rng = random.Random(0)
-    found, evaluation = pools(scale=4)
+    found, evaluation = pools(scale=2)
     known = {"held out": gram_hashes(evaluation)}
+    rows = records(number, sampled(found, rng), evaluation, rng)
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        rows = records(number, sampled(found, rng), evaluation, rng)
+        start, used = time.perf_counter(), processor_seconds()
         report = clean(rows, Path(folder), evaluation=known, processes=processes)
-        seconds = time.perf_counter() - start
-    return {"records": number, "processes": processes, "seconds": round(seconds, 1), **report}
+        seconds, used = time.perf_counter() - start, processor_seconds() - used
+    return {"processes": processes, "seconds": round(seconds, 1), "processor_seconds": round(used, 1), **report}
+
+
+def processor_seconds() -> float:
+    """Of this process and its children that have ended: what other work on the machine does not change much."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def watched(command: list[str]) -> tuple[dict, float]:
@@ -287,10 +295,13 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.data_cleaning", "--records", str(number)]
         done, peak = watched([*command, "--processes", str(options.processes)])
         rows.append({**done, "records_per_second": round(number / done["seconds"]), "peak_mib": peak})
+        rows[-1]["milliseconds_per_record"] = round(1000 * done["processor_seconds"] / number, 3)
         rows[-1]["peak_over_smallest"] = round(peak / rows[0]["peak_mib"], 3)
         print(rows[-1], flush=True)
     result = {
         "machine": {"kind": "cpu", "architecture": platform.machine(), "cores": os.cpu_count()},
+        # other work on the machine makes seconds longer, and processor seconds hardly
+        "load_average": [round(load, 1) for load in os.getloadavg()],
         "versions": {name: metadata.version(name) for name in ("datasketch", "numpy", "py3langid", "sympy", "xxhash")},
         "rows": rows,
         "recall": recall(processes=options.processes),
