@@ -3,7 +3,7 @@
     with TeacherServer(faults={3: "429"}) as server:
         ...  # ask server.url
 
-Every second fault of a real server is here: see `FAULTS`.
+What goes wrong with real servers is in `FAULTS`.
 """
 
 import hashlib
@@ -180,11 +180,13 @@ def completion(body, text, finish="stop"):
 
 
 def say(body):
-    """A list if the request has a schema for one, otherwise an answer: sums are worked out, the rest is prose."""
+    """A list if the request has a schema for one, an instruction if only that is asked for, otherwise an answer."""
     rng = random.Random(hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest())
     if "response_format" in body:
         number = body["response_format"]["json_schema"]["schema"]["properties"]["items"]["minItems"]
         return json.dumps({"items": [_item(rng) for _ in range(number)]})
+    if "only." in body["messages"][-1]["content"][-40:]:
+        return _item(rng)
     a, b = rng.randint(11, 99), rng.randint(11, 99)
     return (
         f"Start with what {rng.choice(SUBJECTS)} have in common. For {rng.choice(READERS)} a number helps: "

@@ -119,9 +119,8 @@ def collect(
                 elif reply is not None and (recipe.keep_cut_off or not reply.cut_off):
                     found[i] += [text] if (text := writable(reply.text)) else []
     if not maker.teacher.stopped:
-        maker.given_up.update(
-            {(step, r["domain"]): n - len(f) for r, n, f in zip(rows, numbers, found, strict=True) if len(f) < n}
-        )
+        for row, number, items in zip(rows, numbers, found, strict=True):
+            maker.given_up[step, row["domain"]] += number - len(items)
     return found
 
 

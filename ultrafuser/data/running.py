@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -75,20 +74,23 @@ def _line(row: dict) -> str:
 def _write_records(out: Path, recipe: Recipe, records: Iterable[dict]) -> Counter:
     """Writes one file per domain and all as a data set. Returns how many records there are by domain and kind."""
     counts, paths = Counter(), {name: out / f"{name}.jsonl" for name in recipe.domains}
-    # what an earlier run wrote stays until there is something to put in its place
-    with tempfile.TemporaryDirectory(dir=out) as folder:
-        parts = {name: Path(folder) / path.name for name, path in paths.items()}
-        with ExitStack() as stack:
-            files = {name: stack.enter_context(part.open("w", encoding="utf-8")) for name, part in parts.items()}
-            for record in records:
-                files[record["domain"]].write(_line(record))
-                counts[record["domain"], record["kind"]] += 1
-        if counts:
-            _save_dataset(parts.values(), Path(folder))
-            shutil.rmtree(out / "dataset", ignore_errors=True)
-            (Path(folder) / "dataset").rename(out / "dataset")
-            for name, part in parts.items():
-                part.replace(paths[name])
+    # what an earlier run wrote stays until there is something to put in its place; what a killed one began does not
+    folder = out / "unfinished"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    parts = {name: folder / path.name for name, path in paths.items()}
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(part.open("w", encoding="utf-8")) for name, part in parts.items()}
+        for record in records:
+            files[record["domain"]].write(_line(record))
+            counts[record["domain"], record["kind"]] += 1
+    if counts:
+        _save_dataset(parts.values(), folder)
+        shutil.rmtree(out / "dataset", ignore_errors=True)
+        (folder / "dataset").rename(out / "dataset")
+        for name, part in parts.items():
+            part.replace(paths[name])
+    shutil.rmtree(folder)
     return counts
 
 
@@ -112,7 +114,7 @@ def _report(maker: Maker, teacher: Teacher, counts: Counter) -> dict:
     records, given_up = defaultdict(dict), defaultdict(dict)
     for (domain, kind), number in sorted(counts.items()):
         records[domain][kind] = number
-    for (step, domain), number in sorted(maker.given_up.items()):
+    for (step, domain), number in sorted((+maker.given_up).items()):
         given_up[step][domain] = number
     tokens_in, tokens_out = teacher.spent
     return {
