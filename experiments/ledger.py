@@ -3,17 +3,15 @@
 import hashlib
 import json
 import os
-import platform
-import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from ultrafuser.provenance import provenance
+
 
 ROOT = Path(__file__).parent.parent
-CODE = ("modeling_ultrafuser", "trainers", "ultrafuser", "experiments")
 KEYS = {"runner", "seeds", "shared", "variants"}
 
 
@@ -104,35 +102,10 @@ def results(experiment: str, root: Path = ROOT) -> dict[str, list[dict]]:
 
 def record(run: Run, measured: dict, root: Path = ROOT) -> Path:
     """Writes a result with where it comes from. A killed process leaves the whole file or none."""
-    origin = {"commit": commit(), "versions": versions(), "machine": machine()}
-    found = {"name": run.variant, "seed": run.seed, "config": run.digest(), **origin, **measured}
+    found = {"name": run.variant, "seed": run.seed, "config": run.digest(), **provenance(), **measured}
     path = run.path(root)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(partial, path)
     return path
-
-
-def commit() -> str:
-    """The commit of the code that runs, with a + if the code differs from it."""
-    changed = _git("status", "--porcelain", "--", *CODE)
-    return _git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def versions() -> dict[str, str]:
-    """What the numbers were made with."""
-    packages = {name: metadata.version(name) for name in ("torch", "transformers", "trl", "ultrafuser")}
-    return {"python": platform.python_version(), **packages}
-
-
-def machine() -> dict[str, Any]:
-    """The kind of machine: its GPU, or that it has none, and its cores."""
-    import torch
-
-    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"kind": kind, "cores": os.cpu_count()}

@@ -6,8 +6,6 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 
 def provenance() -> dict:
     """Versions, commit and machine, as every result file has them."""
@@ -22,6 +20,9 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, str | int]:
     """The kind of machine: its GPU, or that it has none, and its cores."""
+    # heavy, and not needed to say the rest
+    import torch
+
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"kind": kind, "cores": os.cpu_count()}
 

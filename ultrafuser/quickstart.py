@@ -1,12 +1,10 @@
 """From nothing to a fused model in minutes: offline, on a CPU, on real text, through the code that real models take."""
 
 import json
-import platform
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -33,6 +31,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 
 from .corpora import DOMAINS, documents, splits
+from .provenance import provenance
 
 
 LENGTH = 256  # tokens per training example
@@ -123,16 +122,10 @@ def run(out: Path, *, seed: int = 0, schedule: Schedule | None = None) -> dict[s
     tokenizer.save_pretrained(fused)
     spoken = reload_elsewhere(fused, list(PROMPTS.values()))
     weights = mean_gate_weights(model, held_out)
-    found = {"seed": seed, "schedule": asdict(schedule), "versions": versions(), "nats_per_token": rows}
+    found = {"seed": seed, "schedule": asdict(schedule), **provenance(), "nats_per_token": rows}
     (out / "results.json").write_text(json.dumps({**found, "mean_gate_weights": weights}, indent=2) + "\n")
     _print_outcome(console, rows, weights, spoken, fused, minutes=(time.monotonic() - began) / 60)
     return rows
-
-
-def versions() -> dict[str, str]:
-    """What the numbers were made with."""
-    libraries = {name: metadata.version(name) for name in ("torch", "transformers", "trl", "ultrafuser")}
-    return {"python": platform.python_version(), **libraries}
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:

@@ -69,9 +69,9 @@ def flips(scores: Scores, reference: Scores, data: HeldOut) -> dict[str, float]:
         wrong here; and `retention`, the share of what was right there that is right here too.
     """
     here, there = scores.correct[data.scored], reference.correct[data.scored]
-    kept = (here & there).sum() / there.sum().clamp(min=1)
     shares = {"positive_flips": here & ~there, "negative_flips": ~here & there}
-    return {name: share.float().mean().item() for name, share in shares.items()} | {"retention": kept.item()}
+    kept = here[there].float().mean().item() if there.any() else 1.0
+    return {name: share.float().mean().item() for name, share in shares.items()} | {"retention": kept}
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:

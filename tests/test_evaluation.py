@@ -1,0 +1,329 @@
+"""What is measured on held-out text, how sure it is, and that a comparison is made once."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+from tests.conftest import stir_gate
+from tests.tiny import VOCAB, specialist, tokenizer
+from tests.training import CHAT_TEMPLATE
+from ultrafuser.cli import app
+from ultrafuser.evaluation.baselines import (
+    RandomGate,
+    RequestGate,
+    ShuffledGate,
+    ensemble,
+    perplexity_weights,
+    prompt_losses,
+    select,
+    train_router,
+)
+from ultrafuser.evaluation.comparing import compare
+from ultrafuser.evaluation.contenders import Bench
+from ultrafuser.evaluation.evaluating import left_out, read_json_lines, tables, verdict
+from ultrafuser.evaluation.measuring import HeldOut, Scores, cost, held_out, score
+from ultrafuser.evaluation.statistics import calibration_error, flips, interval, per_example, sign_test
+
+
+LINES = ["what is 2+2? it is 4", "def read(self): return 1", "the value of the expression", "x = 3 * y + 4"]
+
+
+@pytest.fixture
+def data():
+    rows = [{"text": line} for line in LINES]
+    return held_out(rows, tokenizer(), prompt_tokens=5)
+
+
+def by_specialist(model, data):
+    return {name: score(model.specialist(name), data) for name in model.config.specialist_names}
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def test_only_tokens_behind_the_prompt_are_scored(data):
+    for row, line in enumerate(LINES):
+        assert data.attention_mask[row].sum() == len(line)
+        assert data.scored[row].nonzero().flatten().tolist() == list(range(5, len(line)))
+        assert data.prompt[row].nonzero().flatten().tolist() == list(range(5))
+
+
+def test_of_a_conversation_the_last_response_and_its_end_are_scored():
+    tok = tokenizer(chat_template=CHAT_TEMPLATE)
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    data = held_out([{"messages": messages}], tok)
+    assert tok.decode(data.input_ids[0][data.scored[0]]) == "4</s>"
+
+
+def test_a_batch_scores_as_single_examples_do(fused, data):
+    together = score(fused, data)
+    for row in range(len(data)):
+        length = data.attention_mask[row].sum()
+        ids = data.input_ids[row : row + 1, :length]
+        alone = HeldOut(ids, torch.ones_like(ids), data.scored[row : row + 1, :length])
+        torch.testing.assert_close(score(fused, alone).losses[0], together.losses[row, :length], rtol=1e-4, atol=1e-5)
+
+
+def test_mean_loss_is_the_models_own(fused, data):
+    row = data.first(1)
+    length = row.attention_mask.sum()
+    labels = row.input_ids.where(row.scored, -100)[:, :length]
+    own = fused(input_ids=row.input_ids[:, :length], labels=labels).loss
+    sums, counts = per_example(score(fused, row), row)
+    assert sums[0] / counts[0] == pytest.approx(own.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prose": "hello"}, "row 1 has {'prose': 'str'}"),
+        ({"text": None}, "row 1 has"),
+        ({"text": "hi"}, "row 1 has 2 tokens, of which 5 are the prompt"),
+        ({"messages": [{"role": "user", "content": "2+2?"}]}, "row 1"),
+    ],
+)
+def test_a_malformed_row_is_named(row, said):
+    with pytest.raises(ValueError, match="eld-out row") as error:
+        held_out([{"text": LINES[0]}, row], tokenizer(chat_template=CHAT_TEMPLATE), prompt_tokens=5)
+    assert said in str(error.value)
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"\n')
+    with pytest.raises(ValueError, match=r"text\.jsonl: line 2 is not JSON"):
+        read_json_lines(path, 10)
+
+
+def test_cost_counts_what_is_held_and_what_is_read(fused, specialists):
+    price = cost(fused, specialists["text"], torch.arange(4)[None], new_tokens=2, repeats=1)
+    total = sum(p.numel() for p in fused.parameters())
+    tables_ = sum(m.get_input_embeddings().weight.numel() for m in fused.model.specialists.values())
+    assert price["parameters"] == total
+    assert price["parameters_per_token"] == total - tables_
+    assert price["bytes"] == 4 * total
+    # keys and values of 2 key-value heads in 2, 3 and 4 layers, 8, 8 and 12 wide, 4 bytes each
+    assert price["cache_bytes_per_token"] == 2 * 4 * 2 * (2 * 8 + 3 * 8 + 4 * 12)
+    assert price["tokens_per_second"] > 0
+
+
+def test_a_tied_head_is_read_for_every_token():
+    model = specialist("llama", tied=True)
+    price = cost(model, model, torch.arange(4)[None], new_tokens=2, repeats=1)
+    assert price["parameters_per_token"] == price["parameters"]
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_an_interval_of_equal_examples_is_a_point():
+    assert interval([(np.full(9, 6.0), np.full(9, 3.0))]) == pytest.approx([2.0, 2.0])
+
+
+def test_an_interval_covers_the_true_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        sums = rng.normal(3.0, 1.0, size=60)
+        low, high = interval([(sums, np.ones(60))], samples=400, level=0.9, seed=trial)
+        covered += low <= 3.0 <= high
+    # 90 % of 200, give or take three standard errors, and what percentiles of 60 examples lack
+    assert 160 <= covered <= 193
+
+
+def test_domains_count_alike_whatever_their_size():
+    few, many = (np.full(2, 1.0), np.ones(2)), (np.full(200, 3.0), np.ones(200))
+    assert interval([few, many]) == pytest.approx([2.0, 2.0])
+
+
+def test_a_real_difference_is_found_and_none_is_not_invented():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=50)
+    assert sign_test([(noise + 1.0, np.ones(50))]) < 0.001
+    found = [sign_test([(rng.normal(size=30), np.ones(30))], samples=500, seed=s) for s in range(200)]
+    assert np.mean(np.array(found) < 0.1) == pytest.approx(0.1, abs=0.07)
+
+
+def test_flips_and_retention_are_those_of_a_loop(data):
+    def guesses(seed):
+        correct = torch.rand(data.scored.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+        return Scores(torch.zeros_like(correct, dtype=torch.float), correct, correct.float())
+
+    here, there = guesses(0), guesses(1)
+    pairs = list(zip(here.correct[data.scored].tolist(), there.correct[data.scored].tolist(), strict=True))
+    found = flips(here, there, data)
+    assert found["positive_flips"] == pytest.approx(sum(h and not t for h, t in pairs) / len(pairs))
+    assert found["negative_flips"] == pytest.approx(sum(t and not h for h, t in pairs) / len(pairs))
+    assert found["retention"] == pytest.approx(sum(h and t for h, t in pairs) / sum(t for _, t in pairs))
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
+    confidence = torch.tensor([0.95, 0.95, 0.15, 0.15])
+    correct = torch.tensor([True, False, False, False])
+    # two bins: 0.95 against one half, 0.15 against none
+    assert calibration_error(confidence, correct, bins=10) == pytest.approx((0.45 + 0.15) / 2, abs=1e-6)
+
+
+# --- baselines -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_ensembles_are_the_averages_they_are_named_for(fused):
+    ids = torch.arange(3, 40)[None]
+    logits = torch.stack([fused.specialist(n)(input_ids=ids).logits for n in fused.config.specialist_names])
+    by_logits = ensemble(fused, "uniform")(input_ids=ids).logits
+    torch.testing.assert_close(by_logits, logits.mean(0), rtol=1e-4, atol=1e-4)
+    mixture = ensemble(fused, "uniform", "probabilities")(input_ids=ids).logits
+    torch.testing.assert_close(mixture.softmax(-1), logits.softmax(-1).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_an_ensemble_shares_its_tensors_and_leaves_the_model_as_it_was(fused):
+    before = fused.config.to_dict()
+    other = ensemble(fused, "uniform", "probabilities")
+    assert other.lm_head is fused.lm_head
+    assert other.model.specialists is fused.model.specialists
+    assert fused.config.to_dict() == before
+
+
+def test_controls_give_weights_of_the_same_kind_to_other_tokens(fused):
+    ids = torch.arange(3, 43)[None]
+    own = fused.gate_weights(ids)
+    shuffled = ensemble(fused, ShuffledGate(fused.config, fused.model.fusion_gate)).gate_weights(ids)
+    assert not torch.equal(own, shuffled)
+    for column in range(3):
+        torch.testing.assert_close(own[0, :, column].sort().values, shuffled[0, :, column].sort().values)
+    drawn = ensemble(fused, RandomGate(fused.config)).gate_weights(ids)
+    torch.testing.assert_close(drawn.sum(-1), torch.ones(1, 40))
+    assert drawn.std(dim=1).min() > 0.1
+
+
+def test_one_hot_weights_for_a_request_are_that_specialist(fused):
+    gate = RequestGate(fused.config)
+    gate.weights = torch.eye(3)
+    ids = torch.arange(3, 40).expand(3, -1)
+    with torch.no_grad():
+        logits = ensemble(fused, gate)(input_ids=ids).logits
+        for row, name in enumerate(fused.config.specialist_names):
+            expected = fused.specialist(name)(input_ids=ids[:1]).logits[0]
+            torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_perplexity_of_the_prompt_alone_decides(fused, data):
+    scores = by_specialist(fused, data)
+    losses = prompt_losses(scores, data)
+    for row in range(len(data)):
+        for k, name in enumerate(scores):
+            assert losses[row, k].item() == pytest.approx(scores[name].losses[row, 1:5].mean().item(), rel=1e-5)
+    torch.testing.assert_close(perplexity_weights(scores, data).argmax(-1), losses.argmin(-1))
+
+
+def test_selecting_takes_each_examples_chosen_specialist(fused, data):
+    scores = by_specialist(fused, data)
+    chosen = torch.tensor([2, 0, 1, 2])
+    picked = select(scores, chosen)
+    for row, k in enumerate(chosen.tolist()):
+        assert torch.equal(picked.losses[row], list(scores.values())[k].losses[row])
+
+
+def test_a_router_learns_who_answers_what():
+    prompts = [f"def f{i}(self): return" for i in range(20)] + [f"What is {i} * {i + 1}?" for i in range(20)]
+    router = train_router(prompts, [0] * 20 + [1] * 20)
+    assert router.predict(["def read(self, size):", "What is 99 * 12?"]).tolist() == [0, 1]
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bench():
+    """Specialists of one shape, so that everything applies."""
+    torch.manual_seed(1)
+    specialists = {name: specialist("llama") for name in ("text", "code", "math")}
+    model = UltraFuserForCausalLM.from_specialists(specialists)
+    stir_gate(model)
+    rows = [{"text": line} for line in LINES]
+    domains = {d: held_out(rows[i : i + 2], tokenizer(), prompt_tokens=5) for i, d in enumerate(specialists)}
+    domains["mixed"] = held_out(rows, tokenizer(), prompt_tokens=5)
+    return Bench(model, model, tokenizer(), domains, {}, base=specialist("llama"))
+
+
+def test_every_baseline_has_a_row_and_the_best_comes_first(bench, tmp_path):
+    results = compare(bench, tmp_path, more={"another": lambda: specialist("llama", layers=1)})
+    names = [row["name"] for row in results["rows"]]
+    assert {"fused", "uniform logits", "uniform probabilities", "random gate", "shuffled gate", "another"} < set(names)
+    assert {"router: prompt perplexity", "prompt perplexity weights (PackLLM)", "text specialist"} < set(names)
+    assert {f"merge: {m}{d}" for m in ("average", "ties", "dare", "task arithmetic") for d in ("", " + LiNeS")} < {
+        *names
+    }
+    means = [row["mean"] for row in results["rows"]]
+    assert means == sorted(means)
+    assert not results["left_out"]
+    by_name = {row["name"]: row for row in results["rows"]}
+    for row in results["rows"]:
+        assert row["mean"] == pytest.approx(sum(row["loss"][d] for d in ("text", "code", "math")) / 3)
+        assert row["difference"] == pytest.approx(row["mean"] - by_name["fused"]["mean"], abs=1e-6)
+    oracle = by_name["best specialist per domain (oracle)"]
+    assert oracle["loss"]["text"] == min(by_name[f"{n} specialist"]["loss"]["text"] for n in ("text", "code", "math"))
+    assert oracle["retention"] == 1
+    assert oracle["cost"]["parameters"] == 3 * by_name["text specialist"]["cost"]["parameters"]
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert tables(results)[0].row_count == len(names)
+    assert verdict(results)
+
+
+def test_a_second_run_measures_only_what_is_missing(bench, tmp_path, monkeypatch):
+    first = compare(bench, tmp_path, identity={"run": 1})
+    (tmp_path / "scores" / "uniform_logits.safetensors").unlink()
+    ran = []
+    run = Bench.run
+    monkeypatch.setattr(Bench, "run", lambda self, *args, **more: ran.append(args) or run(self, *args, **more))
+    bench.found.clear()
+    second = compare(bench, tmp_path, identity={"run": 1})
+    assert len(ran) == 1
+    for row in (*first["rows"], *second["rows"]):
+        row["cost"].pop("speed"), row["cost"].pop("tokens_per_second")
+    assert second == first
+
+
+def test_scores_of_another_run_are_not_taken_up(bench, tmp_path):
+    compare(bench, tmp_path, identity={"seed": 0})
+    with pytest.raises(ValueError, match=r"there \{'seed': 0\}, here \{'seed': 1\}"):
+        compare(bench, tmp_path, identity={"seed": 1})
+
+
+def test_merges_that_do_not_apply_are_left_out_with_the_reason(fused, data, tmp_path):
+    results = compare(Bench(fused, fused, tokenizer(), {"text": data}, {}), tmp_path)
+    assert len(results["left_out"]) == 8
+    said = left_out(results)
+    assert len(said) == 2
+    assert "no base was given" in " ".join(said)
+    assert "must have one shape" in " ".join(said)
+
+
+def test_the_command_prints_the_tables_and_refuses_malformed_rows_before_loading(bench, tmp_path):
+    bench.fused.save_pretrained(tmp_path / "fused")
+    tokenizer().save_pretrained(tmp_path / "fused")
+    for domain in ("text", "code"):
+        (tmp_path / f"{domain}.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in LINES) + "\n")
+    command = ["evaluate", str(tmp_path / "fused"), "--out", str(tmp_path / "out"), "--prompt-tokens", "5"]
+    command += ["--data", f"text={tmp_path / 'text.jsonl'}", "--data", f"code={tmp_path / 'code.jsonl'}"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "router: prompt" in done.output
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"versions", "commit", "machine", "seed", "config"} < set(written)
+
+    (tmp_path / "code.jsonl").write_text('{"text": "' + LINES[0] + '"}\n{"txt": 3}\n')
+    (tmp_path / "fused" / "model.safetensors").unlink()
+    refused = CliRunner().invoke(app, [*command[:3], str(tmp_path / "other"), *command[4:]])
+    assert refused.exit_code == 2
+    assert "code.jsonl: Held-out rows need" in refused.output
+    assert "row 1" in refused.output
+
+
+def test_vocabulary_of_the_fixtures_is_that_of_the_tokenizer():
+    assert len(tokenizer()) == VOCAB
