@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[0] = str(ROOT)  # this script's own folder would hide the vllm package
 
-from tests.vllm.run import environment, server  # noqa: E402
+from tests.vllm.run import PACKAGES, environment, server, versions_of  # noqa: E402
 from ultrafuser.evaluation import local_tasks  # noqa: E402
 from ultrafuser.evaluation.suites import run_suite  # noqa: E402
 
@@ -54,14 +54,27 @@ def main() -> None:
 
 def both_ways(folder: Path, tasks: Path, out: Path, python: str) -> dict:
     """Scores of one model, by task and way, with where they come from."""
-    settings = {"include": tasks, "run_code": True, "dtype": "float32"}
-    found = {"hf": run_suite(folder, ["local"], out / "hf", **settings)}
-    with server(out, python, folder) as url:
-        found["vllm"] = run_suite(folder, ["local"], out / "vllm", server=url, **settings)
+    settings = {"include": tasks, "run_code": True, "dtype": "float32", "seed": 0}
+    run_suite(folder, ["local"], out / "hf", **settings)
+    files = {way: {task: out / way / f"{task}.json" for task in local_tasks.NAMES} for way in WAYS}
+    # a server takes a minute to start
+    if not all(file.exists() for file in files["vllm"].values()):
+        with server(out, python, folder) as url:
+            run_suite(folder, ["local"], out / "vllm", server=url, **settings)
+    found = {way: {task: json.loads(file.read_text()) for task, file in files[way].items()} for way in WAYS}
     origin = {key: found["hf"][local_tasks.NAMES[0]][key] for key in ("versions", "commit", "machine")}
     scores = {task: {way: found[way][task]["scores"][task] for way in WAYS} for task in local_tasks.NAMES}
     samples = {task: found["hf"][task]["samples"][task] for task in local_tasks.NAMES}
-    return {"model": folder.name, **origin, "samples": samples, "scores": scores}
+    origin["versions"]["tasks"] = {task: found["hf"][task]["versions"]["tasks"][task] for task in local_tasks.NAMES}
+    served_with = versions_of(python, PACKAGES)
+    return {
+        "model": folder.name,
+        "seed": 0,
+        **origin,
+        "served_with": served_with,
+        "samples": samples,
+        "scores": scores,
+    }
 
 
 def table(models: dict[str, dict]) -> str:
