@@ -105,19 +105,34 @@ def worst_gain(results: list[dict], first: list[dict]) -> str:
 
 
 def comparison(path: Path) -> str:
-    """What `ultrafuser evaluate` found, best mean first: nats per token, mean ± standard deviation over seeds."""
+    """What `ultrafuser evaluate` found, best mean first: losses and how sure they are, then what each keeps and costs.
+
+    Nats per token are means over seeds, ± their standard deviation; the intervals are of the examples and hold for every
+    seed: from the lowest end to the highest.
+    """
     by_name: dict[str, list[dict]] = {}
     for found in files(path):
         for row in found["rows"]:
             by_name.setdefault(row["name"], []).append(row)
-    heads = ["", *DOMAINS, "mixed", "mean", "to the fused model", "parameters, millions", "of them per token"]
-    rows = []
+    quality, price = [], []
     for name, seeds in sorted(by_name.items(), key=lambda item: mean(row["mean"] for row in item[1])):
         losses = numbers(mean(row["loss"][d] for row in seeds) for d in (*DOMAINS, "mixed"))
-        spreads = [spread([row[key] for row in seeds]) for key in ("mean", "difference")]
-        costs = numbers((seeds[0]["cost"][key] / 1e6 for key in ("parameters", "parameters_per_token")), 1)
-        rows.append([name, *losses, *spreads, *costs])
-    return markdown(heads, rows)
+        low = min(row["difference_interval"][0] for row in seeds)
+        high = max(row["difference_interval"][1] for row in seeds)
+        sure = f"{low:+.3f} to {high:+.3f}" if name != "fused" else ""
+        quality.append([name, *losses, *(spread([row[key] for row in seeds]) for key in ("mean", "difference")), sure])
+        shares = [
+            f"{mean(row[key] for row in seeds):.1%}" for key in ("retention", "positive_flips", "negative_flips")
+        ]
+        error = mean(mean(row["calibration_error"][d] for d in DOMAINS) for row in seeds)
+        costs = [f"{seeds[0]['cost'][key] / 1e6:.2f}" for key in ("parameters", "parameters_per_token", "bytes")]
+        cache = f"{seeds[0]['cost']['cache_bytes_per_token'] / 1024:.1f}"
+        speeds = [f"{statistics.median(row['cost']['speed'] for row in seeds):.2f}"]
+        price.append([name, *shares, f"{error:.3f}", *costs, cache, *speeds])
+    losses_heads = ["", *DOMAINS, "mixed", "mean", "to the fused model", "95 % of every seed"]
+    price_heads = ["", "retains", "gains", "loses", "calibration error"]
+    price_heads += ["parameters, M", "per token, M", "memory, MB", "cache, KiB per token", "speed"]
+    return "\n\n".join([markdown(losses_heads, quality), markdown(price_heads, price)])
 
 
 def stages_beside_paper(path: Path) -> str:

@@ -63,14 +63,27 @@ def test_a_pattern_shows_the_mean_over_the_files_of_all_seeds(tmp_path):
 
 
 def test_a_comparison_is_sorted_by_the_mean_and_averages_seeds(tmp_path):
-    cost = {"parameters": 2.5e6, "parameters_per_token": 2.4e6}
+    domains = ("text", "code", "math")
+    cost = {"parameters": 2.5e6, "parameters_per_token": 2.4e6, "bytes": 1e7, "cache_bytes_per_token": 2048}
     for seed in (0, 1):
         rows = [
-            {"name": name, "loss": dict.fromkeys(("text", "code", "math", "mixed"), loss + seed), "cost": cost}
-            | {"mean": loss + seed, "difference": loss - 3.0}
+            {
+                "name": name,
+                "loss": dict.fromkeys((*domains, "mixed"), loss + seed),
+                "mean": loss + seed,
+                "difference": loss - 3.0,
+                "difference_interval": [loss - 3.1 - seed, loss - 2.9],
+                "retention": 0.5 + seed / 10,
+                "positive_flips": 0.01,
+                "negative_flips": 0.02,
+                "calibration_error": dict.fromkeys(domains, 0.03),
+                "cost": {**cost, "speed": 1.0 + seed},
+            }
             for name, loss in (("fused", 3.0), ("router", 4.0), ("one model", 2.0))
         ]
         (tmp_path / f"x-{seed}.json").write_text(json.dumps({"rows": rows}))
-    lines = TABLES["comparison"](tmp_path / "x-*.json").splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| one model", "| fused", "| router"]
-    assert lines[2].endswith("2.500 | 2.500 ± 0.707 | -1.000 ± 0.000 | 2.5 | 2.4 |")
+    quality, price = (t.splitlines()[2:] for t in TABLES["comparison"](tmp_path / "x-*.json").split("\n\n"))
+    for lines in (quality, price):
+        assert [line.split(" | ")[0] for line in lines] == ["| one model", "| fused", "| router"]
+    assert quality[0].endswith("2.500 | 2.500 ± 0.707 | -1.000 ± 0.000 | -2.100 to -0.900 |")
+    assert price[0] == "| one model | 55.0% | 1.0% | 2.0% | 0.030 | 2.50 | 2.40 | 10.00 | 2.0 | 1.50 |"

@@ -102,9 +102,6 @@ def test_a_failed_experiment_keeps_what_it_has_and_goes_on_from_there(root):
     for name in ("ledger.py", "running.py", "__main__.py"):
         shutil.copy(ledger.ROOT / "experiments" / name, root / "experiments")
     (root / "experiments" / "toy.py").write_text(TOY)
-    git = ["git", "-c", "user.name=x", "-c", "user.email=x@x"]
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
-        subprocess.run([*git, *command], cwd=root, check=True)
     command = [sys.executable, "-m", "experiments", "--work", str(root / "work")]
 
     first = subprocess.run(command, cwd=root, capture_output=True, text=True)
