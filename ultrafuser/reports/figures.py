@@ -4,12 +4,13 @@ Every `draw_*` function returns a matplotlib `Figure`, and `save(path, draw_...,
 
     save(out / "map", draw_map, tsne(texts), domains, topics)      # map.svg, map.light.png, map.dark.png
 
-The SVG follows the reader's light or dark setting, or on a web page its text colour. No global state of matplotlib is
+The SVG follows the reader's light or dark setting, or inside a web page the text's colour. No global state of matplotlib is
 touched. `colours`, wherever it is taken, is what `colours.assign(names)` gives.
 """
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -43,8 +44,9 @@ STYLE = {
     "svg.hashsalt": "ultrafuser",
 }
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+# with its own paper, because a reader's setting and the place where the picture stands may disagree
 _ADAPTING = f"""<style>
-svg {{ color: {INK["light"]}; --paper: {PAPER["light"]}; stroke-linejoin: round }}
+svg {{ color: {INK["light"]}; --paper: {PAPER["light"]}; background: var(--paper); stroke-linejoin: round }}
 @media (prefers-color-scheme: dark) {{ svg {{ color: {INK["dark"]}; --paper: {PAPER["dark"]} }} }}
 </style>"""
 
@@ -62,13 +64,15 @@ def save(path: Path, draw: Callable[..., Figure], *args, **kwargs) -> str:
         The SVG to stand inside a web page: without a style or a background of its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    written = io.StringIO()
     for theme in ("light", "dark"):
-        with matplotlib.rc_context(_style(theme)):
+        with matplotlib.rc_context(_style(theme)), warnings.catch_warnings():
+            # a character that no font has here is a box in the PNG, and itself in the SVG
+            warnings.filterwarnings("ignore", "Glyph", UserWarning)
             figure = draw(*args, **kwargs)
-            figure.savefig(f"{path}.{theme}.png", dpi=160, facecolor=PAPER[theme], bbox_inches="tight")
-    with matplotlib.rc_context(_style("light")):
-        written = io.StringIO()
-        draw(*args, **kwargs).savefig(written, format="svg", bbox_inches="tight", metadata={"Date": None})
+            figure.savefig(f"{path}.{theme}.png", dpi=160, facecolor=PAPER[theme])
+            if theme == "light":
+                figure.savefig(written, format="svg", facecolor="none", metadata={"Date": None})
     svg = _adapting(written.getvalue())
     Path(f"{path}.svg").write_text(svg.replace("<defs>", f"{_ADAPTING}\n<defs>", 1))
     return svg[svg.index("<svg") :]

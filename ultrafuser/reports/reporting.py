@@ -12,6 +12,7 @@ from trainers.stages import STATE_FILE
 from ..corpora import DOMAINS, documents, splits
 from ..evaluation.comparing import gate_statistics
 from ..evaluation.measuring import held_out
+from ..provenance import versions
 from .charts import (
     draw_differences,
     draw_gate_by_domain,
@@ -96,6 +97,7 @@ def report(
     if fused and not results.get("gate"):
         results["gate"] = measure_gate(*fused, seed=seed)
         facts["gate measured on"] = f"held-out text of ultrafuser.corpora, seed {seed}"
+        facts.setdefault("versions", _plain(versions()))
     rows, gate = results.get("rows", []), results.get("gate") or {}
     trained_on = [domain for run in (training or {}).values() for domain in run["domains"]]
     colours = assign([*specialists, *gate.get("mean_weights", ()), *trained_on])
