@@ -20,6 +20,8 @@ from rich.console import Console
 from tests.teacher_server import MODEL, TeacherServer
 from tests.tiny import tokenizer
 from tests.training import CHAT_TEMPLATE, changed, weights
+from tests.vllm import run
+from tests.vllm.cases import save_fused
 from trainers import GateStageConfig, GateTrainer
 from ultrafuser.data.planning import Plan
 from ultrafuser.data.reading import read_items
@@ -153,12 +155,12 @@ def test_a_killed_run_goes_on_with_nothing_paid_twice_and_nothing_lost(at, tmp_p
         path, out = write_recipe(tmp_path, server.url), tmp_path / "set"
         calls = Plan(load_recipe(path)).total["calls"]
         command = [*CLI, "make", str(path), "--out", str(out)]
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
         while len(server.answered) < at * calls:
-            assert run.poll() is None
+            assert process.poll() is None
             time.sleep(0.005)
-        os.kill(run.pid, signal.SIGKILL)
-        run.wait()
+        process.kill()
+        process.wait()
         kept, killed_at = len(journal_lines(out)), len(server.bodies)
         assert not (out / "report.json").exists()
         report = make(path, out)
@@ -179,12 +181,12 @@ def test_a_run_that_is_interrupted_by_hand_ends_at_once_and_goes_on(tmp_path):
     with TeacherServer(delay=0.02) as server:
         path, out = write_recipe(tmp_path, server.url), tmp_path / "set"
         command = [*CLI, "make", str(path), "--out", str(out)]
-        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
         while len(server.answered) < 20:
             time.sleep(0.005)
-        run.send_signal(signal.SIGINT)
-        said, _ = run.communicate(timeout=60)
-        assert run.returncode != 0
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode != 0
         assert "Traceback" not in said
         assert make(path, out)["given_up"] == {}
 
@@ -284,6 +286,33 @@ def test_a_made_set_trains_a_gate(made, fused, tmp_path):
     )
     trainer.train()
     assert {name.split(".")[1] for name in changed(fused, before)} == {"fusion_gate"}
+
+
+@pytest.mark.slow
+def test_a_real_server_whose_model_babbles_gives_a_whole_set(tmp_path):
+    """In vLLM, which keeps even random weights to the schema of a list."""
+    python = run.environment(Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm")))
+    save_fused(
+        tmp_path / "model",
+        [("llama", {"max_position_embeddings": 4096}), ("llama", {"max_position_embeddings": 4096, "layers": 3})],
+    )
+    changes = {
+        "teacher__model": "fused",
+        "teacher__max_tokens": 200,
+        "teacher__timeout": 300,
+        "teacher__concurrency": 4,
+    }
+    changes |= {"keep_cut_off": True, "items_per_request": 3, "more_rounds": 8}
+    with run.server(tmp_path, python, tmp_path / "model") as url:
+        report = make(write_recipe(tmp_path, f"{url}/v1", **changes), tmp_path / "set")
+    assert report["stopped"] is None
+    assert report["refused"] == 0
+    assert report["given_up"] == {}
+    assert {name: sum(kinds.values()) for name, kinds in report["records"].items()} == {
+        "text": 16,
+        "code": 16,
+        "math": 12,
+    }
 
 
 @pytest.mark.parametrize(

@@ -22,13 +22,11 @@ TOPIC_TOKENS = 16  # of a topic, a sub-topic or a skill, to foresee the cost
 KNOWN_ITEMS = 40  # most that a prompt shows of what exists already
 BLOCK = 2048  # rows whose requests are in memory at once
 
-MESSAGES = List({"role": Value("string"), "content": Value("string")})
-COLUMNS = {name: Value("string") for name in ("domain", "topic", "subtopic", "kind")} | {
-    "skills": List(Value("string"))
-}
-ROWS = Features(COLUMNS | {"instruction": Value("string")})
-CONVERSATIONS = Features({"messages": MESSAGES} | COLUMNS)
-RECORDS = Features(CONVERSATIONS | {"source": Value("string"), "licence": Value("string")})
+TEXT = Value("string")
+COLUMNS = {"domain": TEXT, "topic": TEXT, "subtopic": TEXT, "kind": TEXT, "skills": List(TEXT)}
+ROWS = Features(COLUMNS | {"instruction": TEXT})
+CONVERSATIONS = Features({"messages": List({"role": TEXT, "content": TEXT})} | COLUMNS)
+RECORDS = Features(CONVERSATIONS | {"source": TEXT, "licence": TEXT})
 
 
 class Asked(Protocol):
@@ -97,7 +95,7 @@ def collect(
         step: Names the prompt.
         rows: What to ask about.
         numbers: Items wanted of each row, as a list that the teacher writes. None wants one text of each.
-        seen: Items that exist in each domain, which are not taken again; grows.
+        seen: With `numbers`, items that exist in each domain, which are not taken again; grows.
 
     Returns:
         For each row, its items.
@@ -115,7 +113,7 @@ def collect(
             requests = [maker.request(step, rows[i], n, found[i], sample) for i, n in zip(block, asked, strict=True)]
             for i, n, reply in zip(block, asked, maker.teacher.ask(requests), strict=True):
                 if reply is not None and lists:
-                    found[i] += _fresh(read_items(reply.text)[:n], None if seen is None else seen[rows[i]["domain"]])
+                    found[i] += _fresh(read_items(reply.text)[:n], seen[rows[i]["domain"]])
                 elif reply is not None and (recipe.keep_cut_off or not reply.cut_off):
                     found[i] += [text] if (text := writable(reply.text)) else []
     if not maker.teacher.stopped:
@@ -124,14 +122,13 @@ def collect(
     return found
 
 
-def _fresh(items: list[str], seen: set[str] | None) -> list[str]:
+def _fresh(items: list[str], seen: set[str]) -> list[str]:
     fresh = []
     for item in items:
-        folded = " ".join(item.casefold().split())
-        if seen is None or folded not in seen:
+        words = " ".join(item.casefold().split())
+        if words not in seen:
+            seen.add(words)
             fresh.append(item)
-        if seen is not None:
-            seen.add(folded)
     return fresh
 
 
