@@ -31,7 +31,7 @@ from ultrafuser.data.decontamination import gram_hashes
 from ultrafuser.data.ranking import read
 
 
-ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent.parent / "results" / "data_cleaning.json"
 SIZES = (10_000, 30_000, 100_000)
 # of each domain; a few times as many where there are many records
 CHARACTERS = {"text": 300_000, "code": 700_000, "math": 170_000}
@@ -281,32 +281,48 @@ def watched(command: list[str]) -> tuple[dict, float]:
     return json.loads(process.stdout.read().splitlines()[-1]), round(peak / 2**20)
 
 
+def measure(number: int, processes: int) -> dict:
+    """One number of records, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.data_cleaning", "--alone", str(number), "--processes", str(processes)]
+    done, peak = watched(command)
+    return {
+        **done,
+        "records_per_second": round(number / done["seconds"]),
+        "processor_milliseconds_per_record": round(1000 * done["processor_seconds"] / number, 3),
+        "peak_mib": peak,
+        # other work on the machine makes seconds longer, and processor seconds less so
+        "load_average": round(os.getloadavg()[1], 1),
+    }
+
+
+def save(result: dict) -> None:
+    """Writes what there is so far."""
+    smallest = min(result["rows"], key=lambda row: row["records"], default=None)
+    for row in result["rows"]:
+        row["peak_over_smallest"] = round(row["peak_mib"] / smallest["peak_mib"], 3)
+    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+
+
 def main() -> None:
-    """Measures every number of records in a process of its own, or, told which, one of them."""
+    """Measures recall, then every number of records; or, told which, one of them, in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int)
+    parser.add_argument("--alone", type=int)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    if options.records:
-        print(json.dumps(run(options.records, options.processes)))
+    if options.alone:
+        print(json.dumps(run(options.alone, options.processes)))
         return
-    rows = []
-    for number in SIZES:
-        command = [sys.executable, "-m", "benchmarks.data_cleaning", "--records", str(number)]
-        done, peak = watched([*command, "--processes", str(options.processes)])
-        rows.append({**done, "records_per_second": round(number / done["seconds"]), "peak_mib": peak})
-        rows[-1]["milliseconds_per_record"] = round(1000 * done["processor_seconds"] / number, 3)
-        rows[-1]["peak_over_smallest"] = round(peak / rows[0]["peak_mib"], 3)
-        print(rows[-1], flush=True)
     result = {
         "machine": {"kind": "cpu", "architecture": platform.machine(), "cores": os.cpu_count()},
-        # other work on the machine makes seconds longer, and processor seconds hardly
-        "load_average": [round(load, 1) for load in os.getloadavg()],
         "versions": {name: metadata.version(name) for name in ("datasketch", "numpy", "py3langid", "sympy", "xxhash")},
-        "rows": rows,
         "recall": recall(processes=options.processes),
+        "rows": [],
     }
-    (ROOT / "results" / "data_cleaning.json").write_text(json.dumps(result, indent=2) + "\n")
+    save(result)
+    for number in SIZES:
+        result["rows"].append(measure(number, options.processes))
+        save(result)
+        print(result["rows"][-1], flush=True)
 
 
 if __name__ == "__main__":

@@ -253,6 +253,8 @@ def _turn(row: dict, columns: dict[str, str]) -> list[dict]:
 def _value(row: dict, column: str, kind: type) -> Any:
     if column not in row:
         raise MalformedRow(f"Column {column!r} is missing; there are {list(row)}.")
+    if row[column] is None or row[column] == "":
+        raise MalformedRow(f"Column {column!r} is empty.")
     if not isinstance(row[column], kind):
         raise MalformedRow(
             f"Column {column!r} holds a {kind.__name__}, but here a {type(row[column]).__name__}: {row[column]!r:.80}."
