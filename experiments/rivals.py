@@ -21,7 +21,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 from ultrafuser.corpora import DOMAINS, documents, splits
 from ultrafuser.evaluation.comparing import MIXED, compare
-from ultrafuser.evaluation.contenders import Bench
+from ultrafuser.evaluation.contenders import Comparison
 from ultrafuser.evaluation.measuring import HeldOut, held_out
 from ultrafuser.quickstart import LENGTH, new_model, pretrain, to_blocks, train_tokenizer
 
@@ -90,8 +90,8 @@ def rivals(
     more = {name: partial(_load, folder / name) for name in (*singles, *stages.names[1:])}
     if base["steps"]:
         more["base"] = partial(_load, folder / "base")
-    bench = Bench(one, one, tokenizer, data, tune, start, seed)
-    return compare(bench, folder, more=more, identity=asked | {"seed": seed})
+    comparison = Comparison(one, one, tokenizer, data, tune, start, seed)
+    return compare(comparison, folder, more=more, identity=asked | {"seed": seed})
 
 
 def corpora(seed: int, folder: Path) -> tuple[dict[str, dict[str, Tensor]], AutoTokenizer]:

@@ -23,7 +23,7 @@ from ultrafuser.evaluation.baselines import (
     train_router,
 )
 from ultrafuser.evaluation.comparing import compare
-from ultrafuser.evaluation.contenders import Bench
+from ultrafuser.evaluation.contenders import Comparison
 from ultrafuser.evaluation.evaluating import left_out, read_json_lines, tables, verdict
 from ultrafuser.evaluation.measuring import HeldOut, Scores, cost, held_out, score
 from ultrafuser.evaluation.statistics import calibration_error, flips, interval, per_example, sign_test
@@ -239,7 +239,7 @@ def test_a_router_learns_who_answers_what():
 
 
 @pytest.fixture
-def bench():
+def comparison():
     """Specialists of one shape, so that everything applies."""
     torch.manual_seed(1)
     specialists = {name: specialist("llama") for name in ("text", "code", "math")}
@@ -248,11 +248,11 @@ def bench():
     rows = [{"text": line} for line in LINES]
     domains = {d: held_out(rows[i : i + 2], tokenizer(), prompt_tokens=5) for i, d in enumerate(specialists)}
     domains["mixed"] = held_out(rows, tokenizer(), prompt_tokens=5)
-    return Bench(model, model, tokenizer(), domains, {}, base=specialist("llama"))
+    return Comparison(model, model, tokenizer(), domains, {}, base=specialist("llama"))
 
 
-def test_every_baseline_has_a_row_and_the_best_comes_first(bench, tmp_path):
-    results = compare(bench, tmp_path, more={"another": lambda: specialist("llama", layers=1)})
+def test_every_baseline_has_a_row_and_the_best_comes_first(comparison, tmp_path):
+    results = compare(comparison, tmp_path, more={"another": lambda: specialist("llama", layers=1)})
     names = [row["name"] for row in results["rows"]]
     assert {"fused", "uniform logits", "uniform probabilities", "random gate", "shuffled gate", "another"} < set(names)
     assert {"router: prompt perplexity", "prompt perplexity weights (PackLLM)", "text specialist"} < set(names)
@@ -275,28 +275,28 @@ def test_every_baseline_has_a_row_and_the_best_comes_first(bench, tmp_path):
     assert verdict(results)
 
 
-def test_a_second_run_measures_only_what_is_missing(bench, tmp_path, monkeypatch):
-    first = compare(bench, tmp_path, identity={"run": 1})
+def test_a_second_run_measures_only_what_is_missing(comparison, tmp_path, monkeypatch):
+    first = compare(comparison, tmp_path, identity={"run": 1})
     (tmp_path / "scores" / "uniform_logits.safetensors").unlink()
     ran = []
-    run = Bench.run
-    monkeypatch.setattr(Bench, "run", lambda self, *args, **more: ran.append(args) or run(self, *args, **more))
-    bench.found.clear()
-    second = compare(bench, tmp_path, identity={"run": 1})
+    run = Comparison.run
+    monkeypatch.setattr(Comparison, "run", lambda self, *args, **more: ran.append(args) or run(self, *args, **more))
+    comparison.found.clear()
+    second = compare(comparison, tmp_path, identity={"run": 1})
     assert len(ran) == 1
     for row in (*first["rows"], *second["rows"]):
         row["cost"].pop("speed"), row["cost"].pop("tokens_per_second")
     assert second == first
 
 
-def test_scores_of_another_run_are_not_taken_up(bench, tmp_path):
-    compare(bench, tmp_path, identity={"seed": 0})
+def test_scores_of_another_run_are_not_taken_up(comparison, tmp_path):
+    compare(comparison, tmp_path, identity={"seed": 0})
     with pytest.raises(ValueError, match=r"there \{'seed': 0\}, here \{'seed': 1\}"):
-        compare(bench, tmp_path, identity={"seed": 1})
+        compare(comparison, tmp_path, identity={"seed": 1})
 
 
 def test_merges_that_do_not_apply_are_left_out_with_the_reason(fused, data, tmp_path):
-    results = compare(Bench(fused, fused, tokenizer(), {"text": data}, {}), tmp_path)
+    results = compare(Comparison(fused, fused, tokenizer(), {"text": data}, {}), tmp_path)
     assert len(results["left_out"]) == 8
     said = left_out(results)
     assert len(said) == 2
@@ -304,8 +304,8 @@ def test_merges_that_do_not_apply_are_left_out_with_the_reason(fused, data, tmp_
     assert "must have one shape" in " ".join(said)
 
 
-def test_the_command_prints_the_tables_and_refuses_malformed_rows_before_loading(bench, tmp_path):
-    bench.fused.save_pretrained(tmp_path / "fused")
+def test_the_command_prints_the_tables_and_refuses_malformed_rows_before_loading(comparison, tmp_path):
+    comparison.fused.save_pretrained(tmp_path / "fused")
     tokenizer().save_pretrained(tmp_path / "fused")
     for domain in ("text", "code"):
         (tmp_path / f"{domain}.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in LINES) + "\n")

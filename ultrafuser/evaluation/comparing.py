@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 
-from .contenders import FUSED, Bench, Measured, best_per_domain, contenders
+from .contenders import FUSED, Comparison, Measured, best_per_domain, contenders
 from .measuring import HeldOut, Scores
 from .merging import NotMergeableError
 from .statistics import calibration_error, flips, interval, per_example, sign_test
@@ -26,7 +26,7 @@ BIN = 16  # tokens in each bin of the gate weights by position
 
 
 def compare(
-    bench: Bench,
+    comparison: Comparison,
     out: Path,
     *,
     more: Mapping[str, Callable[[], PreTrainedModel]] | None = None,
@@ -35,7 +35,7 @@ def compare(
     """Measures a fused model and its baselines, each once: what `out` holds already is not measured again.
 
     Args:
-        bench: The fused model, its specialists, and what to measure on. A domain named "mixed" is reported, but kept
+        comparison: The fused model, its specialists, and what to measure on. A domain named "mixed" is reported, but kept
             out of the means.
         out: Folder for the scores of every contender (`scores/`) and `results.json`.
         more: Further contenders by name, each loaded when its turn comes.
@@ -48,31 +48,31 @@ def compare(
         ValueError: If `out` holds the scores of another run.
     """
     _check_identity(out, identity or {})
-    plan = contenders(bench)
+    plan = contenders(comparison)
     for name, load in (more or {}).items():
-        plan[name] = partial(_further, bench, load)
+        plan[name] = partial(_further, comparison, load)
     left_out = {}
     for name in track(plan, "Comparing", transient=True):
         try:
-            bench.found[name] = _kept(out / "scores" / f"{slug(name)}.safetensors", plan[name])
+            comparison.found[name] = _kept(out / "scores" / f"{slug(name)}.safetensors", plan[name])
         except NotMergeableError as error:
             left_out[name] = str(error)
     results = {
-        "domains": list(bench.data),
-        "specialists": list(bench.specialists),
-        "seed": bench.seed,
-        "examples": {domain: len(examples) for domain, examples in bench.data.items()},
-        "rows": table_rows(bench),
+        "domains": list(comparison.data),
+        "specialists": list(comparison.specialists),
+        "seed": comparison.seed,
+        "examples": {domain: len(examples) for domain, examples in comparison.data.items()},
+        "rows": table_rows(comparison),
         "left_out": left_out,
-        "gate": gate_statistics(bench.fused, bench.data),
+        "gate": gate_statistics(comparison.fused, comparison.data),
     }
     _write(out / "results.json", results)
     return results
 
 
-def _further(bench: Bench, load: Callable[[], PreTrainedModel]) -> Measured:
+def _further(comparison: Comparison, load: Callable[[], PreTrainedModel]) -> Measured:
     model = load()
-    return bench.run(model, "fused" if model.config.model_type == "ultrafuser" else "trained")
+    return comparison.run(model, "fused" if model.config.model_type == "ultrafuser" else "trained")
 
 
 def slug(name: str) -> str:
@@ -80,32 +80,37 @@ def slug(name: str) -> str:
     return re.sub(r"\W+", "_", name).strip("_").lower()
 
 
-def table_rows(bench: Bench) -> list[dict]:
+def table_rows(comparison: Comparison) -> list[dict]:
     """One row per contender, best mean loss first: losses, how sure they are, what changed for the specialist's owner.
 
     `difference` is to the fused model: negative means that fusing loses. Flips and retention are against each domain's
     best specialist, by the mean over domains.
     """
-    domains = [d for d in bench.data if d != MIXED]
-    sums = {name: {d: per_example(m.scores[d], x) for d, x in bench.data.items()} for name, m in bench.found.items()}
-    right = best_specialists(bench)
+    domains = [d for d in comparison.data if d != MIXED]
+    sums = {
+        name: {d: per_example(m.scores[d], x) for d, x in comparison.data.items()}
+        for name, m in comparison.found.items()
+    }
+    right = best_specialists(comparison)
     rows = []
-    for name, measured in bench.found.items():
+    for name, measured in comparison.found.items():
         own = sums[name]
         loss = {d: float(own[d][0].sum() / own[d][1].sum()) for d in own}
         paired = [(own[d][0] - sums[FUSED][d][0], own[d][1]) for d in domains]
-        scored = {d: bench.data[d].scored for d in own}
-        changed = [flips(measured.scores[d], bench.found[right[d]].scores[d], bench.data[d]) for d in domains]
+        scored = {d: comparison.data[d].scored for d in own}
+        changed = [
+            flips(measured.scores[d], comparison.found[right[d]].scores[d], comparison.data[d]) for d in domains
+        ]
         row = {
             "name": name,
             "kind": measured.kind,
             "loss": loss,
-            "loss_interval": {d: interval([own[d]], seed=bench.seed) for d in own},
+            "loss_interval": {d: interval([own[d]], seed=comparison.seed) for d in own},
             "mean": _mean([loss[d] for d in domains]),
-            "mean_interval": interval([own[d] for d in domains], seed=bench.seed),
+            "mean_interval": interval([own[d] for d in domains], seed=comparison.seed),
             "difference": _mean([float(s.sum() / n.sum()) for s, n in paired]),
-            "difference_interval": interval(paired, seed=bench.seed),
-            "p": sign_test(paired, seed=bench.seed),
+            "difference_interval": interval(paired, seed=comparison.seed),
+            "p": sign_test(paired, seed=comparison.seed),
             "accuracy": {d: measured.scores[d].correct[scored[d]].float().mean().item() for d in own},
             "calibration_error": {
                 d: calibration_error(measured.scores[d].confidence[scored[d]], measured.scores[d].correct[scored[d]])
@@ -116,17 +121,17 @@ def table_rows(bench: Bench) -> list[dict]:
         }
         if MIXED in own:
             difference = [(own[MIXED][0] - sums[FUSED][MIXED][0], own[MIXED][1])]
-            row |= {"mixed_difference_interval": interval(difference, seed=bench.seed)}
+            row |= {"mixed_difference_interval": interval(difference, seed=comparison.seed)}
         rows.append(row | ({"note": measured.note} if measured.note else {}))
     return sorted(rows, key=lambda row: row["mean"])
 
 
-def best_specialists(bench: Bench) -> dict[str, str]:
+def best_specialists(comparison: Comparison) -> dict[str, str]:
     """For each domain the name of the row of its best specialist."""
-    names = list(bench.specialists)
+    names = list(comparison.specialists)
     found = {}
-    for domain, examples in bench.data.items():
-        scores = {name: m.scores[domain] for name, m in bench.alone().items()}
+    for domain, examples in comparison.data.items():
+        scores = {name: m.scores[domain] for name, m in comparison.alone().items()}
         found[domain] = f"{names[best_per_domain(scores, examples)[0]]} specialist"
     return found
 

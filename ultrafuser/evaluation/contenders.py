@@ -43,7 +43,7 @@ class Measured:
 
 
 @dataclass
-class Bench:
+class Comparison:
     """What every contender is made of and measured on.
 
     Attributes:
@@ -94,40 +94,40 @@ class Bench:
         return {name: self.found[f"{name} specialist"] for name in self.specialists}
 
 
-def contenders(bench: Bench) -> dict[str, Callable[[], Measured]]:
+def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
     """How to measure each contender, in an order in which each finds what it builds on."""
-    fused, ingredients, config = bench.fused, bench.ingredients, bench.ingredients.config
-    plan = {f"{n} specialist": partial(bench.run, s, "specialist") for n, s in bench.specialists.items()}
-    plan[FUSED] = partial(bench.run, fused, "fused")
+    fused, ingredients, config = comparison.fused, comparison.ingredients, comparison.ingredients.config
+    plan = {f"{n} specialist": partial(comparison.run, s, "specialist") for n, s in comparison.specialists.items()}
+    plan[FUSED] = partial(comparison.run, fused, "fused")
     for fusion in ("logits", "probabilities"):
-        plan[f"uniform {fusion}"] = partial(bench.run, ensemble(ingredients, "uniform", fusion), "ensemble")
-    random_gate = RandomGate(config, bench.seed)
-    plan["random gate"] = partial(bench.run, ensemble(ingredients, random_gate), "control")
-    shuffled = ensemble(fused, ShuffledGate(config, fused.model.fusion_gate, bench.seed), config.fusion)
-    plan["shuffled gate"] = partial(bench.run, shuffled, "control")
-    plan["best specialist per domain (oracle)"] = partial(routed, bench, best_per_domain)
-    plan["best specialist per request (oracle)"] = partial(routed, bench, best_per_request)
-    plan["router: prompt perplexity"] = partial(routed, bench, least_perplexed)
-    plan["prompt perplexity weights (PackLLM)"] = partial(weighted_by_perplexity, bench)
-    if bench.tune:
-        plan["tuned constant weights"] = partial(tuned_constant, bench)
-        plan["router: trained"] = lambda: routed(bench, trained_choice(bench))
+        plan[f"uniform {fusion}"] = partial(comparison.run, ensemble(ingredients, "uniform", fusion), "ensemble")
+    random_gate = RandomGate(config, comparison.seed)
+    plan["random gate"] = partial(comparison.run, ensemble(ingredients, random_gate), "control")
+    shuffled = ensemble(fused, ShuffledGate(config, fused.model.fusion_gate, comparison.seed), config.fusion)
+    plan["shuffled gate"] = partial(comparison.run, shuffled, "control")
+    plan["best specialist per domain (oracle)"] = partial(routed, comparison, best_per_domain)
+    plan["best specialist per request (oracle)"] = partial(routed, comparison, best_per_request)
+    plan["router: prompt perplexity"] = partial(routed, comparison, least_perplexed)
+    plan["prompt perplexity weights (PackLLM)"] = partial(weighted_by_perplexity, comparison)
+    if comparison.tune:
+        plan["tuned constant weights"] = partial(tuned_constant, comparison)
+        plan["router: trained"] = lambda: routed(comparison, trained_choice(comparison))
     for method in MERGES:
         for by_depth in (False, True):
             name = f"merge: {method.replace('_', ' ')}{' + LiNeS' if by_depth else ''}"
-            plan[name] = partial(merged, bench, method, by_depth)
+            plan[name] = partial(merged, comparison, method, by_depth)
     return plan
 
 
-def routed(bench: Bench, choose: Callable[[dict[str, Scores], HeldOut], Tensor]) -> Measured:
+def routed(comparison: Comparison, choose: Callable[[dict[str, Scores], HeldOut], Tensor]) -> Measured:
     """One specialist per request: all are held, one is read per token.
 
     Args:
-        bench: The specialists' scores among others.
+        comparison: The specialists' scores among others.
         choose: From the specialists' scores and the examples to the specialist of each. Shape (examples,).
     """
-    alone, scores = bench.alone(), {}
-    for domain, examples in bench.data.items():
+    alone, scores = comparison.alone(), {}
+    for domain, examples in comparison.data.items():
         own = {name: measured.scores[domain] for name, measured in alone.items()}
         scores[domain] = select(own, choose(own, examples))
     costs = [measured.cost for measured in alone.values()]
@@ -152,36 +152,36 @@ def least_perplexed(specialists: dict[str, Scores], data: HeldOut) -> Tensor:
     return prompt_losses(specialists, data).argmin(-1)
 
 
-def trained_choice(bench: Bench) -> Callable[[dict[str, Scores], HeldOut], Tensor]:
+def trained_choice(comparison: Comparison) -> Callable[[dict[str, Scores], HeldOut], Tensor]:
     """A router that learnt from the tuning examples which specialist answers what prompt best."""
     prompts, best = [], []
-    for examples in bench.tune.values():
-        scores = {name: score(model, examples) for name, model in bench.specialists.items()}
-        prompts += prompt_texts(examples, bench.tokenizer)
+    for examples in comparison.tune.values():
+        scores = {name: score(model, examples) for name, model in comparison.specialists.items()}
+        prompts += prompt_texts(examples, comparison.tokenizer)
         best += best_per_request(scores, examples).tolist()
     router = train_router(prompts, best)
-    return lambda _, examples: torch.tensor(router.predict(prompt_texts(examples, bench.tokenizer)))
+    return lambda _, examples: torch.tensor(router.predict(prompt_texts(examples, comparison.tokenizer)))
 
 
-def weighted_by_perplexity(bench: Bench) -> Measured:
+def weighted_by_perplexity(comparison: Comparison) -> Measured:
     """All specialists, weighed for the whole request by how well each predicts its prompt."""
-    gate = RequestGate(bench.ingredients.config)
+    gate = RequestGate(comparison.ingredients.config)
     weights = {}
-    for domain, examples in bench.data.items():
-        weights[domain] = perplexity_weights({n: m.scores[domain] for n, m in bench.alone().items()}, examples)
+    for domain, examples in comparison.data.items():
+        weights[domain] = perplexity_weights({n: m.scores[domain] for n, m in comparison.alone().items()}, examples)
 
     def set_weights(domain: str, rows: slice) -> None:
         gate.weights = weights[domain][rows]
 
-    return bench.run(ensemble(bench.ingredients, gate), "router", set_weights)
+    return comparison.run(ensemble(comparison.ingredients, gate), "router", set_weights)
 
 
-def tuned_constant(bench: Bench) -> Measured:
+def tuned_constant(comparison: Comparison) -> Measured:
     """One weight per specialist for all tokens, tuned by stage one's own trainer on the tuning examples."""
-    model = ensemble(bench.ingredients, "constant")
+    model = ensemble(comparison.ingredients, "constant")
     for parameter in model.model.specialists.parameters():
         parameter.requires_grad_(False)
-    data = {domain: Dataset.from_list(examples.as_rows()) for domain, examples in bench.tune.items()}
+    data = {domain: Dataset.from_list(examples.as_rows()) for domain, examples in comparison.tune.items()}
     with TemporaryDirectory() as folder:
         # adam moves a number by about the rate at each step: far enough to leave all to one specialist
         arguments = GateStageConfig(
@@ -196,26 +196,28 @@ def tuned_constant(bench: Bench) -> Measured:
             report_to="none",
             disable_tqdm=True,
             bf16=model.dtype == torch.bfloat16,
-            seed=bench.seed,
+            seed=comparison.seed,
         )
-        GateTrainer(model, arguments, data, processing_class=bench.tokenizer).train()
+        GateTrainer(model, arguments, data, processing_class=comparison.tokenizer).train()
     weights = model.model.fusion_gate.logits.softmax(-1).tolist()
-    names = bench.ingredients.config.specialist_names
+    names = comparison.ingredients.config.specialist_names
     note = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, weights, strict=True))
-    return bench.run(model.eval(), "ensemble", note=note)
+    return comparison.run(model.eval(), "ensemble", note=note)
 
 
-def merged(bench: Bench, method: str, by_depth: bool) -> Measured:
+def merged(comparison: Comparison, method: str, by_depth: bool) -> Measured:
     """A weight merge; where there are tuning examples, with the best of three factors of the changes."""
     # the average has no factor unless it follows depth, and without examples it is not tuned
-    weights = [1 / len(bench.specialists), 0.5, 1.0] if bench.tune and (method != "average" or by_depth) else [1.0]
-    options = {"base": bench.base, "by_depth": by_depth, "seed": bench.seed}
-    candidates = {w: merge(bench.specialists, method, weight=w, **options) for w in weights}
+    weights = (
+        [1 / len(comparison.specialists), 0.5, 1.0] if comparison.tune and (method != "average" or by_depth) else [1.0]
+    )
+    options = {"base": comparison.base, "by_depth": by_depth, "seed": comparison.seed}
+    candidates = {w: merge(comparison.specialists, method, weight=w, **options) for w in weights}
     best = weights[0]
     if len(weights) > 1:
-        few = {domain: examples.first(16) for domain, examples in bench.tune.items()}
+        few = {domain: examples.first(16) for domain, examples in comparison.tune.items()}
         best = min(weights, key=lambda w: sum(_loss(candidates[w], examples) for examples in few.values()))
-    return bench.run(candidates[best], "merge", note=f"factor {best:.2g}")
+    return comparison.run(candidates[best], "merge", note=f"factor {best:.2g}")
 
 
 def _loss(model: PreTrainedModel, examples: HeldOut) -> float:

@@ -16,7 +16,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.provenance import provenance
 
 from .comparing import MIXED, compare
-from .contenders import FUSED, Bench
+from .contenders import FUSED, Comparison
 from .measuring import HeldOut, held_out
 
 
@@ -65,7 +65,7 @@ def evaluate(
     load = partial(UltraFuserForCausalLM.from_pretrained, dtype="auto", device_map="auto")
     fused = load(model)
     single = partial(AutoModelForCausalLM.from_pretrained, dtype="auto", device_map="auto")
-    bench = Bench(
+    comparison = Comparison(
         fused,
         load(specialists_of) if specialists_of else fused,
         tokenizer,
@@ -80,7 +80,7 @@ def evaluate(
     tuned = {d: _digest([x.input_ids, x.scored]) for d, x in tuning.items()}
     more = {name: partial(_load_any, path) for name, path in (also or {}).items()}
     identity = {**asked, **weights, "data": tokens, "tune": tuned}
-    results = compare(bench, out, more=more, identity=identity)
+    results = compare(comparison, out, more=more, identity=identity)
     results = {**provenance(), "config": asked | limits, "prompt_tokens": prompt_tokens, **results}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
