@@ -287,9 +287,10 @@ def test_all_texts_of_a_row_are_found_however_deep():
 def test_plants_are_found_and_nothing_else_is_dropped():
     """1,200 records, of which two in five are planted.
 
-    Every plant but one is of a form that its filter is made for, so all of them should be found; one in twenty is
-    left to chance, since MinHash is one. One sum in seven has words in between, which the filter does not read. No other record repeats one,
-    shares thirteen words with the evaluation set or is wrong, so none should be dropped; one in a hundred is left.
+    Every plant but one is of a form that its filter is made for, so all of them should be found; one in twenty is left
+    to chance, since MinHash draws lots. One sum in seven has words in between, which the filter does not read. No
+    other record repeats one, shares thirteen words with the evaluation set or is wrong, so none should be dropped; one
+    in a hundred is left.
     """
     found = recall()
     assert found["records"] == 1200
