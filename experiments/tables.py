@@ -135,6 +135,44 @@ def comparison(path: Path) -> str:
     return "\n\n".join([markdown(losses_heads, quality), markdown(price_heads, price)])
 
 
+def headline(path: Path) -> str:
+    """What is ahead of the fused model, and the rivals that one would name first."""
+    named = ("fused", "best specialist per domain (oracle)", "router: prompt perplexity", "uniform logits")
+    found = files(path)
+    means = pooled([{row["name"]: [row[key] for key in _HEADLINE] for row in f["rows"]} for f in found])
+    mixed = pooled([{row["name"]: [row["loss"]["mixed"]] for row in f["rows"]} for f in found])
+    shown = [name for name, (own, _) in means.items() if own < means["fused"][0] or name in named]
+    reads = {row["name"]: row["cost"]["parameters_per_token"] for row in found[0]["rows"]}
+    rows = []
+    for name in sorted(shown, key=lambda name: means[name][0]):
+        own, difference = means[name]
+        relative = f"{reads[name] / reads['text specialist']:.1f}"
+        rows.append([name, f"{own:.3f}", f"{difference:+.3f}", *numbers(mixed[name]), relative])
+    return markdown(["", "mean of domains", "to the fused model", "mixed items", "specialists read per token"], rows)
+
+
+_HEADLINE = ("mean", "difference")
+
+
+def benchmarks(path: Path) -> str:
+    """Scores of each model through lm-eval, the fused model's first."""
+    models = {found["model"]: found for found in files(path)}
+    return scores({name: models[name] for name in sorted(models, key=lambda name: (name != "fused", name))})
+
+
+def scores(models: Mapping[str, dict]) -> str:
+    """A row for each model, a column for each task: per cent ± standard error, both ways of asking where they differ."""
+    tasks = [task.removeprefix("ultrafuser_").replace("_", " ") for task in next(iter(models.values()))["scores"]]
+    rows = []
+    for name, found in models.items():
+        cells = [
+            [f"{100 * m['value']:.1f} ± {100 * m['stderr']:.1f}" for way in task.values() for m in way.values()]
+            for task in found["scores"].values()
+        ]
+        rows.append([name, *(" / ".join(dict.fromkeys(both)) for both in cells)])
+    return markdown(["", *tasks], rows)
+
+
 def stages_beside_paper(path: Path) -> str:
     """The paper's table 2 beside ours: what each step of the training adds."""
     found = ledger.results(path.name)
@@ -165,6 +203,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "runs and time": partial(runs, time=relative_time),
     "runs, worst domain and time": partial(runs, **{"worst to stage one": worst_gain, "time": relative_time}),
     "comparison": comparison,
+    "headline": headline,
+    "benchmarks": benchmarks,
     "stages beside the paper's": stages_beside_paper,
     "losses beside the paper's": losses_beside_paper,
     "gate weights beside the paper's": weights_beside_paper,

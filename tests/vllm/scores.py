@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[0] = str(ROOT)  # this script's own folder would hide the vllm package
 
+from experiments.tables import scores  # noqa: E402
 from tests.vllm.run import PACKAGES, environment, server, versions_of  # noqa: E402
 from ultrafuser.evaluation import local_tasks  # noqa: E402
 from ultrafuser.evaluation.suites import run_suite  # noqa: E402
@@ -43,12 +44,11 @@ def main() -> None:
             seed = json.loads((options.quickstart / "results.json").read_text())["seed"]
             local_tasks.write(tasks, seed)
         models = {name: both_ways(options.quickstart.absolute() / name, tasks, work / name, python) for name in MODELS}
-    print(table(models))
+    print(scores(models))
     if options.write:
         RESULTS.mkdir(parents=True, exist_ok=True)
         for name, found in models.items():
             (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        (RESULTS / "table.md").write_text(table(models))
     sys.exit(not all(row["hf"] == row["vllm"] for found in models.values() for row in found["scores"].values()))
 
 
@@ -63,7 +63,7 @@ def both_ways(folder: Path, tasks: Path, out: Path, python: str) -> dict:
             run_suite(folder, ["local"], out / "vllm", server=url, **settings)
     found = {way: {task: json.loads(file.read_text()) for task, file in files[way].items()} for way in WAYS}
     origin = {key: found["hf"][local_tasks.NAMES[0]][key] for key in ("versions", "commit", "machine")}
-    scores = {task: {way: found[way][task]["scores"][task] for way in WAYS} for task in local_tasks.NAMES}
+    by_task = {task: {way: found[way][task]["scores"][task] for way in WAYS} for task in local_tasks.NAMES}
     samples = {task: found["hf"][task]["samples"][task] for task in local_tasks.NAMES}
     origin["versions"]["tasks"] = {task: found["hf"][task]["versions"]["tasks"][task] for task in local_tasks.NAMES}
     served_with = versions_of(python, PACKAGES)
@@ -73,24 +73,8 @@ def both_ways(folder: Path, tasks: Path, out: Path, python: str) -> dict:
         **origin,
         "served_with": served_with,
         "samples": samples,
-        "scores": scores,
+        "scores": by_task,
     }
-
-
-def table(models: dict[str, dict]) -> str:
-    """Markdown: a row for each model, a column for each task; both scores where they differ."""
-    tasks = [task.removeprefix("ultrafuser_").replace("_", " ") for task in local_tasks.NAMES]
-    lines = ["| | " + " | ".join(tasks) + " |", "|---|" + "---:|" * len(tasks)]
-    for name, found in models.items():
-        cells = [" / ".join(dict.fromkeys(cell(row[way]) for way in WAYS)) for row in found["scores"].values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def cell(metrics: dict) -> str:
-    """Each task has one metric."""
-    (score,) = metrics.values()
-    return f"{100 * score['value']:.1f} ± {100 * score['stderr']:.1f}"
 
 
 if __name__ == "__main__":
