@@ -512,19 +512,3 @@ def test_a_cap_ends_what_noise_takes_and_the_slow_domain_gets_it():
     assert (mixes[left:, 2] == 0).all()
     assert 3000 <= draws[-1][2] <= 3000 + 320  # what is drawn between two updates
     assert mixes[-1].argmax() == 1
-
-
-@pytest.mark.parametrize(
-    ("both", "mmlu", "by_group", "mt_bench", "recomputes"),
-    [
-        (60.97, 56.78, (26.61, 62.03, 59.19), 6.52, True),
-        (63.85, 58.08, (27.60, 61.54, 60.90), 6.96, True),
-        (61.77, 56.65, (28.98, 59.99, 58.88), 6.69, False),
-        (61.18, 55.66, (28.65, 60.48, 57.32), 6.67, False),
-    ],
-    ids=["proportional", "similarity and smoothing", "MultiDDS", "MultiUAT"],
-)
-def test_the_papers_means_recompute_but_for_its_baselines(both, mmlu, by_group, mt_bench, recomputes):
-    # table 2, Llama-3-8B: 57 subjects of MMLU in groups of 5, 9 and 43, and MT-bench times 10
-    assert both == pytest.approx((mmlu + 10 * mt_bench) / 2, abs=0.03)  # MT-bench is rounded to 0.01
-    assert (abs(np.dot(by_group, [5, 9, 43]) / 57 - mmlu) < 0.02) == recomputes
