@@ -22,7 +22,7 @@ class Plan:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        """Follows the recipe: half a minute for hundreds of thousands of calls."""
+        """Follows the recipe: about a minute for half a million calls."""
         self.recipe, self.seconds, self.stopped = recipe, 0.0, None
         self.counts: dict[tuple[str, str], Counter] = defaultdict(Counter)
         self._numbers = count()

@@ -99,7 +99,11 @@ class Teacher(_Part):
 
 
 class Budget(_Part):
-    """What the whole set may cost, all runs together. Nothing is sent that could go beyond."""
+    """What the whole set may cost, all runs together.
+
+    Nothing is sent whose longest reply could go beyond, so that only a prompt of more tokens than foreseen, or a
+    teacher without `max_tokens`, can.
+    """
 
     tokens: Positive | None = None
     """Of prompts and replies together."""

@@ -53,7 +53,6 @@ class Teacher:
 
     Attributes:
         stopped: Why nothing more is sent, in words: the budget, or a server that does not serve. None while it does.
-        sent: Requests that were answered in this run.
         refused: Requests that the server refused for what is in them, in this run or an earlier one.
     """
 
@@ -77,9 +76,7 @@ class Teacher:
         """
         self.settings, self.journal, self.budget, self.on_reply = settings, journal, budget or Budget(), on_reply
         self.stopped: str | None = None
-        self.sent = self.refused = 0
-        self._refusals_in_a_row = 0
-        self._loop = asyncio.new_event_loop()
+        self.refused = self._refusals_in_a_row = 0
         self._reserved = (0, 0)
         self._settled = asyncio.Condition()
         self._requests_pace = Pace(settings.requests_per_minute)
@@ -91,6 +88,7 @@ class Teacher:
             # the client waits as long as Retry-After says, or twice as long each time
             max_retries=settings.retries,
         )
+        self._loop = asyncio.new_event_loop()
 
     def ask(self, requests: list[Request]) -> list[Reply | None]:
         """Replies in the order of the requests, whatever order they arrived in.
@@ -157,7 +155,7 @@ class Teacher:
             entry |= await self._complete(request)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             self._refusals_in_a_row += 1
-            # the first refusal of a run is one of how we ask, not of what
+            # a server that never accepted anything refuses how it is asked, not what
             if len(self.journal) == 0 or self._refusals_in_a_row >= REFUSALS_IN_A_ROW:
                 self.stopped = self._in_words(error)
                 return
@@ -167,7 +165,6 @@ class Teacher:
             return
         else:
             self._refusals_in_a_row = 0
-            self.sent += 1
         self._tokens_pace.correct(entry["tokens_in"] + entry["tokens_out"] - foreseen)
         self.journal.add(entry)
         self.on_reply(request)
