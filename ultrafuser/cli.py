@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from .commands import app as commands
 from .data.commands import app as data_commands
 
 
@@ -17,6 +18,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Instruction data: make it, clean it, take it in, look at it.")
 data.add_typer(data_commands)
 app.add_typer(data, name="data")
+app.add_typer(commands)
 
 
 @app.callback()
@@ -296,8 +298,8 @@ def data_make(
         console.print(f"given up in step {step}, no reply could be used: {sum(domains.values()):,}")
     spent = f"{report['tokens_in'] + report['tokens_out']:,} tokens and {report['cost']:,.2f} in all"
     console.print(f"{report['replies']:,} replies, {report['refused']:,} refusals, {spent}: {out}")
-    if report["stopped"]:
-        typer.echo(report["stopped"], err=True)
+    if report["stopped"] or not report["records"]:
+        typer.echo(report["stopped"] or f"No reply could be used; {out}/journal.jsonl holds them all.", err=True)
         raise typer.Exit(1)
 
 
