@@ -12,6 +12,7 @@ from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
 
 from . import licences
 from .evaluation.journal import digest
+from .folders import read_ingredients
 
 
 TEMPLATE = Path(__file__).parent / "hub_card.jinja"
@@ -33,8 +34,8 @@ def write_card(
         folder: Of the fused model.
         results: `results.json` of comparisons and judgements of this model, as `ultrafuser evaluate` and
             `ultrafuser judge` write them.
-        specialists: Name to Hub id or folder of each specialist; a fused folder does not record them. Their licences
-            are read from their own cards.
+        specialists: Name to Hub id or folder of each specialist. Their licences are read from their own cards.
+            Default: what the folder says of them, if `ultrafuser fuse` wrote it.
         data: What the gate and the specialists were trained on: Hub ids, or words.
         repo: Id under which the model will be found. Default: the folder's name.
         overwrite: Replace a `README.md` that was not written, or has been changed since it was written, by this.
@@ -57,7 +58,13 @@ def write_card(
     sources = dict(specialists or {})
     if unknown := sorted(set(sources) - set(config.specialist_names)):
         raise ValueError(f"The specialists in {str(folder)!r} are {config.specialist_names}, but got {unknown}.")
-    ingredients = [licences.read_ingredient(name, sources.get(name)) for name in config.specialist_names]
+    recorded = read_ingredients(folder)
+    ingredients = [
+        _as_recorded(name, recorded[name])
+        if name in recorded and name not in sources
+        else licences.read_ingredient(name, sources.get(name))
+        for name in config.specialist_names
+    ]
     loaded = [_load(file, config) for file in results]
     comparisons, judgements = ([r for r in loaded if key in r] for key in ("rows", "judge"))
     repo = repo or folder.resolve().name
@@ -100,6 +107,12 @@ def _is_ours(text: str) -> bool:
     """Whether this wrote the card, and nobody has changed a letter since."""
     mark = re.search(r"<!-- ultrafuser card (\w+) -->\n\Z", text)
     return mark is not None and digest(text[: mark.start()]) == mark[1]
+
+
+def _as_recorded(name: str, record: dict[str, str | None]) -> licences.Ingredient:
+    stated = {key: record.get(key) for key in ("licence", "terms", "link", "problem")}
+    # only what comes from the Hub has a commit, and is there for others
+    return licences.Ingredient(name, record["source"] if record["commit"] else None, **stated)
 
 
 def _config(folder: Path) -> UltraFuserConfig:

@@ -22,7 +22,7 @@ def print_tokens(tokens: list[Token], console: Console | None = None) -> None:
     console.print(_coloured(tokens, colours))
     legend = Text("\n")
     for name, weight in mean_weights(tokens).items():
-        legend.append(f" {name} ", _style(colours[name], 1.0, len(names)))
+        legend.append(f" {name} ", speaker_style(colours[name], 1.0, len(names)))
         legend.append(f" {weight:.0%}   ")
     console.print(legend)
     console.print("Mean gate weights. A stronger colour is a larger weight of the specialist that leads.", style="dim")
@@ -49,7 +49,7 @@ def _coloured(tokens: list[Token], colours: dict[str, str]) -> Text:
         if leader is None:
             text.append(token.text, "dim")
         else:
-            style = _style(colours[leader], token.weights[leader], len(colours))
+            style = speaker_style(colours[leader], token.weights[leader], len(colours))
             *lines, rest = token.text.split("\n")
             for line in lines:
                 # the line's end itself stays without a style, or colour would fill the rest of the line
@@ -58,7 +58,8 @@ def _coloured(tokens: list[Token], colours: dict[str, str]) -> Text:
     return text
 
 
-def _style(colour: str, weight: float, specialists: int) -> Style:
+def speaker_style(colour: str, weight: float, specialists: int) -> Style:
+    """How a terminal shows that a specialist leads with this weight."""
     # both colours are given, so that it reads whatever the terminal's own are
     background = blend(colour, 1.5 * strength(weight, specialists))
     return Style(color=text_on(background), bgcolor=background)

@@ -1,0 +1,220 @@
+"""Commands that make, change and use fused folders: fuse, specialist, add, remove, train, chat, serve."""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+app = typer.Typer()
+Folder = Annotated[Path, typer.Argument(help="Folder of a fused model.")]
+Out = Annotated[Path, typer.Option(help="Folder to write; there must be nothing in it.")]
+
+
+@app.command()
+def fuse(
+    what: Annotated[list[str], typer.Argument(help="NAME=ID or NAME=FOLDER of each specialist; or one YAML recipe.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; there must be nothing in it.")] = None,
+    gate: Annotated[str | None, typer.Option(help="mlp (default), linear, constant or uniform.")] = None,
+    fusion: Annotated[str | None, typer.Option(help="logits (default) or probabilities.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights, bfloat16 say. Default: what they share.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Name of the specialist whose chat template to take.")
+    ] = None,
+    revision: Annotated[list[str] | None, typer.Option(help="NAME=COMMIT, branch or tag; may be given again.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its sizes; load no weights.")] = False,
+) -> None:
+    """Fuse specialists into one model's folder. Its new gate weighs all alike: train it next.
+
+    Example: ultrafuser fuse text=Qwen/Qwen2.5-1.5B-Instruct code=Qwen/Qwen2.5-Coder-1.5B-Instruct --out fused --chat-template text --dry-run
+    """
+    with _in_words():
+        from dataclasses import replace
+
+        from . import fusing
+
+        rest = {}
+        if len(what) == 1 and "=" not in what[0]:
+            recipe, rest = fusing.load_recipe(Path(what[0]))
+        else:
+            recipe = fusing.Fusion(_pairs(what, "Specialists"))
+        given = {
+            "specialist_revisions": _pairs(revision or [], "--revision") or None,
+            "chat_template": chat_template,
+            "gate": gate,
+            "fusion": fusion,
+        }
+        recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
+        dtype = dtype or rest.get("dtype", "auto")
+        if dry_run:
+            plan = fusing.make_plan(recipe, dtype)
+            _console().print(plan.table())
+            typer.echo(plan.words())
+            return
+        if out is None and "out" not in rest:
+            raise typer.BadParameter("say which folder to write: --out, or `out` in the recipe.")
+        out = out or Path(rest["out"])
+        fusing.fuse(recipe, out, dtype=dtype, say=typer.echo)
+    typer.echo(f"Wrote {str(out)!r}. To load it:\n\n{_loading(out)}")
+
+
+def _loading(out: Path) -> str:
+    return "\n".join(
+        f'{variable} = {auto}.from_pretrained("{out}", trust_remote_code=True)'
+        for variable, auto in (("model", "AutoModelForCausalLM"), ("tokenizer", "AutoTokenizer"))
+    )
+
+
+@app.command()
+def specialist(folder: Folder, name: Annotated[str, typer.Argument(help="Of the specialist.")], out: Out) -> None:
+    """One specialist of a fused model back, as an ordinary model's folder with its tokenizer.
+
+    Example: ultrafuser specialist fused code --out code-again
+    """
+    with _in_words():
+        from . import editing
+
+        editing.take_out(folder, name, out)
+    typer.echo(f"Wrote {str(out)!r}, which loads with AutoModelForCausalLM and needs no code of ours.")
+
+
+@app.command()
+def add(
+    folder: Folder,
+    newcomer: Annotated[str, typer.Argument(help="NAME=ID or NAME=FOLDER.")],
+    out: Out,
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of its repository.")] = None,
+) -> None:
+    """Put one more specialist into a fused model; what the gate learned about the others stays.
+
+    Example: ultrafuser add fused medicine=owner/medicine-1.5b --out fused-4
+    """
+    with _in_words():
+        from . import editing
+
+        [(name, source)] = _pairs([newcomer], "The argument").items()
+        editing.add(folder, name, source, out, revision=revision)
+    typer.echo(f"Wrote {str(out)!r}. Nothing has shown its gate yet when {name!r} is right: train it.")
+
+
+@app.command()
+def remove(folder: Folder, name: Annotated[str, typer.Argument(help="Of the specialist.")], out: Out) -> None:
+    """Take a specialist out of a fused model; what the gate learned about the others stays.
+
+    Example: ultrafuser remove fused math --out fused-2
+    """
+    with _in_words():
+        from . import editing
+
+        editing.remove(folder, name, out)
+    typer.echo(f"Wrote {str(out)!r}.")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    recipe: Annotated[Path | None, typer.Argument(help="YAML file, as those in examples/recipes.")] = None,
+    stage: Annotated[str | None, typer.Option(help="gate or joint. Default: what the recipe says.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder of a fused model, or its id on the Hub.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="DOMAIN=FILE.jsonl or DOMAIN=HUB_ID:SPLIT, once each.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
+) -> None:
+    """Train a stage: first the gate, then, if you like, everything. Any field of a recipe is an option, too.
+
+    Example: ultrafuser train --stage gate --model fused --data text=text.jsonl --data code=code.jsonl --out trained --learning_rate 1e-3
+    """
+    # its loaders fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # TRL sets it by its old name, whatever one does
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    given = {"model_name_or_path": model, "output_dir": out, "max_steps": max_steps}
+    arguments = [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+    with _in_words():
+        from . import training
+
+        fused, args, model_args = training.parse([*arguments, *context.args], stage=stage, recipe=recipe)
+        if data:
+            fused.domains = {d: training.data_set(source) for d, source in _pairs(data, "--data").items()}
+        if resume:
+            args.resume_from_checkpoint = training.last_complete_checkpoint(args.output_dir)
+            typer.echo(f"Going on from {args.resume_from_checkpoint or 'the beginning: there is no checkpoint'}.")
+        training.train(fused, args, model_args)
+    typer.echo(f"Wrote {args.output_dir!r}. Is it worth it? `ultrafuser evaluate {args.output_dir} --help`.")
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Folder of a fused model, or its id on the Hub.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 512,
+) -> None:
+    """Chat in the terminal, every token coloured by the specialist that leads. Or pipe one prompt per line into it.
+
+    Example: ultrafuser chat fused
+    """
+    with _in_words():
+        from .chatting import Chat, typed
+        from .reports import explaining
+
+        console = _console()
+        conversation = Chat(*explaining.load(model), console, max_new_tokens=max_new_tokens)
+        conversation.run(typed(console) if sys.stdin.isatty() else sys.stdin)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    folder: Annotated[str, typer.Argument(help="Folder of a fused model: its name in requests.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve a fused model with transformers' OpenAI-compatible server. Takes all options of `transformers serve`.
+
+    Example: ultrafuser serve fused --port 8000 --continuous-batching
+    """
+    with _in_words():
+        from .serving import serve as run
+
+        run(folder, ["--host", host, "--port", str(port), *context.args])
+
+
+def _pairs(texts: list[str], what: str) -> dict[str, str]:
+    """NAME=VALUE arguments as a dict."""
+    pairs = [text.partition("=") for text in texts]
+    for text, (name, _, value) in zip(texts, pairs, strict=True):
+        if not name or not value:
+            raise typer.BadParameter(f"{what} must be NAME=VALUE, but got {text!r}.")
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise typer.BadParameter(f"{what} must have a name each, but the names are {names}.")
+    return {name: value for name, _, value in pairs}
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Bars only where somebody watches; errors as sentences, and exit code 2."""
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils import logging
+
+        disable_progress_bars()
+        logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(highlight=False)

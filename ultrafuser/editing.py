@@ -1,0 +1,225 @@
+"""Specialists put into and taken out of a fused model whose gate keeps what it learned.
+
+What a gate can keep depends on what its scores read. Gate weights are the softmax of one score per specialist, so as
+long as the scores of the others stay, their shares stay in proportion:
+
+- taken out: new weights of the others = old weights / (1 - old weight of the one taken out);
+- put in: new weights of the others = old weights * (1 - weight of the newcomer).
+
+Both hold exactly, at every token, except for taking a specialist out of a "linear" gate, see `remove_specialist`.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
+from modeling_ultrafuser.checking_ultrafuser import own_config
+
+from .folders import fused_config, new_folder, read_ingredients, save_fused
+from .fusing import described
+
+
+BACKBONE, GATE, HEAD = "model.specialists.", "model.fusion_gate.", "lm_head.weight"
+SHARED_LAYER = "hidden_weight.shared"
+
+
+def add(folder: Path, name: str, source: str, out: Path, *, revision: str | None = None) -> None:
+    """Writes a fused folder with one more specialist, see `add_specialist`."""
+    with new_folder(out) as part:
+        first = fused_config(folder).specialist_names[0]
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        commit = getattr(own_config(name, source, revision=revision or "main"), "_commit_hash", None)
+        # token ids must mean the same to it; the chat template stays
+        common_tokenizer({first: tokenizer, name: source}, chat_template=first, revisions={name: commit or "main"})
+        model = add_specialist(UltraFuserForCausalLM.from_pretrained(folder), name, source, revision=commit)
+        save_fused(part, model, tokenizer, read_ingredients(folder) | {name: described(name, source, commit)})
+
+
+def remove(folder: Path, name: str, out: Path) -> None:
+    """Writes a fused folder without one of its specialists, see `remove_specialist`."""
+    with new_folder(out) as part:
+        _check_name(fused_config(folder), name)
+        model = remove_specialist(UltraFuserForCausalLM.from_pretrained(folder), name)
+        ingredients = {n: i for n, i in read_ingredients(folder).items() if n != name}
+        save_fused(part, model, AutoTokenizer.from_pretrained(folder), ingredients)
+
+
+def take_out(folder: Path, name: str, out: Path) -> None:
+    """Writes one specialist of a fused folder as an ordinary model's folder, with the fused model's tokenizer."""
+    with new_folder(out) as part:
+        _check_name(fused_config(folder), name)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(part)
+        UltraFuserForCausalLM.from_pretrained(folder).specialist(name).save_pretrained(part)
+
+
+def remove_specialist(model: UltraFuserForCausalLM, name: str) -> UltraFuserForCausalLM:
+    """A fused model without one of its specialists. The tensors of the others stay as they are, bit by bit.
+
+    With an "mlp" or "constant" gate the others' scores stay, and with them their shares in proportion. A "linear" gate
+    scores every specialist from the hidden states of all, so what it read from the one taken out is missing from the
+    others' scores: train it again. "uniform" has nothing to keep.
+
+    Args:
+        model: A fused model of three specialists or more. It is not changed.
+        name: Of the specialist to take out.
+
+    Raises:
+        ValueError: If there is no such specialist, a single one would be left, or the gate cannot keep what it learned.
+    """
+    names = model.config.specialist_names
+    _check_name(model.config, name)
+    if len(names) == 2:
+        left = next(n for n in names if n != name)
+        raise ValueError(
+            f"A fused model has at least two specialists, but without {name!r} only {left!r} would be left. Take that "
+            f"one by itself: `ultrafuser specialist FOLDER {left}`."
+        )
+    kept = [k for k, n in enumerate(names) if n != name]
+    config = _config(
+        model, [names[k] for k in kept], [model.config.specialists[k] for k in kept], model.generation_config
+    )
+    state = {k: t for k, t in model.state_dict().items() if not k.startswith((f"{BACKBONE}{name}.", GATE))}
+    columns = _columns(model.config)
+    columns = torch.cat([columns[k] for k in kept])
+    state[HEAD] = state[HEAD][:, columns]
+    gate = model.model.fusion_gate.state_dict()
+    if model.config.gate == "mlp":
+        gate.pop(f"hidden_weight.{name}", None)
+        gate = _with_one_layer(gate, config)
+    elif model.config.gate == "linear":
+        gate = {"weight": gate["weight"][kept][:, columns], "bias": gate["bias"][kept]}
+    elif model.config.gate == "constant":
+        gate = {"logits": gate["logits"][kept]}
+    return _built(model, config, state, gate)
+
+
+def add_specialist(
+    model: UltraFuserForCausalLM, name: str, source: str | os.PathLike, *, revision: str | None = None
+) -> UltraFuserForCausalLM:
+    """A fused model with one more specialist, the last. The tensors of the others stay as they are, bit by bit.
+
+    The others' scores stay. The newcomer's own score is, with a gate that is
+
+    - "mlp", of equal hidden sizes: what the shared layers make of its hidden states, as of everyone's;
+    - "mlp", of different hidden sizes: one number, what the gate makes of a hidden state of zeros, as its first layer
+      starts at zero;
+    - "constant": such that it starts with an equal share, 1 in all specialists;
+    - "linear": a bias alone, the one that would be an equal share if the others' biases were all they had.
+
+    Then train the gate: nothing so far has shown it when the newcomer is right.
+
+    Args:
+        model: A fused model. It is not changed.
+        name: Of the newcomer.
+        source: Its Hub id or folder.
+        revision: Branch, tag or commit of its repository.
+
+    Raises:
+        ValueError: If it does not fit the others.
+        OSError: If it cannot be read.
+    """
+    config = model.config
+    names = config.specialist_names
+    if name in names:
+        raise ValueError(f"Every specialist has a name of its own, but there is a {name!r} among {names}.")
+    rows = own_config(name, source, revision=revision or "main").get_text_config(decoder=True).vocab_size
+    if rows < config.vocab_size:
+        raise ValueError(
+            f"A specialist is put in without touching the others, whose vocabulary has {config.vocab_size} rows, but "
+            f"{name!r} has only {rows}. Fuse all of them anew: `ultrafuser fuse` cuts every one to {rows}."
+        )
+    # fused with one of the others first: that checks, scales, cuts and probes it as ever
+    pair = UltraFuserForCausalLM.from_specialists(
+        {names[0]: model.specialist(names[0]), name: source},
+        gate="uniform",
+        fusion=config.fusion,
+        dtype=model.dtype,
+        revisions={name: revision} if revision else None,
+    )
+    newcomer = pair.config.specialists[1]
+    new_config = _config(model, [*names, name], [*config.specialists, newcomer], pair.generation_config)
+    state = {k: t for k, t in model.state_dict().items() if not k.startswith(GATE)}
+    state |= {k: t for k, t in pair.state_dict().items() if k.startswith(f"{BACKBONE}{name}.")}
+    state[HEAD] = torch.cat([state[HEAD], pair.lm_head.weight.detach()[:, -newcomer.hidden_size :]], dim=1)
+    gate = model.model.fusion_gate.state_dict()
+    if config.gate == "mlp":
+        gate = _with_layer_of(gate, config, name, newcomer.hidden_size)
+    elif config.gate == "linear":
+        weight, bias = gate["weight"], gate["bias"]
+        weight = torch.nn.functional.pad(weight, (0, newcomer.hidden_size, 0, 1))
+        gate = {"weight": weight, "bias": _with_equal_share(bias, config.gate_temperature)}
+    elif config.gate == "constant":
+        gate = {"logits": _with_equal_share(gate["logits"], config.gate_temperature)}
+    built = _built(model, new_config, state, gate)
+    built.generation_config = pair.generation_config
+    return built
+
+
+def _check_name(config: UltraFuserConfig, name: str) -> None:
+    if name not in config.specialist_names:
+        raise ValueError(f"There is no specialist {name!r}. Choose one of {config.specialist_names}.")
+
+
+def _with_equal_share(scores: Tensor, temperature: float) -> Tensor:
+    """Scores and one more, whose softmax is 1 in all. Shape (specialists + 1,)."""
+    score = temperature * ((scores / temperature).logsumexp(0) - math.log(len(scores)))
+    return torch.cat([scores, score[None]])
+
+
+def _with_layer_of(gate: dict[str, Tensor], config: UltraFuserConfig, name: str, size: int) -> dict[str, Tensor]:
+    """The "mlp" gate's tensors for one more specialist of this hidden size."""
+    shared = gate.get(SHARED_LAYER)
+    if shared is not None and shared.shape[1] == size:
+        return gate
+    gate = {k: t for k, t in gate.items() if k != SHARED_LAYER}
+    if shared is not None:
+        gate |= {f"hidden_weight.{n}": shared.clone() for n in config.specialist_names}
+    return {**gate, f"hidden_weight.{name}": torch.zeros(config.gate_hidden_size, size)}
+
+
+def _with_one_layer(gate: dict[str, Tensor], config: UltraFuserConfig) -> dict[str, Tensor]:
+    """The "mlp" gate's tensors, with one first layer if all hidden sizes are the same now."""
+    own = {n: gate.get(f"hidden_weight.{n}") for n in config.specialist_names}
+    if len({c.hidden_size for c in config.specialists}) > 1 or SHARED_LAYER in gate:
+        return gate
+    first = own[config.specialist_names[0]]
+    if not all(torch.equal(t, first) for t in own.values()):
+        raise ValueError(
+            f"An 'mlp' gate has one first layer for specialists of one hidden size, but {list(own)}, which would be "
+            f"left, have learned one each, and no single layer can say what they do. Fuse those specialists anew and "
+            f"train the gate."
+        )
+    return {k: t for k, t in gate.items() if not k.startswith("hidden_weight.")} | {SHARED_LAYER: first}
+
+
+def _columns(config: UltraFuserConfig) -> list[Tensor]:
+    """Places of each specialist's hidden state in all of them side by side."""
+    sizes = [c.hidden_size for c in config.specialists]
+    return list(torch.arange(sum(sizes)).split(sizes))
+
+
+def _config(model: UltraFuserForCausalLM, names: list[str], specialists: list, generation_config) -> UltraFuserConfig:
+    """The model's configuration with other specialists. Whatever follows from them follows anew."""
+    fields = {**model.config.to_dict(), "specialist_names": names, "specialists": specialists}
+    # the longest context is that of the shortest
+    del fields["max_position_embeddings"]
+    ends = {f: getattr(generation_config, f) for f in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return UltraFuserConfig.from_dict({**fields, **ends})
+
+
+def _built(
+    model: UltraFuserForCausalLM, config: UltraFuserConfig, state: dict[str, Tensor], gate: dict[str, Tensor]
+) -> UltraFuserForCausalLM:
+    state |= {f"{GATE}{key}": tensor for key, tensor in gate.items()}
+    built, info = UltraFuserForCausalLM.from_pretrained(
+        None, config=config, state_dict=state, dtype=model.dtype, output_loading_info=True
+    )
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise RuntimeError(f"The edited model's tensors do not fit it: {info}. This is a defect: please report it.")
+    built.generation_config = model.generation_config
+    return built.eval()

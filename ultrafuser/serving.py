@@ -1,0 +1,45 @@
+"""Transformers' own OpenAI-compatible server, on a fused folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+
+from .folders import fused_config
+
+
+def serve(folder: str, arguments: Sequence[str] = ()) -> None:
+    """Serves a fused folder with `transformers serve` until it is stopped.
+
+    The server looks a model's class up by its name among transformers' own, so the class is put there. And as it
+    serves one model and refuses the name of any other, it lists that one, instead of all that are in the Hub's cache.
+
+    Args:
+        folder: Of a fused model, and its name in requests.
+        arguments: Of `transformers serve`: `--port`, `--continuous-batching` and so on.
+
+    Raises:
+        ImportError: If the server's packages are not installed.
+        ValueError: If the folder is no fused model's, or its path cannot be a model's name there.
+        FileNotFoundError: If it is none at all.
+    """
+    fused_config(folder)
+    if "@" in folder or ".gguf" in folder:
+        raise ValueError(
+            f"The server takes what follows an @ in a model's name for a revision, and .gguf for a format, but the "
+            f"folder is {folder!r}. Rename it, or go to the folder that holds it and give the rest of the path."
+        )
+    import transformers
+    import typer
+    from transformers.cli.serve import Serve
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ImportError('The server needs packages of its own: pip install "ultrafuser[serve]".')
+    transformers.UltraFuserForCausalLM = UltraFuserForCausalLM
+    listed = {"id": folder, "object": "model", "created": int(Path(folder).stat().st_mtime), "owned_by": "ultrafuser"}
+    ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: [listed])
+    server = typer.Typer(pretty_exceptions_enable=False)
+    server.command()(Serve)
+    server([folder, *arguments], standalone_mode=False)

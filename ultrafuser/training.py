@@ -1,0 +1,162 @@
+"""Both stages of training from a recipe: what `ultrafuser train` and the scripts in `examples/` do."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset, load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
+from modeling_ultrafuser.tokenizing_ultrafuser import print_line
+from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
+from trainers.stages import last_complete_checkpoint
+
+from .folders import read_ingredients, write_ingredients
+from .fusing import Fusion, described
+
+
+STAGES = {"gate": (GateStageConfig, GateTrainer), "joint": (JointStageConfig, JointTrainer)}
+
+
+@dataclass
+class FusedArguments(Fusion):
+    """Given in the YAML recipe."""
+
+    domains: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Domain to the arguments of `load_dataset`: {math: {path: ..., split: train}}."},
+    )
+    stage: str | None = field(default=None, metadata={"help": "gate or joint: which stage the recipe is for."})
+
+
+def parse(
+    arguments: list[str], *, stage: str | None = None, recipe: Path | None = None
+) -> tuple[FusedArguments, GateStageConfig | JointStageConfig, ModelConfig]:
+    """Settings of a stage from a recipe, and from a command line, which goes before it.
+
+    Every field of `GateStageConfig` or `JointStageConfig`, and so of TRL's `SFTConfig`, of TRL's `ModelConfig` and of
+    `FusedArguments` can stand in either.
+
+    Args:
+        arguments: Of the command line.
+        stage: "gate" or "joint". Default: what the recipe says.
+        recipe: YAML file.
+
+    Raises:
+        ValueError: If a field is unknown, or nobody says which stage.
+        OSError: If the recipe cannot be read.
+    """
+    written = {} if recipe is None else yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    if not isinstance(written, dict):
+        raise ValueError(
+            f"A recipe says `field: value` in YAML, but {str(recipe)!r} holds a {type(written).__name__}."
+        )
+    stage = stage or written.get("stage")
+    if stage not in STAGES:
+        raise ValueError(f"A stage is one of {list(STAGES)}, but got {stage!r}. Say it: --stage gate, say.")
+    parser = TrlParser((FusedArguments, STAGES[stage][0], ModelConfig))
+    config = [] if recipe is None else ["--config", str(recipe)]
+    fused, args, model = parser.parse_args_and_config([*config, *arguments])
+    fused.stage = stage
+    return fused, args, model
+
+
+def train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model_args: ModelConfig) -> None:
+    """Trains a stage and saves a folder that loads anywhere.
+
+    Args:
+        fused: What to train, on which data, in which stage.
+        args: Settings of the stage. With `resume_from_checkpoint` it goes on from there; "True" is the last complete
+            checkpoint.
+        model_args: The model's folder, its dtype, LoRA.
+
+    Raises:
+        FileExistsError: If the output folder holds a run already, and is not to be gone on with.
+        ValueError: If something given does not fit.
+        OSError: If a model or data cannot be read.
+    """
+    out, resume = Path(args.output_dir), args.resume_from_checkpoint
+    if not resume and (last_complete_checkpoint(out) or (out / "config.json").exists()):
+        raise FileExistsError(
+            f"Nothing is overwritten unasked, but {str(out)!r} holds another run's model or checkpoints. Go on from "
+            f"the last checkpoint: `ultrafuser train --resume`, or --resume_from_checkpoint True; or choose another "
+            f"output_dir."
+        )
+    domains = load_domains(fused)
+    model, tokenizer = load_model(fused, model_args, trust_remote_code=args.trust_remote_code)
+    own = {"peft_config": get_peft_config(model_args)} if fused.stage == "joint" else {}
+    trainer = STAGES[fused.stage][1](model, args, domains, processing_class=tokenizer, **own)
+    if args.should_save:
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        every = sum(p.numel() for p in trainer.model.parameters())
+        print_line(f"Stage {fused.stage}: {trained:,} of {every:,} parameters are trained.")
+    trainer.train(resume_from_checkpoint=resume == "True" or resume)
+    if args.should_save:
+        # before the weights: killed in between, it leaves nothing that loads
+        tokenizer.save_pretrained(out)
+        write_ingredients(out, _ingredients(fused, model_args))
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def _ingredients(fused: FusedArguments, model: ModelConfig) -> dict[str, dict]:
+    """Where the specialists come from: what the folder says that training began from, or what was fused."""
+    if fused.specialists:
+        revisions = fused.specialist_revisions or {}
+        return {n: described(n, source, revisions.get(n)) for n, source in fused.specialists.items()}
+    return read_ingredients(Path(model.model_name_or_path))
+
+
+def load_model(
+    fused: FusedArguments, model: ModelConfig, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The fused folder named by --model_name_or_path, or else the specialists, fused now."""
+    shared = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
+    if bool(fused.specialists) == bool(model.model_name_or_path):
+        raise ValueError(
+            "Give either a fused model (--model_name_or_path) or specialists to fuse (`specialists:` in the recipe), "
+            f"but got {model.model_name_or_path!r} and {fused.specialists!r}."
+        )
+    if fused.specialists:
+        revisions = fused.specialist_revisions
+        return (
+            UltraFuserForCausalLM.from_specialists(
+                fused.specialists, gate=fused.gate, fusion=fused.fusion, revisions=revisions, **shared
+            ),
+            common_tokenizer(fused.specialists, chat_template=fused.chat_template, revisions=revisions),
+        )
+    shared |= {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=trust_remote_code
+    )
+    return AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **shared), tokenizer
+
+
+def data_set(source: str) -> dict[str, str]:
+    """Arguments of `load_dataset` for a JSON Lines file, or for HUB_ID:SPLIT."""
+    if Path(source).suffix in (".jsonl", ".json"):
+        return {"path": "json", "data_files": source}
+    path, _, split = source.partition(":")
+    return {"path": path, "split": split or "train"}
+
+
+def load_domains(fused: FusedArguments) -> dict[str, Dataset]:
+    """One dataset per domain, with the columns that a trainer reads."""
+    if not fused.domains:
+        raise ValueError("Training draws from domains, but the recipe has none. Add `domains:`, a dataset for each.")
+    formats = (("messages",), ("prompt", "completion"), ("text",))  # data sets may hold several
+    found = {}
+    for name, arguments in fused.domains.items():
+        dataset = load_dataset(**{"split": "train", **arguments})
+        columns = next((f for f in formats if set(f) <= set(dataset.column_names)), None)
+        if columns is None:
+            raise ValueError(
+                f"Rows have `messages`, `prompt` and `completion`, or `text`, but those of {name!r} have "
+                f"{dataset.column_names}. Rename its columns."
+            )
+        found[name] = dataset.select_columns(list(columns))
+    return found
