@@ -21,7 +21,7 @@ from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_
 from modeling_ultrafuser.checking_ultrafuser import own_config
 
 from .folders import fused_config, new_folder, read_ingredients, save_fused
-from .fusing import described
+from .fusing import commit_of, described
 
 
 BACKBONE, GATE, HEAD = "model.specialists.", "model.fusion_gate.", "lm_head.weight"
@@ -33,7 +33,9 @@ def add(folder: Path, name: str, source: str, out: Path, *, revision: str | None
     with new_folder(out) as part:
         first = fused_config(folder).specialist_names[0]
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        commit = getattr(own_config(name, source, revision=revision or "main"), "_commit_hash", None)
+        # refuses in words what is no model, before anything else asks the Hub
+        own_config(name, source, revision=revision or "main")
+        commit = commit_of(source, revision)
         # token ids must mean the same to it; the chat template stays
         common_tokenizer({first: tokenizer, name: source}, chat_template=first, revisions={name: commit or "main"})
         model = add_specialist(UltraFuserForCausalLM.from_pretrained(folder), name, source, revision=commit)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -121,7 +121,7 @@ def make_plan(recipe: Fusion, dtype: str = "auto") -> Plan:
             f"{specialists} and revisions {revisions}."
         )
     configs = {n: own_config(n, s, revision=revisions.get(n) or "main") for n, s in specialists.items()}
-    commits = {n: c._commit_hash for n, c in configs.items() if getattr(c, "_commit_hash", None)}
+    commits = {n: commit for n, s in specialists.items() if (commit := commit_of(s, revisions.get(n)))}
     text_configs = {n: c.get_text_config(decoder=True) for n, c in configs.items()}
     for name, config in configs.items():
         check_architecture(name, config, text_configs[name])
@@ -190,6 +190,14 @@ def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str],
         say(f"writing {size_in_words(plan.size)}")
         save_fused(folder, model, plan.tokenizer, ingredients)
     return plan
+
+
+def commit_of(source: str, revision: str | None = None) -> str | None:
+    """The commit that a revision of a Hub's repository is at now; None for a folder."""
+    if os.path.isdir(source):
+        return None
+    # the folder of a snapshot is named after its commit
+    return Path(hf_hub_download(source, "config.json", revision=revision)).parent.name
 
 
 def described(name: str, source: str, commit: str | None) -> dict[str, str | None]:

@@ -15,7 +15,7 @@ from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTraine
 from trainers.stages import last_complete_checkpoint
 
 from .folders import read_ingredients, write_ingredients
-from .fusing import Fusion, described
+from .fusing import Fusion, commit_of, described
 
 
 STAGES = {"gate": (GateStageConfig, GateTrainer), "joint": (JointStageConfig, JointTrainer)}
@@ -107,7 +107,7 @@ def _ingredients(fused: FusedArguments, model: ModelConfig) -> dict[str, dict]:
     """Where the specialists come from: what the folder says that training began from, or what was fused."""
     if fused.specialists:
         revisions = fused.specialist_revisions or {}
-        return {n: described(n, source, revisions.get(n)) for n, source in fused.specialists.items()}
+        return {n: described(n, s, commit_of(s, revisions.get(n))) for n, s in fused.specialists.items()}
     return read_ingredients(Path(model.model_name_or_path))
 
 
