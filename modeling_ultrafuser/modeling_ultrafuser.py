@@ -194,21 +194,31 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
 
         # a device map may have put the specialists on several devices
         device = outputs[-1].last_hidden_state.device
-        hidden_states = [o.last_hidden_state.to(device) for o in outputs]
-        gate_weights = self.fusion_gate(hidden_states)
-        output_class = UltraFuserMixtureOutput
-        if self.config.fusion == "logits":
-            output_class = UltraFuserModelOutput
-            weights = gate_weights.to(hidden_states[0].dtype).split(1, dim=-1)
-            hidden_states = [w * h for w, h in zip(weights, hidden_states, strict=True)]
+        fused, gate_weights = self.weighed([o.last_hidden_state.to(device) for o in outputs])
+        output_class = UltraFuserModelOutput if self.config.fusion == "logits" else UltraFuserMixtureOutput
         output = output_class(
-            torch.cat(hidden_states, dim=-1),
+            fused,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=selected(end_to_end(outputs, "hidden_states"), output_hidden_states),
             attentions=end_to_end(outputs, "attentions"),
             gate_weights=gate_weights,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def weighed(self, hidden_states: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What the head reads: the specialists' last hidden states side by side, scaled where logits are mixed.
+
+        Args:
+            hidden_states: Each specialist's, on one device. Shapes (batch, seq, hidden).
+
+        Returns:
+            The fused hidden state, (batch, seq, sum of hidden), and the gate weights, (batch, seq, specialists).
+        """
+        gate_weights = self.fusion_gate(hidden_states)
+        if self.config.fusion == "logits":
+            weights = gate_weights.to(hidden_states[0].dtype).split(1, dim=-1)
+            hidden_states = [w * h for w, h in zip(weights, hidden_states, strict=True)]
+        return torch.cat(hidden_states, dim=-1), gate_weights
 
     def _shared_cache(self, cache: Cache | None) -> Cache:
         if cache is None:
@@ -282,11 +292,7 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_states = outputs[0][:, kept]
-        if self.config.fusion == "logits":
-            logits = _bounded(self.lm_head(hidden_states), soft_cap(self.config))
-        else:
-            logits = self._log_probabilities(hidden_states, outputs.gate_weights[:, kept]).to(hidden_states.dtype)
+        logits = self.logits(outputs[0][:, kept], outputs.gate_weights[:, kept])
 
         loss = None
         if labels is not None:
@@ -300,6 +306,12 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
             gate_weights=outputs.gate_weights,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def logits(self, hidden_states: Tensor, gate_weights: Tensor) -> Tensor:
+        """What the head says of what `UltraFuserModel.weighed` returns. Shape (batch, seq, vocab)."""
+        if self.config.fusion == "logits":
+            return _bounded(self.lm_head(hidden_states), soft_cap(self.config))
+        return self._log_probabilities(hidden_states, gate_weights).to(hidden_states.dtype)
 
     def _log_probabilities(self, hidden_states: Tensor, gate_weights: Tensor) -> Tensor:
         """log sum_k w_k softmax(h_k W_k^T), one specialist at a time. Shape (batch, seq, vocab)."""

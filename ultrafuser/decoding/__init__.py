@@ -1,0 +1,1 @@
+"""Faster ways to decode with a fused model, each exact: the tokens are those of plain `generate`."""
