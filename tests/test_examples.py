@@ -56,11 +56,8 @@ def test_both_stages_run_from_recipes_one_after_the_other(recipe, specialists, t
 def test_every_field_of_every_recipe_is_one_that_its_script_reads(path):
     from trl import ModelConfig
 
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        from fused_data import FusedArguments
-    finally:
-        sys.path.remove(str(EXAMPLES))
+    from ultrafuser.training import FusedArguments
+
     stage = JointStageConfig if "joint" in path.stem else GateStageConfig
     known = {f for cls in (stage, ModelConfig, FusedArguments) for f in cls.__dataclass_fields__}
     recipe = yaml.safe_load(path.read_text())

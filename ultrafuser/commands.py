@@ -115,10 +115,12 @@ def remove(folder: Folder, name: Annotated[str, typer.Argument(help="Of the spec
     typer.echo(f"Wrote {str(out)!r}.")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"ignore_unknown_options": True})
 def train(
-    context: typer.Context,
-    recipe: Annotated[Path | None, typer.Argument(help="YAML file, as those in examples/recipes.")] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="YAML file, as those in examples/recipes; any field of one as --field VALUE."),
+    ] = None,
     stage: Annotated[str | None, typer.Option(help="gate or joint. Default: what the recipe says.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder of a fused model, or its id on the Hub.")] = None,
     data: Annotated[
@@ -138,10 +140,13 @@ def train(
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     given = {"model_name_or_path": model, "output_dir": out, "max_steps": max_steps}
     arguments = [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+    words = words or []
+    # options that are not ours come as words, too
+    recipe = Path(words.pop(0)) if words and not words[0].startswith("-") else None
     with _in_words():
         from . import training
 
-        fused, args, model_args = training.parse([*arguments, *context.args], stage=stage, recipe=recipe)
+        fused, args, model_args = training.parse([*arguments, *words], stage=stage, recipe=recipe)
         if data:
             fused.domains = {d: training.data_set(source) for d, source in _pairs(data, "--data").items()}
         if resume:

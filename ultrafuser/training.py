@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +59,9 @@ def parse(
     if stage not in STAGES:
         raise ValueError(f"A stage is one of {list(STAGES)}, but got {stage!r}. Say it: --stage gate, say.")
     parser = TrlParser((FusedArguments, STAGES[stage][0], ModelConfig))
+    if not torch.accelerator.is_available():
+        # TRL's defaults are for a GPU, and refuse a machine without one
+        parser.set_defaults(use_cpu=True, bf16=False)
     config = [] if recipe is None else ["--config", str(recipe)]
     fused, args, model = parser.parse_args_and_config([*config, *arguments])
     fused.stage = stage

@@ -1,0 +1,113 @@
+"""Both stages from the command line: what a recipe or flags say, and going on after a kill."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+from tests.tiny import specialist, tokenizer
+from tests.training import CHAT_TEMPLATE, conversations
+from ultrafuser.cli import app
+
+
+NAMES = ["text", "code"]
+SMALL = {"examples_per_domain": 2, "per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True}
+
+
+@pytest.fixture
+def fused(tmp_path):
+    model = UltraFuserForCausalLM.from_specialists({name: specialist(layers=1) for name in NAMES})
+    model.save_pretrained(tmp_path / "fused")
+    tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(tmp_path / "fused")
+    (tmp_path / "fused" / "specialists.json").write_text(json.dumps({"code": {"source": "o/code", "commit": "abc"}}))
+    for name in NAMES:
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(c) for c in conversations(6)))
+    return tmp_path / "fused"
+
+
+def flags(fused, out):
+    """All of a run, without a recipe."""
+    data = [word for name in NAMES for word in ("--data", f"{name}={fused.parent / name}.jsonl")]
+    small = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
+    return ["--model", fused, "--out", out, *data, *small]
+
+
+def run(*words):
+    return CliRunner().invoke(app, ["train", *map(str, words)])
+
+
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def changed(one, other):
+    a, b = tensors(one), tensors(other)
+    return {key for key in a if not torch.equal(a[key], b[key])}
+
+
+def test_a_recipe_trains_the_gate_and_flags_then_everything(fused, tmp_path):
+    data = {n: {"path": "json", "data_files": str(tmp_path / f"{n}.jsonl")} for n in NAMES}
+    gate, joint = tmp_path / "gate", tmp_path / "joint"
+    written = {"stage": "gate", "model_name_or_path": str(fused), "output_dir": str(gate), "domains": data, **SMALL}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(written))
+    done = run(tmp_path / "recipe.yaml", "--max-steps", 2, "--learning_rate", 0.01)
+    assert done.exit_code == 0, done.output
+    assert changed(fused, gate)
+    assert all(key.startswith("model.fusion_gate.") for key in changed(fused, gate))
+    assert json.loads((gate / "specialists.json").read_text()) == {"code": {"source": "o/code", "commit": "abc"}}
+    assert json.loads((gate / "checkpoint-2" / "trainer_state.json").read_text())["max_steps"] == 2
+
+    done = run("--stage", "joint", *flags(gate, joint), "--max-steps", 1)
+    assert done.exit_code == 0, done.output
+    assert {"lm_head.weight", "model.specialists.text.embed_tokens.weight"} <= changed(gate, joint)
+
+
+def test_a_stage_goes_on_from_its_last_checkpoint_to_where_it_would_have_ended(fused, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    words = ["--stage", "gate", "--max-steps", 3, "--save_steps", 2]
+    done = run(*words, *flags(fused, whole), "--resume")
+    assert done.exit_code == 0, done.output
+    assert "the beginning" in done.output
+    # what a kill between the second and the third step leaves
+    shutil.copytree(whole / "checkpoint-2", cut / "checkpoint-2")
+
+    done = run(*words, *flags(fused, cut))
+    assert done.exit_code == 2
+    assert "--resume" in done.output
+    done = run(*words, *flags(fused, cut), "--resume")
+    assert done.exit_code == 0, done.output
+    assert "cut/checkpoint-2" in done.output
+    assert not changed(whole, cut)
+    assert changed(whole, whole / "checkpoint-2")
+
+
+def test_a_finished_model_is_not_overwritten(fused):
+    before = tensors(fused)
+    done = run("--stage", "gate", *flags(fused, fused))
+    assert done.exit_code == 2
+    assert "Nothing is overwritten" in done.output
+    assert all(torch.equal(tensor, before[key]) for key, tensor in tensors(fused).items())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "said"),
+    [
+        ({}, (), "A stage is one of"),
+        ({"stage": "third"}, (), "'third'"),
+        ({"stage": "gate", "output_dir": "out", "learning_rat": 1}, (), "learning_rat"),
+        ({"stage": "gate", "output_dir": "out"}, (), "Add `domains:`"),
+        ({"stage": "gate", "output_dir": "out"}, ("--data", "text"), "NAME=VALUE"),
+        (["stage"], (), "holds a list"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words(recipe, words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = run("recipe.yaml", *words)
+    assert done.exit_code == 2
+    assert said in done.output
