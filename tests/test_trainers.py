@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F  # noqa: N812
 from trl import SFTConfig
 
-import trainers.losses
+import trainers.chunked
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.stage_run import data as sums
 from tests.tiny import specialist, tokenizer
@@ -357,15 +357,17 @@ def test_domains_without_a_specialist_cannot_start_the_gate_warm(fused, tmp_path
         trainer(GateTrainer, fused, tmp_path, domains({"a": 4, "b": 4}), gate_domain=1.0)
 
 
-# ---- a mixture of probabilities
+# ---- the loss
 
 
-def test_the_loss_in_chunks_is_the_models_own(specialists, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainers.losses, "CHUNK", 5)
-    model = UltraFuserForCausalLM.from_specialists(specialists, fusion="probabilities")
+@BOTH
+@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+def test_the_loss_in_chunks_is_the_models_own(fusion, stage, specialists, tmp_path, monkeypatch):
+    monkeypatch.setitem(trainers.chunked.CHUNK, "cpu", 5)
+    model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion)
     for parameter in model.model.fusion_gate.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    run = trainer(JointTrainer, model, tmp_path)
+    run = trainer(stage, model, tmp_path)
     batch = batch_of(run)
     own_gradients = {}
     loss = model(**{k: v for k, v in batch.items() if k != "domain"}, use_cache=False).loss

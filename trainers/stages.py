@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
+from .chunked import add_chunked_head
 from .controlling import MixController
 from .domains import DomainCollator, with_domains
-from .losses import add_mixture_head, gate_terms
+from .losses import gate_terms
 from .mixing import effective_epochs, importance_weights, static_mix
 from .sampling import DomainSampler
 from .settings import GateStageConfig, JointStageConfig, StageConfig, accumulate, scaled_rate
@@ -95,13 +96,13 @@ class _StageTrainer(SFTTrainer):
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
 
         self.fused = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        if self.fused.config.fusion == "probabilities":
-            if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-                raise ValueError(
-                    "With fusion='probabilities' the loss reads the head a part at a time, in the backward pass too, and "
-                    "ZeRO-3 gathers it only where a whole layer runs. Train with FSDP2, or with ZeRO-2."
-                )
-            add_mixture_head(self.fused)
+        by_zero_3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        if self.fused.config.fusion == "probabilities" and by_zero_3:
+            raise ValueError(
+                "With fusion='probabilities' the loss reads the head a part at a time, and ZeRO-3 gathers it only where "
+                "a whole layer runs. Train with FSDP2, or with ZeRO-2."
+            )
+        add_chunked_head(self.fused)
         keep_head_whole(self.fused)
         self.data_collator = DomainCollator(self.data_collator, self.domains)
         self.sizes = np.bincount(
