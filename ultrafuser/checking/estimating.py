@@ -1,0 +1,111 @@
+"""What a fused model costs, from its specialists' configurations: disk, memory, cache, time, training."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from modeling_ultrafuser import UltraFuserConfig
+from modeling_ultrafuser.checking_ultrafuser import backbone_class
+from modeling_ultrafuser.configuration_ultrafuser import head_dim, num_key_value_heads, specialist_layer_types
+from modeling_ultrafuser.gating_ultrafuser import GATES
+
+
+# float32: a number, its gradient, and AdamW's two moments
+TRAINED = 4 * 4
+LORA_RANK = 16
+CACHED = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+@dataclass
+class Size:
+    """Of one specialist inside the fused model, in parameters.
+
+    Attributes:
+        backbone: All but its head.
+        embedding: The part of the backbone that is looked up, a row per token, and not multiplied by.
+        head: Its columns of the wide head.
+        adapter: LoRA of rank 16 on all linear layers of its backbone.
+        tied: Whether embedding and head are one tensor in its own files.
+    """
+
+    backbone: int
+    embedding: int
+    head: int
+    adapter: int
+    tied: bool
+
+
+def size(model: PreTrainedModel, config, rows: int) -> Size:
+    """A specialist's size once it is a part of the fused model.
+
+    Args:
+        model: With its own head; on the meta device is enough.
+        config: Of its text part.
+        rows: Of the fused vocabulary.
+    """
+    backbone = next(m for m in model.modules() if type(m) is backbone_class(config))
+    own_rows, hidden = backbone.get_input_embeddings().weight.shape
+    linear = (m for m in backbone.modules() if isinstance(m, nn.Linear))
+    return Size(
+        backbone=sum(p.numel() for p in backbone.parameters()) - (own_rows - rows) * hidden,
+        embedding=rows * hidden,
+        head=rows * config.hidden_size,
+        adapter=LORA_RANK * sum(m.in_features + m.out_features for m in linear),
+        tied=bool(model.config.tie_word_embeddings),
+    )
+
+
+def estimate(config: UltraFuserConfig, sizes: dict[str, Size], dtype: torch.dtype, download: int = 0) -> dict:
+    """What the fused model will take, in bytes, activations not counted.
+
+    - weights: parameters of backbones and heads times the size of a number; the gate's are float32. A head that was
+      tied to its embedding is stored beside it: that is what untying costs.
+    - cache: 2 x key-value heads x head width x size of a number, for each attention layer and token. Layers with a
+      window stop growing there. Left out (None) for latent attention and for layers without keys and values.
+    - cost of a token: parameters that are multiplied by, all but the embeddings, relative to the largest specialist.
+      The experts of a mixture count as if all were used.
+    - gate: the weights, and for each number of the gate four in float32: itself, gradient, AdamW's two moments.
+    - joint: those four for every parameter.
+    - joint with LoRA: the weights, and those four for each number of the gate and of adapters of rank 16 on all linear
+      layers of the backbones.
+
+    Args:
+        config: Of the fused model.
+        sizes: Of each specialist, by name.
+        dtype: Of the specialists and the head.
+        download: Bytes that are not on this machine yet.
+    """
+    with torch.device("meta"):
+        gate = sum(p.numel() for p in GATES[config.gate](config).parameters())
+    numbers = sum(s.backbone + s.head for s in sizes.values())
+    used = {name: s.backbone - s.embedding + s.head for name, s in sizes.items()}
+    largest = max(used, key=used.get)
+    weights = numbers * dtype.itemsize + 4 * gate
+    adapters = sum(s.adapter for s in sizes.values())
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": {name: s.backbone + s.head for name, s in sizes.items()} | {"gate": gate},
+        "download": download,
+        "disk": weights,
+        "memory": {name: numbers * getattr(torch, name).itemsize + 4 * gate for name in ("bfloat16", "float32")},
+        "untying": {name: s.head * dtype.itemsize for name, s in sizes.items() if s.tied},
+        "cache_per_token": _cache(config, dtype),
+        "cost_per_token": {"of": largest, "times": round((sum(used.values()) + gate) / used[largest], 2)},
+        "training": {
+            "gate": weights + (TRAINED - 4) * gate,
+            "joint": TRAINED * (numbers + gate),
+            "joint with LoRA": weights + (TRAINED - 4) * gate + TRAINED * adapters,
+        },
+    }
+
+
+def _cache(config: UltraFuserConfig, dtype: torch.dtype) -> int | None:
+    total = 0
+    for c in config.specialists:
+        types = specialist_layer_types(c)
+        if getattr(c, "kv_lora_rank", None) or getattr(c, "kv_sharing_modes", None) or set(types) - set(CACHED):
+            return None
+        total += 2 * len(types) * num_key_value_heads(c) * head_dim(c)
+    return total * dtype.itemsize

@@ -1,0 +1,199 @@
+"""What there is of a specialist beside its weights: its small files, and the headers of its safetensors."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import (
+    HfApi,
+    get_local_safetensors_metadata,
+    get_safetensors_metadata,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    NotASafetensorsRepoError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
+from huggingface_hub.utils import SafetensorsRepoMetadata
+
+from modeling_ultrafuser.configuration_ultrafuser import validate_specialist_names
+
+
+# what is read whole; every file is some kilobytes
+SMALL = (
+    *("config.json", "generation_config.json", "adapter_config.json", "README.md"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
+
+
+@dataclass
+class Source:
+    """A specialist as it can be read without its weights.
+
+    Attributes:
+        name: Of the specialist.
+        location: Its folder, or its id on the Hub.
+        folder: Where its small files are on this machine.
+        commit: Of its repository that was read; None for a folder.
+        gated: Whether the Hub asks for its terms to be accepted.
+        sizes: Of its files in bytes, by name.
+        hashes: Of the contents of its files, by name; empty for a folder.
+        weights: Headers of its safetensors; None if they could not be read.
+        problem: Why they could not.
+    """
+
+    name: str
+    location: str
+    folder: Path
+    commit: str | None = None
+    gated: bool = False
+    sizes: dict[str, int] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    weights: SafetensorsRepoMetadata | None = None
+    problem: str | None = None
+
+    @property
+    def revision(self) -> str:
+        """What to read it by, so that everything is of one commit."""
+        return self.commit or "main"
+
+    @property
+    def download(self) -> int:
+        """Bytes of weights that are still to be downloaded."""
+        if self.commit is None or self.weights is None:
+            return 0
+        cached = (try_to_load_from_cache(self.location, f, revision=self.commit) for f in self.weights.files_metadata)
+        pairs = zip(self.weights.files_metadata, cached, strict=True)
+        return sum(self.sizes.get(file, 0) for file, path in pairs if not isinstance(path, str))
+
+
+def parse(texts: list[str]) -> dict[str, tuple[str, str | None]]:
+    """Names and where to read: from "ID", "ID@REVISION", "FOLDER", each with or without "NAME=" in front.
+
+    Returns:
+        Name to location and revision.
+
+    Raises:
+        ValueError: If a name cannot be a specialist's.
+    """
+    found = {}
+    for text in texts:
+        given = re.fullmatch(r"(\w+)=(.+)", text) if not os.path.exists(text) else None
+        location, revision = given[2] if given else text, None
+        if "@" in location and not os.path.exists(location):
+            location, _, revision = location.rpartition("@")
+        name = given[1] if given else _name(location)
+        if name in found and not given:
+            name = next(n for k in range(2, len(texts) + 1) if (n := f"{name}_{k}") not in found)
+        validate_specialist_names([*found, name])
+        found[name] = (location, revision)
+    return found
+
+
+def _name(location: str) -> str:
+    """A name that a specialist can have, from the last part of its folder or id."""
+    name = re.sub(r"\W+", "_", Path(location).resolve().name, flags=re.ASCII).strip("_")
+    try:
+        validate_specialist_names([name])
+    except ValueError:
+        return f"model_{name}"
+    return name
+
+
+def read(name: str, location: str, revision: str | None = None) -> Source:
+    """Reads a specialist's small files and the headers of its weights.
+
+    Args:
+        name: Of the specialist.
+        location: Its folder, or its id on the Hub.
+        revision: Branch, tag or commit on the Hub. Default: its main branch.
+
+    Raises:
+        OSError: If there is nothing, or it may not be read.
+        ValueError: If it is a file.
+    """
+    if os.path.isfile(location):
+        raise ValueError(
+            f"A specialist is a folder or a Hub id, but {name!r} is the file {location!r}. Pass the folder that holds it."
+        )
+    if os.path.isdir(location):
+        return _read_folder(name, location, Path(location))
+    try:
+        return _read_hub(name, location, revision)
+    except HfHubHTTPError as error:
+        raise OSError(_denied(name, location, revision, error)) from error
+    except (OfflineModeIsEnabled, HTTPError, ValueError) as error:
+        # not online, or no id: what an earlier run has left is read instead
+        try:
+            folder = Path(snapshot_download(location, revision=revision, local_files_only=True))
+        except (OSError, ValueError):
+            raise OSError(_denied(name, location, revision, error)) from error
+        source = _read_folder(name, location, folder)
+        source.commit = folder.name
+        return source
+
+
+def _read_folder(name: str, location: str, folder: Path) -> Source:
+    source = Source(name, location, folder)
+    source.sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    _read_headers(source, lambda: get_local_safetensors_metadata(folder))
+    return source
+
+
+def _read_hub(name: str, location: str, revision: str | None) -> Source:
+    info = HfApi().model_info(location, revision=revision, files_metadata=True)
+    files = {file.rfilename: file for file in info.siblings}
+    small = [hf_hub_download(location, file, revision=info.sha) for file in SMALL if file in files]
+    source = Source(name, location, Path(small[0]).parent if small else Path(), info.sha, bool(info.gated))
+    source.sizes = {file: about.size for file, about in files.items()}
+    # a large file's blob is a pointer, which says less than its own hash
+    source.hashes = {file: about.lfs.sha256 if about.lfs else about.blob_id for file, about in files.items()}
+    _read_headers(source, lambda: get_safetensors_metadata(location, revision=info.sha))
+    return source
+
+
+def _read_headers(source: Source, read_them) -> None:
+    try:
+        source.weights = read_them()
+    except NotASafetensorsRepoError:
+        found = sorted(f for f in source.sizes if f.endswith((".bin", ".pt", ".pth", ".gguf", ".safetensors")))[:3]
+        source.problem = f"it holds no model.safetensors, only {found}" if found else "it holds no weights"
+    except (SafetensorsParsingError, FileNotFoundError, EntryNotFoundError) as error:
+        source.problem = f"it is not whole ({str(error).splitlines()[0]})"
+    else:
+        for file, header in source.weights.files_metadata.items():
+            end = max((tensor.data_offsets[1] for tensor in header.tensors.values()), default=0)
+            if source.sizes.get(file, end) < end:
+                source.problem = f"{file!r} has {source.sizes[file]} bytes of more than {end}: a broken download"
+
+
+def _denied(name: str, location: str, revision: str | None, error: Exception) -> str:
+    token = "a token was found" if get_token() else "no token was found"
+    where = f"{name!r} ({location!r}{f', revision {revision!r}' if revision else ''})"
+    if isinstance(error, GatedRepoError):
+        return (
+            f"A specialist's files must be readable, but {where} is gated, and {token}. Accept its terms on its page "
+            f"on the Hub with your account, then run `hf auth login`; or pass a local folder."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"A specialist is read at one commit, but {where} has no such revision. Check the spelling."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"A specialist is a folder or a repository on the Hub, but {where} is neither, or it is private, and "
+            f"{token}. Check the spelling; for a private one run `hf auth login`."
+        )
+    return (
+        f"A specialist is a folder or a repository on the Hub, but {where} is no folder here, and the Hub cannot be "
+        f"asked. Check the spelling; offline, pass a local folder. Its client said: {str(error).splitlines()[0]}"
+    )

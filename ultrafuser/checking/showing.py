@@ -1,0 +1,75 @@
+"""A judgement for people and for programs."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from .judging import BLOCKS, FITS, WARNING, Judgement
+
+
+STYLES = {FITS: "green", WARNING: "yellow", BLOCKS: "bold red"}
+VERDICTS = {
+    FITS: "These models can be fused.",
+    WARNING: "These models can be fused; read the warnings.",
+    BLOCKS: "These models cannot be fused.",
+}
+
+
+def show(judgement: Judgement, console: Console) -> None:
+    """Prints what was found, what fusing would take, and the verdict; in plain lines where nobody watches."""
+    if not console.is_terminal:
+        # one line each, however long, so that other programs can read them
+        console.width = 100_000
+    table = Table(box=None, pad_edge=False, show_header=console.is_terminal, header_style="bold")
+    for column in ("", "", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    # the worst first
+    for finding in sorted(judgement.findings, key=lambda f: list(STYLES).index(f.status), reverse=True):
+        cells = (Text(finding.status, STYLES[finding.status]), finding.about, Text(finding.text), Text(finding.fix))
+        if console.is_terminal:
+            table.add_row(*cells)
+        else:
+            console.print(*(str(c) for c in cells if str(c)), sep="  ")
+    if console.is_terminal:
+        console.print(table)
+    for what, number in _numbers(judgement):
+        console.print(Text(f"{what:26} {number}"))
+    console.print(Text(VERDICTS[judgement.verdict], STYLES[judgement.verdict]))
+
+
+def _numbers(judgement: Judgement) -> Iterator[tuple[str, str]]:
+    n = judgement.numbers
+    if n is None:
+        return
+    yield "parameters", ", ".join(f"{name} {count / 1e9:.3g} B" for name, count in n["parameters"].items())
+    yield "still to download", decimal(n["download"])
+    yield f"disk, memory ({n['dtype']})", decimal(n["disk"])
+    if n["untying"]:
+        tied = ", ".join(f"{name} {decimal(size)}" for name, size in n["untying"].items())
+        yield "of it for heads untied", tied
+    yield "memory by dtype", ", ".join(f"{dtype} {decimal(size)}" for dtype, size in n["memory"].items())
+    cache = n["cache_per_token"]
+    yield "cache of a token", decimal(cache) if cache else "not known for these layers"
+    yield "cost of a token", f"{n['cost_per_token']['times']} times that of {n['cost_per_token']['of']}"
+    for stage, size in n["training"].items():
+        yield f"training, {stage}", f"{decimal(size)} and activations"
+    if judgement.merges:
+        yield "merges possible, too", ", ".join(judgement.merges) + " (all but the average with their common base)"
+    else:
+        yield "merges possible, too", f"none: {judgement.no_merge}"
+
+
+def as_dict(judgement: Judgement) -> dict:
+    """The same for programs."""
+    sources = judgement.sources.items()
+    return {
+        "verdict": judgement.verdict,
+        "specialists": {n: {"source": s.location, "commit": s.commit, "gated": s.gated} for n, s in sources},
+        "findings": [asdict(finding) for finding in judgement.findings],
+        "merges": {"possible": judgement.merges, "why_none": judgement.no_merge},
+        "numbers": judgement.numbers,
+    }

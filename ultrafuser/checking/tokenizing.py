@@ -1,0 +1,108 @@
+"""Whether specialists share one tokenizer, told from hashes where they are equal, so that nothing need be downloaded."""
+
+import json
+
+from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer, widest_usable_tokenizer
+
+from .reading import Source
+
+
+# what a tokenizer's configuration says beside which text becomes which ids
+_OTHER = {
+    *("chat_template", "model_max_length", "max_length", "padding_side", "truncation_side", "name_or_path"),
+    *("transformers_version", "processor_class", "add_bos_token", "add_eos_token", "model_input_names"),
+    *("clean_up_tokenization_spaces", "is_local", "backend"),
+}
+# whatever a tokenizer is made from
+_FILES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def judge_tokenizers(found, sources: dict[str, Source], texts: dict, rows: int) -> None:
+    """Notes whether ids mean the same for all, and which rows of the vocabulary are left."""
+    cut = {n: c.vocab_size for n, c in texts.items() if c.vocab_size > rows}
+    highest = _highest_id_from_hashes(sources)
+    lost = {}
+    if highest is not None and highest < rows:
+        found.note("tokenizer", "fits", "the same for all, told from the hashes of the files on the Hub.")
+    else:
+        first = _first_of_each(sources)
+        with found.refusals("tokenizer"):
+            loaded = _load(found, {n: sources[n] for n in first})
+            if loaded:
+                widest_usable_tokenizer(loaded, rows)
+                told = ", some of it told from the hashes of the files on the Hub" if len(first) < len(sources) else ""
+                found.note("tokenizer", "fits", f"the same for all{told}.")
+                lost = {
+                    n: [t for i, t in sorted((i, t) for t, i in k.get_vocab().items() if i >= rows)]
+                    for n, k in loaded.items()
+                }
+    if not cut:
+        found.note("vocabulary", "fits", f"{rows} rows in each.")
+        return
+    words = {n: tokens[:3] for n, tokens in lost.items() if tokens}
+    text = f"cut to {rows} rows, the smallest of { ({n: c.vocab_size for n, c in texts.items()}) }; "
+    if words:
+        text += f"tokens beyond them are lost, such as {words}."
+        found.note("vocabulary", "warning", text, "Prompts with those tokens are for the specialist alone.")
+    else:
+        found.note("vocabulary", "fits", text + "no token uses the others.")
+
+
+def _first_of_each(sources: dict[str, Source]) -> list[str]:
+    """Names of specialists, of those whose tokenizers are equal by their hashes only the first."""
+    prints = {n: _fingerprint(s) or n for n, s in sources.items()}
+    return [n for k, n in enumerate(prints) if prints[n] not in list(prints.values())[:k]]
+
+
+def _load(found, sources: dict[str, Source]) -> dict:
+    loaded = {}
+    for name, source in sources.items():
+        tokenizer = load_tokenizer(source.location, revision=source.revision, trust_remote_code=False)
+        if tokenizer is None:
+            text = f"{name}: its folder holds none, so nothing tells that its token ids mean the same."
+            found.note("tokenizer", "warning", text, "Save it beside the model: `ultrafuser fuse` needs it.")
+        else:
+            loaded[name] = tokenizer
+    return loaded
+
+
+def _highest_id_from_hashes(sources: dict[str, Source]) -> int | None:
+    """The highest token id, if all tokenizers are equal by their hashes and say what it is; otherwise None."""
+    prints = {_fingerprint(s) for s in sources.values()}
+    if len(prints) > 1 or None in prints:
+        return None
+    added = _tokenizer_config(next(iter(sources.values()))).get("added_tokens_decoder") or {}
+    highest = max(map(int, added), default=0)
+    # tokens that were added to a vocabulary have the ids behind it; control tokens within it, the ids at its start
+    return highest if highest > 1000 else None
+
+
+def _fingerprint(source: Source) -> str | None:
+    """Equal for two specialists only if their tokenizers are; None if that cannot be told."""
+    if "tokenizer.json" not in source.hashes:
+        return None
+    own = {key: value for key, value in _tokenizer_config(source).items() if key not in _OTHER}
+    return json.dumps([own, [source.hashes.get(f) for f in _FILES]], sort_keys=True)
+
+
+def _tokenizer_config(source: Source) -> dict:
+    path = source.folder / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def judge_templates(found, sources: dict[str, Source]) -> None:
+    """Notes whether one chat template is right for all."""
+    templates = {n: _template(s) for n, s in sources.items()}
+    with_one = [n for n, t in templates.items() if t]
+    if len({repr(t) for t in templates.values()}) > 1:
+        text = f"they differ, and a fused model has one ({with_one} have one)."
+        found.note("chat template", "warning", text, f"Choose whose: --chat-template {with_one[0]}.")
+    elif with_one:
+        found.note("chat template", "fits", "the same for all.")
+    else:
+        found.note("chat template", "fits", "none has one: the fused model continues plain text.")
+
+
+def _template(source: Source) -> str | None:
+    path = source.folder / "chat_template.jinja"
+    return path.read_text(encoding="utf-8") if path.exists() else _tokenizer_config(source).get("chat_template")
