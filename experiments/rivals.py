@@ -179,6 +179,7 @@ class _Stages:
             arguments = config(str(self.folder / "stage"), **self.shared, **settings)
             trainer_class(model, arguments, data, processing_class=self.tokenizer).train()
             model.save_pretrained(self.folder / "part")
+            self.tokenizer.save_pretrained(self.folder / "part")
             (self.folder / "part").rename(target)
         return _load(target)
 
