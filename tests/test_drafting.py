@@ -1,0 +1,185 @@
+"""A specialist drafts, the others check, and nothing about the text gives it away."""
+
+import pytest
+import torch
+from scipy import stats
+from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+
+from tests.mixes import MIXES, fuse, prefer, prompt
+from tests.tiny import specialist
+from ultrafuser.decoding.drafting import self_draft, verified
+from ultrafuser.decoding.stacking import stack
+
+
+STEPS = 12
+DRAWS = 300
+
+
+def generate(fused, ids, **options):
+    return fused.generate(ids, **{"max_new_tokens": STEPS, "do_sample": False} | options)
+
+
+def draft(fused, ids, num_drafts=4, **options):
+    return generate(fused, ids, custom_generate=self_draft, num_drafts=num_drafts, **options)
+
+
+def passes(fused, run):
+    """How often each specialist runs."""
+    counts = dict.fromkeys(fused.config.specialist_names, 0)
+    hooks = [
+        m.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
+        for name, m in fused.model.specialists.items()
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+# ---------------------------------------------------------------------------------------------- greedy
+
+
+@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_greedy_tokens_are_those_of_the_plain_way(mix, fusion):
+    # longer than every window
+    fused, ids = fuse(MIXES[mix](), fusion=fusion), prompt(batch=1, length=12)
+    assert torch.equal(draft(fused, ids), generate(fused, ids))
+
+
+@pytest.mark.parametrize("num_drafts", [1, 2, 7, 50])
+def test_blocks_of_any_length_change_no_token(num_drafts):
+    fused, ids = fuse(MIXES["one family"]()), prompt(batch=1)
+    assert torch.equal(draft(fused, ids, num_drafts), generate(fused, ids))
+
+
+def test_processors_see_the_text_up_to_each_token():
+    fused, ids = fuse(MIXES["one family"]()), prompt(batch=1)
+    options = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 2}
+    expected = generate(fused, ids, **options)
+    assert not torch.equal(expected, generate(fused, ids))
+    assert torch.equal(draft(fused, ids, **options), expected)
+
+
+def test_padding_on_the_left_changes_no_token():
+    fused, ids = fuse(MIXES["one family"]()), prompt(batch=1, length=12)
+    mask = torch.ones_like(ids)
+    ids[:, :5] = mask[:, :5] = 0
+    assert torch.equal(draft(fused, ids, attention_mask=mask)[:, 5:], generate(fused, ids[:, 5:]))
+
+
+def test_a_text_ends_within_a_block():
+    fused, ids = fuse(MIXES["one family"]()), prompt(batch=1)
+    for end in generate(fused, ids)[0, ids.shape[1] : ids.shape[1] + 5].tolist():
+        fused.generation_config.eos_token_id = end
+        assert torch.equal(draft(fused, ids), generate(fused, ids))
+
+
+def test_a_conversation_goes_on_from_its_cache():
+    fused, ids = fuse(MIXES["windows"]()), prompt(batch=1)
+    first = draft(fused, ids, return_dict_in_generate=True)
+    longer = torch.cat([first.sequences, prompt(batch=1, length=5)], dim=-1)
+    # or the library would take token 0 within the text for padding
+    whole = {"attention_mask": torch.ones_like(longer)}
+    continued = draft(fused, longer, past_key_values=first.past_key_values, **whole)
+    assert torch.equal(continued, generate(fused, longer, use_cache=False, **whole))
+
+
+# ---------------------------------------------------------------------------------------------- passes
+
+
+def test_a_drafter_that_is_always_right_takes_one_pass_a_token_and_the_others_one_a_block():
+    fused, ids = fuse(MIXES["one family"](), gate="constant"), prompt(batch=1)
+    prefer(fused, "code")
+    # the prompt gives the first token, three blocks of four the rest
+    counts = passes(fused, lambda: draft(fused, ids, max_new_tokens=13))
+    assert counts == {"text": 1 + 3, "code": 1 + 12, "math": 1 + 3}
+
+
+def test_the_drafter_is_the_specialist_that_the_gate_prefers_at_the_last_token():
+    fused, ids = fuse(MIXES["one family"](), gate_temperature=0.1), prompt(batch=1)
+    text = generate(fused, ids)
+    favourites = fused.gate_weights(text)[0].argmax(-1)
+    order = []
+    for k, module in enumerate(fused.model.specialists.values()):
+        module.register_forward_hook(lambda *_, k=k: order.append(k))
+    assert torch.equal(draft(fused, ids, num_drafts=1), text)
+    # after the prompt was read by all; a block of one token is read by its drafter first
+    assert order[3::3] == favourites[ids.shape[1] - 1 : -2].tolist()
+    assert len(set(order[3::3])) > 1
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+
+def test_what_is_verified_is_distributed_as_the_target():
+    """Every outcome's probability, counted out: the draft and its fate are drawn many times at once."""
+    torch.manual_seed(0)
+    target, proposed = torch.randn(2, 1, 5) * 2
+    target[0, 3] = float("-inf")
+    drafts = torch.multinomial(proposed[0].softmax(-1), 4_000, replacement=True)
+    drawn = torch.stack([verified(d[None], proposed, target, sample=True)[0] for d in drafts])
+    expected = target[0].double().softmax(-1)
+    seen = torch.bincount(drawn, minlength=5)
+    assert seen[3] == 0
+    kept = expected > 0
+    assert stats.chisquare(seen[kept], expected[kept] * len(drawn)).pvalue > 0.01
+
+
+def test_verifying_keeps_what_comes_before_the_first_rejection():
+    proposed = torch.zeros(3, 4)
+    target = torch.zeros(3, 4)
+    target[1, 2] = float("-inf")  # the second draft is impossible
+    for _ in range(20):
+        tokens = verified(torch.tensor([1, 2, 3]), proposed, target, sample=True)
+        assert tokens[0] == 1
+        assert tokens[1] != 2
+        assert len(tokens) == 2
+
+
+@pytest.mark.parametrize("fusion", ["logits", pytest.param("probabilities", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_sampled_texts_are_distributed_as_the_fused_model_says(fusion):
+    small = {"vocab_size": 4, "hidden_size": 8, "layers": 1, "bos_token_id": 0, "eos_token_id": 1}
+    fused = fuse({"text": specialist(**small), "code": specialist(**small)}, fusion=fusion)
+    ids, config = torch.tensor([[2, 3, 0]]), GenerationConfig(max_length=6, do_sample=True)
+    # all texts of three tokens, and how likely each is
+    texts = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    logits = fused(torch.cat([ids.expand(64, -1), texts], dim=-1)).logits[:, 2:-1].double()
+    expected = logits.log_softmax(-1).gather(-1, texts[..., None]).sum((1, 2)).exp()
+    seen = torch.zeros(64, dtype=torch.double)
+    stop = StoppingCriteriaList([MaxLengthCriteria(6)])
+    torch.manual_seed(0)
+    for _ in range(DRAWS):
+        text = self_draft(fused, ids, LogitsProcessorList(), stop, config, num_drafts=2)[0, 3:]
+        seen[(text * torch.tensor([16, 4, 1])).sum()] += 1
+    # texts too rare to be told apart are counted together
+    rare = expected * DRAWS < 5
+    seen, expected = (torch.cat([t[~rare], t[rare].sum()[None]]) for t in (seen, expected))
+    assert len(seen) > 8
+    assert stats.chisquare(seen, expected * DRAWS / expected.sum()).pvalue > 0.01
+
+
+# ---------------------------------------------------------------------------------------------- refused
+
+
+def test_what_cannot_be_drafted_is_refused_with_the_way_out():
+    fused, ids = fuse(MIXES["one family"]()), prompt(batch=1)
+    with pytest.raises(ValueError, match="one text at a time, but got 2"):
+        draft(fused, prompt(batch=2))
+    with pytest.raises(ValueError, match="`num_drafts` counts.*but it is 0"):
+        draft(fused, ids, num_drafts=0)
+    with pytest.raises(ValueError, match="cache that can go back, but got a StaticCache"):
+        draft(fused, ids, cache_implementation="static")
+    with pytest.raises(ValueError, match="returns tokens, but got.*output_scores"):
+        draft(fused, ids, output_scores=True, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="this is a StackedForCausalLM"):
+        draft(stack(fuse({n: specialist() for n in ("text", "code")})), ids)
+
+
+def test_recurrent_specialists_are_refused():
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+    types = ["linear_attention", "full_attention"]
+    hybrid = specialist("qwen3_5_text", layer_types=types, linear_value_head_dim=8, **linear)
+    with pytest.raises(ValueError, match="recurrent specialist cannot go back"):
+        draft(fuse({"text": specialist(), "code": hybrid}), prompt(batch=1))

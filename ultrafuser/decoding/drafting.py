@@ -1,0 +1,211 @@
+"""Self-drafting: the specialist that the gate listens to most drafts a few tokens, the others check them in one pass.
+
+Speculative sampling (Leviathan et al., 2023, arXiv 2211.17192, algorithm 1) with a drafter that is part of the model it
+drafts for. Its hidden states at the drafted positions are those that the fused model needs, so checking runs the other
+specialists only, and the key-value cache is the fused model's own. A round of n drafts costs n + N - 1 passes of one
+specialist and yields up to n tokens, where the plain way costs N passes a token. It pays where a pass is bound by
+reading the weights: several tokens at once cost such a pass little more than one.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.cache_ultrafuser import SpecialistCache
+from modeling_ultrafuser.configuration_ultrafuser import soft_cap
+
+
+@torch.no_grad()
+def self_draft(
+    model: UltraFuserForCausalLM,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    num_drafts: int = 6,
+    **model_kwargs,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Decodes one prompt, greedily or by sampling, from the very distribution of the plain way.
+
+    A decoding method for `generate`, which prepares all arguments but the first and `num_drafts`:
+
+        model.generate(**inputs, custom_generate=self_draft, num_drafts=6)
+
+    Greedy tokens are those of the plain way; in 16 bits two tokens that are almost alike may change places, because a
+    block is summed in another order than its tokens one by one. `generate` does not hand its streamer on.
+
+    Args:
+        num_drafts: How many tokens to draft in a round. The drafter is chosen anew for each.
+
+    Returns:
+        The prompt and its continuation, (1, seq), or as `return_dict_in_generate` says, with the cache.
+
+    Raises:
+        ValueError: If there are several prompts, or the specialists or the cache cannot go back to before a draft.
+    """
+    _check(model, input_ids, generation_config, num_drafts, model_kwargs)
+    reader = _Reader(model, model_kwargs)
+    sample = generation_config.do_sample
+
+    # the prompt, by all: the first token, and who is heard most
+    hidden_states = [reader.read(k, input_ids)[:, -1:] for k in range(reader.count)]
+    fused, gate_weights = model.model.weighed(hidden_states)
+    scores = _scores(model.logits(fused, gate_weights), input_ids, 1, logits_processor)
+    input_ids = torch.cat([input_ids, _choose(scores, sample)], dim=-1)
+
+    while not stopping_criteria(input_ids, None).all():
+        length = input_ids.shape[1]
+        favourite = int(gate_weights[0, -1].argmax())
+        rounds = min(num_drafts, generation_config.max_length - length)
+        drafted, proposed, hidden = reader.draft(favourite, input_ids, rounds, logits_processor, sample)
+        block = drafted[:, :-1]  # nobody reads the last draft before it is accepted
+        hidden_states = [hidden if k == favourite else reader.read(k, block) for k in range(reader.count)]
+        fused, gate_weights = model.model.weighed([h[:, -rounds:] for h in hidden_states])
+        target = _scores(model.logits(fused, gate_weights), block, rounds, logits_processor)
+        tokens = verified(drafted[0, length:], proposed, target, sample)
+
+        for token in tokens:  # a text may end within the block
+            input_ids = torch.cat([input_ids, token.view(1, 1)], dim=-1)
+            if stopping_criteria(input_ids, None).all():
+                break
+        gate_weights = gate_weights[:, : input_ids.shape[1] - length]
+        reader.forget(block.shape[1] - (input_ids.shape[1] - 1))
+
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=reader.cache)
+    return input_ids
+
+
+def verified(drafts: Tensor, proposed: Tensor, target: Tensor, sample: bool) -> Tensor:
+    """The drafts up to the first that is rejected, and what stands in its place.
+
+    A draft x is accepted with probability min(1, p(x) / q(x)); in place of a rejected one comes a token drawn from
+    max(p - q, 0), normalised. What comes out is then distributed as p (algorithm 1). Greedily, p is a single token.
+
+    Args:
+        drafts: The drafted tokens. Shape (drafts,).
+        proposed: Scores that they were drawn from, q. Shape (drafts, vocab).
+        target: The fused model's scores at the same positions, p. Shape (drafts, vocab).
+        sample: Whether to draw, or to take the best.
+
+    Returns:
+        At least one token. Shape (accepted, or accepted + 1).
+    """
+    if not sample:
+        best = target.argmax(-1)
+        accepted = int((best == drafts).cumprod(0).sum())
+        return best[: accepted + 1]
+    p, q = target.softmax(-1), proposed.softmax(-1)
+    ratios = p.gather(-1, drafts[:, None]) / q.gather(-1, drafts[:, None])
+    accepted = int((torch.rand_like(ratios) < ratios).cumprod(0).sum())
+    if accepted == len(drafts):
+        return drafts
+    rest = (p[accepted] - q[accepted]).clamp(min=0)
+    # of two distributions that differ by rounding alone nothing may be left
+    rest = rest if rest.any() else p[accepted]
+    return torch.cat([drafts[:accepted], torch.multinomial(rest, 1)])
+
+
+class _Reader:
+    """The specialists one by one, each with its part of one cache, all of which hold the same tokens between rounds."""
+
+    def __init__(self, model: UltraFuserForCausalLM, model_kwargs: dict):
+        self.model, self.specialists = model, list(model.model.specialists.values())
+        self.count, self.columns = len(self.specialists), list(model._head_columns())
+        mask = model_kwargs.get("attention_mask")
+        # one prompt has no padding unless it was given some
+        self.mask = None if mask is None or mask.all() else mask
+        self.cache = model_kwargs.get("past_key_values") or DynamicCache(config=model.config)
+        # or windows would drop what a rejected draft pushed out of them
+        self.cache.activate_past_recording()
+
+    def read(self, k: int, input_ids: Tensor) -> Tensor:
+        """One specialist's hidden states at the tokens it has not read yet. Shape (1, new, hidden)."""
+        start, end = self.model.model.first_layers[k : k + 2]
+        cache = SpecialistCache(self.cache, start, end - start)
+        past, length = int(cache.get_seq_length()), input_ids.shape[1]
+        mask = positions = None
+        if self.mask is not None:
+            mask = F.pad(self.mask, (0, length - self.mask.shape[1]), value=1)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+        output = self.specialists[k](
+            input_ids=input_ids[:, past:],
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        # a device map may have put the specialists on several devices
+        return output.last_hidden_state.to(self.model.lm_head.weight.device)
+
+    def logits(self, k: int, hidden_states: Tensor) -> Tensor:
+        """What one specialist would say. Shape (1, new, vocab)."""
+        logits = F.linear(hidden_states, self.model.lm_head.weight[:, self.columns[k]])
+        cap = soft_cap(self.model.config.specialists[k])
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def draft(
+        self, k: int, input_ids: Tensor, count: int, logits_processor: LogitsProcessorList, sample: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One specialist continues the text by itself.
+
+        Returns:
+            The text with the drafts, (1, seq + drafts), the scores that they were drawn from, (drafts, vocab), and the
+            hidden states that those were read off, (1, drafts, hidden).
+        """
+        scores, hidden_states = [], []
+        for _ in range(count):
+            hidden = self.read(k, input_ids)[:, -1:]
+            own = _scores(self.logits(k, hidden), input_ids, 1, logits_processor)
+            input_ids = torch.cat([input_ids, _choose(own, sample)], dim=-1)
+            scores.append(own)
+            hidden_states.append(hidden)
+        return input_ids, torch.cat(scores), torch.cat(hidden_states, dim=1)
+
+    def forget(self, tokens: int) -> None:
+        """Takes the last tokens out of the cache."""
+        self.cache.crop(-tokens)
+
+
+def _scores(logits: Tensor, input_ids: Tensor, count: int, logits_processor: LogitsProcessorList) -> Tensor:
+    """Logits after the last tokens, as `generate` is asked to change them, each for the text up to it. (count, vocab)"""
+    first = input_ids.shape[1] - count + 1
+    return torch.cat([logits_processor(input_ids[:, : first + i], logits[:, i].float()) for i in range(count)])
+
+
+def _choose(scores: Tensor, sample: bool) -> Tensor:
+    return torch.multinomial(scores.softmax(-1), 1) if sample else scores.argmax(-1, keepdim=True)
+
+
+def _check(model, input_ids: Tensor, config: GenerationConfig, num_drafts: int, model_kwargs: dict) -> None:
+    plain = "Decode without `custom_generate`."
+    if not hasattr(model.model, "specialists"):
+        raise ValueError(
+            f"Drafting needs specialists that run one by one, but this is a {type(model).__name__}. {plain}"
+        )
+    if input_ids.shape[0] != 1 or config.num_beams not in (None, 1):
+        raise ValueError(
+            f"Texts accept drafts at different places, so self-drafting continues one text at a time, but got "
+            f"{input_ids.shape[0]} with num_beams={config.num_beams}. Call it for each prompt, or decode without "
+            f"`custom_generate`."
+        )
+    if not isinstance(num_drafts, int) or num_drafts < 1:
+        raise ValueError(f"`num_drafts` counts tokens drafted in a round, at least 1, but it is {num_drafts!r}.")
+    if model._is_stateful:
+        raise ValueError(f"A recurrent specialist cannot go back to before a rejected draft. {plain}")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and not isinstance(cache, DynamicCache):
+        raise ValueError(
+            f"Drafts need a cache that can go back, but got a {type(cache).__name__}. Leave `cache_implementation` out."
+        )
+    views = [key for key in ("specialist_input_ids", "inputs_embeds") if model_kwargs.get(key) is not None]
+    extra = [f for f in ("scores", "logits", "attentions", "hidden_states") if getattr(config, f"output_{f}")]
+    if views or extra:
+        raise ValueError(
+            f"Self-drafting reads `input_ids` and returns tokens, but got {views + [f'output_{f}' for f in extra]}. "
+            f"{plain}"
+        )
