@@ -52,7 +52,11 @@ def test_both_stages_run_from_recipes_one_after_the_other(recipe, specialists, t
         assert not torch.equal(two.specialist(name)(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+# those that make data are for another command
+TRAINING = sorted(p for p in (EXAMPLES / "recipes").glob("*.yaml") if "stage:" in p.read_text())
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda p: p.stem)
 def test_every_field_of_every_recipe_is_one_that_its_script_reads(path):
     from trl import ModelConfig
 

@@ -52,10 +52,11 @@ def fuse(
         recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
         dtype = dtype or rest.get("dtype", "auto")
         if dry_run:
-            plan = fusing.make_plan(recipe, dtype)
-            _console().print(plan.table())
-            typer.echo(plan.words())
-            return
+            from .checking import judging, showing
+
+            judgement = fusing.plan(recipe, dtype)
+            showing.show(judgement, _console())
+            raise typer.Exit(2 if judgement.verdict == judging.BLOCKS else 0)
         if out is None and "out" not in rest:
             raise typer.BadParameter("say which folder to write: --out, or `out` in the recipe.")
         out = out or Path(rest["out"])

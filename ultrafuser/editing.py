@@ -20,8 +20,9 @@ from transformers import AutoTokenizer
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.checking_ultrafuser import own_config
 
+from .checking import reading
 from .folders import fused_config, new_folder, read_ingredients, save_fused
-from .fusing import commit_of, described
+from .fusing import described
 
 
 BACKBONE, GATE, HEAD = "model.specialists.", "model.fusion_gate.", "lm_head.weight"
@@ -33,13 +34,11 @@ def add(folder: Path, name: str, source: str, out: Path, *, revision: str | None
     with new_folder(out) as part:
         first = fused_config(folder).specialist_names[0]
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        # refuses in words what is no model, before anything else asks the Hub
-        own_config(name, source, revision=revision or "main")
-        commit = commit_of(source, revision)
+        read = reading.read(name, source, revision)
         # token ids must mean the same to it; the chat template stays
-        common_tokenizer({first: tokenizer, name: source}, chat_template=first, revisions={name: commit or "main"})
-        model = add_specialist(UltraFuserForCausalLM.from_pretrained(folder), name, source, revision=commit)
-        save_fused(part, model, tokenizer, read_ingredients(folder) | {name: described(name, source, commit)})
+        common_tokenizer({first: tokenizer, name: source}, chat_template=first, revisions={name: read.revision})
+        model = add_specialist(UltraFuserForCausalLM.from_pretrained(folder), name, source, revision=read.revision)
+        save_fused(part, model, tokenizer, read_ingredients(folder) | {name: described(read)})
 
 
 def remove(folder: Path, name: str, out: Path) -> None:

@@ -1,26 +1,20 @@
-"""From a few words to the folder of a fused model: the plan, the specialists one after another, and what was taken."""
+"""From a few words to the folder of a fused model: what to fuse, one specialist after another, and what was taken."""
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import torch
 import yaml
-from huggingface_hub import hf_hub_download, snapshot_download
-from rich.table import Table
-from transformers import PreTrainedTokenizerBase
+from huggingface_hub import snapshot_download
+from rich.filesize import decimal
 
-from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
-from modeling_ultrafuser.checking_ultrafuser import as_dtype, auto_class, check_architecture, common_dtype, own_config
+from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
 
 from . import licences
+from .checking.judging import BLOCKS, Judgement, judge
+from .checking.reading import Source
 from .folders import new_folder, save_fused
-
-
-# what `from_pretrained` reads; repositories hold other copies of the same weights beside it
-WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 
 
 @dataclass
@@ -36,53 +30,6 @@ class Fusion:
     chat_template: str | None = field(default=None, metadata={"help": "Whose chat template to take, if they differ."})
     gate: str = field(default="mlp", metadata={"help": "Kind of gate, when fusing: mlp, linear, constant."})
     fusion: str = field(default="logits", metadata={"help": "What is mixed, when fusing: logits or probabilities."})
-
-
-@dataclass
-class Plan:
-    """What fusing will do, known before any weights are.
-
-    Attributes:
-        sources: Hub id or folder of each specialist, by name.
-        commits: Of those that come from the Hub, by name.
-        config: Of the fused model.
-        dtype: Of its specialists and head.
-        tokenizer: With its chat template.
-        sizes: Bytes of each specialist's share in the fused model, by name; of the gate, as "gate".
-    """
-
-    sources: dict[str, str]
-    commits: dict[str, str]
-    config: UltraFuserConfig
-    dtype: torch.dtype
-    tokenizer: PreTrainedTokenizerBase
-    sizes: dict[str, int]
-
-    @property
-    def size(self) -> int:
-        """Of the weights, in bytes."""
-        return sum(self.sizes.values())
-
-    def table(self) -> Table:
-        """One line per specialist."""
-        table = Table(box=None, header_style="", pad_edge=False)
-        for column in ("specialist", "from", "architecture", "layers", "hidden", "size"):
-            table.add_column(column, justify="right" if column in ("layers", "hidden", "size") else "left")
-        for (name, source), c in zip(self.sources.items(), self.config.specialists, strict=True):
-            commit = f"@{self.commits[name][:7]}" if name in self.commits else ""
-            numbers = (c.num_hidden_layers, c.hidden_size, size_in_words(self.sizes[name]))
-            table.add_row(name, f"{source}{commit}", c.model_type, *map(str, numbers))
-        return table
-
-    def words(self) -> str:
-        """What the table does not say, in lines."""
-        c = self.config
-        return (
-            f"{size_in_words(self.size)} on disk in {str(self.dtype).removeprefix('torch.')}\n"
-            f"{c.vocab_size:,} tokens of vocabulary, context of {c.max_position_embeddings or 'unstated'} tokens, "
-            f"gate {c.gate!r} ({size_in_words(self.sizes['gate'])}), fusion of {c.fusion}, "
-            f"{'with a' if self.tokenizer.chat_template else 'no'} chat template"
-        )
 
 
 def load_recipe(path: Path) -> tuple[Fusion, dict[str, str]]:
@@ -106,53 +53,23 @@ def load_recipe(path: Path) -> tuple[Fusion, dict[str, str]]:
     return Fusion(**{k: v for k, v in raw.items() if k in known}), {k: raw[k] for k in ("dtype", "out") if k in raw}
 
 
-def make_plan(recipe: Fusion, dtype: str = "auto") -> Plan:
-    """Reads what there is beside the weights, and refuses what can be refused by it.
+def plan(recipe: Fusion, dtype: str = "auto") -> Judgement:
+    """What fusing would meet and take, from what there is beside the weights.
 
     Raises:
-        ValueError: If the specialists cannot be fused, with the rule, what came, and the way out.
-        OSError: If one cannot be found or read.
+        ValueError: If it is not said what to fuse.
     """
-    specialists = {n: os.fspath(s) for n, s in (recipe.specialists or {}).items()}
-    revisions = recipe.specialist_revisions or {}
+    specialists, revisions = recipe.specialists or {}, recipe.specialist_revisions or {}
     if len(specialists) < 2 or set(revisions) - set(specialists):
         raise ValueError(
             f"Fusing needs at least two specialists, name=ID each, and revisions of those, but got specialists "
             f"{specialists} and revisions {revisions}."
         )
-    configs = {n: own_config(n, s, revision=revisions.get(n) or "main") for n, s in specialists.items()}
-    commits = {n: commit for n, s in specialists.items() if (commit := commit_of(s, revisions.get(n)))}
-    text_configs = {n: c.get_text_config(decoder=True) for n, c in configs.items()}
-    for name, config in configs.items():
-        check_architecture(name, config, text_configs[name])
-        auto_class(name, config)
-    chosen = common_dtype({}, configs) if dtype == "auto" else as_dtype(dtype)
-    rows = min(c.vocab_size for c in text_configs.values())
-    for config in text_configs.values():
-        config.vocab_size = rows
-    choices = {"gate": recipe.gate, "fusion": recipe.fusion}
-    config = UltraFuserConfig(
-        specialist_names=list(specialists), specialists=list(text_configs.values()), vocab_size=rows, **choices
-    )
-    tokenizer = common_tokenizer(specialists, chat_template=recipe.chat_template, revisions=commits, vocab_size=rows)
-    chosen = chosen or torch.float32
-    return Plan(specialists, commits, config, chosen, tokenizer, _sizes(config, chosen))
+    locations = {name: (location, revisions.get(name)) for name, location in specialists.items()}
+    return judge(locations, dtype=dtype, gate=recipe.gate, fusion=recipe.fusion)
 
 
-def _sizes(config: UltraFuserConfig, dtype: torch.dtype) -> dict[str, int]:
-    with torch.device("meta"):
-        model = UltraFuserForCausalLM(config)
-    pairs = zip(config.specialist_names, config.specialists, strict=True)
-    sizes = {
-        name: dtype.itemsize
-        * (sum(p.numel() for p in model.model.specialists[name].parameters()) + config.vocab_size * c.hidden_size)
-        for name, c in pairs
-    }
-    # its numbers are float32, whatever those of the rest
-    return sizes | {"gate": 4 * sum(p.numel() for p in model.model.fusion_gate.parameters())}
-
-
-def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str], None] = print) -> Plan:
+def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str], None] = print) -> None:
     """Writes the folder of a fused model: weights, code, tokenizer, and where the specialists come from.
 
     Killed at any time, it leaves nothing that loads; run again, it goes on with the files that the Hub's cache has.
@@ -169,47 +86,38 @@ def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str],
         OSError: If one cannot be read, or the disk is too small.
     """
     with new_folder(out) as folder:
-        plan = make_plan(recipe, dtype)
+        judgement = plan(recipe, dtype)
+        if blocks := [f"{f.about}: {f.text} {f.fix}".rstrip() for f in judgement.findings if f.status == BLOCKS]:
+            raise ValueError("\n".join(blocks))
+        sources, size = judgement.sources, judgement.numbers["disk"]
+        commits = {name: source.commit for name, source in sources.items() if source.commit}
+        tokenizer = common_tokenizer(recipe.specialists, chat_template=recipe.chat_template, revisions=commits)
         free = shutil.disk_usage(folder).free
-        if free < plan.size:
+        if free < size:
             raise OSError(
-                f"The fused model takes {size_in_words(plan.size)}, but {size_in_words(free)} are free at "
-                f"{str(out)!r}. Make room, or choose a folder on another disk."
+                f"The fused model takes {decimal(size)}, but {decimal(free)} are free at {str(out)!r}. Make room, or "
+                f"choose a folder on another disk."
             )
-        ingredients = {}
-        for k, (name, source) in enumerate(plan.sources.items(), start=1):
-            commit = plan.commits.get(name)
-            say(f"{name} ({k} of {len(plan.sources)}): {source}")
-            if commit:
-                snapshot_download(source, revision=commit, allow_patterns=list(WEIGHTS))
-            ingredients[name] = described(name, source, commit)
+        for k, (name, source) in enumerate(sources.items(), start=1):
+            say(f"{name} ({k} of {len(sources)}): {source.location}")
+            if source.download:
+                snapshot_download(
+                    source.location, revision=source.commit, allow_patterns=[*source.weights.files_metadata]
+                )
         say("fusing")
         model = UltraFuserForCausalLM.from_specialists(
-            plan.sources, gate=recipe.gate, fusion=recipe.fusion, dtype=dtype, revisions=plan.commits
+            recipe.specialists, gate=recipe.gate, fusion=recipe.fusion, dtype=dtype, revisions=commits
         )
-        say(f"writing {size_in_words(plan.size)}")
-        save_fused(folder, model, plan.tokenizer, ingredients)
-    return plan
+        say(f"writing {decimal(size)}")
+        save_fused(folder, model, tokenizer, {name: described(source) for name, source in sources.items()})
 
 
-def commit_of(source: str, revision: str | None = None) -> str | None:
-    """The commit that a revision of a Hub's repository is at now; None for a folder."""
-    if os.path.isdir(source):
-        return None
-    # the folder of a snapshot is named after its commit
-    return Path(hf_hub_download(source, "config.json", revision=revision)).parent.name
-
-
-def described(name: str, source: str, commit: str | None) -> dict[str, str | None]:
+def described(source: Source) -> dict[str, str | None]:
     """Where a specialist comes from and what its card says of its licence, to be kept beside the model."""
-    try:
-        card = licences.read_ingredient(name, source)
-    except ValueError as error:
-        card = licences.Ingredient(name, problem=str(error))
+    card = licences.read_ingredient(source.name, str(source.folder))
     stated = {"licence": card.licence, "terms": card.terms, "link": card.link, "problem": card.problem}
-    return {"source": source, "commit": commit, **{key: value for key, value in stated.items() if value}}
-
-
-def size_in_words(size: float) -> str:
-    """Bytes with a unit that suits them."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    return {
+        "source": source.location,
+        "commit": source.commit,
+        **{key: value for key, value in stated.items() if value},
+    }

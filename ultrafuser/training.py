@@ -15,8 +15,9 @@ from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 from trainers.stages import last_complete_checkpoint
 
+from .checking import reading
 from .folders import read_ingredients, write_ingredients
-from .fusing import Fusion, commit_of, described
+from .fusing import Fusion, described
 
 
 STAGES = {"gate": (GateStageConfig, GateTrainer), "joint": (JointStageConfig, JointTrainer)}
@@ -90,6 +91,7 @@ def train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model
             f"output_dir."
         )
     domains = load_domains(fused)
+    ingredients = _ingredients(fused, model_args)
     model, tokenizer = load_model(fused, model_args, trust_remote_code=args.trust_remote_code)
     own = {"peft_config": get_peft_config(model_args)} if fused.stage == "joint" else {}
     trainer = STAGES[fused.stage][1](model, args, domains, processing_class=tokenizer, **own)
@@ -101,7 +103,7 @@ def train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model
     if args.should_save:
         # before the weights: killed in between, it leaves nothing that loads
         tokenizer.save_pretrained(out)
-        write_ingredients(out, _ingredients(fused, model_args))
+        write_ingredients(out, ingredients)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -111,8 +113,8 @@ def _ingredients(fused: FusedArguments, model: ModelConfig) -> dict[str, dict]:
     """Where the specialists come from: what the folder says that training began from, or what was fused."""
     if fused.specialists:
         revisions = fused.specialist_revisions or {}
-        return {n: described(n, s, commit_of(s, revisions.get(n))) for n, s in fused.specialists.items()}
-    return read_ingredients(Path(model.model_name_or_path))
+        return {n: described(reading.read(n, s, revisions.get(n))) for n, s in fused.specialists.items()}
+    return read_ingredients(Path(model.model_name_or_path or ""))
 
 
 def load_model(
