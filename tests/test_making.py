@@ -1,6 +1,7 @@
 """From a recipe to a made set, with a scripted teacher over real HTTP."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,12 @@ from tests.training import CHAT_TEMPLATE, changed, weights
 from tests.vllm import run
 from tests.vllm.cases import save_fused
 from trainers import GateStageConfig, GateTrainer
+from ultrafuser.data.making import Maker, all_instructions, conversations
 from ultrafuser.data.planning import Plan
 from ultrafuser.data.reading import read_items
 from ultrafuser.data.recipe import PROMPTS, load_recipe
 from ultrafuser.data.running import make_set
+from ultrafuser.data.teacher import Reply
 
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +120,43 @@ def test_the_plan_foresees_every_call(made):
     assert {place: counts["calls"] for place, counts in plan.counts.items()} == sent
     assert plan.records == sum(sum(kinds.values()) for kinds in report["records"].values())
     assert set(server.counts().values()) == {1}
+
+
+class AsForeseen:
+    """A teacher whose replies have the length that the recipe says, and can all be used. Counts."""
+
+    stopped = None
+
+    def __init__(self):
+        self.counts, self.numbers = defaultdict(Counter), itertools.count()
+
+    def ask(self, requests):
+        for request in requests:
+            amounts = {"tokens_in": request.prompt_tokens(), "tokens_out": request.reply_tokens}
+            self.counts[request.step, request.domain].update(calls=1, **amounts)
+        return [Reply(self.text(request)) for request in requests]
+
+    def text(self, request):
+        length = 4 * request.reply_tokens // (request.number or 1)
+        items = [f"{next(self.numbers):x}".ljust(length, "x") for _ in range(request.number or 1)]
+        return items[0] if request.number is None else json.dumps({"items": items})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"items_per_request": 3, "text__turns": 3, "math__harder": 0},
+        {"text__instructions": 401, "code__strong": 0, "code__weak": 0, "math__weak": 3, "items_per_request": 7},
+        {"text__meta_topics": 60, "text__sub_topics": 130, "text__instructions": 300, "code__skills": {"number": 90}},
+    ],
+)
+def test_what_is_counted_is_what_following_the_recipe_asks_for(changes, tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path, **changes))
+    plan, teacher = Plan(recipe), AsForeseen()
+    maker = Maker(recipe, teacher)
+    assert sum(1 for _ in conversations(maker, all_instructions(maker))) == plan.records
+    assert plan.counts == teacher.counts
 
 
 def journal(out):

@@ -8,14 +8,13 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import combinations, count, product
-from typing import Protocol
 
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from .reading import read_items, writable
 from .recipe import Domain, Recipe, load_prompts
-from .teacher import Reply, Request
+from .teacher import Request, Teacher
 
 
 TOPIC_TOKENS = 16  # of a topic, a sub-topic or a skill, to foresee the cost
@@ -26,16 +25,8 @@ TEXT = Value("string")
 COLUMNS = {"domain": TEXT, "topic": TEXT, "subtopic": TEXT, "kind": TEXT, "skills": List(TEXT)}
 ROWS = Features(COLUMNS | {"instruction": TEXT})
 CONVERSATIONS = Features({"messages": List({"role": TEXT, "content": TEXT})} | COLUMNS)
+EMPTY = {"topic": "", "subtopic": "", "kind": "", "skills": [], "instruction": ""}
 RECORDS = Features(CONVERSATIONS | {"source": TEXT, "licence": TEXT})
-
-
-class Asked(Protocol):
-    """Who is asked: a `Teacher`, or what stands in for it to foresee the cost."""
-
-    stopped: str | None
-
-    def ask(self, requests: list[Request]) -> list[Reply | None]:
-        """Replies in the order of the requests."""
 
 
 class Maker:
@@ -43,12 +34,12 @@ class Maker:
 
     Attributes:
         recipe: What is made.
-        teacher: Who is asked.
+        teacher: Who is asked. None only foresees.
         given_up: Items that were never had in a form that could be used, by step and domain.
         seen: Instructions of each domain, to keep none twice.
     """
 
-    def __init__(self, recipe: Recipe, teacher: Asked) -> None:
+    def __init__(self, recipe: Recipe, teacher: Teacher | None = None) -> None:
         self.recipe, self.teacher = recipe, teacher
         self.prompts = load_prompts(recipe.prompts)
         self.given_up: Counter[tuple[str, str]] = Counter()
@@ -145,8 +136,7 @@ def _children(rows: Dataset, found: list[list[str]], **columns: Callable[[str], 
 
 def domains(maker: Maker) -> Dataset:
     """One row per domain, where everything begins."""
-    empty = {"topic": "", "subtopic": "", "kind": "", "skills": [], "instruction": ""}
-    return _table([{"domain": name, **empty} for name in maker.recipe.domains])
+    return _table([EMPTY | {"domain": name} for name in maker.recipe.domains])
 
 
 def meta_topics(maker: Maker, rows: Dataset) -> Dataset:
@@ -165,25 +155,24 @@ def sub_topics(maker: Maker, rows: Dataset) -> Dataset:
 
 def instructions(maker: Maker, rows: Dataset) -> Dataset:
     """The first instructions about each sub-topic: as many as leave room for their expansion."""
-    numbers = maker.shares(rows, _first)
+    numbers = maker.shares(rows, lambda domain: expansion_totals(domain)[0])
     found = collect(maker, "instructions", rows, numbers, maker.seen)
     return _children(rows, found, instruction=str, kind=lambda _: "seed")
 
 
-def _first(domain: Domain) -> int:
-    return -(-domain.instructions // (1 + domain.strong + domain.weak))
+def expansion_totals(domain: Domain) -> tuple[int, int, int]:
+    """How many of a domain's instructions are first ones, strongly and weakly related ones."""
+    first = -(-domain.instructions // (1 + domain.strong + domain.weak))
+    strong = round((domain.instructions - first) * domain.strong / ((domain.strong + domain.weak) or 1))
+    return first, strong, domain.instructions - first - strong
 
 
 def expansion(maker: Maker, rows: Dataset) -> Dataset:
     """The rows, and instructions that are strongly and weakly related to them."""
-
-    def strong(domain: Domain) -> int:
-        more = domain.instructions - _first(domain)
-        return round(more * domain.strong / ((domain.strong + domain.weak) or 1))
-
     parts = [rows]
-    for kind, total in (("strong", strong), ("weak", lambda d: d.instructions - _first(d) - strong(d))):
-        found = collect(maker, kind, rows, maker.shares(rows, total), maker.seen)
+    for place, kind in enumerate(("strong", "weak"), start=1):
+        numbers = maker.shares(rows, lambda domain, place=place: expansion_totals(domain)[place])
+        found = collect(maker, kind, rows, numbers, maker.seen)
         parts.append(_children(rows, found, instruction=str, kind=lambda _, kind=kind: kind))
     return concatenate_datasets(parts)
 

@@ -1,59 +1,98 @@
 """What following a recipe will take: calls, tokens, money and time, foreseen without sending anything."""
 
-import json
 from collections import Counter, defaultdict
-from itertools import count
 
 from rich.table import Column, Table
 
-from .making import TOPIC_TOKENS, Maker, all_instructions, conversations
-from .recipe import Recipe
-from .teacher import CHARACTERS_PER_TOKEN, Reply, Request, cost
+from .making import EMPTY, TOPIC_TOKENS, Maker, expansion_totals
+from .recipe import NEEDED, Domain, Recipe
+from .teacher import CHARACTERS_PER_TOKEN, cost
 
 
 class Plan:
-    """What a recipe asks for, found by following it with replies of the foreseen length in place of a teacher's.
+    """What a recipe asks for, if every reply has the foreseen length and can be used.
+
+    Then the requests of a step differ, within a domain, only by how many items they ask for and how many exist
+    already: one of each sort is made and counted as often as it would be sent.
 
     Attributes:
         counts: Calls, prompt tokens and reply tokens by step and domain.
         seconds: Time that it takes, from the limits and the speed of the teacher.
         records: Conversations that come out.
-        stopped: None: nothing stops a plan. It is there because a `Teacher` has it.
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        """Follows the recipe: about a minute for half a million calls."""
-        self.recipe, self.seconds, self.stopped = recipe, 0.0, None
+        """Counts, which takes moments whatever the size."""
+        self.recipe, self.records = recipe, 0
         self.counts: dict[tuple[str, str], Counter] = defaultdict(Counter)
-        self._numbers = count()
-        maker = Maker(recipe, self)
-        self.records = sum(1 for _ in conversations(maker, all_instructions(maker)))
+        # requests of all domains that may be under way at once: of one step, turn and round
+        self._rounds: dict[tuple, Counter] = defaultdict(Counter)
+        self._maker = Maker(recipe)
+        for name, domain in recipe.domains.items():
+            self._follow(name, domain)
+        # in the order of the steps, whatever the domain
+        self.counts = dict(sorted(self.counts.items(), key=lambda item: [*NEEDED].index(item[0][0])))
+        self.seconds = sum(map(self._seconds, self._rounds.values()))
 
-    def ask(self, requests: list[Request]) -> list[Reply]:
-        """Stands in for a teacher: counts, and replies with nonsense of the right length."""
-        teacher, tokens, replies = self.recipe.teacher, 0, []
-        for request in requests:
+    def _follow(self, name: str, domain: Domain) -> None:
+        """The steps of `making`, with texts of the foreseen length and numbers in place of rows."""
+        topic, instruction = ("x" * CHARACTERS_PER_TOKEN * n for n in (TOPIC_TOKENS, domain.instruction_tokens))
+        first, strong, weak = expansion_totals(domain)
+        row = EMPTY | {"domain": name}
+        self._lists("meta_topics", row, topic, [(domain.meta_topics, 1)])
+        row["topic"] = topic
+        self._lists("sub_topics", row, topic, spread(domain.sub_topics, domain.meta_topics))
+        row["subtopic"] = topic
+        self._lists("instructions", row, instruction, spread(first, domain.sub_topics))
+        row["instruction"] = instruction
+        self._lists("strong", row, instruction, spread(strong, first))
+        self._lists("weak", row, instruction, spread(weak, first))
+        number = domain.instructions
+        if domain.skills:
+            start, pairs = EMPTY | {"domain": name}, domain.skills.pairs + domain.skills.across
+            self._lists("skills", start, topic, [(domain.skills.number, 1)])
+            self._lists("pairs", start | {"topic": "skills", "skills": [topic, topic]}, instruction, [(1, pairs)])
+            number += pairs
+        self._count("harder", row, None, [], round(domain.harder * number))
+        said = [{"role": "user", "content": instruction}]
+        for turn in range(1, domain.turns + 1):
+            if turn > 1:
+                self._count("turns", row | {"messages": said}, None, [], number, turn)
+                said = [*said, {"role": "user", "content": instruction}]
+            self._count("answers", row | {"messages": said}, None, [], number, turn)
+            said = [*said, {"role": "assistant", "content": "x" * CHARACTERS_PER_TOKEN * domain.answer_tokens}]
+        self.records += number
+
+    def _lists(self, step: str, row: dict, item: str, wanted: list[tuple[int, int]]) -> None:
+        """So many items are wanted of each of so many rows."""
+        most = self.recipe.items_per_request
+        for number, rows in wanted:
+            for found in range(0, number, most):
+                self._count(step, row, min(number - found, most), [item] * found, rows, found // most)
+
+    def _count(self, step: str, row: dict, number: int | None, known: list[str], times: int, place: int = 0) -> None:
+        """One request, as often as it is sent; `place` tells those apart that wait for each other."""
+        if times:
+            request = self._maker.request(step, row, number, known, 0)
             tokens_in, tokens_out = request.prompt_tokens(), request.reply_tokens
-            self.counts[request.step, request.domain].update(calls=1, tokens_in=tokens_in, tokens_out=tokens_out)
-            tokens += tokens_in + tokens_out
-            replies.append(Reply(self._text(request)))
-        paces = (len(requests), teacher.requests_per_minute), (tokens, teacher.tokens_per_minute)
-        waits = [60 * amount / limit for amount, limit in paces if limit]
-        # a round is not over before its last reply
-        one_reply = max((r.reply_tokens for r in requests), default=0) / teacher.tokens_per_second
-        self.seconds += max([-(-len(requests) // teacher.concurrency) * one_reply, *waits])
-        return replies
+            counted = Counter(calls=times, tokens_in=times * tokens_in, tokens_out=times * tokens_out)
+            self.counts[step, row["domain"]] += counted
+            longest = max(self._rounds[step, place]["longest"], tokens_out)
+            self._rounds[step, place] += counted
+            self._rounds[step, place]["longest"] = longest
 
-    def _text(self, request: Request) -> str:
-        length = CHARACTERS_PER_TOKEN * request.reply_tokens // (request.number or 1)
-        if request.number is None:
-            return "x" * length
-        return json.dumps({"items": [f"{next(self._numbers):x}".ljust(length, "x") for _ in range(request.number)]})
+    def _seconds(self, requests: Counter) -> float:
+        teacher = self.recipe.teacher
+        # a round is not over before its last reply
+        replies = max(requests["tokens_out"] / min(teacher.concurrency, requests["calls"]), requests["longest"])
+        tokens = requests["tokens_in"] + requests["tokens_out"]
+        paces = (requests["calls"], teacher.requests_per_minute), (tokens, teacher.tokens_per_minute)
+        return max([replies / teacher.tokens_per_second, *(60 * amount / limit for amount, limit in paces if limit)])
 
     @property
     def total(self) -> Counter:
         """Calls, prompt tokens and reply tokens of everything."""
-        return sum(self.counts.values(), Counter(calls=0))
+        return sum(self.counts.values(), Counter())
 
     @property
     def money(self) -> float:
@@ -96,6 +135,12 @@ class Plan:
                 share = f"it ends at about {limit / wanted:.0%}" if limit < wanted else "it suffices"
                 lines.append(f"Budget: {limit:,} ({name}) for {wanted:,.10g}; {share}.")
         return "\n".join(lines)
+
+
+def spread(total: int, rows: int) -> list[tuple[int, int]]:
+    """How many each row gets and how many rows get so many, as `Maker.shares` deals out a total."""
+    each, more = divmod(total, rows)
+    return [(each + 1, more), (each, rows - more)]
 
 
 def _duration(seconds: float) -> str:
