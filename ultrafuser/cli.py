@@ -54,6 +54,38 @@ def quickstart(
 
 
 @app.command()
+def check(
+    specialists: Annotated[
+        list[str], typer.Argument(help="Folders or ids on the Hub, each ID, ID@REVISION or NAME=...; two or more.")
+    ],
+    dtype: Annotated[str, typer.Option(help="Of the fused model. Default: what all specialists share.")] = "auto",
+    fusion: Annotated[str, typer.Option(help="logits or probabilities.")] = "logits",
+    as_json: Annotated[bool, typer.Option("--json", help="Everything in JSON, for programs.")] = False,
+) -> None:
+    """Do these models fit together, and what would fusing them take? Reads no weights. Exit status 2 if they do not.
+
+    Example: ultrafuser check Qwen/Qwen2.5-7B-Instruct Qwen/Qwen2.5-Coder-7B-Instruct Qwen/Qwen2.5-Math-7B-Instruct
+    """
+    from huggingface_hub.utils import disable_progress_bars
+    from rich.console import Console
+
+    from .checking import judging, reading, showing
+
+    disable_progress_bars()
+    try:
+        judgement = judging.judge(reading.parse(specialists), dtype=dtype, fusion=fusion)
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+    if as_json:
+        typer.echo(json.dumps(showing.as_dict(judgement), indent=1))
+    else:
+        showing.show(judgement, Console(highlight=False))
+    if judgement.verdict == judging.BLOCKS:
+        raise typer.Exit(2)
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of a fused model, or its id on the Hub.")],
     data: Annotated[list[str], typer.Option(help="DOMAIN=FILE.jsonl or DOMAIN=HUB_ID:SPLIT, once per domain.")],
