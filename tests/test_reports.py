@@ -110,6 +110,12 @@ def test_a_model_that_is_not_fused_is_refused_before_it_is_loaded(tmp_path):
         load(str(tmp_path))
 
 
+def test_a_model_without_a_tokenizer_is_refused_before_it_is_loaded(fused, tmp_path):
+    fused.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        load(str(tmp_path))
+
+
 # ---- in the terminal
 
 

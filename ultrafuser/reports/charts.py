@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from .colours import strength, text_on
-from .explaining import Token, leaders
+from .explaining import FUSED, Token, leaders
 
 
 OTHER = "#7d8590"  # rows that are no specialist: reads on light and on dark
@@ -122,7 +122,7 @@ def draw_differences(rows: Sequence[Mapping], colours: dict[str, str]) -> Figure
         rows: As for `draw_rows`, with `difference` and perhaps `difference_interval`.
         colours: Colour of each specialist.
     """
-    others = [row for row in rows if row["kind"] != "fused" and row.get("difference") is not None]
+    others = [row for row in rows if row["name"] != FUSED and row.get("difference") is not None]
     figure = Figure(figsize=(8.5, 1.5 + INCH_PER_ROW * len(others)), layout="constrained")
     axis = figure.add_subplot()
     for place, row in enumerate(others):
@@ -160,16 +160,16 @@ def draw_radar(rows: Sequence[Mapping], colours: dict[str, str]) -> Figure:
     domains = list(dict.fromkeys(d for row in rows for d in row["loss"]))
     if len(domains) < 3:
         raise ValueError(f"A radar chart needs three axes or more, but the rows have the domains {domains} only.")
-    others = [row for row in rows if row["kind"] not in ("fused", "specialist")]
+    others = [row for row in rows if row["name"] != FUSED and row["kind"] != "specialist"]
     best = min(others, key=lambda row: row["mean"], default=None)
-    shown = [row for row in rows if row["kind"] in ("fused", "specialist") or row is best]
+    shown = [row for row in rows if row["name"] == FUSED or row["kind"] == "specialist" or row is best]
     floors = [min(row["loss"][d] for row in shown if d in row["loss"]) for d in domains]
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     axis = figure.add_subplot(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
     angles = np.linspace(0, 2 * math.pi, len(domains), endpoint=False)
     for row in shown:
         values = [math.exp(f - row["loss"].get(d, math.inf)) for d, f in zip(domains, floors, strict=True)]
-        colour, fused = _colour(row, colours), row["kind"] == "fused"
+        colour, fused = _colour(row, colours), row["name"] == FUSED
         style = {"color": colour, "linewidth": 3 if fused else 2, "linestyle": (0, (4, 2)) if row is best else "-"}
         axis.plot([*angles, angles[0]], [*values, values[0]], **style, label=row["name"])
         axis.fill(angles, values, color=colour, alpha=0 if row is best else 0.08)
@@ -306,7 +306,7 @@ def _bars(axis: Axes, title: str, rows: Sequence[Mapping], values: Sequence[tupl
 
 def _colour(row: Mapping, colours: dict[str, str]) -> str:
     """A specialist's own colour, the ink for the fused model, grey for all others."""
-    if row["kind"] == "fused":
+    if row["name"] == FUSED:
         return _ink()
     return colours.get(row["name"].removesuffix(" specialist"), OTHER) if row["kind"] == "specialist" else OTHER
 

@@ -62,7 +62,7 @@ def load(folder: str) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
 
     Raises:
         OSError: If there is no such model.
-        ValueError: If it is a model of another kind.
+        ValueError: If it is a model of another kind, or has no tokenizer.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -73,8 +73,15 @@ def load(folder: str) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
             f"Only a fused model has a gate to look at, but {folder!r} is of type {config.model_type!r}. Pass a folder "
             f"that `UltraFuserForCausalLM.save_pretrained` wrote."
         )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Tokens are needed to show who speaks, but {folder!r} holds no tokenizer. Save that of a specialist there: "
+            f"`common_tokenizer(specialists).save_pretrained({folder!r})`."
+        ) from error
     model = UltraFuserForCausalLM.from_pretrained(folder).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(folder)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 @torch.inference_mode()

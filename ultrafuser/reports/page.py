@@ -53,7 +53,7 @@ def render(
 
 def verdict(row: Mapping) -> str:
     """Where a row stands: ahead of the fused model or behind it, or too close to tell by its interval."""
-    if row["kind"] == "fused":
+    if row["name"] == FUSED:
         return "this model"
     low, high = row.get("difference_interval") or (None, None)
     if low is None:
@@ -62,7 +62,7 @@ def verdict(row: Mapping) -> str:
 
 
 def _losses(row: Mapping, domains: list[str]) -> dict:
-    fused = row["kind"] == "fused"
+    fused = row["name"] == FUSED
     return {
         "name": row["name"],
         "kind": row["kind"],

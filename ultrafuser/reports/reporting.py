@@ -25,7 +25,7 @@ from .charts import (
     draw_tokens,
 )
 from .colours import assign
-from .explaining import Token, explain
+from .explaining import FUSED, Token, explain
 from .figures import save
 from .page import render
 
@@ -181,7 +181,7 @@ def _figure(out: Path, name: str, title: str, caption: str, draw, *args) -> dict
 
 def _comparison_figures(out: Path, rows: Sequence[Mapping], colours: dict[str, str]):
     rows = sorted(rows, key=lambda row: row["mean"])
-    if any(row["kind"] != "fused" and row.get("difference") is not None for row in rows):
+    if any(row["name"] != FUSED and row.get("difference") is not None for row in rows):
         caption = "Loss of every row minus the fused model's on the same tokens, with 95% intervals. Beyond ±0.1 the"
         caption += " axis is logarithmic."
         yield _figure(out, "differences", "Against the fused model", caption, draw_differences, rows, colours)
