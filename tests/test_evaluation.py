@@ -1,6 +1,8 @@
 """What is measured on held-out text, how sure it is, and that a comparison is made once."""
 
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from tests.conftest import stir_gate
 from tests.tiny import VOCAB, specialist, tokenizer
 from tests.training import CHAT_TEMPLATE
 from ultrafuser.cli import app
+from ultrafuser.evaluation import contenders, evaluating, measuring
 from ultrafuser.evaluation.baselines import (
     RandomGate,
     RequestGate,
@@ -23,10 +26,10 @@ from ultrafuser.evaluation.baselines import (
     train_router,
 )
 from ultrafuser.evaluation.comparing import compare
-from ultrafuser.evaluation.contenders import Comparison
-from ultrafuser.evaluation.evaluating import left_out, read_json_lines, tables, verdict
+from ultrafuser.evaluation.contenders import Comparison, merged, trained_choice, tuned_constant
+from ultrafuser.evaluation.evaluating import evaluate, left_out, read_json_lines, tables, verdict
 from ultrafuser.evaluation.measuring import HeldOut, Scores, cost, held_out, score
-from ultrafuser.evaluation.statistics import calibration_error, flips, interval, per_example, sign_test
+from ultrafuser.evaluation.statistics import calibration_error, flips, interval, per_example, permutation_test
 
 
 LINES = ["what is 2+2? it is 4", "def read(self): return 1", "the value of the expression", "x = 3 * y + 4"]
@@ -66,6 +69,15 @@ def test_a_batch_scores_as_single_examples_do(fused, data):
         ids = data.input_ids[row : row + 1, :length]
         alone = HeldOut(ids, torch.ones_like(ids), data.scored[row : row + 1, :length])
         torch.testing.assert_close(score(fused, alone).losses[0], together.losses[row, :length], rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_holds_no_more_logits_than_allowed(fused, data, monkeypatch):
+    whole = score(fused, data)
+    monkeypatch.setattr(measuring, "LOGITS", 2 * data.input_ids.shape[1] * VOCAB)
+    batches = []
+    by_two = score(fused, data, before=batches.append)
+    assert [(rows.start, rows.stop) for rows in batches] == [(0, 2), (2, 4)]
+    torch.testing.assert_close(by_two.losses[data.scored], whole.losses[data.scored], rtol=1e-4, atol=1e-5)
 
 
 def test_mean_loss_is_the_models_own(fused, data):
@@ -117,6 +129,14 @@ def test_a_tied_head_is_read_for_every_token():
     assert price["parameters_per_token"] == price["parameters"]
 
 
+def test_layers_without_keys_have_no_part_in_what_a_token_adds_to_the_cache():
+    mixer = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+    model = specialist("bamba", layers=3, attn_layer_indices=[1], **mixer)
+    price = cost(model, model, torch.arange(4)[None], new_tokens=2, repeats=1)
+    # keys and values of 2 heads in one layer, 8 wide, 4 bytes each
+    assert price["cache_bytes_per_token"] == 2 * 4 * 2 * 8
+
+
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
@@ -143,8 +163,8 @@ def test_domains_count_alike_whatever_their_size():
 def test_a_real_difference_is_found_and_none_is_not_invented():
     rng = np.random.default_rng(0)
     noise = rng.normal(size=50)
-    assert sign_test([(noise + 1.0, np.ones(50))]) < 0.001
-    found = [sign_test([(rng.normal(size=30), np.ones(30))], samples=500, seed=s) for s in range(200)]
+    assert permutation_test([(noise + 1.0, np.ones(50))]) < 0.001
+    found = [permutation_test([(rng.normal(size=30), np.ones(30))], samples=500, seed=s) for s in range(200)]
     assert np.mean(np.array(found) < 0.1) == pytest.approx(0.1, abs=0.07)
 
 
@@ -201,6 +221,18 @@ def test_controls_give_weights_of_the_same_kind_to_other_tokens(fused):
     assert drawn.std(dim=1).min() > 0.1
 
 
+def test_a_shuffled_gate_gives_no_token_the_weights_of_padding(fused, data):
+    ids, mask = data.input_ids, data.attention_mask
+    own = fused.gate_weights(ids, attention_mask=mask)
+    gate = ShuffledGate(fused.config, fused.model.fusion_gate)
+    gate.lengths = mask.sum(-1)
+    shuffled = ensemble(fused, gate).gate_weights(ids, attention_mask=mask)
+    assert len(set(gate.lengths.tolist())) > 1
+    for row, length in enumerate(gate.lengths):
+        assert not torch.equal(own[row, :length], shuffled[row, :length])
+        torch.testing.assert_close(own[row, :length].sort(0).values, shuffled[row, :length].sort(0).values)
+
+
 def test_one_hot_weights_for_a_request_are_that_specialist(fused):
     gate = RequestGate(fused.config)
     gate.weights = torch.eye(3)
@@ -235,6 +267,10 @@ def test_a_router_learns_who_answers_what():
     assert router.predict(["def read(self, size):", "What is 99 * 12?"]).tolist() == [0, 1]
 
 
+def test_a_router_that_saw_one_specialist_win_everywhere_chooses_it():
+    assert train_router(["one prompt", "another"], [2, 2]).predict(["a third"]).tolist() == [2]
+
+
 # --- comparing -------------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +297,7 @@ def test_every_baseline_has_a_row_and_the_best_comes_first(comparison, tmp_path)
     }
     means = [row["mean"] for row in results["rows"]]
     assert means == sorted(means)
-    assert not results["left_out"]
+    assert set(results["left_out"]) == {"tuned constant weights", "router: trained"}
     by_name = {row["name"]: row for row in results["rows"]}
     for row in results["rows"]:
         assert row["mean"] == pytest.approx(sum(row["loss"][d] for d in ("text", "code", "math")) / 3)
@@ -270,9 +306,57 @@ def test_every_baseline_has_a_row_and_the_best_comes_first(comparison, tmp_path)
     assert oracle["loss"]["text"] == min(by_name[f"{n} specialist"]["loss"]["text"] for n in ("text", "code", "math"))
     assert oracle["retention"] == 1
     assert oracle["cost"]["parameters"] == 3 * by_name["text specialist"]["cost"]["parameters"]
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert json.loads(json.dumps(results)) == results
     assert tables(results)[0].row_count == len(names)
-    assert verdict(results)
+
+
+@pytest.fixture
+def tunable(comparison):
+    """The same, with examples to tune on: those that it is measured on, so that tuning shows."""
+    comparison.tune = {d: x for d, x in comparison.data.items() if d != "mixed"}
+    return comparison
+
+
+def mean_loss(measured, data):
+    return sum(measured.scores[d].losses[x.scored].mean().item() for d, x in data.items())
+
+
+def test_tuned_constant_weights_beat_equal_ones_where_they_were_tuned(tunable):
+    equal = tunable.run(ensemble(tunable.ingredients, "uniform"), "ensemble")
+    tuned = tuned_constant(tunable)
+    assert mean_loss(tuned, tunable.tune) < mean_loss(equal, tunable.tune) - 0.01
+    assert sum(float(part.split()[1]) for part in tuned.note.split(", ")) == pytest.approx(1, abs=0.02)
+
+
+def test_a_trained_router_repeats_what_was_best_on_what_it_was_trained_on(tunable):
+    choose = trained_choice(tunable)
+    for examples in tunable.tune.values():
+        scores = [score(model, examples).losses * examples.scored for model in tunable.specialists.values()]
+        best = torch.stack([s.sum(-1) for s in scores]).argmin(0)
+        assert choose({}, examples).tolist() == best.tolist()
+
+
+def test_a_merge_has_the_best_factor_and_one_copy_is_held_at_a_time(tunable, monkeypatch):
+    made = []
+
+    def merge(*args, **options):
+        gc.collect()
+        assert not any(model() for _, model in made)
+        model = contenders.merge_alone(*args, **options)
+        made.append((options["weight"], weakref.ref(model)))
+        return model
+
+    monkeypatch.setattr(contenders, "merge_alone", contenders.merge, raising=False)
+    monkeypatch.setattr(contenders, "merge", merge)
+    found = merged(tunable, "task_arithmetic", False)
+    tried = [weight for weight, _ in made]
+    assert tried[:-1] == [1 / 3, 0.5, 1.0]
+    assert found.note == f"factor {tried[-1]:.2g}"
+    losses = []
+    for weight in tried[:-1]:
+        model = contenders.merge_alone(tunable.specialists, "task_arithmetic", base=tunable.base, weight=weight)
+        losses.append(mean_loss(tunable.run(model, "merge"), tunable.tune))
+    assert mean_loss(found, tunable.tune) == pytest.approx(min(losses), rel=1e-5)
 
 
 def test_a_second_run_measures_only_what_is_missing(comparison, tmp_path, monkeypatch):
@@ -297,11 +381,37 @@ def test_scores_of_another_run_are_not_taken_up(comparison, tmp_path):
 
 def test_merges_that_do_not_apply_are_left_out_with_the_reason(fused, data, tmp_path):
     results = compare(Comparison(fused, fused, tokenizer(), {"text": data}, {}), tmp_path)
-    assert len(results["left_out"]) == 8
+    assert len(results["left_out"]) == 2 + 8
     said = left_out(results)
-    assert len(said) == 2
+    assert len(said) == 3
     assert "no base was given" in " ".join(said)
     assert "must have one shape" in " ".join(said)
+    assert said[0].startswith("Left out: tuned constant weights, router: trained. It is tuned, but there are no")
+
+
+def test_a_contender_may_not_take_the_name_of_another(comparison, tmp_path):
+    for name in ("fused", "Uniform_logits"):
+        with pytest.raises(ValueError, match=f"{name!r} is, or is written like, one of"):
+            compare(comparison, tmp_path, more={name: lambda: specialist("llama")})
+    assert not list(tmp_path.iterdir())
+
+
+def rows(**others):
+    """A fused model of mean loss 2 and 30 parameters, and others by (difference, its interval, parameters)."""
+    made = [{"name": "fused", "mean": 2.0, "difference_interval": [0, 0], "cost": {"parameters_per_token": 30}}]
+    for name, (difference, ends, size) in others.items():
+        cost = {"parameters_per_token": size}
+        made.append({"name": name, "mean": 2 + difference, "difference_interval": ends, "cost": cost})
+    return {"rows": sorted(made, key=lambda row: row["mean"])}
+
+
+def test_the_verdict_names_who_is_surely_ahead_and_who_is_level_and_cheaper():
+    worse = {"average": (0.5, [0.4, 0.6], 10)}
+    assert verdict(rows(**worse)) == "Nothing that was compared is surely ahead of the fused model."
+    ahead = {"joint": (-0.2, [-0.3, -0.1], 10), "another": (-0.1, [-0.2, -0.01], 10), **worse}
+    assert verdict(rows(**ahead)) == "Fusing loses to 'joint' by 0.200 nats per token and to 1 more."
+    level = {"router": (-0.01, [-0.1, 0.1], 10), "mixture": (0.01, [-0.1, 0.1], 30)}
+    assert "; 'router' is level with it and reads fewer parameters per token." in verdict(rows(**level))
 
 
 def test_the_command_prints_the_tables_and_refuses_malformed_rows_before_loading(comparison, tmp_path):
@@ -323,6 +433,37 @@ def test_the_command_prints_the_tables_and_refuses_malformed_rows_before_loading
     assert refused.exit_code == 2
     assert "code.jsonl: Held-out rows need" in refused.output
     assert "row 1" in refused.output
+
+
+def test_rivals_that_cannot_be_compared_are_refused_before_anything_is_measured(fused, tmp_path):
+    fused.save_pretrained(tmp_path / "fused")
+    tokenizer().save_pretrained(tmp_path / "fused")
+    specialist("llama").save_pretrained(tmp_path / "plain")
+    tokenizer(swap="ae").save_pretrained(tmp_path / "plain")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": LINES[0]}))
+    given = {"data": {"text": str(tmp_path / "text.jsonl")}, "out": tmp_path / "out", "prompt_tokens": 5}
+    path = str(tmp_path / "fused")
+    with pytest.raises(ValueError, match=r"is of type 'llama'\. Pass a fused model first"):
+        evaluate(str(tmp_path / "plain"), **given)
+    with pytest.raises(ValueError, match="models that read the same tokens, but '.*plain' makes"):
+        evaluate(path, **given, also={"plain": str(tmp_path / "plain")})
+    with pytest.raises(OSError, match="nowhere"):
+        evaluate(path, **given, also={"plain": str(tmp_path / "nowhere")})
+    with pytest.raises(ValueError, match="there is no other"):
+        evaluate(path, {"mixed": given["data"]["text"]}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_examples_are_cut_to_the_models_context(comparison, tmp_path, monkeypatch):
+    comparison.fused.config.max_position_embeddings = 20
+    comparison.fused.save_pretrained(tmp_path / "fused")
+    tokenizer().save_pretrained(tmp_path / "fused")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": LINES[2]}))
+    seen = []
+    monkeypatch.setattr(evaluating, "compare", lambda comparison, *_, **__: seen.append(comparison) or {})
+    found = evaluate(str(tmp_path / "fused"), {"text": str(tmp_path / "text.jsonl")}, tmp_path, prompt_tokens=5)
+    assert seen[0].data["text"].input_ids.shape == (1, 20)
+    assert found["config"]["max_length"] == 20
 
 
 def test_vocabulary_of_the_fixtures_is_that_of_the_tokenizer():

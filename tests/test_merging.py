@@ -88,6 +88,22 @@ def test_specialists_equal_to_their_base_merge_to_it(method, base):
         torch.testing.assert_close(merged[key], tensor)
 
 
+@pytest.mark.parametrize("method", sorted(MERGES))
+def test_a_merge_is_made_where_the_specialists_are(method, base, models):
+    away = {name: model.to("meta") for name, model in models.items()}
+    merged = merge(away, method, base=base.to("meta"), by_depth=True)
+    assert {p.device.type for p in merged.parameters()} == {"meta"}
+
+
+def test_small_changes_of_16_bit_weights_are_added_up_before_they_are_rounded(base):
+    base, one, two = (specialist("llama").bfloat16() for _ in range(3))
+    for model, value in ((base, 1.0), (one, 1.0078125), (two, 1.0078125)):
+        model.model.norm.weight.data.fill_(value)
+    merged = merge({"one": one, "two": two}, "task_arithmetic", base=base, weight=0.5)
+    # the step of 16-bit numbers above 1 is 2**-7: half of it is lost twice where each half is rounded
+    assert merged.model.norm.weight[0].item() == 1.0078125
+
+
 def test_the_specialists_stay_as_they_were(base, models):
     before = [{k: t.clone() for k, t in s.items()} for s in states(models)]
     merge(models, "ties", base=base, by_depth=True)

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 
 import torch
+from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -34,7 +35,7 @@ def ensemble(model: UltraFuserForCausalLM, gate: str | Gate, fusion: str = "logi
     other.model.specialists, other.lm_head = model.model.specialists, model.lm_head
     other.generation_config = model.generation_config
     if isinstance(gate, str):
-        gate = GATES[gate](config).to(model.device)
+        gate = GATES[gate](config).to(model.lm_head.weight.device)
         gate.init_weights()
     other.model.fusion_gate = gate
     return other.eval()
@@ -54,7 +55,12 @@ class RandomGate(Gate):
 
 
 class ShuffledGate(Gate):
-    """A control: a gate's own weights, dealt out among the tokens of each example at random."""
+    """A control: a gate's own weights, dealt out among the tokens of each example at random.
+
+    `lengths`, of shape (examples,), is set from outside where examples are padded: padding keeps its weights to itself.
+    """
+
+    lengths: Tensor | None = None
 
     def __init__(self, config, gate: Gate, seed: int = 0):
         super().__init__(config)
@@ -62,7 +68,10 @@ class ShuffledGate(Gate):
 
     def forward(self, hidden_states: list[Tensor]) -> Tensor:
         weights = self.gate(hidden_states)
-        places = torch.rand(weights.shape[:2], generator=self.rng).argsort(-1).to(weights.device)
+        drawn = torch.rand(weights.shape[:2], generator=self.rng)
+        if self.lengths is not None:
+            drawn = drawn.masked_fill(torch.arange(drawn.shape[1]) >= self.lengths[:, None], 2.0)
+        places = drawn.argsort(-1).to(weights.device)
         return weights.gather(1, places[..., None].expand_as(weights))
 
 
@@ -112,13 +121,17 @@ def select(specialists: Mapping[str, Scores], chosen: Tensor) -> Scores:
 def train_router(prompts: list[str], best: list[int]):
     """A classifier of prompts, as request-level routers are: logistic regression on character n-grams.
 
+    Where one specialist is always best, it is always chosen.
+
     Args:
         prompts: Text that a router reads.
         best: The specialist that answered each one best.
 
     Returns:
-        A scikit-learn pipeline with `predict(prompts)`.
+        A scikit-learn classifier with `predict(prompts)`.
     """
+    if len(set(best)) == 1:
+        return DummyClassifier(strategy="most_frequent").fit(prompts, best)
     features = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), max_features=20_000, sublinear_tf=True)
     return make_pipeline(features, LogisticRegression(C=10.0, max_iter=1000)).fit(prompts, best)
 

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 
-from .contenders import FUSED, Comparison, Measured, best_per_domain, contenders
+from .contenders import FUSED, Comparison, Measured, UntunedError, best_per_domain, contenders
 from .measuring import HeldOut, Scores
 from .merging import NotMergeableError
-from .statistics import calibration_error, flips, interval, per_example, sign_test
+from .statistics import calibration_error, flips, interval, per_example, permutation_test
 
 
 MIXED = "mixed"  # items that need several domains at once: measured, but no part of the means
@@ -37,27 +37,32 @@ def compare(
     Args:
         comparison: The fused model, its specialists, and what to measure on. A domain named "mixed" is reported, but kept
             out of the means.
-        out: Folder for the scores of every contender (`scores/`) and `results.json`.
+        out: Folder for the scores of every contender (`scores/`).
         more: Further contenders by name, each loaded when its turn comes.
         identity: What the run is about, in JSON: a folder that holds another run's scores is refused.
 
     Returns:
-        What `results.json` holds: rows best first, what could not be compared and why, and the gate's statistics.
+        Rows best first, what could not be compared and why, and the gate's statistics.
 
     Raises:
-        ValueError: If `out` holds the scores of another run.
+        ValueError: If `out` holds the scores of another run, or two contenders have one name.
     """
-    _check_identity(out, identity or {})
     plan = contenders(comparison)
     for name, load in (more or {}).items():
+        if slug(name) in map(slug, plan):
+            raise ValueError(
+                f"Every row has a name and a file of scores of its own, but {name!r} is, or is written like, one of "
+                f"{list(plan)}. Choose another name."
+            )
         plan[name] = partial(_further, comparison, load)
+    _check_identity(out, identity or {})
     left_out = {}
     for name in track(plan, "Comparing", transient=True):
         try:
             comparison.found[name] = _kept(out / "scores" / f"{slug(name)}.safetensors", plan[name])
-        except NotMergeableError as error:
+        except (NotMergeableError, UntunedError) as error:
             left_out[name] = str(error)
-    results = {
+    return {
         "domains": list(comparison.data),
         "specialists": list(comparison.specialists),
         "seed": comparison.seed,
@@ -66,8 +71,6 @@ def compare(
         "left_out": left_out,
         "gate": gate_statistics(comparison.fused, comparison.data),
     }
-    _write(out / "results.json", results)
-    return results
 
 
 def _further(comparison: Comparison, load: Callable[[], PreTrainedModel]) -> Measured:
@@ -110,7 +113,7 @@ def table_rows(comparison: Comparison) -> list[dict]:
             "mean_interval": interval([own[d] for d in domains], seed=comparison.seed),
             "difference": _mean([float(s.sum() / n.sum()) for s, n in paired]),
             "difference_interval": interval(paired, seed=comparison.seed),
-            "p": sign_test(paired, seed=comparison.seed),
+            "p": permutation_test(paired, seed=comparison.seed),
             "accuracy": {d: measured.scores[d].correct[scored[d]].float().mean().item() for d in own},
             "calibration_error": {
                 d: calibration_error(measured.scores[d].confidence[scored[d]], measured.scores[d].correct[scored[d]])
@@ -159,7 +162,7 @@ def _check_identity(out: Path, identity: dict) -> None:
     file = out / "scores" / "run.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write(file, identity)
+        write_json(file, identity)
         return
     kept, asked = json.loads(file.read_text()), json.loads(json.dumps(identity))
     odd = sorted(key for key in {*kept, *asked} if kept.get(key) != asked.get(key))
@@ -190,7 +193,8 @@ def _kept(file: Path, make: Callable[[], Measured]) -> Measured:
     return measured
 
 
-def _write(file: Path, content: dict) -> None:
+def write_json(file: Path, content: dict) -> None:
+    """Writes a file whole or not at all."""
     part = file.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(part, file)

@@ -32,6 +32,10 @@ from .merging import MERGES, merge
 FUSED = "fused"
 
 
+class UntunedError(ValueError):
+    """A contender that has to be tuned, and there is nothing to tune it with."""
+
+
 @dataclass
 class Measured:
     """What one contender got: its scores by domain, what it costs, and how it was made where that needs saying."""
@@ -103,20 +107,29 @@ def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
         plan[f"uniform {fusion}"] = partial(comparison.run, ensemble(ingredients, "uniform", fusion), "ensemble")
     random_gate = RandomGate(config, comparison.seed)
     plan["random gate"] = partial(comparison.run, ensemble(ingredients, random_gate), "control")
-    shuffled = ensemble(fused, ShuffledGate(config, fused.model.fusion_gate, comparison.seed), config.fusion)
-    plan["shuffled gate"] = partial(comparison.run, shuffled, "control")
+    plan["shuffled gate"] = partial(shuffled, comparison)
     plan["best specialist per domain (oracle)"] = partial(routed, comparison, best_per_domain)
     plan["best specialist per request (oracle)"] = partial(routed, comparison, best_per_request)
     plan["router: prompt perplexity"] = partial(routed, comparison, least_perplexed)
     plan["prompt perplexity weights (PackLLM)"] = partial(weighted_by_perplexity, comparison)
-    if comparison.tune:
-        plan["tuned constant weights"] = partial(tuned_constant, comparison)
-        plan["router: trained"] = lambda: routed(comparison, trained_choice(comparison))
+    plan["tuned constant weights"] = partial(tuned_constant, comparison)
+    plan["router: trained"] = lambda: routed(comparison, trained_choice(comparison))
     for method in MERGES:
         for by_depth in (False, True):
             name = f"merge: {method.replace('_', ' ')}{' + LiNeS' if by_depth else ''}"
             plan[name] = partial(merged, comparison, method, by_depth)
     return plan
+
+
+def shuffled(comparison: Comparison) -> Measured:
+    """The fused model, with its gate's weights at the wrong tokens."""
+    model = comparison.fused
+    gate = ShuffledGate(model.config, model.model.fusion_gate, comparison.seed)
+
+    def set_lengths(domain: str, rows: slice) -> None:
+        gate.lengths = comparison.data[domain].attention_mask[rows].sum(-1)
+
+    return comparison.run(ensemble(model, gate, model.config.fusion), "control", set_lengths)
 
 
 def routed(comparison: Comparison, choose: Callable[[dict[str, Scores], HeldOut], Tensor]) -> Measured:
@@ -153,7 +166,12 @@ def least_perplexed(specialists: dict[str, Scores], data: HeldOut) -> Tensor:
 
 
 def trained_choice(comparison: Comparison) -> Callable[[dict[str, Scores], HeldOut], Tensor]:
-    """A router that learnt from the tuning examples which specialist answers what prompt best."""
+    """A router that learnt from the tuning examples which specialist answers what prompt best.
+
+    Raises:
+        UntunedError: If there are none.
+    """
+    _check_tunable(comparison)
     prompts, best = [], []
     for examples in comparison.tune.values():
         scores = {name: score(model, examples) for name, model in comparison.specialists.items()}
@@ -177,10 +195,13 @@ def weighted_by_perplexity(comparison: Comparison) -> Measured:
 
 
 def tuned_constant(comparison: Comparison) -> Measured:
-    """One weight per specialist for all tokens, tuned by stage one's own trainer on the tuning examples."""
+    """One weight per specialist for all tokens, tuned by stage one's own trainer on the tuning examples.
+
+    Raises:
+        UntunedError: If there are none.
+    """
+    _check_tunable(comparison)
     model = ensemble(comparison.ingredients, "constant")
-    for parameter in model.model.specialists.parameters():
-        parameter.requires_grad_(False)
     data = {domain: Dataset.from_list(examples.as_rows()) for domain, examples in comparison.tune.items()}
     with TemporaryDirectory() as folder:
         # adam moves a number by about the rate at each step: far enough to leave all to one specialist
@@ -196,6 +217,8 @@ def tuned_constant(comparison: Comparison) -> Measured:
             report_to="none",
             disable_tqdm=True,
             bf16=model.dtype == torch.bfloat16,
+            # where the model is
+            use_cpu=model.device.type == "cpu",
             seed=comparison.seed,
         )
         GateTrainer(model, arguments, data, processing_class=comparison.tokenizer).train()
@@ -212,13 +235,19 @@ def merged(comparison: Comparison, method: str, by_depth: bool) -> Measured:
         [1 / len(comparison.specialists), 0.5, 1.0] if comparison.tune and (method != "average" or by_depth) else [1.0]
     )
     options = {"base": comparison.base, "by_depth": by_depth, "seed": comparison.seed}
-    candidates = {w: merge(comparison.specialists, method, weight=w, **options) for w in weights}
+    make = partial(merge, comparison.specialists, method, **options)
     best = weights[0]
     if len(weights) > 1:
-        few = {domain: examples.first(16) for domain, examples in comparison.tune.items()}
-        best = min(weights, key=lambda w: sum(_loss(candidates[w], examples) for examples in few.values()))
-    return comparison.run(candidates[best], "merge", note=f"factor {best:.2g}")
+        few = [examples.first(16) for examples in comparison.tune.values()]
+        # a merge is a copy of a specialist: one is held at a time, and the best is made again
+        best = min(weights, key=lambda w: _loss(make(weight=w), few))
+    return comparison.run(make(weight=best), "merge", note=f"factor {best:.2g}")
 
 
-def _loss(model: PreTrainedModel, examples: HeldOut) -> float:
-    return score(model, examples).losses[examples.scored].mean().item()
+def _loss(model: PreTrainedModel, domains: list[HeldOut]) -> float:
+    return sum(score(model, examples).losses[examples.scored].mean().item() for examples in domains)
+
+
+def _check_tunable(comparison: Comparison) -> None:
+    if not comparison.tune:
+        raise UntunedError("It is tuned, but there are no examples to tune it with. Pass other data with --tune.")

@@ -10,13 +10,15 @@ import torch
 from datasets import load_dataset
 from rich import box
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser import UltraFuserConfig
+from modeling_ultrafuser.tokenizing_ultrafuser import TOKENIZER_PROBE, load_tokenizer
 from ultrafuser.provenance import provenance
 
-from .comparing import MIXED, compare
+from .comparing import MIXED, compare, write_json
 from .contenders import FUSED, Comparison
+from .journal import weights_digest
 from .measuring import HeldOut, held_out
 
 
@@ -41,13 +43,13 @@ def evaluate(
         data: Held-out data by domain: a JSON Lines file, or a data set of the Hub as `id` or `id:split`. Rows have
             `text`, `messages`, or `prompt` and `completion`. Items of a domain named "mixed" need several domains at
             once; they are no part of the means.
-        out: Folder for the results. A run that was killed goes on there.
+        out: Folder for `results.json` and the scores. A run that was killed goes on there.
         tune: Other data by domain, to tune constant weights, a router and the weights of merges with.
         specialists_of: Fused model whose specialists are the untouched ones, if `model` went through stage two.
         base: The model that all specialists were tuned from, for merges.
         also: Further models to compare with, by name: a single model tuned on the same data, an earlier stage.
         examples: Of each domain at most.
-        max_length: Longer examples are cut, in tokens.
+        max_length: Longer examples are cut, in tokens; to the model's context if that is shorter.
         prompt_tokens: First tokens of plain text, which routers read and nobody is scored on.
         seed: Of controls, merges and resampling.
 
@@ -55,41 +57,72 @@ def evaluate(
         What `results.json` holds.
 
     Raises:
-        ValueError: If a row of the data is malformed, before any model is loaded.
+        ValueError: If a row of the data is malformed, or a model is of the wrong kind or reads other tokens: before
+            any is loaded.
         OSError: If data or a model cannot be read.
     """
+    if not set(data) - {MIXED}:
+        raise ValueError(f"The mean is over the domains that are not {MIXED!r}, but there is no other. Pass one more.")
+    context = _fused_config(model).max_position_embeddings
+    if specialists_of:
+        _fused_config(specialists_of)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    limits = {"max_length": max_length, "prompt_tokens": prompt_tokens}
+    others = [path for path in (specialists_of, base, *(also or {}).values()) if path]
+    for path in others:
+        _check_reads_alike(path, tokenizer)
+    limits = {"max_length": min(max_length, context or max_length), "prompt_tokens": prompt_tokens}
     read = partial(_read, tokenizer=tokenizer, examples=examples, **limits)
     held, tuning = ({d: read(d, source) for d, source in (sources or {}).items()} for sources in (data, tune))
-    load = partial(UltraFuserForCausalLM.from_pretrained, dtype="auto", device_map="auto")
+    # one device only: a specialist's part of the head does not follow it to another
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    load = partial(AutoModelForCausalLM.from_pretrained, dtype="auto", device_map=device)
     fused = load(model)
-    single = partial(AutoModelForCausalLM.from_pretrained, dtype="auto", device_map="auto")
     comparison = Comparison(
         fused,
         load(specialists_of) if specialists_of else fused,
         tokenizer,
         held,
         tuning,
-        single(base) if base else None,
+        load(base) if base else None,
         seed,
     )
     asked = {"model": model, "specialists_of": specialists_of, "base": base, "also": dict(also or {}), "seed": seed}
-    weights = {"gate": _digest(list(fused.model.fusion_gate.parameters())), "head": _digest([fused.lm_head.weight])}
+    # of every tensor the first numbers: whatever trains a model changes them
+    weights = {"weights": _digest([p.detach().flatten()[:64] for p in fused.parameters()])}
+    weights["others"] = {path: weights_digest(Path(path)) for path in others}
     tokens = {d: _digest([x.input_ids, x.scored]) for d, x in held.items()}
     tuned = {d: _digest([x.input_ids, x.scored]) for d, x in tuning.items()}
-    more = {name: partial(_load_any, path) for name, path in (also or {}).items()}
+    more = {name: partial(load, path) for name, path in (also or {}).items()}
     identity = {**asked, **weights, "data": tokens, "tune": tuned}
     results = compare(comparison, out, more=more, identity=identity)
     results = {**provenance(), "config": asked | limits, "prompt_tokens": prompt_tokens, **results}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out / "results.json", results)
     return results
 
 
-def _load_any(path: str):
-    config = json.loads((Path(path) / "config.json").read_text()) if Path(path).is_dir() else {}
-    kind = UltraFuserForCausalLM if config.get("model_type") == "ultrafuser" else AutoModelForCausalLM
-    return kind.from_pretrained(path, dtype="auto", device_map="auto")
+def _fused_config(path: str) -> UltraFuserConfig:
+    config = AutoConfig.from_pretrained(path)
+    if not isinstance(config, UltraFuserConfig):
+        raise ValueError(
+            f"A fused model is compared with what its specialists allow, but {path!r} is of type "
+            f"{config.model_type!r}. Pass a fused model first, and others with --also."
+        )
+    return config
+
+
+def _check_reads_alike(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    # whether it is there at all shows now, not after hours spent on the others
+    AutoConfig.from_pretrained(path)
+    own = load_tokenizer(path)
+    if own is None:
+        return
+    ours, theirs = (t.encode(TOKENIZER_PROBE, add_special_tokens=False) for t in (tokenizer, own))
+    if ours != theirs:
+        raise ValueError(
+            f"Losses per token compare between models that read the same tokens, but {path!r} makes {len(theirs)} tokens "
+            f"of a test sentence, the fused model {len(ours)}, and not the same ones. Leave it out, or compare both with "
+            f"`ultrafuser bench`."
+        )
 
 
 def _read(domain: str, source: str, *, tokenizer, examples: int, **limits) -> HeldOut:
@@ -113,7 +146,7 @@ def read_json_lines(path: Path, limit: int) -> list[dict]:
         OSError: If the file cannot be read.
     """
     rows = []
-    with path.open() as lines:
+    with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if len(rows) == limit:
                 break

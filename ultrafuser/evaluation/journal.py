@@ -76,6 +76,12 @@ def _check_settings(path: Path, found: dict, wanted: dict) -> None:
         )
 
 
+def weights_digest(folder: Path) -> str | None:
+    """A fingerprint of a folder's files of weights, None without any: one trained on, or saved anew, has another."""
+    found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]
+    return digest(found) if found else None
+
+
 def digest(value) -> str:
     """A short fingerprint of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

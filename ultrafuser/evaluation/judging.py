@@ -19,7 +19,7 @@ from rich.table import Table
 
 from .answering import answer_through
 from .endpoint import BadReplyError, Endpoint, EndpointError, for_all
-from .journal import Journal, digest, read_journal
+from .journal import Journal, digest, read_journal, weights_digest
 from .judge_scores import grading_scores, pairwise_scores
 from .questions import Question, load_questions
 
@@ -132,18 +132,13 @@ def _answer_settings(
         return settings | {"model": model.model, "options": options}
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     folder = Path(model).resolve()
-    return settings | {"model": str(folder), "weights": _weights_digest(folder), "options": options}
-
-
-def _weights_digest(folder: Path) -> str:
-    """A fingerprint of a folder's weights: a model trained on, or saved anew, gives new answers."""
-    found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]
-    if not found:
+    weights = weights_digest(folder)
+    if weights is None:
         raise FileNotFoundError(
             f"A model is a folder with safetensors weights, but {str(folder)!r} holds none. Point to the folder that "
             f"`save_pretrained` wrote, or pass the address of the server that serves the model."
         )
-    return digest(found)
+    return settings | {"model": str(folder), "weights": weights, "options": options}
 
 
 def _opponents(questions: list[Question], against: Path | None, settings: dict) -> dict[str, list[str]]:

@@ -13,6 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainers.prompting import render, split_conversation
 
 
+LOGITS = 2**28  # at most in a batch: 1 GiB in float32
+
+
 @dataclass
 class HeldOut:
     """Examples of one domain, padded on the right to one length.
@@ -134,10 +137,12 @@ def score(
     Args:
         model: Any causal language model.
         data: What to measure on.
-        batch_size: Examples at once.
+        batch_size: Examples at once; fewer where their logits would be more than `LOGITS`.
         before: Called with the rows of each batch before it is run.
     """
     model.eval()
+    logits_of_one = data.input_ids.shape[1] * model.config.get_text_config().vocab_size
+    batch_size = max(1, min(batch_size, LOGITS // logits_of_one))
     parts = []
     for start in range(0, len(data), batch_size):
         rows = slice(start, start + batch_size)
@@ -172,7 +177,8 @@ def cost(
         `speed`, the median of its ratios to the reference.
     """
     cache = model(input_ids=prompt.to(model.device), use_cache=True).past_key_values
-    kept = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    # recurrent layers keep a state of one size, whatever the length, and no keys
+    kept = [t for layer in cache.layers if hasattr(layer, "keys") for t in (layer.keys, layer.values)]
     seconds, ratios = [], []
     for _ in range(repeats + 1):
         seconds.append(_seconds(model, prompt, new_tokens))

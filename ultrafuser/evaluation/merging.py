@@ -59,13 +59,14 @@ def merge(
     start = states[0] if base is None else base.state_dict()
     layers = next(iter(specialists.values())).config.num_hidden_layers
     torch.manual_seed(seed)
-    merged = {}
-    for key, origin in start.items():
-        changes = [(s[key] - origin).float() for s in states]
-        factor = weight * (_depth_factor(key, layers, len(states)) if by_depth else 1.0)
-        merged[key] = origin + MERGES[method](changes, torch.full((len(changes),), factor)).to(origin.dtype)
     model = copy.deepcopy(next(iter(specialists.values())))
-    model.load_state_dict(merged)
+    targets = model.state_dict()
+    for key, origin in start.items():
+        # 16 bits are too coarse for small changes
+        origin = origin.to(targets[key].device, torch.float32)
+        changes = [s[key].float() - origin for s in states]
+        factor = weight * (_depth_factor(key, layers, len(states)) if by_depth else 1.0)
+        targets[key].copy_(origin + MERGES[method](changes, torch.full((len(changes),), factor, device=origin.device)))
     return model.eval()
 
 

@@ -40,8 +40,8 @@ def interval(domains: list[tuple[np.ndarray, np.ndarray]], *, samples: int = 200
     return [float(q) for q in np.quantile(means, [tail, 1 - tail])]
 
 
-def sign_test(domains: list[tuple[np.ndarray, np.ndarray]], *, samples: int = 10_000, seed: int = 0) -> float:
-    """Two-sided paired permutation test of two models that read the same examples.
+def permutation_test(domains: list[tuple[np.ndarray, np.ndarray]], *, samples: int = 10_000, seed: int = 0) -> float:
+    """Two-sided paired permutation test, by sign flips, of two models that read the same examples.
 
     If neither were better, each example's difference would have had either sign with the same chance.
 
