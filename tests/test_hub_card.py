@@ -160,6 +160,7 @@ def test_what_vllm_would_serve_wrongly_is_not_offered_to_it(tmp_path):
         ("license: cc-by-sa-4.0", "`code`, cc-by-sa-4.0, asks that what is made of it is shared", "other"),
         ("license: gpl-3.0", "`code`, gpl-3.0, asks that what is made of it is shared", "other"),
         ("license: cc-by-nd-4.0", "`code`, cc-by-nd-4.0, allows no derived works", "other"),
+        ("license: cc-by-nc-nd-4.0", "neither does the whole then; it allows no derived works", "other"),
         ("license: my-own", "`code`, my-own, is none that is known here to be permissive", "other"),
         ("license: apache-2.0", "licences differ: mit (`text`), apache-2.0 (`code`), mit (`math`)", "other"),
         ("tags: [a]", "`code` is unknown: its card states no licence", "unknown"),

@@ -16,7 +16,7 @@ PERMISSIVE = {
     *("cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc0-1.0", "unlicense", "wtfpl", "afl-3.0", "ecl-2.0"),
     *("cdla-permissive-1.0", "cdla-permissive-2.0", "ms-pl", "pddl", "postgresql", "artistic-2.0", "bsl-1.0"),
 }
-# the first that matches a licence's identifier or name says what it asks for
+# all that match a licence's identifier or name say what it asks for: cc-by-nc-nd asks for two things
 DEMANDS = {
     r"(^|[-_ .])nc([-_ .]|$)|non[-_ ]?commercial|research": "allows no commercial use, and neither does the whole then",
     r"(^|[-_ .])nd([-_ .]|$)": "allows no derived works, and a fused model is one",
@@ -127,7 +127,6 @@ def warnings(ingredients: list[Ingredient]) -> list[str]:
 def _demand(ingredient: Ingredient) -> str | None:
     if ingredient.licence in PERMISSIVE:
         return None
-    for pattern, demand in DEMANDS.items():
-        if any(re.search(pattern, word.lower()) for word in (ingredient.licence, ingredient.terms or "")):
-            return demand
-    return "is none that is known here to be permissive: read it"
+    words = ingredient.licence.lower(), (ingredient.terms or "").lower()
+    found = [demand for pattern, demand in DEMANDS.items() if any(re.search(pattern, word) for word in words)]
+    return "; it ".join(found) or "is none that is known here to be permissive: read it"
