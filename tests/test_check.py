@@ -295,7 +295,7 @@ CASES = {
     "padding beyond": (lambda f: with_ids(f, pad_token_id=103), True, "cut to 99"),
     "beginning beyond": (lambda f: with_ids(f, bos_token_id=103), True, "cut to 99"),
     "end beyond": (lambda f: with_ids(f, eos_token_id=[2, 103]), False, "end-of-text id"),
-    "other end": (lambda f: small(f, eos_token_id=3), True, "the ends of all"),
+    "other end": (lambda f: small(f, eos_token_id=3), True, "the text ends at any"),
     "scaled logits": (lambda f: small(f, "granite", logits_scaling=4.0), True, "granite"),
     "other family": (lambda f: small(f, "gpt_neox"), True, "gpt_neox"),
 }
@@ -323,7 +323,7 @@ def assert_agreement(folders, fits, words, **choices):
     found = judge({name: (str(folder), None) for name, folder in folders.items()}, **choices)
     assert (found.verdict != "blocks") == fits, found.findings
     assert any(words in f.text for f in found.findings), found.findings
-    assert all(f.fix for f in found.findings if f.status == "blocks"), found.findings
+    assert all(f.fix for f in found.findings if f.status != "fits"), found.findings
     try:
         UltraFuserForCausalLM.from_specialists(folders, **choices)
     except (ValueError, OSError, RuntimeError, SafetensorError):
@@ -495,11 +495,6 @@ def test_what_the_hub_denies_or_does_not_have_is_told(tmp_path):
         home = tmp_path / "home"
         shown = subprocess.run(command, env=environment(server, home), capture_output=True, text=True)
         assert shown.returncode == 0, shown.stderr
-        offline = [sys.executable, "-c", DRIVER, json.dumps([cases["fits"]])]
-        again = subprocess.run(
-            offline, env=environment(server, home, HF_HUB_OFFLINE="1"), capture_output=True, text=True
-        )
-        assert again.returncode == 0, again.stderr
     found = dict(zip(cases, map(json.loads, shown.stdout.splitlines()), strict=True))
     blocks = {case: [f["text"] for f in j["findings"] if f["status"] == "blocks"] for case, j in found.items()}
     for case in ("fits", "gated, right token", "private, right token", "a folder and the Hub"):
@@ -513,6 +508,17 @@ def test_what_the_hub_denies_or_does_not_have_is_told(tmp_path):
     assert "open to your token" in str(found["gated, right token"]["findings"])
     for secret in (TOKEN, "hf_wrong"):
         assert secret not in shown.stdout + shown.stderr
-    # what an earlier run has read is enough to say the same, but for the weights' headers
-    kept = json.loads(again.stdout)
-    assert {s["commit"] for s in kept["specialists"].values()} == {COMMIT}
+
+
+def test_offline_what_has_been_downloaded_is_read(good, tmp_path, monkeypatch):
+    repository = tmp_path / "models--lab--code"
+    small(repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = checked(good, "lab/code")
+    assert found.verdict == "warning"
+    assert found.sources["code"].commit == COMMIT
+    missing = checked(good, "lab/text")
+    assert missing.verdict == "blocks"
+    assert "the Hub cannot be asked" in said(missing, "access", "blocks")

@@ -69,7 +69,7 @@ def check(
     from huggingface_hub.utils import disable_progress_bars
     from rich.console import Console
 
-    from .checking import judging, reading, showing
+    from .checking import findings, judging, reading, showing
 
     disable_progress_bars()
     try:
@@ -81,7 +81,7 @@ def check(
         typer.echo(json.dumps(showing.as_dict(judgement), indent=1))
     else:
         showing.show(judgement, Console(highlight=False))
-    if judgement.verdict == judging.BLOCKS:
+    if judgement.verdict == findings.BLOCKS:
         raise typer.Exit(2)
 
 

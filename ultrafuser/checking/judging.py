@@ -4,7 +4,6 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from logging.handlers import BufferingHandler
 
 import torch
@@ -25,72 +24,15 @@ from modeling_ultrafuser.tokenizing_ultrafuser import merged_generation_config, 
 from .. import licences
 from ..evaluation.merging import MERGES, NotMergeableError, merge
 from .estimating import estimate, size
+from .findings import BLOCKS, FITS, WARNING, Judgement
 from .reading import Source, read
 from .tokenizing import judge_templates, judge_tokenizers
-
-
-FITS, WARNING, BLOCKS = "fits", "warning", "blocks"
-
-
-@dataclass
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        about: What was looked at, in a word or two.
-        status: "fits", "warning" or "blocks".
-        text: What was found.
-        fix: What to do about it, if anything can be.
-    """
-
-    about: str
-    status: str
-    text: str
-    fix: str = ""
-
-
-@dataclass
-class Judgement:
-    """Whether specialists fit together, and what fusing them would take.
-
-    Attributes:
-        sources: What was read of each, by name; those that could not be read are missing.
-        findings: In the order in which they were made.
-        merges: Names of the weight merges that would be possible, too.
-        no_merge: Why none would be, if none.
-        numbers: As `estimating.estimate` returns; None if blocked.
-    """
-
-    sources: dict[str, Source] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
-    merges: list[str] = field(default_factory=list)
-    no_merge: str | None = None
-    numbers: dict | None = None
-
-    @property
-    def verdict(self) -> str:
-        """The worst status of all."""
-        return max((f.status for f in self.findings), key=[FITS, WARNING, BLOCKS].index, default=FITS)
-
-    def note(self, about: str, status: str, text: str, fix: str = "") -> None:
-        """Adds a finding."""
-        self.findings.append(Finding(about, status, text, fix))
-
-    @contextmanager
-    def refusals(self, about: str, status: str = BLOCKS, fix: str | None = None) -> Iterator[None]:
-        """Turns what refuses inside into a finding: its first sentence, and its way out as the fix."""
-        try:
-            yield
-        except (ValueError, OSError, ImportError) as error:
-            text, _, way_out = str(error).partition(". ")
-            self.note(about, status, text.removesuffix(".") + ".", way_out if fix is None else fix)
 
 
 def judge(
     specialists: dict[str, tuple[str, str | None]],
     *,
     dtype: str = "auto",
-    gate: str = "mlp",
     fusion: str = "logits",
 ) -> Judgement:
     """Says whether specialists can be fused, from what there is beside their weights.
@@ -101,8 +43,7 @@ def judge(
     Args:
         specialists: Name to folder or Hub id, and revision or None.
         dtype: Of the fused model; "auto" takes what all share.
-        gate: As for `UltraFuserForCausalLM.from_specialists`.
-        fusion: As for `UltraFuserForCausalLM.from_specialists`.
+        fusion: "logits" or "probabilities".
     """
     found = Judgement()
     configs, models = {}, {}
@@ -128,9 +69,7 @@ def judge(
         c.vocab_size = rows
     config = None
     with found.refusals("architecture"):
-        config = UltraFuserConfig(
-            specialist_names=list(texts), specialists=list(texts.values()), gate=gate, fusion=fusion
-        )
+        config = UltraFuserConfig(specialist_names=list(texts), specialists=list(texts.values()), fusion=fusion)
         kinds = ", ".join(f"{n}: {c.model_type}, {c.num_hidden_layers} x {c.hidden_size}" for n, c in texts.items())
         found.note("architecture", FITS, f"{kinds}.")
     if config is None or len(configs) < len(specialists):
@@ -141,7 +80,7 @@ def judge(
     _judge_merges(found, models)
     if found.verdict != BLOCKS:
         sizes = {n: size(m, texts[n], rows) for n, m in models.items()}
-        dtype = chosen or _stored_dtype(found.sources) or torch.float32
+        dtype = chosen or torch.float32
         found.numbers = estimate(config, sizes, dtype, sum(s.download for s in found.sources.values()))
     return found
 
@@ -179,11 +118,8 @@ def _judge_files(found: Judgement, name: str, source: Source, config: PreTrained
         _judge_rows(found, name, source, config.get_text_config(decoder=True), model)
     text = config.get_text_config(decoder=True)
     if text is not config:
-        found.note(
-            "architecture",
-            WARNING,
-            f"{name}: of {config.model_type!r} only the text part, {text.model_type!r}, is fused; it will not see.",
-        )
+        what = f"{name}: of {config.model_type!r} only the text part, {text.model_type!r}, is fused; it will not see."
+        found.note("architecture", WARNING, what, "Nothing to do, unless you need images.")
 
 
 def _judge_rows(found: Judgement, name: str, source: Source, text: PreTrainedConfig, model: PreTrainedModel) -> None:
@@ -202,25 +138,19 @@ def _judge_rows(found: Judgement, name: str, source: Source, text: PreTrainedCon
 
 
 def _judge_dtype(found: Judgement, configs: dict[str, PreTrainedConfig], dtype: str) -> torch.dtype | None:
-    with found.refusals("dtype"):
-        if dtype != "auto":
-            return as_dtype(dtype)
     with found.refusals("dtype", fix="Choose one: --dtype bfloat16, say."):
-        common = common_dtype({}, configs)
-        written = {str(common).removeprefix("torch.")} if common else sorted(_stored(found.sources))
-        found.note("dtype", FITS, f"{', '.join(written) or 'none is written down'}.")
-        return common
+        # where no configuration says it, the first specialist's files do
+        first = found.sources[next(iter(configs))]
+        chosen = as_dtype(dtype) if dtype != "auto" else common_dtype({}, configs) or _stored_dtype(first)
+        found.note("dtype", FITS, f"{str(chosen).removeprefix('torch.')}.")
+        return chosen
     return None
 
 
-def _stored(sources: dict[str, Source]) -> set[str]:
-    return {
-        d for s in sources.values() if s.weights for h in s.weights.files_metadata.values() for d in h.parameter_count
-    }
-
-
-def _stored_dtype(sources: dict[str, Source]) -> torch.dtype | None:
-    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(next(iter(_stored(sources)), None))
+def _stored_dtype(source: Source) -> torch.dtype | None:
+    counts = source.weights.parameter_count if source.weights else {}
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return dtypes.get(max(counts, key=counts.get, default=None))
 
 
 def _judge_positions(found: Judgement, texts: dict[str, PreTrainedConfig]) -> None:
@@ -242,22 +172,23 @@ def _judge_generation(found: Judgement, sources: dict[str, Source], configs: dic
         own = {n: own_generation_config(s.location, configs[n], revision=s.revision) for n, s in sources.items()}
         merged = merged_generation_config(own, rows)
         ends = {n: c.eos_token_id if c else None for n, c in own.items()}
-        status = WARNING if len({repr(e) for e in ends.values()}) > 1 else FITS
-        text = f"the text ends at id {merged.eos_token_id}" + (
-            f", the ends of all: {ends}." if status != FITS else "."
-        )
-        found.note("generation", status, text)
-        for record in lines.buffer:
+        if len({repr(e) for e in ends.values()}) > 1:
+            text = f"the text ends at any specialist's end, {merged.eos_token_id}: {ends}."
             found.note(
-                "generation", WARNING, record.getMessage(), "Set it in the fused folder's generation_config.json."
+                "generation", WARNING, text, "Set `eos_token_id` in the fused generation_config.json for fewer."
             )
+        else:
+            found.note("generation", FITS, f"the text ends at id {merged.eos_token_id}.")
+        for record in lines.buffer:
+            fix = "Set it in the fused folder's generation_config.json."
+            found.note("generation", WARNING, record.getMessage(), fix)
 
 
 @contextmanager
 def _lines_of(name: str) -> Iterator[BufferingHandler]:
     """Keeps what a module logs instead of showing it."""
     logger, handler = logging.getLogger(name), BufferingHandler(1 << 16)
-    kept = logger.propagate, logger.level
+    propagate, level = logger.propagate, logger.level
     logger.propagate = False
     logger.setLevel(logging.WARNING)
     logger.addHandler(handler)
@@ -265,14 +196,15 @@ def _lines_of(name: str) -> Iterator[BufferingHandler]:
         yield handler
     finally:
         logger.removeHandler(handler)
-        logger.propagate, logger.level = kept[0], kept[1]
+        logger.propagate = propagate
+        logger.setLevel(level)
 
 
 def _judge_licences(found: Judgement, sources: dict[str, Source]) -> None:
     ingredients = [licences.read_ingredient(n, str(s.folder)) for n, s in sources.items()]
     warnings = licences.warnings(ingredients)
     for text in warnings:
-        found.note("licence", WARNING, text)
+        found.note("licence", WARNING, text, "Read the terms before you pass the fused model on.")
     if not warnings:
         found.note("licence", FITS, f"{ingredients[0].stated}.")
 

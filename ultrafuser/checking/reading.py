@@ -43,7 +43,7 @@ class Source:
 
     Attributes:
         name: Of the specialist.
-        location: Its folder, or its id on the Hub.
+        location: Its folder, or its id on the Hub; offline, the folder in its cache.
         folder: Where its small files are on this machine.
         commit: Of its repository that was read; None for a folder.
         gated: Whether the Hub asks for its terms to be accepted.
@@ -71,7 +71,7 @@ class Source:
     @property
     def download(self) -> int:
         """Bytes of weights that are still to be downloaded."""
-        if self.commit is None or self.weights is None:
+        if not self.hashes or self.weights is None:
             return 0
         cached = (try_to_load_from_cache(self.location, f, revision=self.commit) for f in self.weights.files_metadata)
         pairs = zip(self.weights.files_metadata, cached, strict=True)
@@ -134,12 +134,12 @@ def read(name: str, location: str, revision: str | None = None) -> Source:
     except HfHubHTTPError as error:
         raise OSError(_denied(name, location, revision, error)) from error
     except (OfflineModeIsEnabled, HTTPError, ValueError) as error:
-        # not online, or no id: what an earlier run has left is read instead
+        # not online, or no id: what has been downloaded is read instead
         try:
             folder = Path(snapshot_download(location, revision=revision, local_files_only=True))
         except (OSError, ValueError):
             raise OSError(_denied(name, location, revision, error)) from error
-        source = _read_folder(name, location, folder)
+        source = _read_folder(name, str(folder), folder)
         source.commit = folder.name
         return source
 

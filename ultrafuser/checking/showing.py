@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import asdict
 
+import psutil
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from .judging import BLOCKS, FITS, WARNING, Judgement
+from .findings import BLOCKS, FITS, WARNING, Judgement
 
 
 STYLES = {FITS: "green", WARNING: "yellow", BLOCKS: "bold red"}
@@ -51,6 +52,7 @@ def _numbers(judgement: Judgement) -> Iterator[tuple[str, str]]:
     if n["untying"]:
         tied = ", ".join(f"{name} {decimal(size)}" for name, size in n["untying"].items())
         yield "of it for heads untied", tied
+    yield "memory free here", decimal(psutil.virtual_memory().available)
     yield "memory by dtype", ", ".join(f"{dtype} {decimal(size)}" for dtype, size in n["memory"].items())
     cache = n["cache_per_token"]
     yield "cache of a token", decimal(cache) if cache else "not known for these layers"

@@ -4,6 +4,7 @@ import json
 
 from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer, widest_usable_tokenizer
 
+from .findings import FITS, WARNING, Judgement
 from .reading import Source
 
 
@@ -17,13 +18,13 @@ _OTHER = {
 _FILES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 
 
-def judge_tokenizers(found, sources: dict[str, Source], texts: dict, rows: int) -> None:
+def judge_tokenizers(found: Judgement, sources: dict[str, Source], texts: dict, rows: int) -> None:
     """Notes whether ids mean the same for all, and which rows of the vocabulary are left."""
     cut = {n: c.vocab_size for n, c in texts.items() if c.vocab_size > rows}
     highest = _highest_id_from_hashes(sources)
     lost = {}
     if highest is not None and highest < rows:
-        found.note("tokenizer", "fits", "the same for all, told from the hashes of the files on the Hub.")
+        found.note("tokenizer", FITS, "the same for all, told from the hashes of the files on the Hub.")
     else:
         first = _first_of_each(sources)
         with found.refusals("tokenizer"):
@@ -31,21 +32,21 @@ def judge_tokenizers(found, sources: dict[str, Source], texts: dict, rows: int) 
             if loaded:
                 widest_usable_tokenizer(loaded, rows)
                 told = ", some of it told from the hashes of the files on the Hub" if len(first) < len(sources) else ""
-                found.note("tokenizer", "fits", f"the same for all{told}.")
+                found.note("tokenizer", FITS, f"the same for all{told}.")
                 lost = {
                     n: [t for i, t in sorted((i, t) for t, i in k.get_vocab().items() if i >= rows)]
                     for n, k in loaded.items()
                 }
     if not cut:
-        found.note("vocabulary", "fits", f"{rows} rows in each.")
+        found.note("vocabulary", FITS, f"{rows} rows in each.")
         return
     words = {n: tokens[:3] for n, tokens in lost.items() if tokens}
     text = f"cut to {rows} rows, the smallest of { ({n: c.vocab_size for n, c in texts.items()}) }; "
     if words:
         text += f"tokens beyond them are lost, such as {words}."
-        found.note("vocabulary", "warning", text, "Prompts with those tokens are for the specialist alone.")
+        found.note("vocabulary", WARNING, text, "Prompts with those tokens are for the specialist alone.")
     else:
-        found.note("vocabulary", "fits", text + "no token uses the others.")
+        found.note("vocabulary", FITS, text + "no token uses the others.")
 
 
 def _first_of_each(sources: dict[str, Source]) -> list[str]:
@@ -54,13 +55,13 @@ def _first_of_each(sources: dict[str, Source]) -> list[str]:
     return [n for k, n in enumerate(prints) if prints[n] not in list(prints.values())[:k]]
 
 
-def _load(found, sources: dict[str, Source]) -> dict:
+def _load(found: Judgement, sources: dict[str, Source]) -> dict:
     loaded = {}
     for name, source in sources.items():
         tokenizer = load_tokenizer(source.location, revision=source.revision, trust_remote_code=False)
         if tokenizer is None:
             text = f"{name}: its folder holds none, so nothing tells that its token ids mean the same."
-            found.note("tokenizer", "warning", text, "Save it beside the model: `ultrafuser fuse` needs it.")
+            found.note("tokenizer", WARNING, text, "Save it beside the model: `ultrafuser fuse` needs it.")
         else:
             loaded[name] = tokenizer
     return loaded
@@ -90,17 +91,17 @@ def _tokenizer_config(source: Source) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def judge_templates(found, sources: dict[str, Source]) -> None:
+def judge_templates(found: Judgement, sources: dict[str, Source]) -> None:
     """Notes whether one chat template is right for all."""
     templates = {n: _template(s) for n, s in sources.items()}
     with_one = [n for n, t in templates.items() if t]
     if len({repr(t) for t in templates.values()}) > 1:
         text = f"they differ, and a fused model has one ({with_one} have one)."
-        found.note("chat template", "warning", text, f"Choose whose: --chat-template {with_one[0]}.")
+        found.note("chat template", WARNING, text, f"Choose whose: --chat-template {with_one[0]}.")
     elif with_one:
-        found.note("chat template", "fits", "the same for all.")
+        found.note("chat template", FITS, "the same for all.")
     else:
-        found.note("chat template", "fits", "none has one: the fused model continues plain text.")
+        found.note("chat template", FITS, "none has one: the fused model continues plain text.")
 
 
 def _template(source: Source) -> str | None:
