@@ -139,6 +139,23 @@ def score_tokens(
     return _Mixture.apply(states, alone, head, targets, [sum(widths)], [soft_cap(config)], chunk)
 
 
+def specialist_log_probs(states: Tensor, head: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+    """Log-probabilities of labels under one specialist.
+
+    Args:
+        states: Its last hidden states. Shape (tokens, hidden).
+        head: Its columns of the wide head's weight. Shape (vocab, hidden).
+        targets: Labels. Shape (tokens,).
+        cap: What bounds its logits, or None.
+
+    Returns:
+        Shape (tokens,).
+    """
+    chunk = CHUNK.get(states.device.type, CHUNK_ELSEWHERE)
+    alone = states.new_zeros(len(states), 1, dtype=_sum_type(states))
+    return _Mixture.apply(states, alone, head, targets, [head.shape[1]], [cap], chunk)[0]
+
+
 class _Mixture(torch.autograd.Function):
     """log sum_k w_k softmax(h_k W_k^T)[y], h_k and W_k being columns of states and head."""
 

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from modeling_ultrafuser.configuration_ultrafuser import soft_cap
+
+from .chunked import specialist_log_probs
+
 
 @contextmanager
 def watching(fused: PreTrainedModel, *, own: bool = False, hidden: bool = False) -> Iterator[dict]:
@@ -77,16 +81,9 @@ def own_log_probs(
     edges = np.cumsum([0] + [c.hidden_size for c in config.specialists])
     for d, k in enumerate(own_specialists):
         chosen = mask & (domain == d)
-        head, cap = weight[:, edges[k] : edges[k + 1]], getattr(config.specialists[k], "final_logit_softcapping", None)
-        scores = []
-        for states, targets in zip(
-            hidden_states[k][:, :-1][chosen].split(1024), labels[:, 1:][chosen].split(1024), strict=True
-        ):
-            logits = nn.functional.linear(states.to(head.dtype), head).float()
-            logits = logits if cap is None else cap * torch.tanh(logits / cap)
-            scores.append(-nn.functional.cross_entropy(logits, targets, reduction="none"))
-        if scores:
-            found[chosen] = torch.cat(scores)
+        head, cap = weight[:, edges[k] : edges[k + 1]], soft_cap(config.specialists[k])
+        states, targets = hidden_states[k][:, :-1][chosen], labels[:, 1:][chosen]
+        found[chosen] = specialist_log_probs(states, head, targets, cap).to(found.dtype)
     return found
 
 
