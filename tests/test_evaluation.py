@@ -92,16 +92,22 @@ def test_mean_loss_is_the_models_own(fused, data):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"prose": "hello"}, "row 1 has {'prose': 'str'}"),
-        ({"text": None}, "row 1 has"),
-        ({"text": "hi"}, "row 1 has 2 tokens, of which 5 are the prompt"),
-        ({"messages": [{"role": "user", "content": "2+2?"}]}, "row 1"),
+        ({"prose": "hello"}, "row 2 has {'prose': 'str'}"),
+        ({"text": None}, "row 2 has"),
+        ({"messages": [{"role": "user", "content": "2+2?"}]}, "row 2"),
     ],
 )
 def test_a_malformed_row_is_named(row, said):
     with pytest.raises(ValueError, match="eld-out row") as error:
         held_out([{"text": LINES[0]}, row], tokenizer(chat_template=CHAT_TEMPLATE), prompt_tokens=5)
     assert said in str(error.value)
+
+
+def test_rows_too_short_to_be_scored_are_counted_and_left_out():
+    data = held_out([{"text": LINES[0]}, {"text": "hi"}, {"text": LINES[1]}], tokenizer(), prompt_tokens=5)
+    assert (len(data), data.skipped) == (2, 1)
+    with pytest.raises(ValueError, match="none of the 1 rows has any"):
+        held_out([{"text": "hi"}], tokenizer(), prompt_tokens=5)
 
 
 def test_a_line_that_is_no_json_is_named(tmp_path):
@@ -397,21 +403,27 @@ def test_a_contender_may_not_take_the_name_of_another(comparison, tmp_path):
 
 
 def rows(**others):
-    """A fused model of mean loss 2 and 30 parameters, and others by (difference, its interval, parameters)."""
-    made = [{"name": "fused", "mean": 2.0, "difference_interval": [0, 0], "cost": {"parameters_per_token": 30}}]
-    for name, (difference, ends, size) in others.items():
+    """A fused model of mean loss 2 and 30 parameters, and others by (difference, p, parameters)."""
+    made = [{"name": "fused", "mean": 2.0, "cost": {"parameters_per_token": 30}}]
+    for name, (difference, p, size) in others.items():
         cost = {"parameters_per_token": size}
-        made.append({"name": name, "mean": 2 + difference, "difference_interval": ends, "cost": cost})
+        made.append({"name": name, "mean": 2 + difference, "difference": difference, "p": p, "cost": cost})
     return {"rows": sorted(made, key=lambda row: row["mean"])}
 
 
 def test_the_verdict_names_who_is_surely_ahead_and_who_is_level_and_cheaper():
-    worse = {"average": (0.5, [0.4, 0.6], 10)}
+    worse = {"average": (0.5, 0.001, 10)}
     assert verdict(rows(**worse)) == "Nothing that was compared is surely ahead of the fused model."
-    ahead = {"joint": (-0.2, [-0.3, -0.1], 10), "another": (-0.1, [-0.2, -0.01], 10), **worse}
+    ahead = {"joint": (-0.2, 0.001, 10), "another": (-0.1, 0.02, 10), **worse}
     assert verdict(rows(**ahead)) == "Fusing loses to 'joint' by 0.200 nats per token and to 1 more."
-    level = {"router": (-0.01, [-0.1, 0.1], 10), "mixture": (0.01, [-0.1, 0.1], 30)}
+    level = {"router": (-0.01, 0.7, 10), "mixture": (0.01, 0.8, 30)}
     assert "; 'router' is level with it and reads fewer parameters per token." in verdict(rows(**level))
+
+
+def test_one_of_many_rivals_is_not_surely_ahead_for_being_lucky():
+    many = {f"rival {i}": (0.01 * i, 0.9, 10) for i in range(24)}
+    assert "Nothing that was compared" in verdict(rows(lucky=(-0.2, 0.03, 10), **many))
+    assert "loses to 'lucky'" in verdict(rows(lucky=(-0.2, 0.001, 10), **many))
 
 
 def test_the_command_prints_the_tables_and_refuses_malformed_rows_before_loading(comparison, tmp_path):
@@ -432,7 +444,7 @@ def test_the_command_prints_the_tables_and_refuses_malformed_rows_before_loading
     refused = CliRunner().invoke(app, [*command[:3], str(tmp_path / "other"), *command[4:]])
     assert refused.exit_code == 2
     assert "code.jsonl: Held-out rows need" in refused.output
-    assert "row 1" in refused.output
+    assert "row 2" in refused.output
 
 
 def test_rivals_that_cannot_be_compared_are_refused_before_anything_is_measured(fused, tmp_path):

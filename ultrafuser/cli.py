@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .commands import app as commands
+from .commands import pairs
 from .data.commands import app as data_commands
 
 
@@ -112,12 +113,12 @@ def evaluate(
     try:
         results = evaluating.evaluate(
             model,
-            _pairs(data, "--data"),
+            pairs(data, "--data"),
             out,
-            tune=_pairs(tune, "--tune"),
+            tune=pairs(tune or [], "--tune"),
             specialists_of=specialists_of,
             base=base,
-            also=_pairs(also, "--also"),
+            also=pairs(also or [], "--also"),
             examples=examples,
             max_length=max_length,
             prompt_tokens=prompt_tokens,
@@ -128,15 +129,6 @@ def evaluate(
         raise typer.Exit(2) from error
     console = Console(highlight=False)
     console.print(*evaluating.tables(results), evaluating.verdict(results), *evaluating.left_out(results), sep="\n")
-
-
-def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
-    """NAME=VALUE arguments as a dict."""
-    pairs = [text.partition("=") for text in texts or ()]
-    for name, _, value in pairs:
-        if not name or not value:
-            raise typer.BadParameter(f"{option} takes NAME=VALUE, but got {name!r}.")
-    return {name: value for name, _, value in pairs}
 
 
 @app.command()
@@ -329,7 +321,9 @@ def data_make(
     for step, domains in report["given_up"].items():
         console.print(f"given up in step {step}, no reply could be used: {sum(domains.values()):,}")
     spent = f"{report['tokens_in'] + report['tokens_out']:,} tokens and {report['cost']:,.2f} in all"
-    console.print(f"{report['replies']:,} replies, {report['refused']:,} refusals, {spent}: {out}")
+    console.print(
+        f"{report['replies']:,} replies, {report['refused']:,} refusals, {spent}: {out / 'dataset'}", soft_wrap=True
+    )
     if report["stopped"] or not report["records"]:
         typer.echo(report["stopped"] or f"No reply could be used; {out}/journal.jsonl holds them all.", err=True)
         raise typer.Exit(1)
@@ -401,4 +395,12 @@ def bench(
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        typer.echo(
+            f"This command needs {error.name!r}, which is not installed. The extras bring what a command needs: "
+            f"`pip install 'ultrafuser[eval,data,serve]'`, or from its sources `pip install -e '.[eval,data,serve]'`.",
+            err=True,
+        )
+        raise SystemExit(2) from error

@@ -1,10 +1,12 @@
 """Commands that make, change and use fused folders: fuse, specialist, add, remove, train, chat, serve."""
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,17 +36,15 @@ def fuse(
     Example: ultrafuser fuse text=Qwen/Qwen2.5-1.5B-Instruct code=Qwen/Qwen2.5-Coder-1.5B-Instruct --out fused --chat-template text --dry-run
     """
     with _in_words():
-        from dataclasses import replace
-
         from . import fusing
 
         rest = {}
         if len(what) == 1 and "=" not in what[0]:
             recipe, rest = fusing.load_recipe(Path(what[0]))
         else:
-            recipe = fusing.Fusion(_pairs(what, "Specialists"))
+            recipe = fusing.Fusion(pairs(what, "Specialists"))
         given = {
-            "specialist_revisions": _pairs(revision or [], "--revision") or None,
+            "specialist_revisions": pairs(revision or [], "--revision") or None,
             "chat_template": chat_template,
             "gate": gate,
             "fusion": fusion,
@@ -52,11 +52,11 @@ def fuse(
         recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
         dtype = dtype or rest.get("dtype", "auto")
         if dry_run:
-            from .checking import judging, showing
+            from .checking import findings, showing
 
             judgement = fusing.plan(recipe, dtype)
             showing.show(judgement, _console())
-            raise typer.Exit(2 if judgement.verdict == judging.BLOCKS else 0)
+            raise typer.Exit(2 if judgement.verdict == findings.BLOCKS else 0)
         if out is None and "out" not in rest:
             raise typer.BadParameter("say which folder to write: --out, or `out` in the recipe.")
         out = out or Path(rest["out"])
@@ -98,7 +98,7 @@ def add(
     with _in_words():
         from . import editing
 
-        [(name, source)] = _pairs([newcomer], "The argument").items()
+        [(name, source)] = pairs([newcomer], "The argument").items()
         editing.add(folder, name, source, out, revision=revision)
     typer.echo(f"Wrote {str(out)!r}. Nothing has shown its gate yet when {name!r} is right: train it.")
 
@@ -120,12 +120,18 @@ def remove(folder: Folder, name: Annotated[str, typer.Argument(help="Of the spec
 def train(
     words: Annotated[
         list[str] | None,
-        typer.Argument(help="YAML file, as those in examples/recipes; any field of one as --field VALUE."),
+        typer.Argument(
+            metavar="RECIPE --FIELD VALUE",
+            help="YAML file, as those in examples/recipes; any field of one as an option.",
+        ),
     ] = None,
     stage: Annotated[str | None, typer.Option(help="gate or joint. Default: what the recipe says.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder of a fused model, or its id on the Hub.")] = None,
     data: Annotated[
-        list[str] | None, typer.Option(help="DOMAIN=FILE.jsonl or DOMAIN=HUB_ID:SPLIT, once each.")
+        list[str] | None,
+        typer.Option(
+            help="DOMAIN=FILE.jsonl or DOMAIN=HUB_ID:SPLIT, once each; or one without DOMAIN=, with a column `domain`."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
@@ -148,8 +154,10 @@ def train(
         from . import training
 
         fused, args, model_args = training.parse([*arguments, *words], stage=stage, recipe=recipe)
-        if data:
-            fused.domains = {d: training.data_set(source) for d, source in _pairs(data, "--data").items()}
+        if data and len(data) == 1 and "=" not in data[0] and re.search(r"/|\.jsonl?$", data[0]):
+            fused.domains = training.data_set(data[0])
+        elif data:
+            fused.domains = {d: training.data_set(source) for d, source in pairs(data, "--data").items()}
         if resume:
             args.resume_from_checkpoint = training.last_complete_checkpoint(args.output_dir)
             typer.echo(f"Going on from {args.resume_from_checkpoint or 'the beginning: there is no checkpoint'}.")
@@ -192,7 +200,7 @@ def serve(
         run(folder, ["--host", host, "--port", str(port), *context.args])
 
 
-def _pairs(texts: list[str], what: str) -> dict[str, str]:
+def pairs(texts: list[str], what: str) -> dict[str, str]:
     """NAME=VALUE arguments as a dict."""
     pairs = [text.partition("=") for text in texts]
     for text, (name, _, value) in zip(texts, pairs, strict=True):

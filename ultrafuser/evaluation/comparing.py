@@ -67,6 +67,7 @@ def compare(
         "specialists": list(comparison.specialists),
         "seed": comparison.seed,
         "examples": {domain: len(examples) for domain, examples in comparison.data.items()},
+        "skipped": {domain: examples.skipped for domain, examples in comparison.data.items()},
         "rows": table_rows(comparison),
         "left_out": left_out,
         "gate": gate_statistics(comparison.fused, comparison.data),

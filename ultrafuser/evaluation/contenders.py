@@ -230,10 +230,11 @@ def tuned_constant(comparison: Comparison) -> Measured:
 
 def merged(comparison: Comparison, method: str, by_depth: bool) -> Measured:
     """A weight merge; where there are tuning examples, with the best of three factors of the changes."""
-    # the average has no factor unless it follows depth, and without examples it is not tuned
-    weights = (
-        [1 / len(comparison.specialists), 0.5, 1.0] if comparison.tune and (method != "average" or by_depth) else [1.0]
-    )
+    third = 1 / len(comparison.specialists)
+    # what averages on its own needs no factor; sums of changes without a smaller one go far beyond any specialist
+    weights = [1.0 if method in ("average", "ties") else third]
+    if comparison.tune and (method != "average" or by_depth):
+        weights = [third, 0.5, 1.0]
     options = {"base": comparison.base, "by_depth": by_depth, "seed": comparison.seed}
     make = partial(merge, comparison.specialists, method, **options)
     best = weights[0]

@@ -213,12 +213,17 @@ def _count(number: float) -> str:
 
 
 def verdict(results: dict) -> str:
-    """In a sentence or two, whether fusing paid."""
+    """In a sentence or two, whether fusing paid; sure at 5 % over all rivals together (Holm, 1979)."""
     fused = next(row for row in results["rows"] if row["name"] == FUSED)
-    rivals = [r for r in results["rows"] if r["name"] != FUSED and "oracle" not in r["name"]]
-    ahead = [r for r in rivals if r["difference_interval"][1] < 0]
-    level = [r for r in rivals if r["difference_interval"][0] <= 0 <= r["difference_interval"][1]]
-    cheaper = min(level, key=lambda r: r["cost"]["parameters_per_token"], default=None)
+    rivals = [row for row in results["rows"] if row["name"] != FUSED and "oracle" not in row["name"]]
+    sure = set()
+    for rank, row in enumerate(sorted(rivals, key=lambda row: row["p"])):
+        if row["p"] > 0.05 / (len(rivals) - rank):
+            break
+        sure.add(row["name"])
+    ahead = [row for row in rivals if row["name"] in sure and row["difference"] < 0]
+    level = [row for row in rivals if row["name"] not in sure]
+    cheaper = min(level, key=lambda row: row["cost"]["parameters_per_token"], default=None)
     if ahead:
         best = ahead[0]
         words = f"Fusing loses to {best['name']!r} by {fused['mean'] - best['mean']:.3f} nats per token"
@@ -231,8 +236,10 @@ def verdict(results: dict) -> str:
 
 
 def left_out(results: dict) -> list[str]:
-    """What could not be compared, a sentence for each reason."""
+    """What could not be compared or measured, a sentence for each reason."""
     reasons: dict[str, list[str]] = {}
     for name, reason in results["left_out"].items():
         reasons.setdefault(reason, []).append(name)
-    return [f"Left out: {', '.join(names)}. {reason}" for reason, names in reasons.items()]
+    short = [f"{n} of {domain}" for domain, n in results["skipped"].items() if n]
+    rows = [f"Rows too short to have tokens behind their prompt, left out: {', '.join(short)}."] if short else []
+    return rows + [f"Left out: {', '.join(names)}. {reason}" for reason, names in reasons.items()]

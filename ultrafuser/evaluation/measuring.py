@@ -24,11 +24,13 @@ class HeldOut:
         input_ids: Token ids. Shape (examples, seq).
         attention_mask: 1 for tokens, 0 for padding. Shape (examples, seq).
         scored: Which tokens are predicted and counted: those behind the prompt. Shape (examples, seq).
+        skipped: Rows that were too short to have any.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     scored: Tensor
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -64,25 +66,24 @@ def held_out(
         prompt_tokens: Of plain text.
 
     Raises:
-        ValueError: Naming the first row that has nothing to score, or none of the columns.
+        ValueError: Naming the first row with none of the columns, or if no row has tokens behind its prompt.
     """
     ids, starts = [], []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, 1):
         own, start = _tokens(row, number, tokenizer, prompt_tokens)
-        if len(own[:max_length]) <= start:
-            raise ValueError(
-                f"Every held-out row must have tokens to predict behind its prompt, but row {number} has "
-                f"{len(own[:max_length])} tokens, of which {start} are the prompt. Drop it, or change `prompt_tokens` "
-                f"({prompt_tokens}) or `max_length` ({max_length})."
-            )
-        ids.append(torch.tensor(own[:max_length]))
-        starts.append(start)
+        if len(own[:max_length]) > start:
+            ids.append(torch.tensor(own[:max_length]))
+            starts.append(start)
     if not ids:
-        raise ValueError("There is nothing to measure: the held-out data has no rows.")
+        raise ValueError(
+            f"Held-out rows need tokens to predict behind their prompt, but none of the {len(rows)} rows has any. Change "
+            f"`prompt_tokens` ({prompt_tokens}) or `max_length` ({max_length}), or choose other data."
+        )
     input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True)
     places = torch.arange(input_ids.shape[1])
     attention_mask = (places < torch.tensor([len(i) for i in ids])[:, None]).long()
-    return HeldOut(input_ids, attention_mask, (places >= torch.tensor(starts)[:, None]) & attention_mask.bool())
+    scored = (places >= torch.tensor(starts)[:, None]) & attention_mask.bool()
+    return HeldOut(input_ids, attention_mask, scored, len(rows) - len(ids))
 
 
 def _tokens(row: dict, number: int, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> tuple[list[int], int]:

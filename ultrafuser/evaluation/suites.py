@@ -36,6 +36,9 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
+from transformers import AutoConfig
+
+from modeling_ultrafuser import UltraFuserConfig
 
 from ..provenance import provenance
 from . import local_tasks
@@ -238,7 +241,9 @@ def _finished(file: Path, settings: dict) -> dict[str, Any] | None:
 
 def _weights(folder: str | Path, dtype: str) -> tuple[str, dict[str, Any]]:
     # a model of lm-eval's, and what it is made from
-    return "hf", {"pretrained": str(folder), "trust_remote_code": True, "dtype": dtype}
+    # code that comes with a fused model is this package's own; nobody else's is run unasked
+    ours = isinstance(AutoConfig.from_pretrained(folder), UltraFuserConfig)
+    return "hf", {"pretrained": str(folder), "trust_remote_code": ours, "dtype": dtype}
 
 
 def _server(folder: str | Path, server: str) -> tuple[str, dict[str, Any]]:
@@ -247,7 +252,7 @@ def _server(folder: str | Path, server: str) -> tuple[str, dict[str, Any]]:
     arguments = {"model": served["id"], "base_url": f"{server}/v1/completions", "tokenizer": str(folder)}
     # vLLM says how long a prompt may be; longer ones are refused, not cut
     arguments |= {"max_length": served["max_model_len"]} if "max_model_len" in served else {}
-    return "local-completions", arguments | {"tokenizer_backend": "huggingface", "trust_remote_code": True}
+    return "local-completions", arguments | {"tokenizer_backend": "huggingface"}
 
 
 def _device(backend: str) -> dict[str, str]:
