@@ -42,6 +42,7 @@ def models(tmp_path_factory):
 
 def run(*words):
     result = CliRunner().invoke(app, ["fuse", *map(str, words)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
     return result.exit_code, result.output
 
 

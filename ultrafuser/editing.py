@@ -38,7 +38,7 @@ def add(folder: Path, name: str, source: str, out: Path, *, revision: str | None
         # token ids must mean the same to it; the chat template stays
         common_tokenizer({first: tokenizer, name: source}, chat_template=first, revisions={name: read.revision})
         model = add_specialist(UltraFuserForCausalLM.from_pretrained(folder), name, source, revision=read.revision)
-        save_fused(part, model, tokenizer, read_ingredients(folder) | {name: described(read)})
+        save_fused(part, model, tokenizer, read_ingredients(folder) | {name: described(source, read)})
 
 
 def remove(folder: Path, name: str, out: Path) -> None:

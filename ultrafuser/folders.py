@@ -74,17 +74,14 @@ def fused_config(folder: str | Path) -> UltraFuserConfig:
     """The configuration of a fused model's folder.
 
     Raises:
-        FileNotFoundError: If it holds no model.
-        ValueError: If it holds a model of another kind.
+        ValueError: If it holds no model, or one of another kind.
     """
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"A fused model's folder holds a config.json, but there is no {str(path)!r}.")
-    kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    file = Path(folder) / "config.json"
+    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.exists() else None
     if kind != UltraFuserConfig.model_type:
         raise ValueError(
-            f"This is for a fused model's folder, but {str(folder)!r} holds a model of type {kind!r}. Fuse specialists "
-            f"with `ultrafuser fuse`."
+            f"This is for a fused model's folder, as `ultrafuser fuse` writes it, but {str(folder)!r} holds "
+            f"{'no config.json' if not file.exists() else f'a model of type {kind!r}'}."
         )
     return UltraFuserConfig.from_pretrained(folder)
 

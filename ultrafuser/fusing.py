@@ -9,10 +9,11 @@ import yaml
 from huggingface_hub import snapshot_download
 from rich.filesize import decimal
 
-from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
+from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
 
 from . import licences
-from .checking.judging import BLOCKS, Judgement, judge
+from .checking.findings import BLOCKS, Judgement
+from .checking.judging import judge
 from .checking.reading import Source
 from .folders import new_folder, save_fused
 
@@ -57,7 +58,7 @@ def plan(recipe: Fusion, dtype: str = "auto") -> Judgement:
     """What fusing would meet and take, from what there is beside the weights.
 
     Raises:
-        ValueError: If it is not said what to fuse.
+        ValueError: If it is not said what to fuse, or a choice is unknown.
     """
     specialists, revisions = recipe.specialists or {}, recipe.specialist_revisions or {}
     if len(specialists) < 2 or set(revisions) - set(specialists):
@@ -65,8 +66,10 @@ def plan(recipe: Fusion, dtype: str = "auto") -> Judgement:
             f"Fusing needs at least two specialists, name=ID each, and revisions of those, but got specialists "
             f"{specialists} and revisions {revisions}."
         )
+    # refuses unknown choices
+    UltraFuserConfig(gate=recipe.gate, fusion=recipe.fusion)
     locations = {name: (location, revisions.get(name)) for name, location in specialists.items()}
-    return judge(locations, dtype=dtype, gate=recipe.gate, fusion=recipe.fusion)
+    return judge(locations, dtype=dtype, fusion=recipe.fusion)
 
 
 def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str], None] = print) -> None:
@@ -99,7 +102,7 @@ def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str],
                 f"choose a folder on another disk."
             )
         for k, (name, source) in enumerate(sources.items(), start=1):
-            say(f"{name} ({k} of {len(sources)}): {source.location}")
+            say(f"{name} ({k} of {len(sources)}): {recipe.specialists[name]}")
             if source.download:
                 snapshot_download(
                     source.location, revision=source.commit, allow_patterns=[*source.weights.files_metadata]
@@ -109,15 +112,15 @@ def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str],
             recipe.specialists, gate=recipe.gate, fusion=recipe.fusion, dtype=dtype, revisions=commits
         )
         say(f"writing {decimal(size)}")
-        save_fused(folder, model, tokenizer, {name: described(source) for name, source in sources.items()})
+        save_fused(folder, model, tokenizer, {n: described(recipe.specialists[n], s) for n, s in sources.items()})
 
 
-def described(source: Source) -> dict[str, str | None]:
+def described(location: str, source: Source) -> dict[str, str | None]:
     """Where a specialist comes from and what its card says of its licence, to be kept beside the model."""
     card = licences.read_ingredient(source.name, str(source.folder))
     stated = {"licence": card.licence, "terms": card.terms, "link": card.link, "problem": card.problem}
     return {
-        "source": source.location,
+        "source": location,
         "commit": source.commit,
         **{key: value for key, value in stated.items() if value},
     }

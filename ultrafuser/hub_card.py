@@ -12,7 +12,7 @@ from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
 
 from . import licences
 from .evaluation.journal import digest
-from .folders import read_ingredients
+from .folders import fused_config, read_ingredients
 
 
 TEMPLATE = Path(__file__).parent / "hub_card.jinja"
@@ -54,7 +54,7 @@ def write_card(
             f"Only a card that this command wrote, and nobody has changed, is replaced unasked, but {str(path)!r} is "
             f"another's work. Move it away, or use --overwrite."
         )
-    config = _config(folder)
+    config = fused_config(folder)
     sources = dict(specialists or {})
     if unknown := sorted(set(sources) - set(config.specialist_names)):
         raise ValueError(f"The specialists in {str(folder)!r} are {config.specialist_names}, but got {unknown}.")
@@ -113,17 +113,6 @@ def _as_recorded(name: str, record: dict[str, str | None]) -> licences.Ingredien
     stated = {key: record.get(key) for key in ("licence", "terms", "link", "problem")}
     # only what comes from the Hub has a commit, and is there for others
     return licences.Ingredient(name, record["source"] if record["commit"] else None, **stated)
-
-
-def _config(folder: Path) -> UltraFuserConfig:
-    file = folder / "config.json"
-    kind = json.loads(file.read_text()).get("model_type") if file.exists() else None
-    if kind != UltraFuserConfig.model_type:
-        raise ValueError(
-            f"A card is written for a fused model's folder, but {str(folder)!r} holds "
-            f"{'no config.json' if not file.exists() else f'a model of type {kind!r}'}."
-        )
-    return UltraFuserConfig.from_pretrained(folder)
 
 
 def _load(path: Path, config: UltraFuserConfig) -> dict:

@@ -21,7 +21,6 @@ def serve(folder: str, arguments: Sequence[str] = ()) -> None:
     Raises:
         ImportError: If the server's packages are not installed.
         ValueError: If the folder is no fused model's, or its path cannot be a model's name there.
-        FileNotFoundError: If it is none at all.
     """
     fused_config(folder)
     if "@" in folder or ".gguf" in folder:

@@ -29,7 +29,10 @@ class FusedArguments(Fusion):
 
     domains: dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "Domain to the arguments of `load_dataset`: {math: {path: ..., split: train}}."},
+        metadata={
+            "help": "Domain to the arguments of `load_dataset`: {math: {path: ..., split: train}}; or arguments alone, "
+            "of a set with a column `domain`."
+        },
     )
     stage: str | None = field(default=None, metadata={"help": "gate or joint: which stage the recipe is for."})
 
@@ -113,7 +116,7 @@ def _ingredients(fused: FusedArguments, model: ModelConfig) -> dict[str, dict]:
     """Where the specialists come from: what the folder says that training began from, or what was fused."""
     if fused.specialists:
         revisions = fused.specialist_revisions or {}
-        return {n: described(reading.read(n, s, revisions.get(n))) for n, s in fused.specialists.items()}
+        return {n: described(s, reading.read(n, s, revisions.get(n))) for n, s in fused.specialists.items()}
     return read_ingredients(Path(model.model_name_or_path or ""))
 
 
@@ -150,19 +153,24 @@ def data_set(source: str) -> dict[str, str]:
     return {"path": path, "split": split or "train"}
 
 
-def load_domains(fused: FusedArguments) -> dict[str, Dataset]:
-    """One dataset per domain, with the columns that a trainer reads."""
+def load_domains(fused: FusedArguments) -> Dataset | dict[str, Dataset]:
+    """What a trainer draws from: one dataset per domain, or one whose rows name theirs."""
     if not fused.domains:
         raise ValueError("Training draws from domains, but the recipe has none. Add `domains:`, a dataset for each.")
+    if isinstance(fused.domains.get("path"), str):
+        return _load(fused.domains, "domain")
+    return {name: _load(arguments) for name, arguments in fused.domains.items()}
+
+
+def _load(arguments: dict[str, Any], *more: str) -> Dataset:
+    """The columns that a trainer reads, and those named."""
     formats = (("messages",), ("prompt", "completion"), ("text",))  # data sets may hold several
-    found = {}
-    for name, arguments in fused.domains.items():
-        dataset = load_dataset(**{"split": "train", **arguments})
-        columns = next((f for f in formats if set(f) <= set(dataset.column_names)), None)
-        if columns is None:
-            raise ValueError(
-                f"Rows have `messages`, `prompt` and `completion`, or `text`, but those of {name!r} have "
-                f"{dataset.column_names}. Rename its columns."
-            )
-        found[name] = dataset.select_columns(list(columns))
-    return found
+    dataset = load_dataset(**{"split": "train", **arguments})
+    columns = next((f for f in formats if set(f) <= set(dataset.column_names)), None)
+    if columns is None or not set(more) <= set(dataset.column_names):
+        named = "".join(f", and `{name}`" for name in more)
+        raise ValueError(
+            f"Rows have `messages`, `prompt` and `completion`, or `text`{named}, but those of {arguments} have "
+            f"{dataset.column_names}. Rename its columns."
+        )
+    return dataset.select_columns([*columns, *more])
