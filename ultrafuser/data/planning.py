@@ -133,7 +133,7 @@ class Plan:
         for name, limit, wanted in (("tokens", budget.tokens, tokens), ("money", budget.money, self.money)):
             if limit is not None:
                 share = f"it ends at about {limit / wanted:.0%}" if limit < wanted else "it suffices"
-                lines.append(f"Budget: {limit:,} ({name}) for {wanted:,.10g}; {share}.")
+                lines.append(f"Budget: {limit:,.10g} ({name}) for {round(wanted, 2):,}; {share}.")
         return "\n".join(lines)
 
 

@@ -170,8 +170,9 @@ def _rows(source: Source, local: bool) -> Iterator[tuple[str, Any]]:
         if suffix not in BUILDERS:
             raise ValueError(f"Files are told by their ending, one of {sorted(BUILDERS)}, but got {paths[0]!r}.")
         rows = load_dataset(BUILDERS[suffix], data_files=paths, split="train", streaming=True)
-    elif (Path(source.path) / "state.json").is_file():
-        rows = load_from_disk(source.path)
+    elif saved := [f for f in (Path(source.path), Path(source.path) / "dataset") if (f / "state.json").is_file()]:
+        # the second is of a folder that `ultrafuser data make` wrote
+        rows = load_from_disk(saved[0])
     else:
         rows = load_dataset(
             source.path,
