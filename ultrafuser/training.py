@@ -116,7 +116,7 @@ def _ingredients(fused: FusedArguments, model: ModelConfig) -> dict[str, dict]:
     """Where the specialists come from: what the folder says that training began from, or what was fused."""
     if fused.specialists:
         revisions = fused.specialist_revisions or {}
-        return {n: described(reading.read(n, s, revisions.get(n))) for n, s in fused.specialists.items()}
+        return {n: described(s, reading.read(n, s, revisions.get(n))) for n, s in fused.specialists.items()}
     return read_ingredients(Path(model.model_name_or_path or ""))
 
 
