@@ -132,10 +132,10 @@ def test_qwen_specialists_of_unequal_rows_sizes_positions_and_rope_fit(folders):
     assert said(found, "tokenizer", "fits") == "the same for all."
     rows = said(found, "vocabulary", "fits")
     assert "cut to 151936 rows" in rows
-    assert "'text': 152064" in rows
+    assert "text 152064, code 152064, math 151936" in rows
     assert "no token uses the others" in rows
     assert "the shortest, 4096 tokens" in said(found, "positions", "warning")
-    assert "'text': 1000000.0, 'code': 1000000.0, 'math': 10000.0" in said(found, "RoPE", "fits")
+    assert "text 1000000.0, code 1000000.0, math 10000.0" in said(found, "RoPE", "fits")
     assert "they differ" in said(found, "chat template", "warning")
     assert "`num_attention_heads`" in said(found, "vLLM", "warning")
     assert found.merges == []
@@ -164,8 +164,8 @@ def test_llama_2_specialists_of_unequal_vocabularies_and_templates_fit(folders):
     found = checked(*(folders / name for name in added))
     assert found.verdict == "warning"
     rows = said(found, "vocabulary", "warning")
-    assert "cut to 32000 rows, the smallest of {'text': 32000, 'code': 32016, 'math': 32001}" in rows
-    assert "'code': ['<infill 0>', '<infill 1>', '<infill 2>'], 'math': ['[PAD]']" in rows
+    assert "cut to 32000 rows, the smallest of text 32000, code 32016, math 32001" in rows
+    assert "code ['<infill 0>', '<infill 1>', '<infill 2>'], math ['[PAD]']" in rows
     assert "they differ" in said(found, "chat template", "warning")
     assert "commercial" in said(found, "licence", "warning")
     assert "1000000.0" in said(found, "RoPE", "fits")
@@ -250,6 +250,12 @@ def bfloat16(folder):
     return save(specialist(layers=1, hidden_size=16).bfloat16(), folder)
 
 
+def adapted(folder):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(small(folder)), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(folder)
+    return folder
+
+
 def fused(folder):
     return save(UltraFuserForCausalLM.from_specialists({n: specialist(layers=1) for n in ("text", "code")}), folder)
 
@@ -264,6 +270,7 @@ CASES = {
     "empty folder": (only_files, False, "no config.json"),
     "a file": (lambda f: small(f) / "model.safetensors", False, "is the file"),
     "adapter": (lambda f: only_files(f, adapter_config='{"peft_type": "LORA"}'), False, "only an adapter"),
+    "adapter beside a model": (adapted, False, "holds an adapter beside it"),
     "quantised": (lambda f: edited(f, quantization_config={"quant_method": "awq"}), False, "quantised"),
     "remote code": (lambda f: edited(f, model_type="novel", auto_map={"AutoConfig": "x.Y"}), False, "never run here"),
     "unknown": (lambda f: edited(f, model_type="novel"), False, "is unknown"),
@@ -281,7 +288,11 @@ CASES = {
     "pickle": (lambda f: with_file(f, lambda w: w.rename(w.with_name("pytorch_model.bin"))), False, "other formats"),
     "half a download": (lambda f: with_file(f, lambda w: os.truncate(w, 9000)), False, "a broken download"),
     "a cut header": (lambda f: with_file(f, lambda w: os.truncate(w, 90)), False, "not whole"),
-    "rows misstated": (lambda f: edited(f, vocab_size=104), False, "its embedding has 99 rows"),
+    "rows misstated": (
+        lambda f: edited(f, vocab_size=104),
+        False,
+        "(99, 16) in its files and (104, 16) by its config",
+    ),
     "other tokenizer": (lambda f: small(f, words=tokenizer(swap="ab")), False, "2 ids differ, the first is 69"),
     "shorter tokenizer": (lambda f: small(f, words=tokenizer(90)), False, "9 ids differ"),
     "splitting otherwise": (lambda f: small(f, words=lowercase()), False, "splits text differently"),
@@ -291,7 +302,7 @@ CASES = {
     "more rows": (lambda f: small(f, vocab_size=104), True, "cut to 99 rows"),
     "more rows, tied": (lambda f: small(f, vocab_size=104, tied=True), True, "cut to 99 rows"),
     "fewer rows": (lambda f: small(f, vocab_size=97), False, "every tokenizer can produce tokens beyond"),
-    "fewer rows and tokens": (lambda f: small(f, vocab_size=97, words=tokenizer(97)), True, "'other': 97"),
+    "fewer rows and tokens": (lambda f: small(f, vocab_size=97, words=tokenizer(97)), True, "other 97"),
     "padding beyond": (lambda f: with_ids(f, pad_token_id=103), True, "cut to 99"),
     "beginning beyond": (lambda f: with_ids(f, bos_token_id=103), True, "cut to 99"),
     "end beyond": (lambda f: with_ids(f, eos_token_id=[2, 103]), False, "end-of-text id"),
@@ -354,10 +365,10 @@ def test_numbers_are_those_of_the_fused_model(tmp_path):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("fusion_gate" in name)
     assert numbers["training"]["gate"] == trained(model)
-    adapted = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
-    for name, parameter in adapted.named_parameters():
+    with_lora = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    for name, parameter in with_lora.named_parameters():
         parameter.requires_grad_("fusion_gate" in name or "lora_" in name)
-    assert numbers["training"]["joint with LoRA"] == trained(adapted)
+    assert numbers["training"]["joint with LoRA"] == trained(with_lora)
 
 
 def trained(model):
@@ -435,12 +446,13 @@ def environment(server, cache, **more):
 def test_three_seven_billion_models_are_checked_in_less_than_5_mb(folders):
     words = qwen_words()
     ids = {f"Qwen/{name}": folders / name for name in ("Text-7B", "Coder-7B", "Math-7B")}
-    for number, folder in enumerate(ids.values()):
-        stand_in(folder, words, shards=4, template=str(number), **QWEN_7B)
-        # as most repositories have it, but nothing writes it any more
-        added = {str(i): {"content": t} for t, i in words.get_added_vocab().items()}
-        path = folder / "tokenizer_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": added}))
+    first = stand_in(folders / "Text-7B", words, shards=4, template="chat", **QWEN_7B)
+    # as most repositories have it, but nothing writes it any more
+    added = {str(i): {"content": t} for t, i in words.get_added_vocab().items()}
+    path = first / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": added}))
+    for name in ("Coder-7B", "Math-7B"):
+        shutil.copytree(first, folders / name, copy_function=os.link)
     assert (folders / "Text-7B" / "tokenizer.json").stat().st_size > 4e6
     with HubServer(ids) as server:
         code = "import sys; from ultrafuser.cli import main; sys.argv[0] = 'ultrafuser'; main()"

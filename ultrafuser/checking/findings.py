@@ -62,3 +62,8 @@ class Judgement:
         except (ValueError, OSError, ImportError) as error:
             text, _, way_out = str(error).partition(". ")
             self.note(about, status, text.removesuffix(".") + ".", way_out if fix is None else fix)
+
+
+def each(values: dict) -> str:
+    """A value for each specialist, in words."""
+    return ", ".join(f"{name} {value}" for name, value in values.items())

@@ -24,7 +24,7 @@ from modeling_ultrafuser.tokenizing_ultrafuser import merged_generation_config, 
 from .. import licences
 from ..evaluation.merging import MERGES, NotMergeableError, merge
 from .estimating import estimate, size
-from .findings import BLOCKS, FITS, WARNING, Judgement
+from .findings import BLOCKS, FITS, WARNING, Judgement, each
 from .reading import Source, read
 from .tokenizing import judge_templates, judge_tokenizers
 
@@ -70,8 +70,8 @@ def judge(
     config = None
     with found.refusals("architecture"):
         config = UltraFuserConfig(specialist_names=list(texts), specialists=list(texts.values()), fusion=fusion)
-        kinds = ", ".join(f"{n}: {c.model_type}, {c.num_hidden_layers} x {c.hidden_size}" for n, c in texts.items())
-        found.note("architecture", FITS, f"{kinds}.")
+        kinds = {n: f"{c.model_type} of {c.num_hidden_layers} x {c.hidden_size}" for n, c in texts.items()}
+        found.note("architecture", FITS, f"{each(kinds)}.")
     if config is None or len(configs) < len(specialists):
         return found
     with found.refusals("vLLM", WARNING):
@@ -89,6 +89,11 @@ def _model(name: str, source: Source) -> tuple[PreTrainedConfig, PreTrainedModel
     """A specialist's configuration, and its model without any numbers."""
     config = own_config(name, source.location, revision=source.revision)
     check_architecture(name, config, config.get_text_config(decoder=True))
+    if "adapter_config.json" in source.sizes:
+        raise ValueError(
+            f"A specialist must be a plain model, but {name!r} holds an adapter beside it, which transformers would put "
+            f"into it. Merge it first, `merge_and_unload()`, or move its files away."
+        )
     kind = auto_class(name, config)
     with torch.device("meta"):
         model = kind.from_config(config)
@@ -115,26 +120,21 @@ def _judge_files(found: Judgement, name: str, source: Source, config: PreTrained
             "Download it again, or load and save the model once to convert it.",
         )
     elif source.weights:
-        _judge_rows(found, name, source, config.get_text_config(decoder=True), model)
+        _judge_shapes(found, name, source, model)
     text = config.get_text_config(decoder=True)
     if text is not config:
         what = f"{name}: of {config.model_type!r} only the text part, {text.model_type!r}, is fused; it will not see."
         found.note("architecture", WARNING, what, "Nothing to do, unless you need images.")
 
 
-def _judge_rows(found: Judgement, name: str, source: Source, text: PreTrainedConfig, model: PreTrainedModel) -> None:
-    embedding = model.get_input_embeddings().weight
-    key = next(k for k, p in model.named_parameters() if p is embedding)
-    ending = ".".join(key.split(".")[-2:])
-    tensors = {k: t for header in source.weights.files_metadata.values() for k, t in header.tensors.items()}
-    saved = {t.shape[0] for k, t in tensors.items() if k.endswith(ending)}
-    if saved and text.vocab_size not in saved:
-        found.note(
-            "weights",
-            BLOCKS,
-            f"{name}: its embedding has {min(saved)} rows, but its config.json says `vocab_size` {text.vocab_size}.",
-            "Correct the number in its config.json.",
-        )
+def _judge_shapes(found: Judgement, name: str, source: Source, model: PreTrainedModel) -> None:
+    saved = {k: tuple(t.shape) for h in source.weights.files_metadata.values() for k, t in h.tensors.items()}
+    expected = {k: tuple(p.shape) for k, p in model.named_parameters()}
+    # names that only loading translates are passed over
+    odd = next((k for k, shape in expected.items() if saved.get(k, shape) != shape), None)
+    if odd:
+        text = f"{name}: `{odd}` has shape {saved[odd]} in its files and {expected[odd]} by its config.json."
+        found.note("weights", BLOCKS, text, "Correct its config.json, or download both again.")
 
 
 def _judge_dtype(found: Judgement, configs: dict[str, PreTrainedConfig], dtype: str) -> torch.dtype | None:
@@ -157,14 +157,14 @@ def _judge_positions(found: Judgement, texts: dict[str, PreTrainedConfig]) -> No
     limits = {n: getattr(c, "max_position_embeddings", None) for n, c in texts.items()}
     shortest = min((limit for limit in limits.values() if limit), default=None)
     if len(set(limits.values())) > 1:
-        text = f"the fused model's context is the shortest, {shortest} tokens: {limits}."
+        text = f"the fused model's context is the shortest, {shortest} tokens: {each(limits)}."
         found.note("positions", WARNING, text, "Leave out the specialist with the short one if you need more.")
     else:
         found.note("positions", FITS, f"context of {shortest or 'no stated number of'} tokens.")
     ropes = {n: getattr(c, "rope_parameters", None) for n, c in texts.items()}
     if len({repr(r) for r in ropes.values()}) > 1:
         bases = {n: r.get("rope_theta", r) if r else None for n, r in ropes.items()}
-        found.note("RoPE", FITS, f"each specialist keeps its own: {bases}.")
+        found.note("RoPE", FITS, f"each specialist keeps its own: {each(bases)}.")
 
 
 def _judge_generation(found: Judgement, sources: dict[str, Source], configs: dict, rows: int) -> None:
@@ -173,7 +173,7 @@ def _judge_generation(found: Judgement, sources: dict[str, Source], configs: dic
         merged = merged_generation_config(own, rows)
         ends = {n: c.eos_token_id if c else None for n, c in own.items()}
         if len({repr(e) for e in ends.values()}) > 1:
-            text = f"the text ends at any specialist's end, {merged.eos_token_id}: {ends}."
+            text = f"the text ends at any specialist's end, {merged.eos_token_id}: {each(ends)}."
             found.note(
                 "generation", WARNING, text, "Set `eos_token_id` in the fused generation_config.json for fewer."
             )

@@ -4,7 +4,7 @@ import json
 
 from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer, widest_usable_tokenizer
 
-from .findings import FITS, WARNING, Judgement
+from .findings import FITS, WARNING, Judgement, each
 from .reading import Source
 
 
@@ -15,14 +15,17 @@ _OTHER = {
     *("clean_up_tokenization_spaces", "is_local", "backend"),
 }
 # whatever a tokenizer is made from
-_FILES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+_FILES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 
 
 def judge_tokenizers(found: Judgement, sources: dict[str, Source], texts: dict, rows: int) -> None:
     """Notes whether ids mean the same for all, and which rows of the vocabulary are left."""
-    cut = {n: c.vocab_size for n, c in texts.items() if c.vocab_size > rows}
+    sizes = {n: c.vocab_size for n, c in texts.items()}
     highest = _highest_id_from_hashes(sources)
-    lost = {}
+    lost: dict[str, list[str]] = {}
     if highest is not None and highest < rows:
         found.note("tokenizer", FITS, "the same for all, told from the hashes of the files on the Hub.")
     else:
@@ -33,17 +36,14 @@ def judge_tokenizers(found: Judgement, sources: dict[str, Source], texts: dict, 
                 widest_usable_tokenizer(loaded, rows)
                 told = ", some of it told from the hashes of the files on the Hub" if len(first) < len(sources) else ""
                 found.note("tokenizer", FITS, f"the same for all{told}.")
-                lost = {
-                    n: [t for i, t in sorted((i, t) for t, i in k.get_vocab().items() if i >= rows)]
-                    for n, k in loaded.items()
-                }
-    if not cut:
+                beyond = {n: sorted(i for i in t.get_vocab().values() if i >= rows) for n, t in loaded.items()}
+                lost = {n: loaded[n].convert_ids_to_tokens(ids[:3]) for n, ids in beyond.items() if ids}
+    if set(sizes.values()) == {rows}:
         found.note("vocabulary", FITS, f"{rows} rows in each.")
         return
-    words = {n: tokens[:3] for n, tokens in lost.items() if tokens}
-    text = f"cut to {rows} rows, the smallest of { ({n: c.vocab_size for n, c in texts.items()}) }; "
-    if words:
-        text += f"tokens beyond them are lost, such as {words}."
+    text = f"cut to {rows} rows, the smallest of {each(sizes)}; "
+    if lost:
+        text += f"tokens beyond them are lost, such as {each(lost)}."
         found.note("vocabulary", WARNING, text, "Prompts with those tokens are for the specialist alone.")
     else:
         found.note("vocabulary", FITS, text + "no token uses the others.")
@@ -83,11 +83,17 @@ def _fingerprint(source: Source) -> str | None:
     if "tokenizer.json" not in source.hashes:
         return None
     own = {key: value for key, value in _tokenizer_config(source).items() if key not in _OTHER}
-    return json.dumps([own, [source.hashes.get(f) for f in _FILES]], sort_keys=True)
+    # which class reads the files may follow from the architecture
+    kind = _json(source, "config.json").get("model_type")
+    return json.dumps([kind, own, [source.hashes.get(f) for f in _FILES]], sort_keys=True)
 
 
 def _tokenizer_config(source: Source) -> dict:
-    path = source.folder / "tokenizer_config.json"
+    return _json(source, "tokenizer_config.json")
+
+
+def _json(source: Source, file: str) -> dict:
+    path = source.folder / file
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
@@ -96,8 +102,9 @@ def judge_templates(found: Judgement, sources: dict[str, Source]) -> None:
     templates = {n: _template(s) for n, s in sources.items()}
     with_one = [n for n, t in templates.items() if t]
     if len({repr(t) for t in templates.values()}) > 1:
-        text = f"they differ, and a fused model has one ({with_one} have one)."
-        found.note("chat template", WARNING, text, f"Choose whose: --chat-template {with_one[0]}.")
+        text = f"they differ, and a fused model has one ({', '.join(with_one)} have one)."
+        fix = f"Choose whose to take: `ultrafuser fuse ... --chat-template {with_one[0]}`."
+        found.note("chat template", WARNING, text, fix)
     elif with_one:
         found.note("chat template", FITS, "the same for all.")
     else:
