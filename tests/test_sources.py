@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -142,7 +143,7 @@ def test_records_that_were_written_come_back_the_same(tmp_path):
     Dataset.from_list([record] * 3).save_to_disk(tmp_path / "saved")
     assert list(take_in(str(tmp_path / "saved"), licence="mit")) == [record] * 3
     # and in the folder of a made set
-    (tmp_path / "saved").rename(write(tmp_path / "made" / "text.jsonl", [{"a": 1}]).with_name("dataset"))
+    (tmp_path / "saved").rename(Path(write(tmp_path / "made" / "text.jsonl", [{"a": 1}])).with_name("dataset"))
     assert list(take_in(str(tmp_path / "made"), licence="mit")) == [record] * 3
 
 
