@@ -2,8 +2,9 @@
 
 import asyncio
 import json
-import time
+from collections import Counter
 
+import anyio
 import pytest
 
 from tests.teacher_server import KEY, MODEL, TeacherServer, say
@@ -51,12 +52,18 @@ def test_what_a_server_does_wrong_now_and_then_loses_nothing(fault, tmp_path):
         assert len(server.answered) == 6
 
 
-def test_a_server_that_says_how_long_to_wait_is_not_asked_before(tmp_path):
-    with TeacherServer(faults={0: "429"}) as server:
-        began = time.monotonic()
+def test_a_server_that_says_how_long_to_wait_is_not_asked_before(tmp_path, monkeypatch):
+    waited = []
+
+    async def sleep(seconds):
+        waited.append(seconds)
+
+    # what the client waits with
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    with TeacherServer(faults={0: "429", 1: "429"}) as server:
         ask(server, tmp_path, questions(1))
-        assert len(server.bodies) == 2
-        assert time.monotonic() - began >= 0.05
+        assert len(server.bodies) == 3
+    assert waited == [0.05, 0.05]
 
 
 @pytest.mark.parametrize(
@@ -197,24 +204,40 @@ def test_two_runs_cannot_write_one_journal(tmp_path):
         Journal(tmp_path / "journal.jsonl")
 
 
-def test_a_pace_spreads_what_it_lets_through_evenly():
+class Still(asyncio.SelectorEventLoop):
+    """Whose clock stands."""
+
+    def time(self):
+        return 0.0
+
+
+def test_a_pace_spreads_what_it_lets_through_evenly(monkeypatch):
+    waited = []
+
+    async def sleep(seconds):
+        waited.append(seconds)
+
     async def turns():
-        pace, loop = Pace(per_minute=60 * 100), asyncio.get_running_loop()
-        began = loop.time()
-        await asyncio.gather(*(pace.wait(1) for _ in range(10)))
-        first = loop.time() - began
+        pace = Pace(per_minute=60 * 100)
+        for amount in (1, 1, 2, 1):
+            await pace.wait(amount)
         pace.correct(10)
         await pace.wait(1)
-        return first, loop.time() - began
 
-    first, later = asyncio.run(turns())
-    assert first >= 0.09
-    assert later >= 0.2
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    with asyncio.Runner(loop_factory=Still) as runner:
+        runner.run(turns())
+    assert waited == pytest.approx([0.01, 0.02, 0.04, 0.15])
 
 
-def test_requests_and_tokens_per_minute_are_kept(tmp_path):
+def test_requests_and_tokens_per_minute_are_kept(tmp_path, monkeypatch):
+    waited = Counter()
+
+    async def wait(pace, amount):
+        waited[pace.seconds_each] += amount
+
+    monkeypatch.setattr(Pace, "wait", wait)
+    tokens = sum(request.prompt_tokens() + request.reply_tokens for request in questions(11))
     with TeacherServer() as server:
-        for limit in ({"requests_per_minute": 60 * 50}, {"tokens_per_minute": 60 * 50 * 50}):
-            began = time.monotonic()
-            ask(server, tmp_path / next(iter(limit)), questions(11), **limit)
-            assert time.monotonic() - began >= 0.2
+        ask(server, tmp_path, questions(11), requests_per_minute=60, tokens_per_minute=6000)
+    assert waited == {1.0: 11, 0.01: tokens}
