@@ -1,5 +1,6 @@
 """`ultrafuser check` says what fusing will say, before there is anything to fuse, from a few kilobytes."""
 
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import get_local_safetensors_metadata
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -28,8 +30,10 @@ from tests.hub_server import COMMIT, TOKEN, HubServer
 from tests.test_bad_input import classifier, edit_config, encoder, encoder_decoder, headless, save, vision
 from tests.test_fusing import gemma3, llava
 from tests.tiny import specialist, tokenizer
+from ultrafuser.checking.findings import Judgement
 from ultrafuser.checking.judging import judge
 from ultrafuser.checking.reading import parse
+from ultrafuser.checking.showing import show
 from ultrafuser.cli import app
 
 
@@ -412,6 +416,17 @@ def test_the_exit_status_says_whether_they_fit(good, tmp_path):
     assert "name becomes the name of a module" in unusable.stderr
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_was_found_is_shown_as_it_is(terminal):
+    judgement = Judgement()
+    judgement.note("vocabulary", "warning", "tokens such as ['[PAD]', ':smile:'] are lost.", "Do [bold]nothing.")
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=200, color_system=None)
+    show(judgement, console)
+    shown = console.file.getvalue()
+    assert "tokens such as ['[PAD]', ':smile:'] are lost." in shown
+    assert "Do [bold]nothing." in shown
+
+
 def test_json_holds_everything(good, tmp_path):
     shown = run(good, f"code={small(tmp_path / 'code')}", "--json")
     found = json.loads(shown.stdout)
@@ -472,6 +487,7 @@ def test_three_seven_billion_models_are_checked_in_less_than_5_mb(folders):
 # judges one list of arguments after another, each with a token or without, and prints what it found
 DRIVER = """
 import json, os, sys
+from ultrafuser.checking.findings import Judgement
 from ultrafuser.checking.judging import judge
 from ultrafuser.checking.reading import parse
 from ultrafuser.checking.showing import as_dict

@@ -42,7 +42,6 @@ class Source:
     """A specialist as it can be read without its weights.
 
     Attributes:
-        name: Of the specialist.
         location: Its folder, or its id on the Hub; offline, the folder in its cache.
         folder: Where its small files are on this machine.
         commit: Of its repository that was read; None for a folder.
@@ -53,7 +52,6 @@ class Source:
         problem: Why they could not.
     """
 
-    name: str
     location: str
     folder: Path
     commit: str | None = None
@@ -128,9 +126,9 @@ def read(name: str, location: str, revision: str | None = None) -> Source:
             f"A specialist is a folder or a Hub id, but {name!r} is the file {location!r}. Pass the folder that holds it."
         )
     if os.path.isdir(location):
-        return _read_folder(name, location, Path(location))
+        return _read_folder(location, Path(location))
     try:
-        return _read_hub(name, location, revision)
+        return _read_hub(location, revision)
     except HfHubHTTPError as error:
         raise OSError(_denied(name, location, revision, error)) from error
     except (OfflineModeIsEnabled, HTTPError, ValueError) as error:
@@ -139,23 +137,23 @@ def read(name: str, location: str, revision: str | None = None) -> Source:
             folder = Path(snapshot_download(location, revision=revision, local_files_only=True))
         except (OSError, ValueError):
             raise OSError(_denied(name, location, revision, error)) from error
-        source = _read_folder(name, str(folder), folder)
+        source = _read_folder(str(folder), folder)
         source.commit = folder.name
         return source
 
 
-def _read_folder(name: str, location: str, folder: Path) -> Source:
-    source = Source(name, location, folder)
+def _read_folder(location: str, folder: Path) -> Source:
+    source = Source(location, folder)
     source.sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     _read_headers(source, lambda: get_local_safetensors_metadata(folder))
     return source
 
 
-def _read_hub(name: str, location: str, revision: str | None) -> Source:
+def _read_hub(location: str, revision: str | None) -> Source:
     info = HfApi().model_info(location, revision=revision, files_metadata=True)
     files = {file.rfilename: file for file in info.siblings}
     small = [hf_hub_download(location, file, revision=info.sha) for file in SMALL if file in files]
-    source = Source(name, location, Path(small[0]).parent if small else Path(), info.sha, bool(info.gated))
+    source = Source(location, Path(small[0]).parent if small else Path(), info.sha, bool(info.gated))
     source.sizes = {file: about.size for file, about in files.items()}
     # a large file's blob is a pointer, which says less than its own hash
     source.hashes = {file: about.lfs.sha256 if about.lfs else about.blob_id for file, about in files.items()}

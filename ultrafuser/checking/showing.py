@@ -22,23 +22,22 @@ VERDICTS = {
 
 def show(judgement: Judgement, console: Console) -> None:
     """Prints what was found, what fusing would take, and the verdict; in plain lines where nobody watches."""
-    if not console.is_terminal:
-        # one line each, however long, so that other programs can read them
-        console.width = 100_000
-    table = Table(box=None, pad_edge=False, show_header=console.is_terminal, header_style="bold")
+    # where nobody watches a line stays one line, so that other programs can read it
+    plain = not console.is_terminal
+    table = Table(box=None, pad_edge=False, header_style="")
     for column in ("", "", "found", "what to do"):
         table.add_column(column, overflow="fold")
     # the worst first
     for finding in sorted(judgement.findings, key=lambda f: list(STYLES).index(f.status), reverse=True):
-        cells = (Text(finding.status, STYLES[finding.status]), finding.about, Text(finding.text), Text(finding.fix))
-        if console.is_terminal:
-            table.add_row(*cells)
+        words = (finding.status, finding.about, finding.text, finding.fix)
+        if plain:
+            console.print(Text("  ".join(filter(None, words))), soft_wrap=True)
         else:
-            console.print(*(str(c) for c in cells if str(c)), sep="  ")
-    if console.is_terminal:
-        console.print(table)
+            table.add_row(Text(finding.status, STYLES[finding.status]), *map(Text, words[1:]))
+    if not plain:
+        console.print(table, "")
     for what, number in _numbers(judgement):
-        console.print(Text(f"{what:26} {number}"))
+        console.print(Text(f"{what:26} {number}"), soft_wrap=plain)
     console.print(Text(VERDICTS[judgement.verdict], STYLES[judgement.verdict]))
 
 
