@@ -43,7 +43,7 @@ class TokenScores(ModelOutput):
     Attributes:
         log_probs: Log-probability of each next token, 0 where the label is -100.
         entropy: Entropy of each prediction in nats, without gradient.
-        is_top1: Whether the label is the most likely token.
+        is_top1: Whether no token is more likely than the label.
         label_mask: Whether the label is not -100.
     """
 
@@ -121,8 +121,8 @@ def score_tokens(
         chunk: Positions at once.
 
     Returns:
-        Log-probabilities of the labels, entropies of the predictions in nats, and whether the label is the most likely
-        token; the last two without gradient. Shapes (tokens,).
+        Log-probabilities of the labels, entropies of the predictions in nats, and whether no token is more likely;
+        the last two without gradient. Shapes (tokens,).
     """
     chunk = chunk or CHUNK.get(states.device.type, CHUNK_ELSEWHERE)
     # a weight that rounds to 0 has a logarithm without a gradient
@@ -139,8 +139,9 @@ def score_tokens(
     return _Mixture.apply(states, alone, head, targets, [sum(widths)], [soft_cap(config)], chunk)
 
 
+@torch.no_grad()
 def specialist_log_probs(states: Tensor, head: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-    """Log-probabilities of labels under one specialist.
+    """Log-probabilities of labels under one specialist, without gradient.
 
     Args:
         states: Its last hidden states. Shape (tokens, hidden).
@@ -151,9 +152,15 @@ def specialist_log_probs(states: Tensor, head: Tensor, targets: Tensor, cap: flo
     Returns:
         Shape (tokens,).
     """
-    chunk = CHUNK.get(states.device.type, CHUNK_ELSEWHERE)
-    alone = states.new_zeros(len(states), 1, dtype=_sum_type(states))
-    return _Mixture.apply(states, alone, head, targets, [head.shape[1]], [cap], chunk)[0]
+    chunk, dtype = CHUNK.get(states.device.type, CHUNK_ELSEWHERE), _product_type(states, head)
+    states, weight = states.to(dtype), head.to(dtype)
+    found = states.new_empty(len(targets), dtype=_sum_type(states))
+    buffer = found.new_empty(min(chunk, len(targets)), len(head))
+    for rows in _slices(len(targets), chunk):
+        words = buffer[: len(targets[rows])]
+        _multiply(states[rows], weight.T, words)
+        found[rows] = _softmax_(words, targets[rows, None], cap)[0][:, 0]
+    return found
 
 
 class _Mixture(torch.autograd.Function):
@@ -288,14 +295,14 @@ def _softmax_(logits: Tensor, y: Tensor, cap: float | None) -> tuple[Tensor, Ten
 
 
 def _looks(words: Sequence[Tensor], weights: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy of the mixture of probabilities, and whether y is its most likely token."""
+    """Entropy of the mixture of probabilities, and whether no token is more likely than y."""
     entropy, is_top1 = [], []
     for part in _slices(len(y), _rows_in_cache(words[0])):
         p = words[0][part] * weights[part, :1]
         for k in range(1, len(words)):
             p.addcmul_(words[k][part], weights[part, k, None])
-        is_top1.append(p.argmax(-1) == y[part, 0])
-        # the library's own x log x is several times slower
+        # the library's own argmax and x log x are several times slower
+        is_top1.append(p.gather(-1, y[part])[:, 0] >= p.amax(-1))
         entropy.append(-(p * p.clamp(min=torch.finfo(p.dtype).tiny).log_()).sum(-1))
     return torch.cat(entropy), torch.cat(is_top1)
 
