@@ -312,7 +312,9 @@ def test_a_map_puts_texts_of_the_same_words_side_by_side():
     [([-0.2, -0.1], "ahead"), ([0.1, 0.2], "behind"), ([-0.1, 0.1], "too close to tell"), (None, "–")],
 )
 def test_a_row_is_ahead_or_behind_only_if_its_interval_says_so(interval, says):
-    assert verdict({"name": "merge: ties", "kind": "merge", "difference": 0.0, "difference_interval": interval}) == says
+    assert (
+        verdict({"name": "merge: ties", "kind": "merge", "difference": 0.0, "difference_interval": interval}) == says
+    )
 
 
 def test_curves_are_read_from_a_stage_s_own_checkpoint(fused, tmp_path):
