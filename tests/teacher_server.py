@@ -6,6 +6,7 @@
 What goes wrong with real servers is in `FAULTS`.
 """
 
+import asyncio
 import hashlib
 import json
 import random
@@ -15,7 +16,10 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import anyio
 import yaml
+
+from ultrafuser.data import teacher
 
 
 KEY, MODEL = "right-key", "scripted"
@@ -218,3 +222,13 @@ def write_recipe(folder, url="http://127.0.0.1:9/v1", **changes):
     folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return folder / "recipe.yaml"
+
+
+def try_again_at_once(monkeypatch):
+    """Neither the client nor we wait before another try."""
+
+    async def sleep(seconds):
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(anyio, "sleep", sleep)
+    monkeypatch.setattr(teacher, "SECONDS_BETWEEN_TRIES", 0)

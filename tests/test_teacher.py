@@ -7,7 +7,7 @@ from collections import Counter
 import anyio
 import pytest
 
-from tests.teacher_server import KEY, MODEL, TeacherServer, say
+from tests.teacher_server import KEY, MODEL, TeacherServer, say, try_again_at_once
 from ultrafuser.data.journal import Journal
 from ultrafuser.data.recipe import Budget
 from ultrafuser.data.recipe import Teacher as Settings
@@ -44,7 +44,8 @@ def test_replies_come_in_the_order_of_the_requests_although_they_arrive_in_anoth
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "disconnect", "half a body", "no JSON"])
-def test_what_a_server_does_wrong_now_and_then_loses_nothing(fault, tmp_path):
+def test_what_a_server_does_wrong_now_and_then_loses_nothing(fault, tmp_path, monkeypatch):
+    try_again_at_once(monkeypatch)
     with TeacherServer(faults=(3, fault)) as server:
         replies, teacher = ask(server, tmp_path, questions(6), retries=8)
         assert replies == expected(server, questions(6))
