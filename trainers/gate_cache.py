@@ -184,6 +184,11 @@ class CachedGateTrainer(GateTrainer):
 
     def train(self, *args, **kwargs):
         """As `GateTrainer.train`, after what is missing of the pass."""
+        self.fill()
+        return super().train(*args, **kwargs)
+
+    def fill(self) -> None:
+        """Makes what is missing of the pass."""
         training, size = self.fused.training, self.args.per_device_train_batch_size
         self.fused.eval()
         while not self.cache.complete:
@@ -191,7 +196,6 @@ class CachedGateTrainer(GateTrainer):
             rows = range(first, min(first + size, len(self.rows)))
             self.cache.write(len(rows), self._said_of(rows))
         self.fused.train(training)
-        return super().train(*args, **kwargs)
 
     def _collated(self, rows: Iterable[int]) -> dict[str, Tensor]:
         return self.data_collator([self.rows[i] for i in rows])
