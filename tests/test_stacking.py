@@ -3,11 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache, set_seed
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, set_seed
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.mixes import fuse, prompt
 from tests.tiny import specialist
+from ultrafuser.decoding.compiling import compiled
 from ultrafuser.decoding.stacking import stack, unstack
 
 
@@ -68,15 +69,10 @@ def test_logits_and_gate_weights_are_those_of_specialists_run_one_by_one(shape, 
 @torch.no_grad()
 def test_in_sixteen_bits_the_difference_is_one_of_rounding():
     fused, _ = pair("qwen3")
-    fused, ids = fused.to(torch.bfloat16), prompt()
-    exact = pair_of(fused.float())[1](ids).logits
-    coarse = stack(fused.to(torch.bfloat16))(ids).logits.float()
-    plain = fused(ids).logits.float()
-    assert (coarse - exact).abs().mean() < 1.5 * (plain - exact).abs().mean()
-
-
-def pair_of(fused):
-    return fused, stack(fused)
+    fused, ids = fused.to(torch.bfloat16).float(), prompt()
+    exact = fused(ids).logits
+    plain, stacked = (model(ids).logits.float() for model in (fused.to(torch.bfloat16), stack(fused)))
+    assert 0 < (stacked - exact).abs().mean() < 1.5 * (plain - exact).abs().mean()
 
 
 @torch.no_grad()
@@ -137,10 +133,10 @@ def test_a_step_with_a_static_cache_compiles_to_one_graph():
     fused, stacked = pair()
     ids = prompt()
     torch._dynamo.reset()
-    compiled = torch.compile(stacked, fullgraph=True, backend="eager")
+    one_graph = torch.compile(stacked, fullgraph=True, backend="eager")
     cache = StaticCache(config=stacked.config, max_cache_len=16)
     stacked(ids[:, :-1], past_key_values=cache, use_cache=True)
-    step = compiled(ids[:, -1:], past_key_values=cache, use_cache=True).logits
+    step = one_graph(ids[:, -1:], past_key_values=cache, use_cache=True).logits
     torch.testing.assert_close(step, fused(ids).logits[:, -1:], rtol=1e-4, atol=2e-5)
 
 
@@ -150,12 +146,9 @@ def test_compiled_decoding_gives_the_same_tokens(kind):
     fused, stacked = pair()
     model, ids = {"plain": fused, "stacked": stacked}[kind], prompt()
     torch._dynamo.reset()
-    options = CompileConfig(fullgraph=True, mode="default")
-    # the library compiles by itself on GPUs only
-    options._compile_all_devices = True
-    compiled = generate(model, ids, cache_implementation="static", compile_config=options)
+    text = generate(model, ids, **compiled())
     assert hasattr(model, "_compiled_call")
-    assert torch.equal(compiled, generate(fused, ids))
+    assert torch.equal(text, generate(fused, ids))
 
 
 # ---------------------------------------------------------------------------------------------- there and back

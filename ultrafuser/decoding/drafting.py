@@ -39,7 +39,8 @@ def self_draft(
     block is summed in another order than its tokens one by one. `generate` does not hand its streamer on.
 
     Args:
-        num_drafts: How many tokens to draft in a round. The drafter is chosen anew for each.
+        num_drafts: How many tokens to draft in the first round: two more after a round that was accepted as a whole, one
+            fewer after any other, as the library does in assisted decoding. The drafter is chosen anew for each.
 
     Returns:
         The prompt and its continuation, (1, seq), or as `return_dict_in_generate` says, with the cache.
@@ -60,13 +61,15 @@ def self_draft(
     while not stopping_criteria(input_ids, None).all():
         length = input_ids.shape[1]
         favourite = int(gate_weights[0, -1].argmax())
-        rounds = min(num_drafts, generation_config.max_length - length)
-        drafted, proposed, hidden = reader.draft(favourite, input_ids, rounds, logits_processor, sample)
+        count = min(num_drafts, generation_config.max_length - length)
+        drafted, proposed, hidden = reader.draft(favourite, input_ids, count, logits_processor, sample)
         block = drafted[:, :-1]  # nobody reads the last draft before it is accepted
         hidden_states = [hidden if k == favourite else reader.read(k, block) for k in range(reader.count)]
-        fused, gate_weights = model.model.weighed([h[:, -rounds:] for h in hidden_states])
-        target = _scores(model.logits(fused, gate_weights), block, rounds, logits_processor)
+        fused, gate_weights = model.model.weighed([h[:, -count:] for h in hidden_states])
+        target = _scores(model.logits(fused, gate_weights), block, count, logits_processor)
         tokens = verified(drafted[0, length:], proposed, target, sample)
+        accepted = torch.equal(tokens, drafted[0, length:])
+        num_drafts = num_drafts + 2 if accepted else max(1, num_drafts - 1)
 
         for token in tokens:  # a text may end within the block
             input_ids = torch.cat([input_ids, token.view(1, 1)], dim=-1)

@@ -7,6 +7,7 @@ heads attend at once, so that one ordinary key-value cache holds them all.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -163,8 +164,9 @@ class StackedModel(nn.Module):
     def __init__(self, model: UltraFuserForCausalLM):
         super().__init__()
         specialists = list(model.model.specialists.values())
-        first = specialists[0].config
-        self.config = model.config
+        self.config, self.fusion = model.config, model.config.fusion
+        # speaks for all in what `check_stackable` asked for
+        self.first = first = model.config.specialists[0]
         self.heads, self.key_heads, self.head_dim = (
             first.num_attention_heads,
             first.num_key_value_heads,
@@ -219,7 +221,7 @@ class StackedModel(nn.Module):
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(seq, device=input_ids.device) + past)[None]
         mask = create_causal_mask(
-            config=self.config.specialists[0],
+            config=self.first,
             inputs_embeds=hidden[0].view(batch, seq, -1),
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -236,7 +238,7 @@ class StackedModel(nn.Module):
 
         gate_weights = self.fusion_gate(list(hidden))
         hidden, output_class = hidden.permute(1, 2, 0, 3), UltraFuserMixtureOutput
-        if self.config.fusion == "logits":
+        if self.fusion == "logits":
             hidden, output_class = hidden * gate_weights.to(hidden.dtype)[..., None], UltraFuserModelOutput
         return output_class(hidden.flatten(2), past_key_values=past_key_values, gate_weights=gate_weights)
 
@@ -260,21 +262,19 @@ class StackedModel(nn.Module):
         """All specialists' heads side by side. Shape (specialists, batch * seq, heads * head_dim)."""
         count, rows, _ = hidden.shape
         states = layer.qkv(hidden).view(count, batch, rows // batch, -1, self.head_dim)
-        turning, values = states.split([self.heads + self.key_heads, self.key_heads], dim=-2)
+        turning, values = states.split_with_sizes([self.heads + self.key_heads, self.key_heads], dim=-2)
         if layer.query is not None:
             own = turning.split([self.heads, self.key_heads], dim=-2)
             norms = (layer.query, layer.key)
             turning = torch.cat([_rms_norm(s, n, self.epsilon) for s, n in zip(own, norms, strict=True)], dim=-2)
         cos, sin = rotation
         turning = turning * cos + turning.roll(self.head_dim // 2, dims=-1) * sin
-        queries, keys = turning.split([self.heads, self.key_heads], dim=-2)
+        queries, keys = turning.split_with_sizes([self.heads, self.key_heads], dim=-2)
         # (specialists, batch, seq, heads, head_dim) to (batch, specialists * heads, seq, head_dim)
         queries, keys, values = (s.permute(1, 0, 3, 2, 4).flatten(1, 2) for s in (queries, keys, values))
         if cache is not None:
             keys, values = cache.update(keys, values, i)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config.specialists[0]._attn_implementation, eager_attention_forward
-        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.first._attn_implementation, eager_attention_forward)
         attended, _ = attend(self, queries, keys, values, mask, scaling=self.head_dim**-0.5)
         return attended.reshape(rows, count, -1).transpose(0, 1)
 
@@ -342,6 +342,6 @@ def _stacked(tensors: list[Tensor]) -> nn.Parameter:
 
 
 def _rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    normed = hidden.float()
-    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + epsilon)
+    # the weight is each specialist's own, which the library's function has no place for
+    normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=epsilon)
     return weight * normed.to(hidden.dtype)
