@@ -197,6 +197,22 @@ def tuned_beside_paper(path: Path) -> str:
     return beside(["seven benchmarks, %"], PAPER_TUNED, 2, ["mean of domains, nats"], ours, 3)
 
 
+def cleaning(path: Path) -> str:
+    """What the data filters find of what was planted, and what cleaning takes by the number of records."""
+    found = files(path)[0]
+    plants = [[name, *map(str, (p["planted"], p["found"]))] for name, p in found["recall"]["plants"].items()]
+    wrong = ["dropped among the others", str(found["recall"]["others"]), str(found["recall"]["false_positives"])]
+    columns = "records_per_second", "processor_milliseconds_per_record", "peak_mib", "load_average"
+    rows = [[f"{row['records']:,}", *(f"{row[c]:,}" for c in columns)] for row in found["rows"]]
+    heads = ["records", "per second", "processor ms each", "peak MiB", "load"]
+    return "\n\n".join([markdown(["", "records", "found"], [*plants, wrong]), markdown(heads, rows)])
+
+
+def verbatim(path: Path) -> str:
+    """What a command printed."""
+    return f"```\n{path.read_text().rstrip()}\n```"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "losses": losses,
     "runs": runs,
@@ -209,6 +225,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "losses beside the paper's": losses_beside_paper,
     "gate weights beside the paper's": weights_beside_paper,
     "tuned further beside the paper's": tuned_beside_paper,
+    "cleaning": cleaning,
+    "verbatim": verbatim,
 }
 
 
