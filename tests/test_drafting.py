@@ -3,7 +3,7 @@
 import pytest
 import torch
 from scipy import stats
-from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
 from tests.mixes import MIXES, fuse, prefer, prompt
 from tests.tiny import specialist
@@ -77,7 +77,8 @@ def test_a_text_ends_within_a_block():
 
 def test_a_conversation_goes_on_from_its_cache():
     fused, ids = fuse(MIXES["windows"]()), prompt(batch=1)
-    first = draft(fused, ids, return_dict_in_generate=True)
+    first = draft(fused, ids, return_dict_in_generate=True, past_key_values=DynamicCache())
+    assert torch.equal(first.sequences, generate(fused, ids))
     longer = torch.cat([first.sequences, prompt(batch=1, length=5)], dim=-1)
     # or the library would take token 0 within the text for padding
     whole = {"attention_mask": torch.ones_like(longer)}

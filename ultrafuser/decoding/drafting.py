@@ -122,7 +122,7 @@ class _Reader:
         mask = model_kwargs.get("attention_mask")
         # one prompt has no padding unless it was given some
         self.mask = None if mask is None or mask.all() else mask
-        self.cache = model_kwargs.get("past_key_values") or DynamicCache(config=model.config)
+        self.cache = model.model._shared_cache(model_kwargs.get("past_key_values"))
         # or windows would drop what a rejected draft pushed out of them
         self.cache.activate_past_recording()
 
