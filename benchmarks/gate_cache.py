@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import LlamaConfig, TrainerCallback, set_seed
+from transformers import LlamaConfig, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
@@ -136,6 +136,7 @@ def measure(trainer: type[GateTrainer], shape: str, fusion: str, more: dict) -> 
         stage = trainer(model, arguments, data, processing_class=train_tokenizer(["speed"], vocab_size=300), **more)
         clock = Clock()
         stage.add_callback(clock)
+        stage.remove_callback(PrinterCallback)
         began = time.process_time()
         stage.train()
         before = time.process_time() - began - sum(clock.seconds)

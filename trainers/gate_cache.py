@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ class GateCache:
     Args:
         folder: Made unless it is there.
         identity: What must be the same for files to be gone on with or used: a JSON object.
-        counts: Supervised tokens of each row. Shape (rows,).
+        counts: Supervised tokens of each row.
         fields: Shape per token and type of what is kept, by name.
 
     Raises:
@@ -56,16 +56,16 @@ class GateCache:
         OSError: If the disk has no room for it.
     """
 
-    def __init__(self, folder: str | os.PathLike, identity: dict, counts: np.ndarray, fields: dict):
+    def __init__(self, folder: str | os.PathLike, identity: dict, counts: Sequence[int], fields: dict):
         self.folder, self.identity = Path(folder), identity
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         state = self.folder / STATE
         found = json.loads(state.read_text()) if state.exists() else {"rows_done": 0, **identity}
         for key, own in identity.items():
-            if found[key] != own:
+            if found.get(key) != own:
                 raise ValueError(
-                    f"A gate is trained on what its own specialists say of its own data, but {key} is {found[key]!r} in "
-                    f"the cache {str(folder)!r} and {own!r} here. Choose another folder, or delete this one."
+                    f"A gate is trained on what its own specialists say of its own data, but {key} is {found.get(key)!r} "
+                    f"in the cache {str(folder)!r} and {own!r} here. Choose another folder, or delete this one."
                 )
         self.rows_done, tokens = found["rows_done"], int(self.starts[-1])
         sizes = {name: tokens * int(np.prod(shape)) for name, (shape, _) in fields.items()}
@@ -135,13 +135,12 @@ class CachedGateTrainer(GateTrainer):
         self.keep = KEPT[self.fused.config.fusion][0] if keep is None else keep
         self._check()
         self.rows = self._remove_unused_columns(self.train_dataset, description="training")
-        found = [self._collated([i]) for i in range(len(self.rows))]
-        counts = np.array([(batch["labels"][:, 1:] != -100).sum().item() for batch in found])
         dtype = dtype or next(self.fused.model.specialists.parameters()).dtype
+        counts: list[int] = []
         identity = {
             "keep": self.keep,
             "dtype": str(dtype).removeprefix("torch."),
-            "rows": _digest(torch.as_tensor(value) for batch in found for _, value in sorted(batch.items())),
+            "rows": _digest(self._counted(counts)),
             "specialists": _digest(_samples(self.fused)),
         }
         self.cache = GateCache(cache, identity, counts, self._fields(dtype))
@@ -168,6 +167,13 @@ class CachedGateTrainer(GateTrainer):
                 f"A gate trained from a cache takes one process, but there are {world}, or weights in parts. Train it "
                 f"without `accelerate launch`."
             )
+
+    def _counted(self, counts: list[int]) -> Iterable[Tensor]:
+        """All that a row is read as, row after row; fills in how many supervised tokens each has."""
+        for row in self.rows:
+            batch = self.data_collator([row])
+            counts.append((batch["labels"][:, 1:] != -100).sum().item())
+            yield from (torch.as_tensor(value) for _, value in sorted(batch.items()))
 
     def _fields(self, dtype: torch.dtype) -> dict:
         specialists = self.fused.config.specialists
@@ -196,9 +202,6 @@ class CachedGateTrainer(GateTrainer):
             rows = range(first, min(first + size, len(self.rows)))
             self.cache.write(len(rows), self._said_of(rows))
         self.fused.train(training)
-
-    def _collated(self, rows: Iterable[int]) -> dict[str, Tensor]:
-        return self.data_collator([self.rows[i] for i in rows])
 
     @torch.no_grad()
     def _said_of(self, rows: Iterable[int]) -> dict[str, Tensor]:
