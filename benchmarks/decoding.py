@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from ultrafuser.corpora import DOMAINS, documents, splits
+from ultrafuser.decoding.compiling import compiled
 from ultrafuser.decoding.drafting import self_draft
 from ultrafuser.decoding.stacking import stack
 from ultrafuser.provenance import provenance
@@ -79,6 +80,7 @@ def main() -> None:
         print(f"\n{name}")
         for way, numbers in result[name].items():
             print(f"  {way}: {numbers}", flush=True)
+        RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     result["token by self-drafting, large"] = at_measured_acceptance(result)
     print("\ntoken by self-drafting, large\n ", result["token by self-drafting, large"])
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
@@ -148,6 +150,7 @@ def text_ways(fused: UltraFuserForCausalLM, prompts: dict[str, list[Tensor]]) ->
         "one specialist": lambda domain: (specialists[domain], {}),
         "fused": lambda domain: (fused, {}),
         "fused, stacked": lambda domain: (stacked, {}),
+        "fused, stacked, compiled": lambda domain: (stacked, compiled()),
         "fused, self-drafting": lambda domain: (fused, {"custom_generate": self_draft}),
         "fused, a specialist as assistant": lambda domain: (fused, {"assistant_model": specialists[domain]}),
         "fused, prompt lookup": lambda domain: (fused, {"prompt_lookup_num_tokens": 5}),
@@ -179,10 +182,10 @@ def passes_per_token(fused: UltraFuserForCausalLM, prompts: dict[str, list[Tenso
     lookup, drafting = {"prompt_lookup_num_tokens": 5}, {"custom_generate": self_draft}
     ways = {"plain": (DOMAINS, {}), "prompt lookup": (DOMAINS, lookup), "self-drafting": (DOMAINS, drafting)}
     ways |= {f"self-drafting, {domain}": ([domain], drafting) for domain in DOMAINS}
+    plain = {d: [fused.generate(ids, max_new_tokens=NEW, do_sample=False) for ids in prompts[d]] for d in DOMAINS}
     table = {}
     for name, (domains, options) in ways.items():
-        own = [ids for domain in domains for ids in prompts[domain]]
-        expected = [fused.generate(ids, max_new_tokens=NEW, do_sample=False) for ids in own]
+        own, expected = ([ids for domain in domains for ids in texts[domain]] for texts in (prompts, plain))
         with counted(fused) as calls:
             texts = [fused.generate(ids, max_new_tokens=NEW, do_sample=False, **options) for ids in own]
         if not all(map(torch.equal, texts, expected)):
