@@ -431,7 +431,7 @@ def test_json_holds_everything(good, tmp_path):
     shown = run(good, f"code={small(tmp_path / 'code')}", "--json")
     found = json.loads(shown.stdout)
     assert found["verdict"] == "warning"
-    assert list(found["specialists"]) == ["good0", "code"]
+    assert list(found["specialists"]) == [good.name, "code"]
     assert {"about", "status", "text", "fix"} == set(found["findings"][0])
     assert found["merges"]["possible"]
     assert found["numbers"]["disk"] > 0

@@ -117,7 +117,7 @@ def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str],
 
 def described(location: str, source: Source) -> dict[str, str | None]:
     """Where a specialist comes from and what its card says of its licence, to be kept beside the model."""
-    card = licences.read_ingredient(source.name, str(source.folder))
+    card = licences.read_ingredient(location, str(source.folder))
     stated = {"licence": card.licence, "terms": card.terms, "link": card.link, "problem": card.problem}
     return {
         "source": location,
