@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import snapshot_download
 from rich.filesize import decimal
+from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
 
@@ -89,30 +90,49 @@ def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str],
         OSError: If one cannot be read, or the disk is too small.
     """
     with new_folder(out) as folder:
-        judgement = plan(recipe, dtype)
-        if blocks := [f"{f.about}: {f.text} {f.fix}".rstrip() for f in judgement.findings if f.status == BLOCKS]:
-            raise ValueError("\n".join(blocks))
-        sources, size = judgement.sources, judgement.numbers["disk"]
-        commits = {name: source.commit for name, source in sources.items() if source.commit}
-        tokenizer = common_tokenizer(recipe.specialists, chat_template=recipe.chat_template, revisions=commits)
-        free = shutil.disk_usage(folder).free
-        if free < size:
-            raise OSError(
-                f"The fused model takes {decimal(size)}, but {decimal(free)} are free at {str(out)!r}. Make room, or "
-                f"choose a folder on another disk."
-            )
-        for k, (name, source) in enumerate(sources.items(), start=1):
-            say(f"{name} ({k} of {len(sources)}): {recipe.specialists[name]}")
-            if source.download:
-                snapshot_download(
-                    source.location, revision=source.commit, allow_patterns=[*source.weights.files_metadata]
-                )
+        sources, tokenizer = fetch(recipe, folder, dtype=dtype, say=say)
         say("fusing")
         model = UltraFuserForCausalLM.from_specialists(
-            recipe.specialists, gate=recipe.gate, fusion=recipe.fusion, dtype=dtype, revisions=commits
+            recipe.specialists, gate=recipe.gate, fusion=recipe.fusion, dtype=dtype, revisions=commits(sources)
         )
-        say(f"writing {decimal(size)}")
+        say("writing")
         save_fused(folder, model, tokenizer, {n: described(recipe.specialists[n], s) for n, s in sources.items()})
+
+
+def fetch(
+    recipe: Fusion, folder: Path, *, dtype: str, say: Callable[[str], None]
+) -> tuple[dict[str, Source], PreTrainedTokenizerBase]:
+    """Downloads what is to be fused, once it is known that it can be, and that `folder` has room for the outcome.
+
+    Returns:
+        The specialists, all of whose files are on this machine then, and their common tokenizer.
+
+    Raises:
+        ValueError: If the specialists cannot be fused.
+        OSError: If one cannot be read, or the disk is too small.
+    """
+    judgement = plan(recipe, dtype)
+    if blocks := [f"{f.about}: {f.text} {f.fix}".rstrip() for f in judgement.findings if f.status == BLOCKS]:
+        raise ValueError("\n".join(blocks))
+    sources, size = judgement.sources, judgement.numbers["disk"]
+    revisions = commits(sources)
+    tokenizer = common_tokenizer(recipe.specialists, chat_template=recipe.chat_template, revisions=revisions)
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(
+            f"The fused model takes {decimal(size)}, but {decimal(free)} are free at {str(folder)!r}. Make room, or "
+            f"choose a folder on another disk."
+        )
+    for k, (name, source) in enumerate(sources.items(), start=1):
+        say(f"{name} ({k} of {len(sources)}): {recipe.specialists[name]}")
+        if source.download:
+            snapshot_download(source.location, revision=source.commit, allow_patterns=[*source.weights.files_metadata])
+    return sources, tokenizer
+
+
+def commits(sources: dict[str, Source]) -> dict[str, str]:
+    """The commit of each specialist that is a repository."""
+    return {name: source.commit for name, source in sources.items() if source.commit}
 
 
 def described(location: str, source: Source) -> dict[str, str | None]:
