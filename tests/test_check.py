@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,20 +14,24 @@ from huggingface_hub import get_local_safetensors_metadata
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GPTJConfig,
-    MambaConfig,
-    PhiConfig,
-    PreTrainedTokenizerFast,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, GPTJConfig, MambaConfig, PhiConfig, set_seed
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.hub_server import COMMIT, TOKEN, HubServer
+from tests.stand_ins import (
+    LLAMA_2_13B,
+    LLAMA_3_8B,
+    OF_MATH,
+    QWEN_1_5B,
+    QWEN_7B,
+    llama_2_trio,
+    many_words,
+    qwen_trio,
+    qwen_words,
+    stand_in,
+    write_holes,
+)
 from tests.test_bad_input import classifier, edit_config, encoder, encoder_decoder, headless, save, vision
 from tests.test_fusing import gemma3, llava
 from tests.tiny import specialist, tokenizer
@@ -37,55 +42,6 @@ from ultrafuser.checking.showing import show
 from ultrafuser.cli import app
 
 
-# ---------------------------------------------------------------------------------- stand-ins: real shapes, no numbers
-
-
-def stand_in(folder, words, *, shards=1, template=None, licence="apache-2.0", eos=2, **fields):
-    """A model's folder as its makers publish it, with holes where the weights are."""
-    config = AutoConfig.for_model(**{"tie_word_embeddings": False, "eos_token_id": eos, **fields})
-    config.dtype = torch.bfloat16
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    words.chat_template = template
-    words.save_pretrained(folder)
-    (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
-    tensors = {name: list(p.shape) for name, p in model.named_parameters()}
-    files = ["model.safetensors"]
-    if shards > 1:
-        files = [f"model-{k:05}-of-{shards:05}.safetensors" for k in range(1, shards + 1)]
-    places = {name: files[k % shards] for k, name in enumerate(tensors)}
-    for file in files:
-        write_holes(folder / file, {name: tensors[name] for name, place in places.items() if place == file})
-    if shards > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return folder
-
-
-def write_holes(path, tensors):
-    """A safetensors file with a true header and, on disk, nothing behind it."""
-    header, end = {}, 0
-    for name, shape in tensors.items():
-        start, end = end, end + 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    written = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(written).to_bytes(8, "little") + written)
-        file.truncate(8 + len(written) + end)
-
-
-def many_words(size, added=(), other=()):
-    """A tokenizer of as many tokens as a real one, with more behind them; `other` are in place of the first ones."""
-    tokens = [*other, *tokenizer().convert_ids_to_tokens(range(99)), *(f"token-{i}" for i in range(size))][:size]
-    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    backend.add_special_tokens(list(added))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
 @pytest.fixture
 def folders(tmp_path):
     yield tmp_path
@@ -93,80 +49,74 @@ def folders(tmp_path):
     shutil.rmtree(tmp_path)
 
 
-QWEN_7B = {
-    **{"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944},
-    **{"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768},
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-}
-QWEN_MATH_1_5B = QWEN_7B | {
-    **{"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12},
-    **{"num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True},
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-}
-# two layers of 32: what is looked at here does not depend on depth
-LLAMA_2_7B = {
-    **{"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008},
-    **{"num_hidden_layers": 2, "num_attention_heads": 32, "max_position_embeddings": 4096},
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-}
-LLAMA_3_8B = LLAMA_2_7B | {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8}
+@pytest.fixture(autouse=True)
+def _memory_for_all(monkeypatch):
+    """What is said does not depend on the machine."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 50))
 
 
-def checked(*arguments, **choices):
-    return judge(parse([str(a) for a in arguments]), **choices)
+def run(*arguments):
+    return CliRunner().invoke(app, ["check", *map(str, arguments)])
 
 
-def said(judgement, about, status):
+def told(*arguments):
+    """What the command says to programs; its exit status says the same."""
+    shown = run(*arguments, "--json")
+    found = json.loads(shown.stdout)
+    assert shown.exit_code == (2 if found["verdict"] == "blocks" else 0)
+    return found
+
+
+def said(found, about, status):
     """The texts of findings about something, and a failure if there are none."""
-    found = [f.text for f in judgement.findings if (f.about, f.status) == (about, status)]
-    assert found, judgement.findings
-    return " ".join(found)
+    texts = [f["text"] for f in found["findings"] if (f["about"], f["status"]) == (about, status)]
+    assert texts, found["findings"]
+    return " ".join(texts)
 
 
-def qwen_words():
-    return many_words(151643, [f"<|{k}|>" for k in range(22)])
+# ---------------------------------------------------------------------------------- published models, by their shapes
 
 
-def test_qwen_specialists_of_unequal_rows_sizes_positions_and_rope_fit(folders):
-    words, sizes = qwen_words(), (QWEN_7B, QWEN_7B, QWEN_MATH_1_5B)
-    for name, fields in zip(("text", "code", "math"), sizes, strict=True):
-        stand_in(folders / name, words, template="math" if name == "math" else "chat", **fields)
-    found = checked(*(folders / name for name in ("text", "code", "math")))
-    assert found.verdict == "warning"
+def test_qwen_specialists_of_one_size_fit_with_their_own_positions(folders):
+    found = told(*qwen_trio(folders))
+    assert found["verdict"] == "warning"
     assert said(found, "tokenizer", "fits") == "the same for all."
-    rows = said(found, "vocabulary", "fits")
-    assert "cut to 151936 rows" in rows
-    assert "text 152064, code 152064, math 151936" in rows
-    assert "no token uses the others" in rows
+    assert said(found, "vocabulary", "fits") == "152064 rows in each."
     assert "the shortest, 4096 tokens" in said(found, "positions", "warning")
     assert "text 1000000.0, code 1000000.0, math 10000.0" in said(found, "RoPE", "fits")
     assert "they differ" in said(found, "chat template", "warning")
+    assert said(found, "vLLM", "fits")
+    assert found["merges"]["possible"] == []
+    assert "`rope_parameters`" in found["merges"]["why_none"]
+    # as their cards say
+    assert found["numbers"]["parameters"]["text"] == pytest.approx(7.62e9, rel=0.01)
+    # 2 bytes x keys and values x specialists x layers x heads x width
+    assert found["numbers"]["cache_per_token"] == 2 * 2 * 3 * 28 * 4 * 128
+
+
+def test_qwen_specialists_of_unequal_rows_and_sizes_fit(folders):
+    words = qwen_words()
+    text = stand_in(folders / "text", words, **QWEN_7B)
+    math = stand_in(folders / "math", words, **QWEN_1_5B | OF_MATH)
+    found = told(text, math)
+    assert found["verdict"] == "warning"
+    rows = said(found, "vocabulary", "fits")
+    assert "cut to 151936 rows" in rows
+    assert "text 152064, math 151936" in rows
+    assert "no token uses the others" in rows
     assert "`num_attention_heads`" in said(found, "vLLM", "warning")
-    assert found.merges == []
-    assert "`model.embed_tokens.weight`" in found.no_merge or "`lm_head.weight`" in found.no_merge
     # 2 bytes x rows x hidden size
-    assert found.numbers["untying"] == {"math": 2 * 151936 * 1536}
-    # 2 bytes x keys and values x layers x heads x width
-    assert found.numbers["cache_per_token"] == 2 * 2 * 28 * (4 * 128 + 4 * 128 + 2 * 128)
-    # as their cards say, with the smaller's head counted twice
-    assert found.numbers["parameters"]["text"] == pytest.approx(7.62e9, rel=0.01)
-    assert found.numbers["parameters"]["math"] == pytest.approx(1.54e9 + 151936 * 1536, rel=0.01)
-    assert found.numbers["cost_per_token"]["of"] == "text"
+    assert found["numbers"]["untying"] == {"math": 2 * 151936 * 1536}
+    assert found["numbers"]["cache_per_token"] == 2 * 2 * 28 * (4 * 128 + 2 * 128)
+    # as its card says, with its head counted twice
+    assert found["numbers"]["parameters"]["math"] == pytest.approx(1.54e9 + 151936 * 1536, rel=0.01)
+    assert found["numbers"]["cost_per_token"]["of"] == "text"
 
 
 def test_llama_2_specialists_of_unequal_vocabularies_and_templates_fit(folders):
-    added = {"text": [], "code": [f"<infill {k}>" for k in range(16)], "math": ["[PAD]"]}
-    for name, tokens in added.items():
-        fields = LLAMA_2_7B | {"vocab_size": 32000 + len(tokens)}
-        if name == "code":
-            fields |= {
-                "max_position_embeddings": 16384,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-            }
-        licence = {"text": "llama2", "code": "llama2", "math": "cc-by-nc-4.0"}[name]
-        stand_in(folders / name, many_words(32000, tokens), template=name, licence=licence, **fields)
-    found = checked(*(folders / name for name in added))
-    assert found.verdict == "warning"
+    # what is looked at does not depend on depth
+    found = told(*llama_2_trio(folders, num_hidden_layers=2))
+    assert found["verdict"] == "warning"
     rows = said(found, "vocabulary", "warning")
     assert "cut to 32000 rows, the smallest of text 32000, code 32016, math 32001" in rows
     assert "code ['<infill 0>', '<infill 1>', '<infill 2>'], math ['[PAD]']" in rows
@@ -179,13 +129,46 @@ def test_llama_2_specialists_of_unequal_vocabularies_and_templates_fit(folders):
 def test_specialists_of_one_shape_can_be_merged_too_and_of_padded_vocabularies_fused_only(folders):
     words = many_words(128000, [f"<|{k}|>" for k in range(256)])
     for name, rows in (("text", 128256), ("code", 128256), ("math", 128320)):
-        stand_in(folders / name, words, **LLAMA_3_8B | {"vocab_size": rows})
-    same = checked(folders / "text", folders / "code")
-    assert (same.verdict, same.merges) == ("fits", ["average", "task_arithmetic", "ties", "dare"])
-    padded = checked(folders / "text", folders / "math")
-    assert (padded.verdict, padded.merges) == ("fits", [])
-    assert "(128320, 4096)" in padded.no_merge
+        stand_in(folders / name, words, **LLAMA_3_8B | {"vocab_size": rows, "num_hidden_layers": 2})
+    same = told(folders / "text", folders / "code")
+    assert (same["verdict"], same["merges"]["possible"]) == ("fits", ["average", "task_arithmetic", "ties", "dare"])
+    padded = told(folders / "text", folders / "math")
+    assert (padded["verdict"], padded["merges"]["possible"]) == ("fits", [])
+    assert "(128320, 4096)" in padded["merges"]["why_none"]
     assert "cut to 128256 rows" in said(padded, "vocabulary", "fits")
+
+
+def test_a_specialist_of_another_family_blocks(folders):
+    qwen = stand_in(folders / "qwen", qwen_words(), **QWEN_7B)
+    # the same words under other ids
+    llama = stand_in(folders / "llama", many_words(32000, other=["<unk>"]), **LLAMA_2_13B | {"num_hidden_layers": 2})
+    found = told(qwen, llama)
+    assert found["verdict"] == "blocks"
+    assert "'llama' uses a different tokenizer from 'qwen': 32000 ids differ" in said(found, "tokenizer", "blocks")
+
+
+def test_a_folder_of_an_adapter_alone_blocks(folders):
+    text = stand_in(folders / "text", qwen_words(), **QWEN_7B)
+    adapter = folders / "adapter"
+    adapter.mkdir()
+    LoraConfig(base_model_name_or_path="Qwen/Qwen2.5-7B-Instruct", target_modules=["q_proj"]).save_pretrained(adapter)
+    write_holes(adapter / "adapter_model.safetensors", {"q_proj.lora_A.weight": [16, 3584]})
+    assert "'adapter'" in said(told(text, adapter), "model", "blocks")
+
+
+def test_a_model_that_sees_and_has_no_text_part_of_its_own_blocks(folders):
+    text = stand_in(folders / "text", qwen_words(), **QWEN_7B)
+    fields = {key: value for key, value in QWEN_7B.items() if key != "model_type"}
+    sees = stand_in(folders / "sees", qwen_words(), model_type="qwen2_5_vl", text_config=fields)
+    assert "'sees' is a 'qwen2_5_vl' model" in said(told(text, sees), "model", "blocks")
+
+
+def test_what_does_not_fit_into_memory_is_told(good, tmp_path, monkeypatch):
+    code = small(tmp_path / "code")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10_000))
+    found = told(good, f"code={code}")
+    assert "and 10.0 kB are free here" in said(found, "memory", "warning")
+    assert found["numbers"]["disk"] > 10_000
 
 
 # ---------------------------------------------------------------------------------- what fusing itself does
@@ -398,10 +381,6 @@ def test_a_token_costs_as_many_parameters_as_it_is_multiplied_by(good, tmp_path)
 # ---------------------------------------------------------------------------------- command line
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, ["check", *map(str, arguments)])
-
-
 def test_the_exit_status_says_whether_they_fit(good, tmp_path):
     code = small(tmp_path / "code")
     shown = run(good, f"code={code}")
@@ -544,9 +523,9 @@ def test_offline_what_has_been_downloaded_is_read(good, tmp_path, monkeypatch):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    found = checked(good, "lab/code")
-    assert found.verdict == "warning"
-    assert found.sources["code"].commit == COMMIT
-    missing = checked(good, "lab/text")
-    assert missing.verdict == "blocks"
+    found = told(good, "lab/code")
+    assert found["verdict"] == "warning"
+    assert found["specialists"]["code"]["commit"] == COMMIT
+    missing = told(good, "lab/text")
+    assert missing["verdict"] == "blocks"
     assert "the Hub cannot be asked" in said(missing, "access", "blocks")

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import BufferingHandler
 
+import psutil
 import torch
+from rich.filesize import decimal
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -82,6 +84,7 @@ def judge(
         sizes = {n: size(m, texts[n], rows) for n, m in models.items()}
         dtype = chosen or torch.float32
         found.numbers = estimate(config, sizes, dtype, sum(s.download for s in found.sources.values()))
+        _judge_memory(found)
     return found
 
 
@@ -207,6 +210,14 @@ def _judge_licences(found: Judgement, sources: dict[str, Source]) -> None:
         found.note("licence", WARNING, text, "Read the terms before you pass the fused model on.")
     if not warnings:
         found.note("licence", FITS, f"{ingredients[0].stated}.")
+
+
+def _judge_memory(found: Judgement) -> None:
+    needed, free = found.numbers["disk"], psutil.virtual_memory().available
+    if needed > free:
+        text = f"the fused model takes {decimal(needed)} in memory, and {decimal(free)} are free here."
+        halved = "Choose --dtype bfloat16, " if found.numbers["dtype"] == "float32" else "Choose "
+        found.note("memory", WARNING, text, f"{halved}smaller specialists, or a machine with more.")
 
 
 def _judge_merges(found: Judgement, models: dict[str, PreTrainedModel]) -> None:
