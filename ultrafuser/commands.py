@@ -36,20 +36,25 @@ def fuse(
     Example: ultrafuser fuse text=Qwen/Qwen2.5-1.5B-Instruct code=Qwen/Qwen2.5-Coder-1.5B-Instruct --out fused --chat-template text --dry-run
     """
     with _in_words():
-        from . import fusing
+        from . import fusing, referring
 
-        rest = {}
-        if len(what) == 1 and "=" not in what[0]:
-            recipe, rest = fusing.load_recipe(Path(what[0]))
-        else:
-            recipe = fusing.Fusion(pairs(what, "Specialists"))
         given = {
             "specialist_revisions": pairs(revision or [], "--revision") or None,
             "chat_template": chat_template,
             "gate": gate,
             "fusion": fusion,
         }
-        recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
+        given = {key: value for key, value in given.items() if value is not None}
+        rest, reference = {}, None
+        if len(what) > 1 or "=" in what[0]:
+            recipe = fusing.Fusion(pairs(what, "Specialists"))
+        elif reference := referring.read(Path(what[0])):
+            if given or dtype:
+                raise typer.BadParameter("a reference recipe rebuilds one model and leaves nothing to choose.")
+            recipe, dtype = referring.as_recipe(Path(what[0]), reference)
+        else:
+            recipe, rest = fusing.load_recipe(Path(what[0]))
+        recipe = replace(recipe, **given)
         dtype = dtype or rest.get("dtype", "auto")
         if dry_run:
             from .checking import findings, showing
@@ -60,14 +65,41 @@ def fuse(
         if out is None and "out" not in rest:
             raise typer.BadParameter("say which folder to write: --out, or `out` in the recipe.")
         out = out or Path(rest["out"])
-        fusing.fuse(recipe, out, dtype=dtype, say=typer.echo)
+        if reference:
+            referring.rebuild(Path(what[0]), reference, out, say=typer.echo)
+        else:
+            fusing.fuse(recipe, out, dtype=dtype, say=typer.echo)
     typer.echo(f"Wrote {str(out)!r}. To load it:\n\n{_loading(out)}")
 
 
-def _loading(out: Path) -> str:
+def _loading(out: Path | str, revision: str | None = None) -> str:
+    of = f'"{out}", revision="{revision}"' if revision else f'"{out}"'
     return "\n".join(
-        f'{variable} = {auto}.from_pretrained("{out}", trust_remote_code=True)'
+        f"{variable} = {auto}.from_pretrained({of}, trust_remote_code=True)"
         for variable, auto in (("model", "AutoModelForCausalLM"), ("tokenizer", "AutoTokenizer"))
+    )
+
+
+@app.command()
+def refer(
+    folder: Folder,
+    out: Out,
+    specialists: Annotated[
+        list[str] | None, typer.Option(help="NAME=ID, NAME=ID@COMMIT or NAME=FOLDER, if the folder does not say.")
+    ] = None,
+) -> None:
+    """Write a fused model without its specialists: the gate, and where they are. `ultrafuser fuse` makes it whole again.
+
+    Example: ultrafuser refer fused --out refs && ultrafuser fuse refs/refs.yaml --out fused-again
+    """
+    with _in_words():
+        from . import referring
+
+        referring.refer(folder, out, specialists=specialists, say=typer.echo)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    typer.echo(
+        f"Wrote {str(out)!r}, {size:,} bytes. To have the whole model again: ultrafuser fuse {out / referring.RECIPE} "
+        f"--out FOLDER"
     )
 
 

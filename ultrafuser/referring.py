@@ -1,0 +1,277 @@
+"""A fused model without its specialists, as a small folder that says where they are; and the whole model from it again.
+
+While only the gate has been trained, everything else in a fused folder can be had from the specialists. A reference
+recipe holds what cannot: the gate, the configuration, and a file `refs.yaml` with the specialists' ids, commits and the
+SHA-256 of what is read of them.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import yaml
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils.sha import sha_fileobj
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
+from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer
+
+from .checking.reading import Source, parse
+from .editing import BACKBONE, GATE, HEAD
+from .folders import fused_config, new_folder, read_ingredients, save_fused
+from .fusing import Fusion, commits, described, fetch, plan
+
+
+RECIPE, GATE_FILE = "refs.yaml", "gate.safetensors"
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
+
+
+@dataclass
+class Reference:
+    """What `refs.yaml` says.
+
+    Attributes:
+        specialists: Name to Hub id or folder.
+        specialist_revisions: Name to commit, for those on the Hub.
+        chat_template: Whose chat template the tokenizer has; None if nobody's.
+        sha256: Of the files beside `refs.yaml`, by name.
+        specialist_sha256: Of the files that are read of each specialist, by name.
+    """
+
+    specialists: dict[str, str]
+    specialist_revisions: dict[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
+    specialist_sha256: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def refer(
+    folder: Path, out: Path, *, specialists: list[str] | None = None, say: Callable[[str], None] = print
+) -> None:
+    """Writes the reference recipe of a fused folder whose specialists are untouched.
+
+    Args:
+        folder: Of the fused model. It is not changed.
+        out: The folder to write. There must be nothing in it.
+        specialists: NAME=ID, NAME=ID@COMMIT or NAME=FOLDER of each, if the folder does not say where they come from.
+        say: Called with a line about each step.
+
+    Raises:
+        FileExistsError: If there is something in `out`.
+        ValueError: If a tensor other than the gate's is not as the specialists give it.
+        OSError: If a specialist cannot be read.
+    """
+    config = fused_config(folder)
+    reference = _origins(folder, config, specialists)
+    with new_folder(out) as part:
+        sources = plan(_recipe(reference, config), _dtype(config)).sources
+        reference.specialist_revisions = commits(sources)
+        say("comparing with the specialists")
+        model = UltraFuserForCausalLM.from_pretrained(folder)
+        _check_untouched(model, _fused(reference, config).state_dict(), reference.specialists)
+        save_file({k: t for k, t in model.state_dict().items() if k.startswith(GATE)}, part / GATE_FILE)
+        shutil.copy(folder / "config.json", part)
+        model.generation_config.save_pretrained(part)
+        _keep_tokenizer(folder, part, reference)
+        for name, source in sources.items():
+            say(f"SHA-256 of {name}")
+            files = {f: _path(source, f) for f in _files(source)}
+            reference.specialist_sha256[name] = {file: sha256(path) for file, path in files.items()}
+        # the lock is no part of it
+        own = sorted(path for path in part.iterdir() if not path.name.startswith("."))
+        reference.sha256 = {path.name: sha256(path) for path in own}
+        (part / RECIPE).write_text(yaml.safe_dump(asdict(reference), sort_keys=False), encoding="utf-8")
+
+
+def rebuild(file: Path, reference: Reference, out: Path, *, say: Callable[[str], None] = print) -> None:
+    """Writes the self-contained folder of a fused model from its reference recipe, bit for bit as it was.
+
+    Args:
+        file: The recipe, with what was written beside it.
+        reference: What it says, see `read`.
+        out: The folder to write. There must be nothing in it.
+        say: Called with a line about each step.
+
+    Raises:
+        FileExistsError: If there is something in `out`.
+        ValueError: If a file is not the one that the recipe was made from.
+        OSError: If a specialist cannot be read, or the disk is too small.
+    """
+    here, config = file.parent, fused_config(file.parent)
+    with new_folder(out) as part:
+        sources, tokenizer = fetch(_recipe(reference, config), part, dtype=_dtype(config), say=say)
+        for name, files in reference.specialist_sha256.items():
+            say(f"SHA-256 of {name}")
+            for f, expected in files.items():
+                _check(_path(sources[name], f), expected)
+        say("fusing")
+        state = _fused(reference, config).state_dict() | load_file(here / GATE_FILE)
+        model = UltraFuserForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=_dtype(config))
+        model.generation_config = GenerationConfig.from_pretrained(here)
+        say("writing")
+        ingredients = {n: described(reference.specialists[n], s) for n, s in sources.items()}
+        save_fused(part, model, _with_template(tokenizer, reference), ingredients)
+        for name in set(reference.sha256) & set(TOKENIZER):
+            shutil.copy(here / name, part)
+
+
+def read(file: Path) -> Reference | None:
+    """Reads `refs.yaml`, and whether what is beside it is what was written with it. Any other recipe is None.
+
+    Raises:
+        ValueError: If it has fields that are unknown, or a file is another one.
+        OSError: If it cannot be read.
+    """
+    raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(raw, dict) or "specialist_sha256" not in raw:
+        return None
+    known = [f.name for f in fields(Reference)]
+    if set(raw) - {*known}:
+        raise ValueError(
+            f"A reference recipe has the fields {known}, but {str(file)!r} has {sorted(set(raw) - {*known})}, too. "
+            f"Have it written anew: `ultrafuser refer FUSED`."
+        )
+    reference = Reference(**raw)
+    for name, expected in reference.sha256.items():
+        _check(file.with_name(name), expected)
+    return reference
+
+
+def as_recipe(file: Path, reference: Reference) -> tuple[Fusion, str]:
+    """The recipe and the dtype of the same model with a new gate."""
+    config = fused_config(file.parent)
+    return _recipe(reference, config), _dtype(config)
+
+
+def _recipe(reference: Reference, config: UltraFuserConfig) -> Fusion:
+    # without a choice, templates that differ are refused; whatever this one is, the tokenizer's own is put in its place
+    template = reference.chat_template or next(iter(reference.specialists))
+    return Fusion(reference.specialists, reference.specialist_revisions, template, config.gate, config.fusion)
+
+
+def _dtype(config: UltraFuserConfig) -> str:
+    return "auto" if config.dtype is None else str(config.dtype).removeprefix("torch.")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return sha_fileobj(file).hex()
+
+
+def _check(path: Path, expected: str) -> None:
+    found = sha256(path) if path.exists() else None
+    if found != expected:
+        has = f"its SHA-256 is {found} and should be {expected}" if found else "it is not there"
+        raise ValueError(
+            f"A reference recipe rebuilds a model from the very files that it was made from, but of {str(path)!r} "
+            f"{has}. Fetch that file again; one from the Hub with `hf download --force-download`."
+        )
+
+
+def _origins(folder: Path, config: UltraFuserConfig, specialists: list[str] | None) -> Reference:
+    """Where the specialists come from: as told, or else as the folder says."""
+    if specialists:
+        found = parse(specialists)
+    else:
+        found = {n: (i["source"], i.get("commit")) for n, i in read_ingredients(folder).items()}
+    if list(found) != config.specialist_names:
+        raise ValueError(
+            f"A reference recipe says where each specialist comes from, but {str(folder)!r} is made of "
+            f"{config.specialist_names} and the sources are known of {list(found)}. Name them, in that order: "
+            f"`--specialists NAME=ID` for each."
+        )
+    # a folder must be found from wherever the recipe is read
+    places = {n: str(Path(place).resolve()) if Path(place).is_dir() else place for n, (place, _) in found.items()}
+    return Reference(places, {n: revision for n, (_, revision) in found.items() if revision})
+
+
+def _fused(reference: Reference, config: UltraFuserConfig) -> UltraFuserForCausalLM:
+    """The specialists fused as they come, with a new gate."""
+    return UltraFuserForCausalLM.from_specialists(
+        reference.specialists,
+        gate=config.gate,
+        fusion=config.fusion,
+        gate_hidden_size=config.gate_hidden_size,
+        dtype=_dtype(config),
+        revisions=reference.specialist_revisions,
+    )
+
+
+def _check_untouched(model: UltraFuserForCausalLM, expected: dict[str, Tensor], places: dict[str, str]) -> None:
+    """Refuses a model of which more than the gate is not as its specialists give it.
+
+    Raises:
+        ValueError: Naming specialists and tensors.
+    """
+    differing = {}
+    for key, tensor in model.state_dict().items():
+        if key == HEAD:
+            widths = [c.hidden_size for c in model.config.specialists]
+            pairs = zip(places, tensor.split(widths, -1), expected[key].split(widths, -1), strict=True)
+            for name, own, theirs in pairs:
+                if not _same_bits(own, theirs):
+                    differing.setdefault(name, []).append("head")
+        elif not key.startswith(GATE) and not _same_bits(tensor, expected[key]):
+            name, _, rest = key.removeprefix(BACKBONE).partition(".")
+            differing.setdefault(name, []).append(rest)
+    if differing:
+        what = "; ".join(f"{len(k)} of {n!r} from {places[n]}, the first is `{k[0]}`" for n, k in differing.items())
+        raise ValueError(
+            f"A reference recipe holds the gate alone and takes the specialists as they were published, but tensors "
+            f"differ: {what}. If stage two trained them, pass the folder on as it is: `ultrafuser push FOLDER OWNER/NAME`."
+        )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return one.dtype == other.dtype and torch.equal(one.view(integers), other.view(integers))
+
+
+def _keep_tokenizer(folder: Path, part: Path, reference: Reference) -> None:
+    """Copies those files of the tokenizer that are not as the specialists give them, and notes whose template it has."""
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        return
+    revisions = reference.specialist_revisions
+    for name, place in reference.specialists.items():
+        own = load_tokenizer(place, revision=revisions.get(name) or "main")
+        if own is not None and own.chat_template == tokenizer.chat_template:
+            reference.chat_template = name
+            break
+    with tempfile.TemporaryDirectory() as made:
+        choice = reference.chat_template or next(iter(reference.specialists))
+        common = common_tokenizer(reference.specialists, chat_template=choice, revisions=revisions)
+        _with_template(common, reference).save_pretrained(made)
+        for file in TOKENIZER:
+            given, own = Path(made, file), folder / file
+            if own.exists() and not (given.exists() and given.read_bytes() == own.read_bytes()):
+                shutil.copy(own, part)
+
+
+def _with_template(tokenizer: PreTrainedTokenizerBase, reference: Reference) -> PreTrainedTokenizerBase:
+    if reference.chat_template is None:
+        tokenizer.chat_template = None
+    return tokenizer
+
+
+def _files(source: Source) -> list[str]:
+    """What is read of a specialist."""
+    return [f for f in ("config.json", *TOKENIZER, *source.weights.files_metadata) if f in source.sizes]
+
+
+def _path(source: Source, file: str) -> Path:
+    """Where a file of a specialist is on this machine."""
+    # offline, a repository is read from its folder in the Hub's cache
+    if Path(source.location).is_dir():
+        return Path(source.location, file)
+    return Path(hf_hub_download(source.location, file, revision=source.commit))
