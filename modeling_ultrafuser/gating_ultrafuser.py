@@ -60,7 +60,7 @@ class MLPGate(Gate):
 
     def scores(self, hidden_states: list[Tensor]) -> Tensor:
         hidden = self.hidden_weight(hidden_states, self.hidden_bias, self.names)
-        return torch.cat([_linear(h.relu(), self.score_weight) for h in hidden], dim=-1)
+        return _linear(hidden.relu(), self.score_weight).squeeze(-1)
 
     def init_weights(self) -> None:
         super().init_weights()
@@ -80,9 +80,12 @@ class HiddenWeights(nn.Module):
         for name, weight in weights.items():
             self.register_parameter(name, weight)
 
-    def forward(self, hidden_states: list[Tensor], bias: Tensor, names: list[str]) -> list[Tensor]:
-        """Applies to each specialist's hidden state the weight of that name."""
-        return [_linear(h, getattr(self, name), bias) for h, name in zip(hidden_states, names, strict=True)]
+    def forward(self, hidden_states: list[Tensor], bias: Tensor, names: list[str]) -> Tensor:
+        """Applies to each specialist's hidden state the weight of that name. (batch, seq, specialists, width)"""
+        if len(set(names)) == 1:
+            return _linear(torch.stack(hidden_states, dim=-2), getattr(self, names[0]), bias)
+        own = zip(hidden_states, names, strict=True)
+        return torch.stack([_linear(h, getattr(self, name), bias) for h, name in own], dim=-2)
 
 
 class LinearGate(Gate):

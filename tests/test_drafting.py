@@ -86,6 +86,20 @@ def test_a_conversation_goes_on_from_its_cache():
     assert torch.equal(continued, generate(fused, longer, use_cache=False, **whole))
 
 
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_batch_gives_each_text_the_tokens_that_it_has_alone(mix):
+    fused, ids = fuse(MIXES[mix]()), prompt(batch=3, length=12)
+    mask = torch.ones_like(ids)
+    ids[0, :5] = mask[0, :5] = 0
+    plain = generate(fused, ids, attention_mask=mask)
+    # one of them ends early
+    fused.generation_config.eos_token_id = fused.generation_config.pad_token_id = plain[1, -STEPS + 3].item()
+    drafted = draft(fused, ids, attention_mask=mask)
+    assert torch.equal(drafted, generate(fused, ids, attention_mask=mask))
+    alone = draft(fused, ids[2:])
+    assert torch.equal(drafted[2:, : alone.shape[1]], alone)
+
+
 # ---------------------------------------------------------------------------------------------- passes
 
 
@@ -120,7 +134,8 @@ def test_what_is_verified_is_distributed_as_the_target():
     target, proposed = torch.randn(2, 1, 5) * 2
     target[0, 3] = float("-inf")
     drafts = torch.multinomial(proposed[0].softmax(-1), 4_000, replacement=True)
-    drawn = torch.stack([verified(d[None], proposed, target, sample=True)[0] for d in drafts])
+    each = (4_000, 1, 5)
+    drawn = verified(drafts[:, None], proposed.expand(each), target.expand(each), sample=True)[:, 0]
     expected = target[0].double().softmax(-1)
     seen = torch.bincount(drawn, minlength=5)
     assert seen[3] == 0
@@ -133,10 +148,21 @@ def test_verifying_keeps_what_comes_before_the_first_rejection():
     target = torch.zeros(3, 4)
     target[1, 2] = float("-inf")  # the second draft is impossible
     for _ in range(20):
-        tokens = verified(torch.tensor([1, 2, 3]), proposed, target, sample=True)
+        [tokens] = verified(torch.tensor([[1, 2, 3]]), proposed[None], target[None], sample=True)
         assert tokens[0] == 1
         assert tokens[1] != 2
         assert len(tokens) == 2
+
+
+def test_a_round_ends_where_the_first_text_rejects_and_a_finished_one_rejects_nothing():
+    drafts = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3]])
+    proposed = torch.zeros(3, 3, 4)
+    target = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3], [1, 0, 3], [0, 2, 3]]), 4).float()
+    assert verified(drafts, proposed, target, sample=False).tolist() == [[1], [1], [0]]
+    live = torch.tensor([True, True, False])
+    assert verified(drafts, proposed, target, False, live).tolist() == [[1, 2], [1, 0], [1, 2]]
+    live = torch.tensor([True, False, False])
+    assert verified(drafts, proposed, target, False, live).tolist() == drafts.tolist()
 
 
 @pytest.mark.parametrize("fusion", ["logits", pytest.param("probabilities", marks=pytest.mark.slow)])
@@ -152,9 +178,9 @@ def test_sampled_texts_are_distributed_as_the_fused_model_says(fusion):
     seen = torch.zeros(64, dtype=torch.double)
     stop = StoppingCriteriaList([MaxLengthCriteria(6)])
     torch.manual_seed(0)
-    for _ in range(DRAWS):
-        text = self_draft(fused, ids, LogitsProcessorList(), stop, config, num_drafts=2)[0, 3:]
-        seen[(text * torch.tensor([16, 4, 1])).sum()] += 1
+    for batch in [1] * (DRAWS // 2) + [3] * (DRAWS // 6):
+        for text in self_draft(fused, ids.expand(batch, -1), LogitsProcessorList(), stop, config, num_drafts=2)[:, 3:]:
+            seen[(text * torch.tensor([16, 4, 1])).sum()] += 1
     # texts too rare to be told apart are counted together
     rare = expected * DRAWS < 5
     seen, expected = (torch.cat([t[~rare], t[rare].sum()[None]]) for t in (seen, expected))
@@ -167,8 +193,8 @@ def test_sampled_texts_are_distributed_as_the_fused_model_says(fusion):
 
 def test_what_cannot_be_drafted_is_refused_with_the_way_out():
     fused, ids = fuse(MIXES["one family"]()), prompt(batch=1)
-    with pytest.raises(ValueError, match="one text at a time, but got 2"):
-        draft(fused, prompt(batch=2))
+    with pytest.raises(ValueError, match="one continuation of a text, but got num_beams=2"):
+        draft(fused, ids, num_beams=2)
     with pytest.raises(ValueError, match="`num_drafts` counts.*but it is 0"):
         draft(fused, ids, num_drafts=0)
     with pytest.raises(ValueError, match="cache that can go back, but got a StaticCache"):

@@ -29,51 +29,61 @@ def self_draft(
     num_drafts: int = 6,
     **model_kwargs,
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """Decodes one prompt, greedily or by sampling, from the very distribution of the plain way.
+    """Decodes greedily or by sampling, from the very distribution of the plain way.
 
     A decoding method for `generate`, which prepares all arguments but the first and `num_drafts`:
 
         model.generate(**inputs, custom_generate=self_draft, num_drafts=6)
 
     Greedy tokens are those of the plain way; in 16 bits two tokens that are almost alike may change places, because a
-    block is summed in another order than its tokens one by one. `generate` does not hand its streamer on.
+    block is summed in another order than its tokens one by one. Several texts keep one length: one specialist drafts for
+    all of them, and a round ends where the first of them rejects. Whether it does is settled by what comes before, so
+    that each text is still drawn from its own distribution; but the more texts, the shorter the rounds. `generate` does
+    not hand its streamer on.
 
     Args:
-        num_drafts: How many tokens to draft in the first round: two more after a round that was accepted as a whole, one
-            fewer after any other, as the library does in assisted decoding. The drafter is chosen anew for each.
+        num_drafts: How many tokens to draft in the first round. Two more after a round that was accepted as a whole;
+            after any other the mean of what was drafted and what was accepted, at least 2. The drafter is chosen anew
+            for each round.
 
     Returns:
-        The prompt and its continuation, (1, seq), or as `return_dict_in_generate` says, with the cache.
+        The prompts and their continuations, (batch, seq), or as `return_dict_in_generate` says, with the cache.
 
     Raises:
-        ValueError: If there are several prompts, or the specialists or the cache cannot go back to before a draft.
+        ValueError: If there are beams, or the specialists or the cache cannot go back to before a draft.
     """
-    _check(model, input_ids, generation_config, num_drafts, model_kwargs)
+    _check(model, generation_config, num_drafts, model_kwargs)
     reader = _Reader(model, model_kwargs)
-    sample = generation_config.do_sample
+    sample, padding = generation_config.do_sample, _padding(generation_config)
 
     # the prompt, by all: the first token, and who is heard most
     hidden_states = [reader.read(k, input_ids)[:, -1:] for k in range(reader.count)]
     fused, gate_weights = model.model.weighed(hidden_states)
     scores = _scores(model.logits(fused, gate_weights), input_ids, 1, logits_processor)
-    input_ids = torch.cat([input_ids, _choose(scores, sample)], dim=-1)
+    input_ids = torch.cat([input_ids, _choose(scores[:, 0], sample)], dim=-1)
+    live = ~stopping_criteria(input_ids, None)
 
-    while not stopping_criteria(input_ids, None).all():
+    while live.any():
         length = input_ids.shape[1]
-        favourite = int(gate_weights[0, -1].argmax())
+        favourite = int(gate_weights[live, -1].mean(0).argmax())
         count = min(num_drafts, generation_config.max_length - length)
         drafted, proposed, hidden = reader.draft(favourite, input_ids, count, logits_processor, sample)
         block = drafted[:, :-1]  # nobody reads the last draft before it is accepted
         hidden_states = [hidden if k == favourite else reader.read(k, block) for k in range(reader.count)]
         fused, gate_weights = model.model.weighed([h[:, -count:] for h in hidden_states])
         target = _scores(model.logits(fused, gate_weights), block, count, logits_processor)
-        tokens = verified(drafted[0, length:], proposed, target, sample)
-        accepted = torch.equal(tokens, drafted[0, length:])
-        num_drafts = num_drafts + 2 if accepted else max(1, num_drafts - 1)
+        drafts = drafted[:, length:]
+        tokens = verified(drafts, proposed, target, sample, live)
+        accepted = (
+            tokens.shape[1] if torch.equal(tokens[live], drafts[live, : tokens.shape[1]]) else tokens.shape[1] - 1
+        )
+        num_drafts = count + 2 if accepted == count else max(2, (count + accepted + 1) // 2)
 
-        for token in tokens:  # a text may end within the block
-            input_ids = torch.cat([input_ids, token.view(1, 1)], dim=-1)
-            if stopping_criteria(input_ids, None).all():
+        for column in tokens.T:  # a text may end within the block
+            column = torch.where(live, column, padding)
+            input_ids = torch.cat([input_ids, column[:, None]], dim=-1)
+            live = live & ~stopping_criteria(input_ids, None)
+            if not live.any():
                 break
         gate_weights = gate_weights[:, : input_ids.shape[1] - length]
         reader.forget(block.shape[1] - (input_ids.shape[1] - 1))
@@ -83,34 +93,42 @@ def self_draft(
     return input_ids
 
 
-def verified(drafts: Tensor, proposed: Tensor, target: Tensor, sample: bool) -> Tensor:
-    """The drafts up to the first that is rejected, and what stands in its place.
+def verified(drafts: Tensor, proposed: Tensor, target: Tensor, sample: bool, live: Tensor | None = None) -> Tensor:
+    """The drafts up to the first that any text rejects, and there what stands in its place.
 
     A draft x is accepted with probability min(1, p(x) / q(x)); in place of a rejected one comes a token drawn from
     max(p - q, 0), normalised. What comes out is then distributed as p (algorithm 1). Greedily, p is a single token.
 
     Args:
-        drafts: The drafted tokens. Shape (drafts,).
-        proposed: Scores that they were drawn from, q. Shape (drafts, vocab).
-        target: The fused model's scores at the same positions, p. Shape (drafts, vocab).
+        drafts: The drafted tokens. Shape (batch, drafts).
+        proposed: Scores that they were drawn from, q. Shape (batch, drafts, vocab).
+        target: The fused model's scores at the same positions, p. Shape (batch, drafts, vocab).
         sample: Whether to draw, or to take the best.
+        live: Which texts go on; the others accept everything. Shape (batch,).
 
     Returns:
-        At least one token. Shape (accepted, or accepted + 1).
+        At least one token of each text. Shape (batch, tokens).
     """
-    if not sample:
-        best = target.argmax(-1)
-        accepted = int((best == drafts).cumprod(0).sum())
-        return best[: accepted + 1]
-    p, q = target.softmax(-1), proposed.softmax(-1)
-    ratios = p.gather(-1, drafts[:, None]) / q.gather(-1, drafts[:, None])
-    accepted = int((torch.rand_like(ratios) < ratios).cumprod(0).sum())
-    if accepted == len(drafts):
-        return drafts
-    rest = (p[accepted] - q[accepted]).clamp(min=0)
-    # of two distributions that differ by rounding alone nothing may be left
-    rest = rest if rest.any() else p[accepted]
-    return torch.cat([drafts[:accepted], torch.multinomial(rest, 1)])
+    if sample:
+        p, q = target.softmax(-1), proposed.softmax(-1)
+        ratios = (p.gather(-1, drafts[..., None]) / q.gather(-1, drafts[..., None])).squeeze(-1)
+        accepts = torch.rand_like(ratios) < ratios
+    else:
+        accepts = target.argmax(-1) == drafts
+    if live is not None:
+        accepts = accepts | ~live[:, None]
+    # the first column that some text rejects is the last one kept
+    kept = min(int(accepts.all(0).cumprod(0).sum()) + 1, drafts.shape[1])
+    tokens, rejects = drafts[:, :kept].clone(), ~accepts[:, kept - 1]
+    if rejects.any():
+        end = target[rejects, kept - 1]
+        if sample:
+            p, q = p[rejects, kept - 1], q[rejects, kept - 1]
+            rest = (p - q).clamp(min=0)
+            # of two distributions that differ by rounding alone nothing may be left
+            end = torch.where(rest.any(-1, keepdim=True), rest, p).log()
+        tokens[rejects, -1] = _choose(end, sample)[:, 0]
+    return tokens
 
 
 class _Reader:
@@ -120,14 +138,14 @@ class _Reader:
         self.model, self.specialists = model, list(model.model.specialists.values())
         self.count, self.columns = len(self.specialists), list(model._head_columns())
         mask = model_kwargs.get("attention_mask")
-        # one prompt has no padding unless it was given some
+        # without padding there is nothing to mask
         self.mask = None if mask is None or mask.all() else mask
         self.cache = model.model._shared_cache(model_kwargs.get("past_key_values"))
         # or windows would drop what a rejected draft pushed out of them
         self.cache.activate_past_recording()
 
     def read(self, k: int, input_ids: Tensor) -> Tensor:
-        """One specialist's hidden states at the tokens it has not read yet. Shape (1, new, hidden)."""
+        """One specialist's hidden states at the tokens it has not read yet. Shape (batch, new, hidden)."""
         start, end = self.model.model.first_layers[k : k + 2]
         cache = SpecialistCache(self.cache, start, end - start)
         past, length = int(cache.get_seq_length()), input_ids.shape[1]
@@ -146,7 +164,7 @@ class _Reader:
         return output.last_hidden_state.to(self.model.lm_head.weight.device)
 
     def logits(self, k: int, hidden_states: Tensor) -> Tensor:
-        """What one specialist would say. Shape (1, new, vocab)."""
+        """What one specialist would say. Shape (batch, new, vocab)."""
         logits = F.linear(hidden_states, self.model.lm_head.weight[:, self.columns[k]])
         cap = soft_cap(self.model.config.specialists[k])
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -154,20 +172,20 @@ class _Reader:
     def draft(
         self, k: int, input_ids: Tensor, count: int, logits_processor: LogitsProcessorList, sample: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One specialist continues the text by itself.
+        """One specialist continues the texts by itself.
 
         Returns:
-            The text with the drafts, (1, seq + drafts), the scores that they were drawn from, (drafts, vocab), and the
-            hidden states that those were read off, (1, drafts, hidden).
+            The texts with the drafts, (batch, seq + drafts), the scores that they were drawn from,
+            (batch, drafts, vocab), and the hidden states that those were read off, (batch, drafts, hidden).
         """
         scores, hidden_states = [], []
         for _ in range(count):
             hidden = self.read(k, input_ids)[:, -1:]
             own = _scores(self.logits(k, hidden), input_ids, 1, logits_processor)
-            input_ids = torch.cat([input_ids, _choose(own, sample)], dim=-1)
+            input_ids = torch.cat([input_ids, _choose(own[:, 0], sample)], dim=-1)
             scores.append(own)
             hidden_states.append(hidden)
-        return input_ids, torch.cat(scores), torch.cat(hidden_states, dim=1)
+        return input_ids, torch.cat(scores, dim=1), torch.cat(hidden_states, dim=1)
 
     def forget(self, tokens: int) -> None:
         """Takes the last tokens out of the cache."""
@@ -175,26 +193,36 @@ class _Reader:
 
 
 def _scores(logits: Tensor, input_ids: Tensor, count: int, logits_processor: LogitsProcessorList) -> Tensor:
-    """Logits after the last tokens, as `generate` is asked to change them, each for the text up to it. (count, vocab)"""
+    """Logits after the last tokens, as `generate` is asked to change them, each for the text up to it.
+
+    Shape (batch, count, vocab).
+    """
     first = input_ids.shape[1] - count + 1
-    return torch.cat([logits_processor(input_ids[:, : first + i], logits[:, i].float()) for i in range(count)])
+    processed = [logits_processor(input_ids[:, : first + i], logits[:, i].float()) for i in range(count)]
+    return torch.stack(processed, dim=1)
 
 
 def _choose(scores: Tensor, sample: bool) -> Tensor:
     return torch.multinomial(scores.softmax(-1), 1) if sample else scores.argmax(-1, keepdim=True)
 
 
-def _check(model, input_ids: Tensor, config: GenerationConfig, num_drafts: int, model_kwargs: dict) -> None:
+def _padding(config: GenerationConfig) -> int:
+    """What stands after the end of a text that others outlast, as in `generate`."""
+    ends = config.eos_token_id
+    if config.pad_token_id is not None or ends is None:
+        return config.pad_token_id or 0
+    return ends[0] if isinstance(ends, list) else ends
+
+
+def _check(model, config: GenerationConfig, num_drafts: int, model_kwargs: dict) -> None:
     plain = "Decode without `custom_generate`."
     if not hasattr(model.model, "specialists"):
         raise ValueError(
             f"Drafting needs specialists that run one by one, but this is a {type(model).__name__}. {plain}"
         )
-    if input_ids.shape[0] != 1 or config.num_beams not in (None, 1):
+    if config.num_beams not in (None, 1):
         raise ValueError(
-            f"Texts accept drafts at different places, so self-drafting continues one text at a time, but got "
-            f"{input_ids.shape[0]} with num_beams={config.num_beams}. Call it for each prompt, or decode without "
-            f"`custom_generate`."
+            f"Self-drafting follows one continuation of a text, but got num_beams={config.num_beams}. {plain}"
         )
     if not isinstance(num_drafts, int) or num_drafts < 1:
         raise ValueError(f"`num_drafts` counts tokens drafted in a round, at least 1, but it is {num_drafts!r}.")
