@@ -1,5 +1,6 @@
 """Settings of the two stages: TRL's, with the paper's defaults, and what a stage adds to them."""
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +11,8 @@ from .policies import POLICIES
 
 
 MIX_UNITS = ("example", "token", "supervised")
+# optimizers that count their steps over all parameters, or go back through the model themselves
+WHOLE_STEPS = re.compile(r"schedule_free|lomo|adalomo|.*layerwise")
 
 
 @dataclass
@@ -128,6 +131,28 @@ class JointStageConfig(StageConfig):
         default=None,
         metadata={"help": "Which specialists to train; the others keep backbone and head. Default: all."},
     )
+    one_specialist_at_a_time: bool = field(
+        default=False,
+        metadata={
+            "help": "Go back through one specialist after another and update each before the next: activations and "
+            "gradients of one are in memory, for one more forward pass of each. `max_grad_norm` then bounds every "
+            "specialist's gradients on their own, and those of gate and heads together. One process only."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.one_specialist_at_a_time:
+            return
+        found = {name: getattr(self, name) for name in ("fp16", "torch_compile", "activation_offloading", "deepspeed")}
+        found |= {"optim": self.optim.value} if WHOLE_STEPS.match(self.optim.value) else {}
+        if any(found.values()):
+            raise ValueError(
+                "`one_specialist_at_a_time` runs and updates specialists outside of the model's own backward pass, so "
+                "it goes without loss scaling, compiled models, offloaded activations, DeepSpeed and optimizers that "
+                f"must see all gradients at once, but got { ({n: v for n, v in found.items() if v}) }. Use bf16 "
+                f"or optim='adamw_torch', say, or leave it out."
+            )
 
 
 def scaled_rate(parameters: float, at_a_million: float) -> float:

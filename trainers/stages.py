@@ -26,6 +26,7 @@ from .domains import DomainCollator, with_domains
 from .losses import gate_terms
 from .mixing import effective_epochs, importance_weights, static_mix
 from .sampling import DomainSampler
+from .serial import SerialBackward
 from .settings import GateStageConfig, JointStageConfig, StageConfig, accumulate, scaled_rate
 from .watching import Statistics, Sums, keep_head_whole, own_log_probs, watching
 
@@ -408,6 +409,17 @@ class JointTrainer(_StageTrainer):
                 f"`train_specialists={self.args.train_specialists}` keeps columns of the wide head as they are, which "
                 f"takes a whole head, but FSDP and DeepSpeed give each process a part. Train all, or use DDP."
             )
+        if self.serial is not None and (self.args.world_size > 1 or self.is_fsdp_enabled):
+            raise ValueError(
+                "`one_specialist_at_a_time` is for one process, because several exchange the gradients of all "
+                f"specialists at once and hold them until then, but this is one of {self.args.world_size}. Leave it out, "
+                "and shard with FSDP2 where memory is short."
+            )
+
+    def _begin(self) -> None:
+        super()._begin()
+        serial = self.args.one_specialist_at_a_time
+        self.serial = SerialBackward(self.model, self.fused, self.args.max_grad_norm) if serial else None
 
     def _choose_parameters(self, model: PreTrainedModel, args: JointStageConfig, peft_config) -> None:
         names = model.config.specialist_names
@@ -446,6 +458,22 @@ class JointTrainer(_StageTrainer):
             optimizer.register_step_pre_hook(lambda *_: before.append(weight.detach()[:, columns].clone()))
             optimizer.register_step_post_hook(put_back)
         return optimizer
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        """As TRL's; one specialist at a time it updates the parameters too, and leaves the optimizer nothing to do."""
+        if self.serial is None:
+            return super().training_step(*args, **kwargs)
+        with self.serial.cut():
+            loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self.serial.finish(self.optimizer)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As every stage's, with the gradient norm from before the gradients went."""
+        if self.serial is not None and "grad_norm" in logs:
+            logs["grad_norm"] = self.serial.grad_norm
+        super().log(logs, start_time)
 
     def default_learning_rate(self, model: PreTrainedModel) -> float:
         return scaled_rate(_specialist_size(model), 3e-4)
