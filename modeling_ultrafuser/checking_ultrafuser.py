@@ -55,7 +55,8 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
             f"A specialist is a Hub id, a local folder or a transformers model, but {name!r} is a "
-            f"{type(source).__name__}. A PEFT model must be merged first: `model.merge_and_unload()`."
+            f"{type(source).__name__}. A PEFT model must be merged first, `model.merge_and_unload()`; or saved, because "
+            f"LoRA adapters of one base are fused from their folders."
         )
     source = os.fspath(source)
     if os.path.isfile(source):
@@ -105,9 +106,9 @@ def _unreadable(name: str, source: str, error: OSError | None = None, **hub) -> 
         adapter = None
     if adapter is not None:
         return ValueError(
-            f"A specialist must be a whole model, but {name!r} ({source!r}) holds only an adapter. Merge it into its "
+            f"A specialist must be a whole model here, but {name!r} ({source!r}) holds only an adapter. Merge it into its "
             f"base first: `AutoPeftModelForCausalLM.from_pretrained({source!r}).merge_and_unload()`, then "
-            f"`.save_pretrained(...)`."
+            f"`.save_pretrained(...)`; or fuse all specialists as adapters of one base."
         )
     if os.path.isdir(source):
         return FileNotFoundError(

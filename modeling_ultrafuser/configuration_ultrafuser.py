@@ -20,6 +20,9 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_ultrafuser.UltraFuserForCausalLM",
 }
 
+# layers that keep keys and values of every token, or of those in a window, and nothing else
+CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
 # families that multiply or divide their logits by one number keep it here (Granite, Cohere, Falcon-H1, ...)
 SCALE_FIELDS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
 
@@ -46,6 +49,8 @@ class UltraFuserConfig(PreTrainedConfig):
         gate_hidden_size: Width of the hidden layer of the "mlp" gate. 512 in the paper (section 4.1).
         gate_temperature: Gate scores are divided by it before the softmax. Above 1 is softer, below 1 is sharper.
         fusion: "logits" mixes logits (the paper's Eq. 1), "probabilities" mixes distributions.
+        adapters: Where specialists are LoRA adapters of one base, whose configuration all then have: the highest `rank`
+            among them, and the names of the linear layers that any of them adapts, `target_modules`.
         vocab_size: Rows of the fused head. Default: the smallest vocabulary among the specialists.
         max_position_embeddings: Longest context, in tokens. Default: the shortest limit among the specialists.
         format_version: Of the saved folder. A folder newer than this code is refused.
@@ -66,6 +71,7 @@ class UltraFuserConfig(PreTrainedConfig):
     gate_hidden_size: int = 512
     gate_temperature: float = 1.0
     fusion: str = "logits"
+    adapters: dict[str, Any] | None = None
     vocab_size: int | None = None
     max_position_embeddings: int | None = None
     initializer_range: float = 0.02
@@ -132,9 +138,12 @@ class UltraFuserConfig(PreTrainedConfig):
                 f"Fusing needs at least two specialists, but got {self.specialist_names}. A single model can be "
                 f"loaded with its own class."
             )
+        if self.adapters is not None:
+            self._validate_adapters()
         configs = self.specialists
-        self.hidden_size = sum(c.hidden_size for c in configs)
-        self.num_hidden_layers = sum(c.num_hidden_layers for c in configs)
+        backbones = self.backbones
+        self.hidden_size = sum(c.hidden_size for c in backbones)
+        self.num_hidden_layers = sum(c.num_hidden_layers for c in backbones)
         for field, read in (
             ("num_attention_heads", lambda c: getattr(c, "num_attention_heads", None)),
             ("num_key_value_heads", num_key_value_heads),
@@ -143,9 +152,11 @@ class UltraFuserConfig(PreTrainedConfig):
             # absent where specialists differ: readers then fail loudly instead of guessing from `hidden_size`
             value = common(read(c) for c in configs)
             if value is not None:
-                setattr(self, field, value)
-        self.intermediate_size = sum(_intermediate_size(c) for c in configs)
-        self.layer_types = [t for c in configs for t in specialist_layer_types(c)]
+                # heads of adapters of one base lie side by side in one cache
+                copies = len(configs) // len(backbones) if field != "head_dim" else 1
+                setattr(self, field, copies * value)
+        self.intermediate_size = sum(_intermediate_size(c) for c in backbones)
+        self.layer_types = [t for c in backbones for t in specialist_layer_types(c)]
         for field, layer_type in (
             ("sliding_window", "sliding_attention"),
             ("attention_chunk_size", "chunked_attention"),
@@ -169,6 +180,39 @@ class UltraFuserConfig(PreTrainedConfig):
             limits = [getattr(c, "max_position_embeddings", None) for c in configs]
             self.max_position_embeddings = min((n for n in limits if n), default=None)
 
+    def _validate_adapters(self) -> None:
+        chosen, first = self.adapters, self.specialists[0]
+        rank, targets = (chosen.get(key) for key in ("rank", "target_modules")) if isinstance(chosen, dict) else (0, 0)
+        if not isinstance(rank, int) or rank < 1 or not isinstance(targets, list | tuple) or not targets:
+            raise ValueError(
+                f"`adapters` says which adapters specialists are, such as {{'rank': 16, 'target_modules': ['q_proj']}}, "
+                f"but it is {chosen!r}. Leave it out for specialists that are models of their own."
+            )
+        unlike = [
+            n
+            for n, c in zip(self.specialist_names, self.specialists, strict=True)
+            if _specialist_dict(c) != _specialist_dict(first)
+        ]
+        if unlike:
+            raise ValueError(
+                f"Adapters of one base have its configuration, but that of {unlike} is not that of "
+                f"{self.specialist_names[0]!r}. Fuse merged models instead."
+            )
+        recurrent = sorted(set(specialist_layer_types(first)) - CACHED_LAYERS)
+        if recurrent:
+            raise ValueError(
+                f"Adapters of one base are rows of one batch with one key-value cache, but {first.model_type!r} has layers "
+                f"of the types {recurrent}, which keep other states. Fuse merged models instead."
+            )
+        # one object, so that what changes it changes it for all
+        self.specialists = [first] * len(self.specialists)
+
+    @property
+    def backbones(self) -> list[PreTrainedConfig]:
+        """Configurations of the backbones that there are: one for each specialist, or the base's alone."""
+        configs = self._names_and_configs()[1]
+        return configs if self.__dict__.get("adapters") is None else configs[:1]
+
     @property
     def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:
         """Class of each specialist's configuration by name: how dtype and attention choices reach specialists."""
@@ -177,12 +221,12 @@ class UltraFuserConfig(PreTrainedConfig):
     @property
     def per_layer_config(self) -> list[PreTrainedConfig]:
         """The configuration that each layer was built from, specialist after specialist: how caches are laid out."""
-        return [layer for c in self._names_and_configs()[1] for layer in c.per_layer_config]
+        return [layer for c in self.backbones for layer in c.per_layer_config]
 
     @property
     def kv_sharing_modes(self) -> list[str | None] | None:
         """Which layers keep no keys and values because they reuse another's (Gemma 3n and 4): not laid out in caches."""
-        configs = self._names_and_configs()[1]
+        configs = self.backbones
         modes = [getattr(c, "kv_sharing_modes", None) for c in configs]
         if not any(modes):
             return None

@@ -21,6 +21,8 @@ from .checking_ultrafuser import (
 )
 from .configuration_ultrafuser import SCALE_FIELDS, UltraFuserConfig, soft_cap
 from .gating_ultrafuser import GATES
+from .lora_ultrafuser import adaptable, adapted_state, layout, probe_rows, read_adapters, read_parts
+from .specialists_ultrafuser import BASE
 from .tokenizing_ultrafuser import (
     load_tokenizer,
     merged_generation_config,
@@ -52,7 +54,8 @@ def fuse_specialists(
 
     Args:
         specialists: Name to Hub id, local folder or model in memory, in the order of the gate's columns. Models in
-            memory are copied. For multimodal checkpoints the text part is taken.
+            memory are copied. For multimodal checkpoints the text part is taken. LoRA adapters of one base, as PEFT
+            saves them, are fused on that base, which is loaded once; one of the specialists may be the base itself.
         gate: "mlp", "linear", "constant" or "uniform". A new gate gives every specialist the same weight.
         fusion: "logits" or "probabilities".
         dtype: Of the specialists and the head. "auto" takes what all specialists share; required if they differ.
@@ -90,14 +93,18 @@ def fuse_specialists(
     # names, their number and the choices are refused before anything is read
     UltraFuserConfig(specialist_names=names, specialists=[_PLACEHOLDER] * len(names), **choices)
 
-    sources = {name: own_config(name, s, **hub[name]) for name, s in specialists.items()}
+    adapters, whole = read_adapters(specialists, hub), specialists
+    if adapters is not None:
+        whole = {BASE: adapters.base}
+        hub[BASE] = {**hub_kwargs, "revision": adapters.revision}
+    sources = {name: own_config(name, s, **hub[name]) for name, s in whole.items()}
     text_configs = {name: copy.deepcopy(c.get_text_config(decoder=True)) for name, c in sources.items()}
     for name, config in text_configs.items():
         check_architecture(name, sources[name], config)
-        if not isinstance(specialists[name], PreTrainedModel):
+        if not isinstance(whole[name], PreTrainedModel):
             auto_class(name, sources[name])
     vocab_size = min(c.vocab_size for c in text_configs.values())
-    dtype = common_dtype(specialists, sources) if dtype == "auto" else as_dtype(dtype)
+    dtype = common_dtype(whole, sources) if dtype == "auto" else as_dtype(dtype)
     for name, config in text_configs.items():
         if config.vocab_size > vocab_size:
             print_line(
@@ -107,7 +114,11 @@ def fuse_specialists(
         config.vocab_size = vocab_size
         if config.pad_token_id is not None and config.pad_token_id >= vocab_size:
             config.pad_token_id = None
-    config = UltraFuserConfig(specialist_names=names, specialists=list(text_configs.values()), **choices)
+    configs = list(text_configs.values())
+    if adapters is not None:
+        parts = read_parts(adapters, specialists, hub, _adaptable(sources[BASE], configs[0]))
+        configs, choices["adapters"] = configs * len(names), layout(parts)
+    config = UltraFuserConfig(specialist_names=names, specialists=configs, **choices)
     tokenizers = {n: load_tokenizer(s, **hub[n]) for n, s in specialists.items() if not isinstance(s, PreTrainedModel)}
     for name in [n for n, t in tokenizers.items() if t is None]:
         print_line(f"{name}: its folder holds no tokenizer, so nothing checks that its token ids mean the same.")
@@ -115,11 +126,11 @@ def fuse_specialists(
     if tokenizers:
         widest_usable_tokenizer(tokenizers, vocab_size)
     generation_config = merged_generation_config(
-        {n: own_generation_config(s, sources[n], **hub[n]) for n, s in specialists.items()}, vocab_size
+        {n: own_generation_config(s, sources[n], **hub[n]) for n, s in whole.items()}, vocab_size
     )
 
     state, head, column = {}, None, 0
-    for k, (name, source) in enumerate(specialists.items()):
+    for k, (name, source) in enumerate(whole.items()):
         model = _load(name, source, sources[name], dtype, **hub[name])
         if dtype is None:
             dtype = model.dtype
@@ -130,6 +141,9 @@ def fuse_specialists(
             head = torch.empty(vocab_size, config.hidden_size, dtype=dtype)
         head[:, column : column + columns.shape[1]] = columns
         column += columns.shape[1]
+        if adapters is not None:
+            with torch.device("meta"):
+                backbone_state = adapted_state(cls(config).model.specialists[BASE], backbone_state, parts)
         # a model in memory stays its owner's: training the fused one must not change it
         own = isinstance(source, PreTrainedModel)
         state |= {f"model.specialists.{name}.{key}": t.clone() if own else t for key, t in backbone_state.items()}
@@ -154,7 +168,17 @@ def fuse_specialists(
             f"specialists' architectures {[c.model_type for c in config.specialists]}."
         )
     model.generation_config = generation_config
-    return model.eval()
+    model.eval()
+    if adapters is not None:
+        probe_rows(model, _tolerance(dtype))
+    return model
+
+
+def _adaptable(config: PreTrainedConfig, text_config: PreTrainedConfig) -> dict[str, tuple[str, torch.Size]]:
+    """Linear layers of a base that adapters can be on, from its configuration."""
+    with torch.device("meta"):
+        model = auto_class(BASE, config).from_config(copy.deepcopy(config))
+    return adaptable(model, backbone_class(text_config))
 
 
 _PLACEHOLDER = AutoConfig.for_model("llama")
@@ -259,7 +283,7 @@ def _probe(
     hidden = rebuilt.to(model.device)(input_ids=ids, use_cache=False).last_hidden_state
     model.train(was_training)
     linear = F.linear(hidden, columns).float()
-    tolerance = {torch.float32: 1e-4, torch.float64: 1e-6}.get(model.dtype, 2e-2)
+    tolerance = _tolerance(model.dtype)
     cap = soft_cap(text_config)
     for scale in _scales(text_config):
         logits = linear * scale if cap is None else cap * torch.tanh(linear * scale / cap)
@@ -267,6 +291,10 @@ def _probe(
             return {k: t.cpu() for k, t in state.items()}, (columns if scale == 1.0 else columns * scale).cpu()
     difference = (linear - own).abs().max().item()
     raise ValueError(f"{refusal}: on a probe, logits differ by up to {difference:.3g}. It cannot be fused.")
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return {torch.float32: 1e-4, torch.float64: 1e-6}.get(dtype, 2e-2)
 
 
 def _scales(config: PreTrainedConfig) -> list[float]:

@@ -10,7 +10,6 @@ side by side, and `lm_head` holds the specialists' heads side by side.
 
 import copy
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +20,21 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .cache_ultrafuser import SpecialistCache, paged_window
+from .adapters_ultrafuser import add_adapters, merged_backbone, run_as_rows
+from .cache_ultrafuser import SpecialistCache
 from .configuration_ultrafuser import UltraFuserConfig, soft_cap
 from .fusing_ultrafuser import fuse_specialists
 from .gating_ultrafuser import GATES, Gate
 from .outputs_ultrafuser import UltraFuserCausalLMOutput, UltraFuserMixtureOutput, UltraFuserModelOutput
 from .serving_ultrafuser import check_pageable, check_servable_by_vllm
 from .specialists_ultrafuser import (
+    BASE,
     Specialists,
     check_inputs,
     end_to_end,
-    is_frozen,
     refuse_other_specialists,
+    run_each,
     selected,
-    specialist_mask,
 )
 
 
@@ -71,7 +71,8 @@ class UltraFuserPreTrainedModel(PreTrainedModel):
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         # the library's last step before it reports, with a table of shapes or a mere warning
         super()._adjust_missing_and_unexpected_keys(loading_info)
-        refuse_other_specialists(self.config.specialist_names, [n for n, _ in self.named_parameters()], loading_info)
+        names, parts = self.config.specialist_names, list(self.base_model.specialists)
+        refuse_other_specialists(names, parts, [n for n, _ in self.named_parameters()], loading_info)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -103,10 +104,13 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         number_globally = config._attn_implementation == "vllm"
         if number_globally:
             check_servable_by_vllm(config)
-        pairs = zip(config.specialist_names, config.specialists, strict=True)
+        names = config.specialist_names if config.adapters is None else [BASE]
+        pairs = zip(names, config.backbones, strict=True)
         self.specialists = Specialists({name: AutoModel.from_config(c) for name, c in pairs})
+        if config.adapters is not None:
+            add_adapters(self.specialists[BASE], config)
         self.first_layers = [0]
-        for c in config.specialists:
+        for c in config.backbones:
             self.first_layers.append(self.first_layers[-1] + c.num_hidden_layers)
         if number_globally:
             for start, specialist in zip(self.first_layers, self.specialists.values(), strict=False):
@@ -167,30 +171,16 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         for key, wanted in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions)):
             if getattr(self.config, key) if wanted is None else wanted:
                 kwargs[key] = True
-        paged = kwargs.pop("cache", None)
-
-        outputs = []
-        for k, (name, specialist) in enumerate(self.specialists.items()):
-            start, length = self.first_layers[k], self.first_layers[k + 1] - self.first_layers[k]
-            ids, mask, positions = input_ids, specialist_mask(attention_mask, name, specialist.config), position_ids
-            if specialist_input_ids is not None:
-                ids = specialist_input_ids[:, k]
-            if specialist_attention_mask is not None:
-                mask = specialist_attention_mask[:, k]
-                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[-1] :]
-            own = {"cache": paged_window(paged, start)} if paged is not None else {}
-            with torch.no_grad() if is_frozen(specialist) else nullcontext():
-                output = specialist(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=SpecialistCache(past_key_values, start, length) if use_cache else None,
-                    use_cache=use_cache,
-                    return_dict=True,
-                    **own,
-                    **kwargs,
-                )
-            outputs.append(output)
+        inputs = (input_ids, attention_mask, position_ids, past_key_values if use_cache else None)
+        kwargs |= {
+            "specialist_input_ids": specialist_input_ids,
+            "specialist_attention_mask": specialist_attention_mask,
+        }
+        if self.config.adapters is None:
+            outputs = run_each(self.specialists, self.first_layers, *inputs, use_cache=use_cache, **kwargs)
+        else:
+            number = len(self.config.specialists)
+            outputs = run_as_rows(self.specialists[BASE], number, *inputs, use_cache=use_cache, **kwargs)
 
         # a device map may have put the specialists on several devices
         device = outputs[-1].last_hidden_state.device
@@ -206,19 +196,35 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def weighed(self, hidden_states: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """What the head reads: the specialists' last hidden states side by side, scaled where logits are mixed.
+        """What the head reads, and the gate weights in it.
 
         Args:
             hidden_states: Each specialist's, on one device. Shapes (batch, seq, hidden).
 
         Returns:
-            The fused hidden state, (batch, seq, sum of hidden), and the gate weights, (batch, seq, specialists).
+            The fused hidden state, see `mixed`, and the gate weights, (batch, seq, specialists).
         """
         gate_weights = self.fusion_gate(hidden_states)
+        return self.mixed(hidden_states, gate_weights), gate_weights
+
+    def mixed(self, hidden_states: list[Tensor], gate_weights: Tensor) -> Tensor:
+        """The specialists' last hidden states side by side, scaled where logits are mixed.
+
+        Adapters of one base have its head in common: where logits are mixed, their scaled states are summed instead.
+
+        Args:
+            hidden_states: Each specialist's. Shapes (batch, seq, hidden), or (tokens, hidden).
+            gate_weights: Shape (batch, seq, specialists), or (tokens, specialists).
+
+        Returns:
+            Shape (batch, seq, width of the head), or that of all side by side; or the same of tokens.
+        """
         if self.config.fusion == "logits":
             weights = gate_weights.to(hidden_states[0].dtype).split(1, dim=-1)
             hidden_states = [w * h for w, h in zip(weights, hidden_states, strict=True)]
-        return torch.cat(hidden_states, dim=-1), gate_weights
+            if self.config.adapters is not None:
+                return sum(hidden_states)
+        return torch.cat(hidden_states, dim=-1)
 
     def _shared_cache(self, cache: Cache | None) -> Cache:
         if cache is None:
@@ -318,18 +324,20 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         fused = None
         # a weight that rounds to 0 has a logarithm without a gradient
         log_weights = gate_weights.clamp(min=torch.finfo(gate_weights.dtype).tiny).log()
-        for k, (config, columns) in enumerate(zip(self.config.specialists, self._head_columns(), strict=True)):
-            logits = F.linear(hidden_states[..., columns], self.lm_head.weight[:, columns])
+        configs = self.config.specialists
+        own_states = hidden_states.split([c.hidden_size for c in configs], dim=-1)
+        for k, (config, columns) in enumerate(zip(configs, self._head_columns(), strict=True)):
+            logits = F.linear(own_states[k], self.lm_head.weight[:, columns])
             own = _bounded(logits, soft_cap(config)).float().log_softmax(-1) + log_weights[..., k, None]
             fused = own if fused is None else torch.logaddexp(fused, own)
         return fused
 
     def _head_columns(self) -> Iterator[slice]:
-        """Each specialist's columns of the wide head."""
+        """Each specialist's columns of the wide head; all of a head that they have in common."""
         start = 0
         for config in self.config.specialists:
             yield slice(start, start + config.hidden_size)
-            start += config.hidden_size
+            start += config.hidden_size if self.config.adapters is None else 0
 
     @torch.no_grad()
     def gate_weights(self, input_ids: Tensor, **kwargs) -> Tensor:
@@ -348,15 +356,20 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         """One specialist as an ordinary causal language model of its own class, sharing this model's tensors.
 
         Made anew at each call, for inference: as the draft model in assisted decoding, as a baseline, or as a way out
-        with `.save_pretrained(...)`. Do not call `.to(...)` on it: that would move the fused model's tensors.
+        with `.save_pretrained(...)`. Do not call `.to(...)` on it: that would move the fused model's tensors. An adapter
+        is merged into a copy of the base, which shares the head alone.
 
         Raises:
             KeyError: If there is no specialist of that name.
         """
-        if name not in self.model.specialists:
-            raise KeyError(f"There is no specialist {name!r}. Choose one of {self.config.specialist_names}.")
-        backbone = self.model.specialists[name]
-        columns = dict(zip(self.config.specialist_names, self._head_columns(), strict=True))[name]
+        names = self.config.specialist_names
+        if name not in names:
+            raise KeyError(f"There is no specialist {name!r}. Choose one of {names}.")
+        if self.config.adapters is None:
+            backbone = self.model.specialists[name]
+        else:
+            backbone = merged_backbone(self.model.specialists[BASE], names.index(name))
+        columns = dict(zip(names, self._head_columns(), strict=True))[name]
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(backbone.config))
         place = next(child for child, module in model.named_children() if type(module) is type(backbone))
@@ -406,8 +419,13 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs) -> dict:
         """Attention masks for static caches, made in advance for every specialist, as one flat dict.
 
-        Keys are the specialist's name, or "name/layer_type" where its layers need several masks.
+        Keys are the specialist's name, or "name/layer_type" where its layers need several masks. Adapters of one base
+        need no more than it does.
         """
+        if self.config.adapters is not None:
+            base = self.model.specialists[BASE]
+            create = getattr(base, "create_masks_for_generate", create_masks_for_generate)
+            return create(base.config, inputs_embeds, attention_mask, past_key_values, **kwargs)
         masks = {}
         for k, (name, specialist) in enumerate(self.model.specialists.items()):
             start, end = self.model.first_layers[k : k + 2]

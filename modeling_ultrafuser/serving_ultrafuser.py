@@ -9,6 +9,7 @@ def check_servable_by_vllm(config: UltraFuserConfig) -> None:
     Raises:
         ValueError: Naming the property that differs and its value for each specialist.
     """
+    _refuse_adapters(config, "vLLM's Transformers backend")
 
     def refuse(reason: str, values: list) -> None:
         raise ValueError(
@@ -45,6 +46,15 @@ def check_servable_by_vllm(config: UltraFuserConfig) -> None:
         refuse("cannot load mixture-of-experts specialists; the number of experts must be absent", experts)
 
 
+def _refuse_adapters(config: UltraFuserConfig, engine: str) -> None:
+    if config.adapters is not None:
+        raise ValueError(
+            f"{engine} lays tokens of all texts end to end in one row, but {config.specialist_names} are adapters of one "
+            f"base, which reads every text in a row for each. Use `generate` for this model; or take each specialist out "
+            f"merged, `model.specialist(name).save_pretrained(...)`, and fuse those."
+        )
+
+
 _EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -54,6 +64,7 @@ def check_pageable(config: UltraFuserConfig) -> None:
     Raises:
         ValueError: Naming each specialist's geometry.
     """
+    _refuse_adapters(config, "Continuous batching")
     types = {
         n: set(specialist_layer_types(c)) for n, c in zip(config.specialist_names, config.specialists, strict=True)
     }

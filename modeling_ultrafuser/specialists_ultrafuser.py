@@ -1,16 +1,24 @@
 """Specialists side by side: what their modules, inputs, masks, outputs and checkpoints have to do with each other."""
 
 import re
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .cache_ultrafuser import SpecialistCache, paged_window
 from .configuration_ultrafuser import specialist_layer_types
 
 
+# the one part of `Specialists` where all specialists are adapters of it
+BASE = "base"
+
+
 class Specialists(nn.ModuleDict):
-    """The specialists' backbones by name.
+    """The specialists' backbones by name; or `BASE` alone, where specialists are adapters of one base.
 
     `PreTrainedModel.post_init` collects what follows from its direct children only, by attribute name: without these
     properties `device_map="auto"` could cut a decoder layer in two and tensor-parallel plans would be empty.
@@ -72,26 +80,34 @@ def check_inputs(names: list[str], input_ids, inputs_embeds, specialist_input_id
         )
 
 
-def refuse_other_specialists(names: list[str], parameters: list[str], loading_info) -> None:
+def refuse_other_specialists(names: list[str], parts: list[str], parameters: list[str], loading_info) -> None:
     """Refuses a checkpoint of other specialists than the configuration names, with one sentence.
 
     Nothing is said if no specialist was in the checkpoint at all: an adapter, or an empty state on purpose.
+
+    Args:
+        names: Of the specialists.
+        parts: Names in `Specialists`: theirs, or the base's.
+        parameters: Names of the model's.
+        loading_info: The library's, of what is missing and what is left over.
     """
 
     def specialist_of(key: str) -> str | None:
         found = re.search(r"(?:^|\.)specialists\.(\w+)\.", key)
         return found and found[1]
 
-    extra = {specialist_of(key) for key in loading_info.unexpected_keys} - {*names, None}
+    extra = {specialist_of(key) for key in loading_info.unexpected_keys} - {*parts, None}
     found = {specialist_of(key) for key in parameters if key not in loading_info.missing_keys} - {None}
     shapes = [
         f"`{key}` has shape {tuple(saved)} there and {tuple(own)} here"
         for key, saved, own in sorted(loading_info.mismatched_keys)
         if (key == "lm_head.weight" and saved[-1] != own[-1])
         or ("fusion_gate." in key and own[0] == len(names) and saved[0] != own[0])
+        or (".lora_" in key and saved[0] != own[0])
     ]
-    if extra or shapes or 0 < len(found) < len(names):
-        there = [n for n in names if n in found] + sorted(extra)
+    no_adapters = found and any(".lora_" in key for key in loading_info.missing_keys if key in parameters)
+    if extra or shapes or no_adapters or 0 < len(found) < len(parts):
+        there = [n for n in parts if n in found] + sorted(extra)
         # or the library would report on top, and raise an error of its own in place of this one
         for keys in (loading_info.missing_keys, loading_info.unexpected_keys, loading_info.mismatched_keys):
             keys.clear()
@@ -116,9 +132,45 @@ def specialist_mask(mask: Tensor | dict[str, Tensor] | None, name: str, config) 
     return mask if hasattr(config, "layer_types") else mask[specialist_layer_types(config)[0]]
 
 
-def is_frozen(specialist: nn.Module) -> bool:
-    """Whether running it under autograd would only store activations that no gradient needs."""
-    return torch.is_grad_enabled() and not any(p.requires_grad for p in specialist.parameters())
+def run_each(
+    specialists: Specialists,
+    first_layers: list[int],
+    input_ids: Tensor,
+    attention_mask: Tensor | dict[str, Tensor] | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+    specialist_input_ids: Tensor | None = None,
+    specialist_attention_mask: Tensor | None = None,
+    **kwargs,
+) -> list[ModelOutput]:
+    """Runs the specialists one after another, each on its part of the cache. Returns the output of each."""
+    paged = kwargs.pop("cache", None)
+    outputs = []
+    for k, (name, specialist) in enumerate(specialists.items()):
+        start, length = first_layers[k], first_layers[k + 1] - first_layers[k]
+        ids, mask, positions = input_ids, specialist_mask(attention_mask, name, specialist.config), position_ids
+        if specialist_input_ids is not None:
+            ids = specialist_input_ids[:, k]
+        if specialist_attention_mask is not None:
+            mask = specialist_attention_mask[:, k]
+            positions = positions_of(mask, ids.shape[-1])
+        own = {"cache": paged_window(paged, start)} if paged is not None else {}
+        if past_key_values is not None:
+            own["past_key_values"] = SpecialistCache(past_key_values, start, length)
+        outputs.append(run(specialist, input_ids=ids, attention_mask=mask, position_ids=positions, **own, **kwargs))
+    return outputs
+
+
+def run(backbone: PreTrainedModel, **inputs) -> ModelOutput:
+    """Runs a backbone; without autograd if that would only store activations that no gradient needs."""
+    frozen = torch.is_grad_enabled() and not any(p.requires_grad for p in backbone.parameters())
+    with torch.no_grad() if frozen else nullcontext():
+        return backbone(return_dict=True, **inputs)
+
+
+def positions_of(mask: Tensor, seq: int) -> Tensor:
+    """Positions of the last tokens under a mask. Shape (batch, seq)."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)[:, -seq:]
 
 
 def end_to_end(outputs: list[ModelOutput], field: str) -> tuple[Tensor, ...] | None:

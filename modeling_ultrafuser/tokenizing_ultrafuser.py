@@ -10,7 +10,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
+
+from .lora_ultrafuser import adapter_config
 
 
 logger = logging.get_logger(__name__)
@@ -85,11 +87,23 @@ def common_tokenizer(
 
 
 def load_tokenizer(source, **hub) -> PreTrainedTokenizerBase | None:
-    """A specialist's tokenizer, or None if its folder holds none."""
-    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if os.path.isdir(source) and not any(os.path.exists(os.path.join(source, f)) for f in files):
+    """A specialist's tokenizer, or None if its folder holds none. That of an adapter without one is its base's."""
+    adapter = adapter_config(source, **hub)
+    if adapter is not None and not _has_tokenizer(source, **hub):
+        source, hub = adapter["base_model_name_or_path"], {**hub, "revision": adapter.get("revision") or "main"}
+    if os.path.isdir(source) and not _has_tokenizer(source):
         return None
     return AutoTokenizer.from_pretrained(source, **hub)
+
+
+def _has_tokenizer(source, **hub) -> bool:
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if os.path.isdir(source):
+        return any(os.path.exists(os.path.join(source, file)) for file in files)
+    try:
+        return cached_file(source, "tokenizer_config.json", **hub) is not None
+    except OSError:
+        return False
 
 
 def widest_usable_tokenizer(

@@ -1,0 +1,168 @@
+"""Specialists that are LoRA adapters (Hu et al., 2021, arXiv 2106.09685) of one base, run as rows of one batch.
+
+The base is in memory once and read once per token. Every text is there once for each specialist: row b * N + k is text
+b as specialist k reads it. All rows go through the base's weights together, and each through its own adapter.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutput
+
+from .cache_ultrafuser import SpecialistCache
+from .specialists_ultrafuser import positions_of, run
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer of the base with an adapter for each specialist: x W^T + x A_k^T B_k.
+
+    The adapters' scale is a part of B. One of lower rank has zeros behind its own, and where a specialist has none both
+    parts are zeros.
+
+    Args:
+        base_layer: The base's. It stays a layer of its own, so that quantisers find it.
+        specialists: How many.
+        rank: The highest among the adapters.
+    """
+
+    def __init__(self, base_layer: nn.Linear, specialists: int, rank: int):
+        super().__init__()
+        self.base_layer = base_layer
+        like = {"device": base_layer.weight.device, "dtype": base_layer.weight.dtype}
+        self.lora_A = nn.Parameter(torch.zeros(specialists, rank, base_layer.in_features, **like))
+        # rank first, unlike in PEFT: a processor multiplies few rows by it faster
+        self.lora_B = nn.Parameter(torch.zeros(specialists, rank, base_layer.out_features, **like))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Shapes (batch * specialists, seq, in) to (batch * specialists, seq, out)."""
+        output = self.base_layer(hidden_states)
+        rows, seq, _ = hidden_states.shape
+        specialists = len(self.lora_A)
+        if rows == specialists:
+            return torch.baddbmm(output, torch.bmm(hidden_states, self.lora_A.mT), self.lora_B)
+        own = hidden_states.unflatten(0, (-1, specialists)).transpose(0, 1).flatten(1, 2)
+        change = torch.bmm(torch.bmm(own, self.lora_A.mT), self.lora_B)
+        change = change.unflatten(1, (-1, seq)).transpose(0, 1)
+        return (output.unflatten(0, (-1, specialists)) + change).flatten(0, 1)
+
+    @torch.no_grad()
+    def merged(self, k: int) -> nn.Linear:
+        """Specialist k's own linear layer, a copy."""
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        if not weight.is_floating_point() or weight.shape != (self.lora_B.shape[2], self.lora_A.shape[2]):
+            raise ValueError(
+                "An adapter is merged into the plain weights of its base, but those of this model are quantised. Load "
+                "it without `quantization_config` first."
+            )
+        with torch.device("meta"):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        # rounded once, at the end
+        own = weight.float() if weight.element_size() < 4 else weight
+        change = self.lora_B[k].T.to(own.dtype) @ self.lora_A[k].to(own.dtype)
+        linear.weight = nn.Parameter((own + change).to(weight.dtype))
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().clone())
+        return linear
+
+
+def add_adapters(base: PreTrainedModel, config) -> None:
+    """Puts adapters of zeros on the base's linear layers that the configuration names.
+
+    Raises:
+        ValueError: If it has no such layers.
+    """
+    targets = set(config.adapters["target_modules"])
+    chosen = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in targets]
+    missing = targets - {n.rpartition(".")[2] for n in chosen}
+    if missing:
+        raise ValueError(
+            f"Adapters are on linear layers of the base, but {type(base).__name__} has none of the name "
+            f"{sorted(missing)}. Correct `adapters` in the configuration, or fuse merged models."
+        )
+    for name in chosen:
+        owner, _, leaf = name.rpartition(".")
+        layer = AdaptedLinear(base.get_submodule(name), len(config.specialists), config.adapters["rank"])
+        setattr(base.get_submodule(owner), leaf, layer)
+
+
+def merged_backbone(base: PreTrainedModel, k: int) -> PreTrainedModel:
+    """Specialist k's backbone with its adapter merged, a copy."""
+    backbone = copy.deepcopy(base)
+    for name, layer in base.named_modules():
+        if isinstance(layer, AdaptedLinear):
+            owner, _, leaf = name.rpartition(".")
+            setattr(backbone.get_submodule(owner), leaf, layer.merged(k))
+    return backbone
+
+
+class RowCache(SpecialistCache):
+    """The shared cache as the base sees it: one row for each specialist of each text.
+
+    The shared cache itself holds one row for each text, specialists' heads side by side, so that `generate` reorders,
+    repeats and crops it like any other.
+    """
+
+    def __init__(self, cache: Cache, specialists: int):
+        super().__init__(cache, 0, len(cache.layers))
+        self.specialists = specialists
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        texts = [s.reshape(-1, self.specialists * s.shape[1], *s.shape[2:]) for s in (key_states, value_states)]
+        found = super().update(*texts, layer_idx, *args, **kwargs)
+        return tuple(s.reshape(-1, s.shape[1] // self.specialists, *s.shape[2:]) for s in found)
+
+
+def run_as_rows(
+    base: PreTrainedModel,
+    specialists: int,
+    input_ids: Tensor,
+    attention_mask: Tensor | dict[str, Tensor] | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+    specialist_input_ids: Tensor | None = None,
+    specialist_attention_mask: Tensor | None = None,
+    **kwargs,
+) -> list[BaseModelOutput]:
+    """Runs all specialists in one pass of their base. Returns an output for each."""
+    refused = [key for key in kwargs if key == "cache" or key.startswith("cu_seq_lens")]
+    if refused:
+        raise ValueError(
+            f"Specialists that are adapters of one base are rows of one batch, but {refused} say that texts lie end to "
+            f"end in one row. Use `generate` in place of `generate_batch`, and pad instead of packing."
+        )
+
+    def rows(part: Tensor | dict[str, Tensor] | None):
+        if isinstance(part, dict):
+            return {key: rows(own) for key, own in part.items()}
+        return None if part is None else part.repeat_interleave(specialists, dim=0)
+
+    ids = rows(input_ids) if specialist_input_ids is None else specialist_input_ids.flatten(0, 1)
+    mask, positions = rows(attention_mask), position_ids
+    if specialist_attention_mask is not None:
+        mask = specialist_attention_mask.flatten(0, 1)
+        positions = positions_of(mask, ids.shape[-1])
+    elif positions is not None and len(positions) > 1:
+        positions = rows(positions)
+    output = run(
+        base,
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=None if past_key_values is None else RowCache(past_key_values, specialists),
+        **kwargs,
+    )
+
+    def own(values, k: int):
+        return None if values is None else tuple(own[k::specialists] for own in values)
+
+    return [
+        BaseModelOutput(
+            last_hidden_state=output.last_hidden_state[k::specialists],
+            hidden_states=own(output.get("hidden_states"), k),
+            attentions=own(output.get("attentions"), k),
+        )
+        for k in range(specialists)
+    ]

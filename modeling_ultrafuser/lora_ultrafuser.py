@@ -1,0 +1,272 @@
+"""LoRA adapters as PEFT saves them: which base they are of, what of them is fused, and their tensors side by side."""
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file
+
+from .adapters_ultrafuser import AdaptedLinear, merged_backbone, run_as_rows
+from .specialists_ultrafuser import BASE
+
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MERGE_FIRST = (
+    "merge each into its base, `AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()` and "
+    "`.save_pretrained(...)`, and fuse whole models"
+)
+
+# fields of a LoRA configuration that say where and how large it is, or how it was trained
+_PLAIN_FIELDS = {
+    *(
+        "peft_type",
+        "peft_version",
+        "task_type",
+        "auto_mapping",
+        "inference_mode",
+        "base_model_name_or_path",
+        "revision",
+    ),
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "bias", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core"),
+    *("loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+}
+# starts that leave the base's weights as they are
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass
+class Adapters:
+    """Specialists that are adapters of one base; some may be the base itself.
+
+    Attributes:
+        base: Its Hub id or folder, as the adapters name it.
+        revision: Its branch, tag or commit.
+        configs: Each specialist's adapter configuration by name; None for the base itself.
+    """
+
+    base: str
+    revision: str
+    configs: dict[str, dict | None]
+
+
+def read_adapters(specialists: dict, hub: dict[str, dict]) -> Adapters | None:
+    """What adapters say of themselves, or None if all specialists are whole models.
+
+    Raises:
+        ValueError: If adapters and models are mixed, or adapters are of different bases, or are more than LoRA.
+    """
+    return common_base(specialists, {name: adapter_config(s, **hub[name]) for name, s in specialists.items()})
+
+
+def adapter_config(source, **hub) -> dict | None:
+    """The configuration of the adapter in a folder or repository, or None if it holds no adapter alone."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    for file in ("config.json", CONFIG_FILE):
+        try:
+            found = cached_file(source, file, **hub)
+        except OSError:
+            continue
+        if found is not None:
+            return None if file == "config.json" else json.loads(Path(found).read_text(encoding="utf-8"))
+    return None
+
+
+def common_base(specialists: dict, configs: dict[str, dict | None]) -> Adapters | None:
+    """The one base of all adapters, or None if there are none.
+
+    Args:
+        specialists: Name to Hub id or folder.
+        configs: Each one's adapter configuration, or None.
+
+    Raises:
+        ValueError: If adapters and models are mixed, or adapters are of different bases, or are more than LoRA.
+    """
+    bases = {n: (c.get("base_model_name_or_path"), c.get("revision") or "main") for n, c in configs.items() if c}
+    if not bases:
+        return None
+    first = next(iter(bases))
+    base, revision = bases[first]
+    rule = f"Adapters are fused on the one base that all are of; {first!r} is of {base!r}"
+    way_out = f"Fuse adapters of one base, or {MERGE_FIRST}."
+    if not base:
+        raise ValueError(
+            f"An adapter says which base it is of, but `base_model_name_or_path` of {first!r} is empty. Fill it in, or "
+            f"{MERGE_FIRST}."
+        )
+    for name, (other, at) in bases.items():
+        if not _same_place(other, base) or at != revision:
+            raise ValueError(f"{rule} at {revision!r}, but {name!r} of {other!r} at {at!r}. {way_out}")
+        check_adapter(name, configs[name])
+    for name, source in specialists.items():
+        if configs[name] is None and not _same_place(source, base):
+            what = repr(os.fspath(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
+            raise ValueError(f"{rule}, but {name!r} ({what}) is no adapter and not that base. {way_out}")
+    return Adapters(base, revision, configs)
+
+
+def _same_place(one, other) -> bool:
+    if not isinstance(one, str | os.PathLike) or not isinstance(other, str | os.PathLike):
+        return False
+    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))
+
+
+def check_adapter(name: str, config: dict) -> None:
+    """Refuses an adapter that is more than pairs of matrices added to linear layers.
+
+    Raises:
+        ValueError: Naming the first setting that makes it more.
+    """
+    more = {key: value for key, value in config.items() if key not in _PLAIN_FIELDS and value}
+    for key, plain in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("init_lora_weights", _PLAIN_STARTS)):
+        if config.get(key) not in plain:
+            more[key] = config.get(key)
+    if more:
+        key, value = next(iter(more.items()))
+        raise ValueError(
+            f"An adapter is fused if it adds pairs of matrices to linear layers and does nothing else (LoRA), but "
+            f"{name!r} has {key}={value!r}. Train it without, or {MERGE_FIRST}."
+        )
+
+
+def read_tensors(name: str, source: str, **hub) -> dict[str, Tensor]:
+    """An adapter's tensors by the names that PEFT gave them.
+
+    Raises:
+        OSError: If they cannot be read, or are not in the safetensors format.
+    """
+    try:
+        file = cached_file(source, WEIGHTS_FILE, **hub)
+    except OSError:
+        file = None
+    if file is None:
+        raise OSError(
+            f"The adapter {name!r} ({os.fspath(source)!r}) holds no {WEIGHTS_FILE}. Only the safetensors format is read, "
+            f"because others can run code; load and save it once with PEFT to convert it."
+        )
+    return load_state_dict(file)
+
+
+def adaptable(model: PreTrainedModel, backbone_type: type) -> dict[str, tuple[str, torch.Size]]:
+    """Linear layers of a base's backbone: name in its own model to name in the backbone, and shape."""
+    prefix, backbone = next((n, m) for n, m in model.named_modules() if type(m) is backbone_type)
+    linear = ((n, m) for n, m in backbone.named_modules() if type(m) is nn.Linear)
+    return {f"{prefix}.{n}" if prefix else n: (n, m.weight.shape) for n, m in linear}
+
+
+def read_parts(
+    adapters: Adapters, specialists: dict, hub: dict[str, dict], linear: dict[str, tuple[str, torch.Size]]
+) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """What `pairs` returns, by specialist; empty for the base itself."""
+    return {
+        name: {} if config is None else pairs(name, config, read_tensors(name, specialists[name], **hub[name]), linear)
+        for name, config in adapters.configs.items()
+    }
+
+
+def pairs(
+    name: str, config: dict, tensors: dict[str, Tensor], linear: dict[str, tuple[str, torch.Size]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """An adapter's two matrices for each linear layer of the backbone, the scale in the second.
+
+    Args:
+        name: Of the specialist.
+        config: Of the adapter.
+        tensors: By the names that PEFT gave them; on the meta device is enough to check them.
+        linear: What `adaptable` found in the base.
+
+    Returns:
+        Layer to A, (rank, in), and B, (rank, out), so that its change is x A^T B.
+
+    Raises:
+        ValueError: If there is anything that is no part of such a pair.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        if match is None or match[1] not in linear:
+            raise ValueError(
+                f"An adapter is fused if all of it is on linear layers of the base's backbone, because the head is one "
+                f"for all specialists, but {name!r} holds `{key}`. Train it without, or {MERGE_FIRST}."
+            )
+        found.setdefault(match[1], {})[match[2]] = tensor
+    result = {}
+    for module, two in found.items():
+        (layer, shape), a, b = linear[module], two.get("A"), two.get("B")
+        if a is None or b is None or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
+            shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
+            raise ValueError(
+                f"An adapter's matrices fit the layer of its base, but those of {name!r} for `{module}`, which is "
+                f"{tuple(shape)}, have shapes {shapes}. It is of another base, or not whole: download it again."
+            )
+        wide = b.to(torch.promote_types(b.dtype, torch.float32))
+        result[layer] = (a, (wide * _scale(config, module, len(a))).T)
+    return result
+
+
+def _scale(config: dict, module: str, rank: int) -> float:
+    own = (config.get("alpha_pattern") or {}).items()
+    alpha = next((a for pattern, a in own if re.match(rf"(.*\.)?({pattern})$", module)), config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def layout(adapters: dict[str, dict[str, tuple[Tensor, Tensor]]]) -> dict:
+    """The configuration's `adapters` for what `pairs` returns, by specialist."""
+    found = [(layer.rpartition(".")[2], len(a)) for own in adapters.values() for layer, (a, _) in own.items()]
+    if not found:
+        raise ValueError("Specialists that are adapters of one base must differ, but none of them changes a layer.")
+    return {"rank": max(rank for _, rank in found), "target_modules": sorted({leaf for leaf, _ in found})}
+
+
+def adapted_state(backbone: nn.Module, state: dict[str, Tensor], adapters: dict[str, dict]) -> dict[str, Tensor]:
+    """The tensors of a base with adapters, out of its own and of what `pairs` returns, by specialist.
+
+    Args:
+        backbone: The base's, with layers for adapters; on the meta device is enough.
+        state: The tensors of the base's own backbone.
+        adapters: Name to layer to A and B, in the order of the specialists.
+    """
+    state = dict(state)
+    for name, module in backbone.named_modules():
+        if not isinstance(module, AdaptedLinear):
+            continue
+        for part in ("weight", "bias"):
+            if f"{name}.{part}" in state:
+                state[f"{name}.base_layer.{part}"] = state.pop(f"{name}.{part}")
+        dtype = state[f"{name}.base_layer.weight"].dtype
+        a, b = (torch.zeros(p.shape, dtype=dtype, device="cpu") for p in (module.lora_A, module.lora_B))
+        for k, own in enumerate(adapters.values()):
+            if name in own:
+                rank = len(own[name][0])
+                a[k, :rank], b[k, :rank] = own[name]
+        state |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
+    return state
+
+
+@torch.no_grad()
+def probe_rows(model: PreTrainedModel, tolerance: float) -> None:
+    """Checks that each specialist says as a row of the batch what it says merged and alone.
+
+    Raises:
+        ValueError: If the base does more with its rows than to read each by itself.
+    """
+    base, names = model.model.specialists[BASE], model.config.specialist_names
+    ids = (torch.arange(1, 17, device=model.device) * 7919 % model.config.vocab_size).view(2, 8)
+    outputs = run_as_rows(base, len(names), ids, None, None, None, use_cache=False)
+    for k, name in enumerate(names):
+        own = merged_backbone(base, k)(input_ids=ids, use_cache=False).last_hidden_state.float()
+        difference = (outputs[k].last_hidden_state.float() - own).abs().max()
+        if not difference <= tolerance * own.abs().max().clamp(min=1e-6):
+            raise ValueError(
+                f"Adapters of one base are rows of one batch, but {type(base).__name__} does more with a row than to "
+                f"read it by itself: on a probe, hidden states of {name!r} differ by up to {difference.item():.3g}. "
+                f"Instead {MERGE_FIRST}."
+            )
