@@ -215,6 +215,38 @@ def chat(
         conversation.run(typed(console) if sys.stdin.isatty() else sys.stdin)
 
 
+@app.command()
+def push(
+    folder: Folder,
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hub; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="For its owner alone. Default: for all to see.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to. Default: main.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before much is sent, or files are replaced.")] = False,
+) -> None:
+    """Upload a fused model with its code, tokenizer and card to the Hub, in one commit. Killed, run it again.
+
+    Example: ultrafuser push fused me/text-code-math --private
+    """
+
+    def agree() -> bool:
+        if yes or sys.stdin.isatty():
+            return yes or typer.confirm("Push?")
+        raise ValueError("This needs a yes, and there is nobody to ask. Add --yes.")
+
+    with _in_words():
+        from transformers.utils import logging
+
+        from .pushing import push as run
+
+        # of the look at the weights, which is quick; what takes long is the upload
+        logging.disable_progress_bar()
+        commit = run(folder, repo, private=private, revision=revision, say=typer.echo, agree=agree)
+    if commit is None:
+        typer.echo("Nothing was sent.")
+        raise typer.Exit(1)
+    typer.echo(f"{commit}\nTo load it:\n\n{_loading(repo, revision)}")
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     context: typer.Context,

@@ -58,13 +58,7 @@ def write_card(
     sources = dict(specialists or {})
     if unknown := sorted(set(sources) - set(config.specialist_names)):
         raise ValueError(f"The specialists in {str(folder)!r} are {config.specialist_names}, but got {unknown}.")
-    recorded = read_ingredients(folder)
-    ingredients = [
-        _as_recorded(name, recorded[name])
-        if name in recorded and name not in sources
-        else licences.read_ingredient(name, sources.get(name))
-        for name in config.specialist_names
-    ]
+    ingredients = read_licences(folder, config.specialist_names, sources)
     loaded = [_load(file, config) for file in results]
     comparisons, judgements = ([r for r in loaded if key in r] for key in ("rows", "judge"))
     repo = repo or folder.resolve().name
@@ -101,6 +95,25 @@ def write_card(
     text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n\n"
     path.write_text(f"{text}<!-- ultrafuser card {digest(text)} -->\n", encoding="utf-8")
     return warnings
+
+
+def read_licences(
+    folder: Path, names: Sequence[str], sources: Mapping[str, str] | None = None
+) -> list[licences.Ingredient]:
+    """The specialists of a fused folder and their licences: as the folder has them, but for those whose source is given.
+
+    Args:
+        folder: Of the fused model.
+        names: Of its specialists.
+        sources: Name to Hub id or folder.
+    """
+    recorded, sources = read_ingredients(folder), sources or {}
+    return [
+        _as_recorded(name, recorded[name])
+        if name in recorded and name not in sources
+        else licences.read_ingredient(name, sources.get(name))
+        for name in names
+    ]
 
 
 def _is_ours(text: str) -> bool:

@@ -1,0 +1,221 @@
+"""Pushing to a local stand-in of the Hub: whole models, in one commit, and nothing that is nobody's business."""
+
+import json
+import re
+import shutil
+
+import pytest
+from huggingface_hub import metadata_load
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+from tests.conftest import stir_gate
+from tests.hub_server import TOKEN, HubServer
+from tests.killing import Commands
+from tests.tiny import specialist, tokenizer
+from ultrafuser import pushing
+
+
+NAMES = ["text", "code"]
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with HubServer({}, store=tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def commands(server, tmp_path_factory):
+    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path_factory.mktemp("home")), "HF_TOKEN": TOKEN}
+    with Commands("ultrafuser.pushing", **environment) as commands:
+        yield commands
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two fused models: the first in one file and with a chat template, the second in several and without."""
+    root = tmp_path_factory.mktemp("models")
+    for name, size in (("first", "5GB"), ("second", "20KB")):
+        model = UltraFuserForCausalLM.from_specialists({n: specialist(layers=1) for n in NAMES})
+        stir_gate(model)
+        model.save_pretrained(root / name, max_shard_size=size)
+        tokenizer(chat_template=TEMPLATE if name == "first" else None).save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def folder(models, tmp_path):
+    return shutil.copytree(models / "first", tmp_path / "first")
+
+
+@pytest.fixture
+def seen(commands, tmp_path):
+    """What somebody else loads: a fingerprint, or None if nothing loads."""
+
+    def seen(model, revision="main", cache=[0]):  # noqa: B006
+        cache[0] += 1
+        done = commands.run("load", model, revision, tmp_path / f"cache-{cache[0]}")
+        assert done.code is not None
+        return done.said.splitlines()[-1] if done.code == 0 else None
+
+    return seen
+
+
+def test_what_is_pushed_is_what_was_there_and_nothing_else_goes(folder, commands, server, seen):
+    for junk in ("training_args.bin", ".env", "model.safetensors.part", "notes.txt", "credentials.json"):
+        (folder / junk).write_text("mine")
+    (folder / "checkpoint-2").mkdir()
+    (folder / "checkpoint-2" / "tokenizer.json").write_text("{}")
+    done = commands.run("push", folder, "lab/whole")
+    assert done.code == 0, done.said
+    assert "had no card, so one was written" in done.said
+    assert "The licence of `text` is unknown" in done.said
+    kept = {f.name for f in folder.iterdir()} & {f.name for f in server.tree("lab/whole")[1].iterdir()}
+    sizes = sum((folder / name).stat().st_size for name in kept)
+    assert re.search(rf"{len(kept)} files, {pushing.decimal(sizes)}, to the public model 'lab/whole'", done.said)
+    missing = {f.name for f in folder.iterdir()} - kept
+    assert missing == {
+        *("training_args.bin", ".env", "model.safetensors.part", "notes.txt", "credentials.json", "checkpoint-2")
+    }
+    assert all(name in done.said for name in missing)
+    assert {"modeling_ultrafuser.py", "gating_ultrafuser.py", "README.md", "chat_template.jinja"} <= kept
+    assert metadata_load(server.tree("lab/whole")[1] / "README.md")["library_name"] == "transformers"
+    lines = done.said.split("To load it:")[1].strip().splitlines()
+    assert lines[0] == 'model = AutoModelForCausalLM.from_pretrained("lab/whole", trust_remote_code=True)'
+    assert seen("lab/whole") == seen(folder)
+
+
+def test_an_update_takes_the_earlier_model_s_files_out_and_leaves_other_people_s(
+    models, folder, commands, server, seen
+):
+    assert commands.run("push", folder, "lab/update").code == 0
+    _, there = server.tree("lab/update")
+    (there / "picture.png").touch()
+    done = commands.run("push", models / "second", "lab/update")
+    assert done.code == 2
+    assert "Of the model that is there now, these go" in done.said
+    assert "model.safetensors" in done.said
+    assert "chat_template.jinja" in done.said
+    assert "Add --yes" in done.said
+    assert seen("lab/update") == seen(folder)
+    assert commands.run("push", models / "second", "lab/update", "--yes").code == 0
+    _, now = server.tree("lab/update")
+    assert (now / "picture.png").exists()
+    assert not (now / "model.safetensors").exists()
+    assert seen("lab/update") == seen(models / "second") != seen(folder)
+
+
+def test_what_the_hub_has_is_not_sent_again(folder, commands, server):
+    assert commands.run("push", folder, "lab/again").code == 0
+    before, commit = len(server.received), server.tree("lab/again")[0]
+    assert commands.run("push", folder, "lab/again").code == 0
+    assert len(server.received) == before
+    assert server.tree("lab/again")[0] == commit
+
+
+def test_a_branch_of_its_own_leaves_main_as_it_is(models, folder, commands, server, seen):
+    assert commands.run("push", folder, "lab/branch").code == 0
+    done = commands.run("push", models / "second", "lab/branch", "--revision", "v2", "--yes")
+    assert done.code == 0, done.said
+    assert 'from_pretrained("lab/branch", revision="v2", trust_remote_code=True)' in done.said
+    assert seen("lab/branch") == seen(folder)
+    assert seen("lab/branch", "v2") == seen(models / "second")
+
+
+def test_private_is_private_or_nothing(folder, commands, server):
+    assert "private model" in commands.run("push", folder, "lab/secret", "--private").said
+    assert "lab/secret" in server.private
+    assert commands.run("push", folder, "lab/open").code == 0
+    commit = server.tree("lab/open")[0]
+    done = commands.run("push", folder, "lab/open", "--private")
+    assert done.code == 2
+    assert "is to be private, but 'lab/open' is there already" in done.said
+    assert server.tree("lab/open")[0] == commit
+
+
+@pytest.mark.parametrize(("token", "said"), [("", "no token was found"), ("hf_wrong", "401")])
+def test_without_a_token_that_the_hub_knows_nothing_is_sent(token, said, folder, commands, server):
+    done = commands.run("push", folder, f"lab/nobody{token}", HF_TOKEN=token)
+    assert done.code == 2
+    assert said in done.said
+    assert f"lab/nobody{token}" not in server.branches
+
+
+def test_much_is_asked_about_first(folder, monkeypatch):
+    asked = []
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(pushing, "ASK_ABOVE", 10)
+    monkeypatch.setattr(pushing, "_there", lambda *_: None)
+    monkeypatch.setattr(pushing, "HfApi", lambda: None)
+    assert pushing.push(folder, "lab/large", say=asked.append, agree=lambda: asked.append("?")) is None
+    assert asked[-1] == "?"
+    assert "files" in asked[-2] or "files" in asked[-3]
+
+
+def _without(folder, name):
+    (folder / name).unlink()
+
+
+def _cut(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1])
+
+
+def _less(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.specialists.code.embed_tokens.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _unnamed(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _telling(folder):
+    (folder / "README.md").write_text("Use my token hf_" + "a" * 34)
+
+
+def _unsharded(folder):
+    model = UltraFuserForCausalLM.from_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    next(folder.glob("model-00002*")).unlink()
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: _without(folder, "config.json"), "holds no config.json"),
+        (lambda folder: _without(folder, "model.safetensors"), "holds no weights"),
+        (lambda folder: _without(folder, "gating_ultrafuser.py"), r"lacks \['gating_ultrafuser.py'\]"),
+        (lambda folder: _without(folder, "modeling_ultrafuser.py"), r"lacks \['modeling_ultrafuser.py'\]"),
+        (lambda folder: _without(folder, "tokenizer.json"), "holds none that loads"),
+        (_cut, "cannot be read"),
+        (_less, "embed_tokens"),
+        (_unsharded, r"lacks \['model-00002"),
+        (_pickled, r"only \['pytorch_model.bin'\]"),
+        (_unnamed, r"lacks \['AutoConfig', 'AutoModelForCausalLM'\]"),
+        (_telling, "looks like one: hf_aaa"),
+    ],
+)
+def test_what_is_not_whole_or_gives_away_a_secret_is_refused(spoil, said, folder, monkeypatch):
+    spoil(folder)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    # a request would fail otherwise: tests are offline
+    with pytest.raises(ValueError, match=said):
+        pushing.push(folder, "lab/model")
+
+
+def test_every_file_that_saving_writes_is_sent(models):
+    for folder in models.iterdir():
+        assert {f.name for f in folder.iterdir()} == set(pushing.whole_model(folder))
+        AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,196 @@
+"""A fused folder to the Hub: looked through, weighed, and seen by others in one commit or not at all."""
+
+import json
+import re
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import ModelInfo
+from rich.filesize import decimal
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+
+from . import hub_card, licences
+from .folders import fused_config
+
+
+WEIGHTS, INDEX, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
+# what transformers reads beside weights and code; of an earlier model on the Hub, none of it may stay
+READ = (
+    *("config.json", "generation_config.json", "specialists.json", "tokenizer.json", "tokenizer_config.json"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model"),
+)
+FOR_PEOPLE = (CARD, "LICENSE*", "NOTICE*")
+SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}|\bsk-[\w-]{32,}|-----BEGIN [A-Z ]*PRIVATE KEY-----")
+ASK_ABOVE = 1e9  # bytes
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    say: Callable[[str], None] = print,
+    agree: Callable[[], bool] = lambda: True,
+) -> str | None:
+    """Uploads a fused model with its code, tokenizer and card, after saying how large it is and who will see it.
+
+    Everything becomes visible in one commit, after all content has been uploaded: killed at any time, the repository
+    holds what it held before. Run again, content that the Hub has is not sent again.
+
+    Args:
+        folder: Of the fused model. Gets a card if it has none.
+        repo_id: "owner/name" on the Hub; made if it is not there.
+        private: Whether only its owner sees it, if it is made.
+        revision: Branch to push to; made if it is not there. Default: main.
+        say: Called with a line about each thing that a user should know first.
+        agree: Asked before much is sent, or files of an earlier model are taken out. Nothing is sent unless it says yes.
+
+    Returns:
+        Address of the commit, or None if nothing was sent.
+
+    Raises:
+        ValueError: If the folder is not a whole fused model, or would give away a secret; if nobody is logged in; or if
+            the repository is there for all to see, but is to be private.
+        OSError: If the Hub cannot be asked, or refuses.
+    """
+    if get_token() is None:
+        raise ValueError(
+            "Only somebody whom the Hub knows may push, but no token was found. Run `hf auth login`, or set HF_TOKEN."
+        )
+    files = whole_model(folder)
+    api = HfApi()
+    there = _there(api, repo_id, revision)
+    if private and there and not there.private:
+        raise ValueError(
+            f"The model is to be private, but {repo_id!r} is there already, for all to see. Push to another, or change "
+            f"its visibility on the Hub."
+        )
+    if CARD not in files:
+        hub_card.write_card(folder, repo=repo_id)
+        say(f"{str(folder)!r} had no card, so one was written: {CARD}. `ultrafuser card` puts results into it.")
+        files.append(CARD)
+    for warning in licences.warnings(hub_card.read_licences(folder, fused_config(folder).specialist_names)):
+        say(f"Warning: {warning}")
+    old = [f.rfilename for f in there.siblings] if there else []
+    stale = [f for f in old if _is_of_a_model(f) and f not in files]
+    size = sum((folder / file).stat().st_size for file in files)
+    seen = "private" if private or (there and there.private) else "public"
+    say(f"{len(files)} files, {decimal(size)}, to the {seen} model {repo_id!r}, in one commit.")
+    if left := sorted(p.name for p in folder.iterdir() if not any(f.split("/")[0] == p.name for f in files)):
+        say(f"Not sent: {', '.join(left)}.")
+    if stale:
+        say(f"Of the model that is there now, these go; its history keeps them: {', '.join(stale)}.")
+    if (size > ASK_ABOVE or stale) and not agree():
+        return None
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    # not `upload_folder`, which may make several commits, so that a kill could leave some of the files
+    commit = api.create_commit(
+        repo_id,
+        [*(CommitOperationDelete(f) for f in stale), *(CommitOperationAdd(f, folder / f) for f in files)],
+        commit_message="A fused model: weights, code, tokenizer and card",
+        revision=revision,
+        # what goes was found at this commit
+        parent_commit=there.sha if there else None,
+    )
+    return str(commit.commit_url)
+
+
+def whole_model(folder: Path) -> list[str]:
+    """Files of a fused model to be sent, after a look whether it is whole: weights, code, tokenizer, and what is said.
+
+    Reads the weights' headers only.
+
+    Raises:
+        ValueError: If something is missing, cut off, a pickle, or holds a secret.
+    """
+    fused_config(folder)
+    code, weights = _code(folder), _weights(folder)
+    try:
+        _, found = UltraFuserForCausalLM.from_pretrained(folder, device_map="meta", output_loading_info=True)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"Only a whole model is pushed, but the weights in {str(folder)!r} cannot be read: {error}. Save it again."
+        ) from error
+    if odd := {kind: sorted(map(str, keys))[:3] for kind, keys in found.items() if keys}:
+        raise ValueError(f"Only a whole model is pushed, but of the weights in {str(folder)!r} some are odd: {odd}.")
+    try:
+        AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"A model is pushed with its tokenizer, but {str(folder)!r} holds none that loads. Save it there: "
+            f"`tokenizer.save_pretrained({str(folder)!r})`."
+        ) from error
+    present = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    rest = sorted(f for f in present if _matches(f, (*READ, *FOR_PEOPLE)))
+    for file in (*code, *rest):
+        if found := SECRET.search((folder / file).read_bytes()):
+            raise ValueError(
+                f"Secrets are not for the Hub, but {str(folder / file)!r} holds what looks like one: "
+                f"{found[0][:6].decode()}... Take it out, and make a new one."
+            )
+    return [*weights, *code, *rest]
+
+
+def _code(folder: Path) -> list[str]:
+    """The files that the configuration names as the model's code, and what they import."""
+    named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+    missing = {"AutoConfig", "AutoModelForCausalLM"} - set(named)
+    found = {f"{reference.split('.')[0]}.py" for reference in named.values()}
+    try:
+        for file in list(found):
+            found |= {Path(path).name for path in get_relative_import_files(folder / file)}
+        missing |= {file for file in found if not (folder / file).exists()}
+    except FileNotFoundError as error:
+        missing.add(Path(error.filename).name)
+    if missing:
+        raise ValueError(
+            f"A model is pushed with the code that others load it with, but {str(folder)!r} lacks {sorted(missing)}. "
+            f"Load it and save it again, which writes them."
+        )
+    return sorted(found)
+
+
+def _weights(folder: Path) -> list[str]:
+    """The files that loading reads: one, or those that the index names."""
+    if (folder / WEIGHTS).exists():
+        return [WEIGHTS]
+    if not (folder / INDEX).exists():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+        raise ValueError(
+            f"Weights are pushed as safetensors, because a pickle can run code where it is loaded, but {str(folder)!r} "
+            f"holds {f'only {pickles}' if pickles else 'no weights'}. Load the model and save it again."
+        )
+    shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    if missing := sorted(shard for shard in shards if not (folder / shard).exists()):
+        raise ValueError(f"Only a whole model is pushed, but {str(folder)!r} lacks {missing}. Save it again.")
+    return [INDEX, *sorted(shards)]
+
+
+def _is_of_a_model(file: str) -> bool:
+    return _matches(file, (*READ, "*.safetensors", INDEX))
+
+
+def _matches(file: str, patterns: tuple[str, ...]) -> bool:
+    # a pattern without a folder is for the top one
+    return any(fnmatch(file, p) and file.count("/") == p.count("/") for p in patterns)
+
+
+def _there(api: HfApi, repo_id: str, revision: str | None) -> ModelInfo | None:
+    """What the Hub has now: at the revision, or at main, from which a new branch starts; None if there is nothing."""
+    try:
+        return api.model_info(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        return api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        return None
