@@ -1,4 +1,4 @@
-.PHONY: check test slow results card
+.PHONY: check test slow docs results card
 
 check:  # the code's form
 	ruff check .
@@ -9,6 +9,9 @@ test:  # seconds to minutes
 
 slow:  # minutes, or packages of their own
 	pytest -m slow
+
+docs:  # the documentation, in build/site
+	mkdocs build --strict
 
 results:  # experiments that are missing or whose config changed
 	python -m experiments
