@@ -1,6 +1,6 @@
 """A chat in the terminal, every token coloured by the specialist that leads."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from rich.console import Console
@@ -20,16 +20,19 @@ TURN_TOKENS = 512
 
 
 class Speech(BaseStreamer):
-    """Prints an answer while it is generated.
+    """Follows an answer while it is generated.
+
+    Args:
+        tokenizer: Of the model.
+        say: Called with each piece of text and the gate weights of the token that completed it. Shape (specialists,).
 
     Attributes:
         text: What has been said so far.
         weights: Gate weights of each token so far. Shapes (specialists,).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, names: list[str], console: Console):
-        self.backend, self.names, self.console = tokenizer.backend_tokenizer, names, console
-        self.colours = assign(names)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Callable[[str, torch.Tensor], None]):
+        self.backend, self.say = tokenizer.backend_tokenizer, say
         self.decoder = DecodeStream(skip_special_tokens=True)
         self.text, self.weights, self.prompt_read = "", [], False
 
@@ -47,22 +50,44 @@ class Speech(BaseStreamer):
             piece = self.decoder.step(self.backend, token)
             if piece:
                 self.text += piece
-                self.console.print(self._coloured(piece), end="", soft_wrap=True)
+                self.say(piece, self.weights[-1])
 
     def end(self) -> None:
-        """Ends the line."""
-        self.console.print()
+        """Takes note that nothing more comes."""
 
-    def _coloured(self, piece: str) -> Text:
-        weight, leader = self.weights[-1].max(-1)
-        name = self.names[leader]
-        text = Text()
-        for line in piece.splitlines(keepends=True):
-            # a line's end without a style, or colour would fill the rest of the line
-            body = line.rstrip("\n")
-            text.append(body, speaker_style(self.colours[name], weight.item(), len(self.names)))
-            text.append(line[len(body) :])
-        return text
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> torch.Tensor:
+    """What the model reads: a conversation, or without a chat template its last message as plain text. Shape (1, seq)."""
+    if tokenizer.chat_template is None:
+        return tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
+    read = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return read["input_ids"]
+
+
+@torch.inference_mode()
+def speak(model: UltraFuserForCausalLM, ids: torch.Tensor, speech: Speech, max_new_tokens: int, **settings) -> None:
+    """Generates an answer, which `speech` follows.
+
+    Args:
+        model: A fused model.
+        ids: What it reads, from `prompt_ids`. Shape (1, seq).
+        speech: Told about every token.
+        max_new_tokens: Of the answer; fewer if the model reads no more.
+        settings: Of `generate`.
+
+    Raises:
+        ValueError: If the conversation has become too long.
+    """
+    limit = model.config.max_position_embeddings
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - ids.shape[-1])
+    if room < 1:
+        raise ValueError(f"The conversation has {ids.shape[-1]} tokens and the model reads {limit}.")
+    ids = ids.to(model.device)
+    hook = model.model.fusion_gate.register_forward_hook(speech.watch)
+    try:
+        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=speech, max_new_tokens=room, **settings)
+    finally:
+        hook.remove()
 
 
 class Chat:
@@ -84,6 +109,8 @@ class Chat:
         max_new_tokens: int = TURN_TOKENS,
     ):
         self.model, self.tokenizer, self.console, self.max_new_tokens = model, tokenizer, console, max_new_tokens
+        self.names = model.config.specialist_names
+        self.colours = assign(self.names)
         self.messages: list[dict[str, str]] = []
         self.speech: Speech | None = None
 
@@ -103,30 +130,23 @@ class Chat:
             elif line:
                 self.answer(line)
 
-    @torch.inference_mode()
     def answer(self, prompt: str) -> str:
         """Prints the answer to a prompt while it is generated. Interrupted, it keeps what was said so far.
 
         Returns:
             The answer; empty if the conversation has become too long.
         """
-        ids = self._ids(prompt)
-        limit = self.model.config.max_position_embeddings
-        room = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - ids.shape[-1])
-        if room < 1:
-            self.console.print(
-                f"The conversation has {ids.shape[-1]} tokens and the model reads {limit}. Begin anew with /reset."
-            )
-            return ""
-        speech = self.speech = Speech(self.tokenizer, self.model.config.specialist_names, self.console)
-        hook = self.model.model.fusion_gate.register_forward_hook(speech.watch)
+        said = [*self.messages, {"role": "user", "content": prompt}]
+        speech = self.speech = Speech(self.tokenizer, self._print)
         try:
-            self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=speech, max_new_tokens=room)
+            speak(self.model, prompt_ids(self.tokenizer, said), speech, self.max_new_tokens)
+        except ValueError as error:
+            self.console.print(f"{error} Begin anew with /reset.")
+            return ""
         except KeyboardInterrupt:
-            speech.end()
-        finally:
-            hook.remove()
-        self.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": speech.text}]
+            pass
+        self.console.print()
+        self.messages = [*said, {"role": "assistant", "content": speech.text}]
         return speech.text
 
     def who(self) -> Text:
@@ -135,21 +155,20 @@ class Chat:
             return Text("Nobody has spoken yet.")
         text = Text()
         mean = torch.stack(self.speech.weights).mean(0).tolist()
-        for name, weight in zip(self.speech.names, mean, strict=True):
-            text.append(f" {name} ", speaker_style(self.speech.colours[name], 1.0, len(mean))).append(
-                f" {weight:.0%}  "
-            )
+        for name, weight in zip(self.names, mean, strict=True):
+            text.append(f" {name} ", speaker_style(self.colours[name], 1.0, len(mean))).append(f" {weight:.0%}  ")
         return text
 
-    def _ids(self, prompt: str) -> torch.Tensor:
-        if self.tokenizer.chat_template is None:
-            ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        else:
-            messages = [*self.messages, {"role": "user", "content": prompt}]
-            ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )["input_ids"]
-        return ids.to(self.model.device)
+    def _print(self, piece: str, weights: torch.Tensor) -> None:
+        weight, leader = weights.max(-1)
+        style = speaker_style(self.colours[self.names[leader]], weight.item(), len(self.names))
+        text = Text()
+        for line in piece.splitlines(keepends=True):
+            # a line's end without a style, or colour would fill the rest of the line
+            body = line.rstrip("\n")
+            text.append(body, style)
+            text.append(line[len(body) :])
+        self.console.print(text, end="", soft_wrap=True)
 
 
 def typed(console: Console) -> Iterator[str]:
