@@ -33,6 +33,7 @@ from .specialists_ultrafuser import (
     check_inputs,
     end_to_end,
     refuse_other_specialists,
+    refuse_quantised_head,
     run_each,
     selected,
 )
@@ -73,6 +74,7 @@ class UltraFuserPreTrainedModel(PreTrainedModel):
         super()._adjust_missing_and_unexpected_keys(loading_info)
         names, parts = self.config.specialist_names, list(self.base_model.specialists)
         refuse_other_specialists(names, parts, [n for n, _ in self.named_parameters()], loading_info)
+        refuse_quantised_head(getattr(self, "lm_head", None))
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -376,6 +378,9 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         setattr(model, place, backbone)
         model.get_output_embeddings().weight = nn.Parameter(self.lm_head.weight.detach()[:, columns], False)
         model.generation_config = copy.deepcopy(self.generation_config)
+        if getattr(self, "hf_quantizer", None) is not None:
+            # who quantised the backbone knows how to save it, and what the folder must say to load again
+            model.hf_quantizer, model.config.quantization_config = self.hf_quantizer, self.config.quantization_config
         return model.train(self.training)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs) -> dict:

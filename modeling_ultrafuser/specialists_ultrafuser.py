@@ -119,6 +119,23 @@ def refuse_other_specialists(names: list[str], parts: list[str], parameters: lis
         )
 
 
+def refuse_quantised_head(head: nn.Module | None) -> None:
+    """Refuses a head without plain weights. Quantisers leave it alone unless they are told what to leave alone."""
+    if head is None:
+        return
+    weight = getattr(head, "weight", None)
+    plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1
+    # torchao's tensors say of themselves that they are floating point
+    if plain and type(weight.data).__module__.split(".")[0] == "torch":
+        return
+    raise ValueError(
+        f"The head of a fused model must have plain weights, because each specialist has columns of its own in it, but "
+        f"it became a {type(head).__name__} of {type(weight).__name__}. Add 'lm_head' to the modules that the quantiser "
+        f"leaves alone: llm_int8_skip_modules=['lm_head', ...] of BitsAndBytesConfig, modules_to_not_convert=['lm_head', "
+        f"...] of others. Without a list they do so by themselves."
+    )
+
+
 def specialist_mask(mask: Tensor | dict[str, Tensor] | None, name: str, config) -> Tensor | dict[str, Tensor] | None:
     """One specialist's part of masks prepared in advance; anything else is for all specialists alike."""
     if not isinstance(mask, dict):
