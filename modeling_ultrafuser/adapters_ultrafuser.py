@@ -88,6 +88,12 @@ def add_adapters(base: PreTrainedModel, config) -> None:
         setattr(base.get_submodule(owner), leaf, layer)
 
 
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Both matrices of all adapters, of all specialists. Their first dimension is specialists."""
+    layers = (m for m in model.modules() if isinstance(m, AdaptedLinear))
+    return [parameter for layer in layers for parameter in (layer.lora_A, layer.lora_B)]
+
+
 def merged_backbone(base: PreTrainedModel, k: int) -> PreTrainedModel:
     """Specialist k's backbone with its adapter merged, a copy."""
     backbone = copy.deepcopy(base)

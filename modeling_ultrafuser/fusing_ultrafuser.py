@@ -93,11 +93,10 @@ def fuse_specialists(
     # names, their number and the choices are refused before anything is read
     UltraFuserConfig(specialist_names=names, specialists=[_PLACEHOLDER] * len(names), **choices)
 
-    adapters, whole = read_adapters(specialists, hub), specialists
+    adapters, whole, place = read_adapters(specialists, hub), specialists, hub
     if adapters is not None:
-        whole = {BASE: adapters.base}
-        hub[BASE] = {**hub_kwargs, "revision": adapters.revision}
-    sources = {name: own_config(name, s, **hub[name]) for name, s in whole.items()}
+        whole, place = {BASE: adapters.base}, {BASE: {**hub_kwargs, "revision": adapters.revision}}
+    sources = {name: own_config(name, s, **place[name]) for name, s in whole.items()}
     text_configs = {name: copy.deepcopy(c.get_text_config(decoder=True)) for name, c in sources.items()}
     for name, config in text_configs.items():
         check_architecture(name, sources[name], config)
@@ -126,12 +125,12 @@ def fuse_specialists(
     if tokenizers:
         widest_usable_tokenizer(tokenizers, vocab_size)
     generation_config = merged_generation_config(
-        {n: own_generation_config(s, sources[n], **hub[n]) for n, s in whole.items()}, vocab_size
+        {n: own_generation_config(s, sources[n], **place[n]) for n, s in whole.items()}, vocab_size
     )
 
     state, head, column = {}, None, 0
     for k, (name, source) in enumerate(whole.items()):
-        model = _load(name, source, sources[name], dtype, **hub[name])
+        model = _load(name, source, sources[name], dtype, **place[name])
         if dtype is None:
             dtype = model.dtype
         elif model.dtype != dtype:

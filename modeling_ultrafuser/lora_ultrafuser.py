@@ -95,28 +95,32 @@ def common_base(specialists: dict, configs: dict[str, dict | None]) -> Adapters 
         return None
     first = next(iter(bases))
     base, revision = bases[first]
-    rule = f"Adapters are fused on the one base that all are of; {first!r} is of {base!r}"
-    way_out = f"Fuse adapters of one base, or {MERGE_FIRST}."
+    rule = (
+        f"Specialists are whole models, or LoRA adapters of one base, but {first!r} holds only an adapter, of {base!r}"
+    )
+    way_out = f"Fuse adapters of one base, with that base itself among them if you like; or {MERGE_FIRST}."
+    for name, source in specialists.items():
+        if configs[name] is None and not _same_place(source, base):
+            what = repr(os.fspath(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
+            raise ValueError(f"{rule}, and {name!r} ({what}) is a whole model, and not that base. {way_out}")
     if not base:
         raise ValueError(
-            f"An adapter says which base it is of, but `base_model_name_or_path` of {first!r} is empty. Fill it in, or "
+            f"An adapter says which base it is of, but `base_model_name_or_path` of {first!r} is {base!r}. Fill it in, or "
             f"{MERGE_FIRST}."
         )
     for name, (other, at) in bases.items():
         if not _same_place(other, base) or at != revision:
-            raise ValueError(f"{rule} at {revision!r}, but {name!r} of {other!r} at {at!r}. {way_out}")
+            raise ValueError(f"{rule} at {revision!r}, and {name!r} one of {other!r} at {at!r}. {way_out}")
         check_adapter(name, configs[name])
-    for name, source in specialists.items():
-        if configs[name] is None and not _same_place(source, base):
-            what = repr(os.fspath(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
-            raise ValueError(f"{rule}, but {name!r} ({what}) is no adapter and not that base. {way_out}")
     return Adapters(base, revision, configs)
 
 
 def _same_place(one, other) -> bool:
     if not isinstance(one, str | os.PathLike) or not isinstance(other, str | os.PathLike):
         return False
-    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))
+    return os.fspath(one) == os.fspath(other) or (
+        os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other)
+    )
 
 
 def check_adapter(name: str, config: dict) -> None:

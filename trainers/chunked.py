@@ -109,13 +109,14 @@ def score_tokens(
     """Scores labels under a fused model of either rule.
 
     Gradients reach states, gate weights and head through the log-probabilities. Mixtures of logits are in the states
-    already, so there the gate learns through them, or, with `gate_only`, through the gate weights.
+    already, so there the gate learns through them, or, with `gate_only`, through the gate weights. States that are
+    summed, of adapters of one base, are one product with the head either way.
 
     Args:
         config: The fused model's. Specialists' widths, the fusion rule and soft caps are read.
-        states: What the backbone returns first. Shape (tokens, sum of hidden sizes).
+        states: What the backbone returns first. Shape (tokens, sum of hidden sizes); (tokens, hidden) if summed.
         gate_weights: Shape (tokens, specialists).
-        head: The wide head's weight. Shape (vocab, sum of hidden sizes).
+        head: The wide head's weight. Shape (vocab, sum of hidden sizes); (vocab, hidden) of adapters of one base.
         targets: Labels. Shape (tokens,).
         gate_only: Whether nothing but the gate learns.
         chunk: Positions at once.
@@ -131,12 +132,12 @@ def score_tokens(
     if config.fusion == "probabilities":
         caps = [soft_cap(c) for c in config.specialists]
         return _Mixture.apply(states, log_weights, head, targets, widths, caps, chunk)
-    if gate_only:
+    if gate_only and config.adapters is None:
         return _GateOfLogits.apply(
             log_weights, states.detach(), head.detach(), targets, widths, soft_cap(config), chunk
         )
     alone = log_weights.new_zeros(len(states), 1)
-    return _Mixture.apply(states, alone, head, targets, [sum(widths)], [soft_cap(config)], chunk)
+    return _Mixture.apply(states, alone, head, targets, [head.shape[1]], [soft_cap(config)], chunk)
 
 
 @torch.no_grad()
@@ -203,9 +204,11 @@ def _mixture(states, log_weights, head, targets, widths, caps, chunk, dtype, nee
     """
     new = functools.partial(torch.empty, dtype=_sum_type(states), device=states.device)
     tokens, columns = len(targets), _columns(widths)
+    # of a head that all share, everyone's columns are all
+    of_heads = columns if head.shape[1] == sum(widths) else [slice(None)] * len(widths)
     states, weight = states.detach().to(dtype), head.detach().to(dtype)
     log_probs, entropy, is_top1 = new(tokens), new(tokens), new(tokens, dtype=torch.bool)
-    of_states = new(tokens, head.shape[1]) if needs[0] else None
+    of_states = new(states.shape) if needs[0] else None
     of_weights = new(tokens, len(widths)) if needs[1] else None
     of_head = new(head.shape).zero_() if needs[2] else None
     buffers = [new(min(chunk, tokens), len(head)) for _ in widths]
@@ -214,7 +217,7 @@ def _mixture(states, log_weights, head, targets, widths, caps, chunk, dtype, nee
         words = [buffer[: len(y)] for buffer in buffers]
         slopes, own = [], []
         for k, c in enumerate(columns):
-            _multiply(states[rows, c], weight[:, c].T, words[k])
+            _multiply(states[rows, c], weight[:, of_heads[k]].T, words[k])
             log_p, slope = _softmax_(words[k], y, caps[k])
             own.append(log_p)
             slopes.append(slope)
@@ -232,11 +235,11 @@ def _mixture(states, log_weights, head, targets, widths, caps, chunk, dtype, nee
                 errors *= slopes[k]
             share = shares[:, k, None]
             if needs[0]:
-                _multiply(errors, weight[:, c], of_states[rows, c])
+                _multiply(errors, weight[:, of_heads[k]], of_states[rows, c])
                 of_states[rows, c] *= -share
             if needs[2]:
                 share = share if counts is None else share * counts[rows, None]
-                _add_product(of_head[:, c], errors.T, (share * states[rows, c]).to(dtype), -1)
+                _add_product(of_head[:, of_heads[k]], errors.T, (share * states[rows, c]).to(dtype), -1)
     return (log_probs, entropy, is_top1), (of_states, of_weights, of_head)
 
 

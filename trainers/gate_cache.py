@@ -176,9 +176,9 @@ class CachedGateTrainer(GateTrainer):
             yield from (torch.as_tensor(value) for _, value in sorted(batch.items()))
 
     def _fields(self, dtype: torch.dtype) -> dict:
-        specialists = self.fused.config.specialists
-        number, vocab = len(specialists), self.fused.config.vocab_size
-        fields = {"targets": ((), torch.int64), "states": ((self.fused.config.hidden_size,), dtype)}
+        widths = [c.hidden_size for c in self.fused.config.specialists]
+        number, vocab = len(widths), self.fused.config.vocab_size
+        fields = {"targets": ((), torch.int64), "states": ((sum(widths),), dtype)}
         if self.keep != "hidden":
             fields["log_probs"] = ((number,), torch.float32)
         if self.keep == "top":
@@ -258,9 +258,8 @@ class CachedGateTrainer(GateTrainer):
     def _scores(self, places: Tensor, states: Tensor, weights: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         if self.keep == "hidden":
             own = states.split([c.hidden_size for c in self.fused.config.specialists], -1)
-            scaled = torch.cat([h * w.to(h.dtype) for h, w in zip(own, weights.split(1, -1), strict=True)], -1)
-            head = self.fused.lm_head.weight
-            return score_tokens(self.fused.config, scaled, weights, head, targets, gate_only=True)
+            mixed, head = self.fused.model.mixed(own, weights), self.fused.lm_head.weight
+            return score_tokens(self.fused.config, mixed, weights, head, targets, gate_only=True)
         kept = [self.cache.arrays[name][places].to(weights.device) for name in ADDED if name in self.cache.arrays]
         if self.keep == "top":
             log_probs = mixed_log_probs(weights, *kept)

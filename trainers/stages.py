@@ -8,17 +8,20 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
+
+from modeling_ultrafuser.adapters_ultrafuser import adapter_parameters
 
 from .chunked import add_chunked_head
 from .controlling import MixController
@@ -89,14 +92,21 @@ class _StageTrainer(SFTTrainer):
                 f"be named as specialists are, but domains are {self.domains} and specialists are "
                 f"{model.config.specialist_names}."
             )
+        _check_quantised(model, self.stage, kwargs.get("peft_config"))
         self._choose_parameters(model, args, kwargs.get("peft_config"))
         if args.learning_rate is None:
             args.learning_rate = self.default_learning_rate(model)
         _check_terms(args, kwargs)
         accumulate(args, len(self.domains))
+        gate = {name: tensor.clone() for name, tensor in model.model.fusion_gate.state_dict().items()}
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
 
         self.fused = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        for name, parameter in self.fused.model.fusion_gate.named_parameters():
+            own = gate[name.removeprefix("original_module.").removeprefix("modules_to_save.default.")]
+            if parameter.dtype != own.dtype:
+                # TRL rounds all that is trained beside quantised weights to bfloat16, which is too coarse for a gate
+                parameter.data = own
         by_zero_3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
         if self.fused.config.fusion == "probabilities" and by_zero_3:
             raise ValueError(
@@ -396,7 +406,8 @@ class GateTrainer(_StageTrainer):
 class JointTrainer(_StageTrainer):
     """Stage two: trains the gate and the specialists together, from where stage one ended.
 
-    With `peft_config` the specialists learn through adapters and only those and the gate move.
+    With `peft_config` the specialists learn through adapters and only those and the gate move. So it is where the
+    specialists are adapters of one base: base and head stay as they are.
     """
 
     config_class = JointStageConfig
@@ -426,8 +437,19 @@ class JointTrainer(_StageTrainer):
         chosen = names if args.train_specialists is None else args.train_specialists
         if not set(chosen) <= set(names) or not chosen:
             raise ValueError(f"`train_specialists` must name some of {names}, but is {args.train_specialists}.")
-        model.requires_grad_(True)
+        if peft_config is None:
+            model.requires_grad_(True)
         self._trained = [n in chosen for n in names]
+        if model.config.adapters is not None:
+            if peft_config is not None or args.one_specialist_at_a_time:
+                raise ValueError(
+                    f"Specialists that are adapters of one base learn through those, all in one pass, so "
+                    f"{'`peft_config`' if peft_config is not None else '`one_specialist_at_a_time`'} is for specialists "
+                    f"that are models of their own. Leave it out."
+                )
+            model.requires_grad_(False)
+            for parameter in (*adapter_parameters(model), *model.model.fusion_gate.parameters()):
+                parameter.requires_grad_(True)
         if peft_config is not None:
             if args.train_specialists is not None:
                 raise ValueError(
@@ -438,24 +460,29 @@ class JointTrainer(_StageTrainer):
             if model.config.gate != "uniform":
                 peft_config.modules_to_save = sorted(saved | {"fusion_gate"})
         elif set(chosen) != set(names):
-            for name in set(names) - set(chosen):
-                model.model.specialists[name].requires_grad_(False)
-            kept = _kept_columns(model, self._trained)
-            model.lm_head.weight.register_hook(lambda gradient: gradient.index_fill(1, kept.to(gradient.device), 0))
+            if model.config.adapters is None:
+                for name in set(names) - set(chosen):
+                    model.model.specialists[name].requires_grad_(False)
+            for parameter, dim, places in _kept_parts(model, self._trained):
+                parameter.register_hook(partial(_without, dim=dim, places=places))
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """As every stage's, and columns of the head that are not trained stay as they are, whatever it does to them."""
+        """As every stage's, and parts of parameters that are not trained stay as they are, whatever it does to them."""
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if created and not all(self._trained):
-            weight, columns, before = self.fused.lm_head.weight, _kept_columns(self.fused, self._trained), []
+            kept, before = _kept_parts(self.fused, self._trained), []
 
             @torch.no_grad()
             def put_back(*_):
                 # weight decay moves what has no gradient too
-                weight.index_copy_(1, columns.to(weight.device), before.pop())
+                for parameter, dim, places in reversed(kept):
+                    parameter.index_copy_(dim, places.to(parameter.device), before.pop())
 
-            optimizer.register_step_pre_hook(lambda *_: before.append(weight.detach()[:, columns].clone()))
+            def keep(*_):
+                before.extend(p.detach().index_select(dim, places.to(p.device)) for p, dim, places in kept)
+
+            optimizer.register_step_pre_hook(keep)
             optimizer.register_step_post_hook(put_back)
         return optimizer
 
@@ -495,17 +522,39 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
 def _specialist_size(model: PreTrainedModel) -> float:
     # ZeRO-3 leaves parameters empty, and says how many there were
     sizes = [getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters() if "fusion_gate" not in n]
-    return sum(sizes) / len(model.config.specialist_names)
+    return sum(sizes) / len(model.config.backbones)
 
 
 def _part(name: str) -> str:
     return "gate" if "fusion_gate" in name else "heads" if "lm_head" in name else "specialists"
 
 
-def _kept_columns(model: PreTrainedModel, trained: list[bool]) -> Tensor:
-    """Columns of the wide head that belong to specialists that are not trained. Shape (columns,)."""
+def _kept_parts(model: PreTrainedModel, trained: list[bool]) -> list[tuple[nn.Parameter, int, Tensor]]:
+    """What specialists that are not trained have of parameters in which all have a part: dimension, and places in it."""
+    kept = ~torch.tensor(trained)
+    if model.config.adapters is not None:
+        return [(parameter, 0, kept.nonzero()[:, 0]) for parameter in adapter_parameters(model)]
     sizes = torch.tensor([c.hidden_size for c in model.config.specialists])
-    return torch.repeat_interleave(~torch.tensor(trained), sizes).nonzero()[:, 0]
+    return [(model.lm_head.weight, 1, torch.repeat_interleave(kept, sizes).nonzero()[:, 0])]
+
+
+def _without(gradient: Tensor, dim: int, places: Tensor) -> Tensor:
+    return gradient.index_fill(dim, places.to(gradient.device), 0)
+
+
+def _check_quantised(model: PreTrainedModel, stage: str, peft_config) -> None:
+    """Refuses to train what has no gradients."""
+    method = getattr(model, "quantization_method", None)
+    if method is not None and peft_config is None:
+        raise ValueError(
+            f"Quantised weights learn through adapters beside them, but this model is quantised "
+            f"({getattr(method, 'value', method)}) and stage {stage} got no `peft_config`. "
+            + (
+                "Train the gate before quantising: it takes no more memory than the weights."
+                if stage == "gate"
+                else "Give it one (--use_peft), or load the model without `quantization_config`."
+            )
+        )
 
 
 def _check_terms(args: StageConfig, kwargs: dict) -> None:

@@ -34,18 +34,16 @@ def watching(fused: PreTrainedModel, *, own: bool = False, hidden: bool = False)
         if hidden:
             seen["last_hidden_state"] = output[0]
 
+    def states_of(_, inputs):
+        seen["hidden_states"] = [state.detach() for state in inputs[0]]
+
     handles = [
         fused.register_forward_hook(scores_of),
         fused.model.register_forward_hook(gate_of),
     ]
     if own:
-        states = seen["hidden_states"] = [None] * len(fused.model.specialists)
-        for k, specialist in enumerate(fused.model.specialists.values()):
-
-            def state_of(_, __, output, k=k):
-                states[k] = output.last_hidden_state.detach()
-
-            handles.append(specialist.register_forward_hook(state_of))
+        # whichever way the specialists run, the gate reads the last hidden state of each
+        handles.append(fused.model.fusion_gate.register_forward_pre_hook(states_of))
     try:
         yield seen
     finally:
@@ -78,10 +76,10 @@ def own_log_probs(
     weight = _whole_head(fused)
     found = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     config = fused.config
-    edges = np.cumsum([0] + [c.hidden_size for c in config.specialists])
+    columns = list(fused._head_columns())
     for d, k in enumerate(own_specialists):
         chosen = mask & (domain == d)
-        head, cap = weight[:, edges[k] : edges[k + 1]], soft_cap(config.specialists[k])
+        head, cap = weight[:, columns[k]], soft_cap(config.specialists[k])
         states, targets = hidden_states[k][:, :-1][chosen], labels[:, 1:][chosen]
         found[chosen] = specialist_log_probs(states, head, targets, cap).to(found.dtype)
     return found

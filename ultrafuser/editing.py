@@ -87,7 +87,10 @@ def remove_specialist(model: UltraFuserForCausalLM, name: str) -> UltraFuserForC
     state = {k: t for k, t in model.state_dict().items() if not k.startswith((f"{BACKBONE}{name}.", GATE))}
     columns = _columns(model.config)
     columns = torch.cat([columns[k] for k in kept])
-    state[HEAD] = state[HEAD][:, columns]
+    if model.config.adapters is None:
+        state[HEAD] = state[HEAD][:, columns]
+    else:
+        state |= {key: tensor[kept] for key, tensor in state.items() if ".lora_" in key}
     gate = model.model.fusion_gate.state_dict()
     if model.config.gate == "mlp":
         gate.pop(f"hidden_weight.{name}", None)
@@ -128,6 +131,11 @@ def add_specialist(
     names = config.specialist_names
     if name in names:
         raise ValueError(f"Every specialist has a name of its own, but there is a {name!r} among {names}.")
+    if config.adapters is not None:
+        raise ValueError(
+            f"A specialist is put in beside models of their own, but {names} are adapters of one base. Fuse all adapters "
+            f"anew with `ultrafuser fuse`, and train the gate."
+        )
     rows = own_config(name, source, revision=revision or "main").get_text_config(decoder=True).vocab_size
     if rows < config.vocab_size:
         raise ValueError(

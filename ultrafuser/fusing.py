@@ -127,6 +127,8 @@ def fetch(
         say(f"{name} ({k} of {len(sources)}): {recipe.specialists[name]}")
         if source.download:
             snapshot_download(source.location, revision=source.commit, allow_patterns=[*source.weights.files_metadata])
+    if judgement.base is not None:
+        say(f"their base: {judgement.base.location}")
     return sources, tokenizer
 
 

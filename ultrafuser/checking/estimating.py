@@ -10,8 +10,11 @@ from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.checking_ultrafuser import backbone_class
 from modeling_ultrafuser.configuration_ultrafuser import head_dim, num_key_value_heads, specialist_layer_types
 from modeling_ultrafuser.gating_ultrafuser import GATES
+from modeling_ultrafuser.lora_ultrafuser import adaptable
 
 
+# no specialist can have this name
+THEIR_BASE = "their base"
 # float32: a number, its gradient, and AdamW's two moments
 TRAINED = 4 * 4
 LORA_RANK = 16
@@ -57,6 +60,21 @@ def size(model: PreTrainedModel, config, rows: int) -> Size:
     )
 
 
+def adapter_sizes(config: UltraFuserConfig, model: PreTrainedModel, sizes: dict[str, Size]) -> dict[str, Size]:
+    """What a base and its adapters add up to: the base once, and for each specialist adapters of the highest rank.
+
+    Args:
+        config: Of the fused model.
+        model: The base; on the meta device is enough.
+        sizes: What `size` says of the base, by the name of each specialist.
+    """
+    linear = adaptable(model, backbone_class(config.specialists[0])).values()
+    targets = config.adapters["target_modules"]
+    widths = [sum(shape) for layer, shape in linear if layer.rpartition(".")[2] in targets]
+    own = Size(config.adapters["rank"] * sum(widths), embedding=0, head=0, adapter=0, tied=False)
+    return {THEIR_BASE: sizes[config.specialist_names[0]], **dict.fromkeys(sizes, own)}
+
+
 def estimate(config: UltraFuserConfig, sizes: dict[str, Size], dtype: torch.dtype, download: int = 0) -> dict:
     """What the fused model will take, in bytes, activations not counted.
 
@@ -71,9 +89,13 @@ def estimate(config: UltraFuserConfig, sizes: dict[str, Size], dtype: torch.dtyp
     - joint with LoRA: the weights, and those four for each number of the gate and of adapters of rank 16 on all linear
       layers of the backbones.
 
+    Where specialists are adapters of one base, each token is read in a row for each, so that the cost of a token holds
+    while reading the weights is what takes time; "rows" says how many products there are to each weight. The joint stage
+    trains adapters and gate.
+
     Args:
         config: Of the fused model.
-        sizes: Of each specialist, by name.
+        sizes: Of each specialist, by name; or what `adapter_sizes` returns.
         dtype: Of the specialists and the head.
         download: Bytes that are not on this machine yet.
     """
@@ -84,6 +106,19 @@ def estimate(config: UltraFuserConfig, sizes: dict[str, Size], dtype: torch.dtyp
     largest = max(used, key=used.get)
     weights = numbers * dtype.itemsize + 4 * gate
     adapters = sum(s.adapter for s in sizes.values())
+    cost = {"of": largest, "times": round((sum(used.values()) + gate) / used[largest], 2)}
+    training = {
+        "gate": weights + (TRAINED - 4) * gate,
+        "joint": TRAINED * (numbers + gate),
+        "joint with LoRA": weights + (TRAINED - 4) * gate + TRAINED * adapters,
+    }
+    if config.adapters is not None:
+        cost["rows"] = len(config.specialists)
+        adapters = numbers - sizes[THEIR_BASE].backbone - sizes[THEIR_BASE].head
+        training = {
+            "gate": training["gate"],
+            "joint": weights + (TRAINED - 4) * gate + (TRAINED - dtype.itemsize) * adapters,
+        }
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": {name: s.backbone + s.head for name, s in sizes.items()} | {"gate": gate},
@@ -92,12 +127,8 @@ def estimate(config: UltraFuserConfig, sizes: dict[str, Size], dtype: torch.dtyp
         "memory": {name: numbers * getattr(torch, name).itemsize + 4 * gate for name in ("bfloat16", "float32")},
         "untying": {name: s.head * dtype.itemsize for name, s in sizes.items() if s.tied},
         "cache_per_token": _cache(config, dtype),
-        "cost_per_token": {"of": largest, "times": round((sum(used.values()) + gate) / used[largest], 2)},
-        "training": {
-            "gate": weights + (TRAINED - 4) * gate,
-            "joint": TRAINED * (numbers + gate),
-            "joint with LoRA": weights + (TRAINED - 4) * gate + TRAINED * adapters,
-        },
+        "cost_per_token": cost,
+        "training": training,
     }
 
 

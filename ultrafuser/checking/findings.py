@@ -33,6 +33,7 @@ class Judgement:
 
     Attributes:
         sources: What was read of each, by name; those that could not be read are missing.
+        base: What was read of the base, where specialists are adapters of one.
         findings: In the order in which they were made.
         merges: Names of the weight merges that would be possible, too.
         no_merge: Why none would be, if none.
@@ -40,6 +41,7 @@ class Judgement:
     """
 
     sources: dict[str, Source] = field(default_factory=dict)
+    base: Source | None = None
     findings: list[Finding] = field(default_factory=list)
     merges: list[str] = field(default_factory=list)
     no_merge: str | None = None

@@ -16,16 +16,19 @@ from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.checking_ultrafuser import (
     as_dtype,
     auto_class,
+    backbone_class,
     check_architecture,
     common_dtype,
     own_config,
 )
+from modeling_ultrafuser.lora_ultrafuser import WEIGHTS_FILE, adaptable, common_base, layout, pairs
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
+from modeling_ultrafuser.specialists_ultrafuser import BASE
 from modeling_ultrafuser.tokenizing_ultrafuser import merged_generation_config, own_generation_config
 
 from .. import licences
 from ..evaluation.merging import MERGES, NotMergeableError, merge
-from .estimating import estimate, size
+from .estimating import THEIR_BASE, adapter_sizes, estimate, size
 from .findings import BLOCKS, FITS, WARNING, Judgement, each
 from .reading import Source, read
 from .tokenizing import judge_templates, judge_tokenizers
@@ -52,26 +55,37 @@ def judge(
     for name, (location, revision) in specialists.items():
         with found.refusals("access"):
             found.sources[name] = read(name, location, revision)
-    for name, source in found.sources.items():
+    whole = {n: s for n, s in found.sources.items() if s.adapter is None}
+    if len(whole) < len(found.sources):
+        whole = _judge_base(found, specialists)
+    for name, source in whole.items():
         with found.refusals("model"):
             configs[name], models[name] = _model(name, source)
             _judge_files(found, name, source, configs[name], models[name])
+    parts = None
+    if found.base is not None and models:
+        parts = _judge_adapters(found, configs[BASE], models[BASE])
+        configs, models = (dict.fromkeys(specialists, part[BASE]) for part in (configs, models))
     texts = {n: copy.deepcopy(c.get_text_config(decoder=True)) for n, c in configs.items()}
     if not texts:
         return found
-    readable = {n: found.sources[n] for n in texts}
+    # what a specialist does not say of itself its base does
+    readable = {n: _speaking(found.sources[n], found.base) for n in texts}
     rows = min(c.vocab_size for c in texts.values())
     chosen = _judge_dtype(found, configs, dtype)
     judge_tokenizers(found, readable, texts, rows)
     judge_templates(found, readable)
     _judge_positions(found, texts)
-    _judge_generation(found, readable, configs, rows)
-    _judge_licences(found, readable)
+    _judge_generation(found, {n: found.base or s for n, s in readable.items()}, configs, rows)
+    _judge_licences(found, {n: found.sources[n] for n in texts} | ({THEIR_BASE: found.base} if found.base else {}))
     for c in texts.values():
         c.vocab_size = rows
     config = None
     with found.refusals("architecture"):
-        config = UltraFuserConfig(specialist_names=list(texts), specialists=list(texts.values()), fusion=fusion)
+        adapters = None if parts is None else layout(parts)
+        config = UltraFuserConfig(
+            specialist_names=list(texts), specialists=list(texts.values()), fusion=fusion, adapters=adapters
+        )
         kinds = {n: f"{c.model_type} of {c.num_hidden_layers} x {c.hidden_size}" for n, c in texts.items()}
         found.note("architecture", FITS, f"{each(kinds)}.")
     if config is None or len(configs) < len(specialists):
@@ -82,10 +96,46 @@ def judge(
     _judge_merges(found, models)
     if found.verdict != BLOCKS:
         sizes = {n: size(m, texts[n], rows) for n, m in models.items()}
+        if config.adapters is not None:
+            sizes = adapter_sizes(config, models[next(iter(models))], sizes)
         dtype = chosen or torch.float32
-        found.numbers = estimate(config, sizes, dtype, sum(s.download for s in found.sources.values()))
+        download = sum(s.download for s in (*found.sources.values(), found.base) if s is not None)
+        found.numbers = estimate(config, sizes, dtype, download)
         _judge_memory(found)
     return found
+
+
+def _judge_base(found: Judgement, specialists: dict[str, tuple[str, str | None]]) -> dict[str, Source]:
+    """Reads the one base of all adapters, and returns it by its name; nothing if there is no such base."""
+    with found.refusals("model"):
+        sources = found.sources.items()
+        adapters = common_base({n: specialists[n][0] for n, _ in sources}, {n: s.adapter for n, s in sources})
+        with found.refusals("access"):
+            found.base = read(BASE, adapters.base, adapters.revision)
+            return {BASE: found.base}
+    return {}
+
+
+def _judge_adapters(found: Judgement, config: PreTrainedConfig, base: PreTrainedModel) -> dict[str, dict]:
+    """Notes whether adapters fit their base, from the headers of their files. Returns what `pairs` does, by specialist."""
+    linear, parts = adaptable(base, backbone_class(config.get_text_config(decoder=True))), {}
+    for name, source in found.sources.items():
+        if source.problem:
+            _judge_files(found, name, source, config, base)
+            continue
+        adapter, parts[name] = source.adapter, {}
+        if adapter is not None:
+            headers = source.weights.files_metadata[WEIGHTS_FILE].tensors
+            with found.refusals("weights"), torch.device("meta"):
+                parts[name] = pairs(name, adapter, {k: torch.empty(t.shape) for k, t in headers.items()}, linear)
+    ranks = {n: max((len(a) for a, _ in own.values()), default=0) for n, own in parts.items()}
+    text = f"one base, {found.base.location}, for all: LoRA of rank {each(ranks)}."
+    found.note("adapters", FITS, text)
+    return parts
+
+
+def _speaking(source: Source, base: Source | None) -> Source:
+    return base if base is not None and "tokenizer_config.json" not in source.sizes else source
 
 
 def _model(name: str, source: Source) -> tuple[PreTrainedConfig, PreTrainedModel]:

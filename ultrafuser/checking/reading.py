@@ -1,8 +1,10 @@
 """What there is of a specialist beside its weights: its small files, and the headers of its safetensors."""
 
+import json
 import os
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import (
@@ -11,6 +13,8 @@ from huggingface_hub import (
     get_safetensors_metadata,
     get_token,
     hf_hub_download,
+    parse_local_safetensors_file_metadata,
+    parse_safetensors_file_metadata,
     snapshot_download,
     try_to_load_from_cache,
 )
@@ -25,9 +29,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     SafetensorsParsingError,
 )
-from huggingface_hub.utils import SafetensorsRepoMetadata
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata
 
 from modeling_ultrafuser.configuration_ultrafuser import validate_specialist_names
+from modeling_ultrafuser.lora_ultrafuser import CONFIG_FILE, WEIGHTS_FILE
 
 
 # what is read whole; every file is some kilobytes
@@ -60,6 +65,13 @@ class Source:
     hashes: dict[str, str] = field(default_factory=dict)
     weights: SafetensorsRepoMetadata | None = None
     problem: str | None = None
+
+    @property
+    def adapter(self) -> dict | None:
+        """The configuration of the adapter that it is; None if it is a whole model."""
+        if CONFIG_FILE not in self.sizes or "config.json" in self.sizes:
+            return None
+        return json.loads((self.folder / CONFIG_FILE).read_text(encoding="utf-8"))
 
     @property
     def revision(self) -> str:
@@ -145,7 +157,10 @@ def read(name: str, location: str, revision: str | None = None) -> Source:
 def _read_folder(location: str, folder: Path) -> Source:
     source = Source(location, folder)
     source.sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-    _read_headers(source, lambda: get_local_safetensors_metadata(folder))
+    if source.adapter is None:
+        _read_headers(source, lambda: get_local_safetensors_metadata(folder))
+    else:
+        _read_headers(source, lambda: _of_one_file(parse_local_safetensors_file_metadata(folder / WEIGHTS_FILE)))
     return source
 
 
@@ -157,8 +172,18 @@ def _read_hub(location: str, revision: str | None) -> Source:
     source.sizes = {file: about.size for file, about in files.items()}
     # a large file's blob is a pointer, which says less than its own hash
     source.hashes = {file: about.lfs.sha256 if about.lfs else about.blob_id for file, about in files.items()}
-    _read_headers(source, lambda: get_safetensors_metadata(location, revision=info.sha))
+    if source.adapter is None:
+        _read_headers(source, lambda: get_safetensors_metadata(location, revision=info.sha))
+    else:
+        parse = partial(parse_safetensors_file_metadata, location, WEIGHTS_FILE, revision=info.sha)
+        _read_headers(source, lambda: _of_one_file(parse()))
     return source
+
+
+def _of_one_file(header: SafetensorsFileMetadata) -> SafetensorsRepoMetadata:
+    """An adapter's headers, as those of a model are."""
+    names = dict.fromkeys(header.tensors, WEIGHTS_FILE)
+    return SafetensorsRepoMetadata(None, sharded=False, weight_map=names, files_metadata={WEIGHTS_FILE: header})
 
 
 def _read_headers(source: Source, read_them) -> None:

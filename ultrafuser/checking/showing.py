@@ -55,7 +55,9 @@ def _numbers(judgement: Judgement) -> Iterator[tuple[str, str]]:
     yield "memory by dtype", ", ".join(f"{dtype} {decimal(size)}" for dtype, size in n["memory"].items())
     cache = n["cache_per_token"]
     yield "cache of a token", decimal(cache) if cache else "not known for these layers"
-    yield "cost of a token", f"{n['cost_per_token']['times']} times that of {n['cost_per_token']['of']}"
+    cost, rows = n["cost_per_token"], n["cost_per_token"].get("rows")
+    read = f" in weights to read, {rows} times in products" if rows else ""
+    yield "cost of a token", f"{cost['times']} times that of {cost['of']}{read}"
     for stage, size in n["training"].items():
         yield f"training, {stage}", f"{decimal(size)} and activations"
     if judgement.merges:

@@ -216,10 +216,9 @@ def _padding(config: GenerationConfig) -> int:
 
 def _check(model, config: GenerationConfig, num_drafts: int, model_kwargs: dict) -> None:
     plain = "Decode without `custom_generate`."
-    if not hasattr(model.model, "specialists"):
-        raise ValueError(
-            f"Drafting needs specialists that run one by one, but this is a {type(model).__name__}. {plain}"
-        )
+    if not hasattr(model.model, "specialists") or model.config.adapters is not None:
+        found = "these are adapters of one base" if model.config.adapters else f"this is a {type(model).__name__}"
+        raise ValueError(f"Drafting needs specialists that run one by one, but {found}. {plain}")
     if config.num_beams not in (None, 1):
         raise ValueError(
             f"Self-drafting follows one continuation of a text, but got num_beams={config.num_beams}. {plain}"

@@ -75,6 +75,11 @@ def check_stackable(model: UltraFuserForCausalLM) -> None:
         ValueError: Naming the first specialist that cannot, and why.
     """
     way_out = "Decode with the ordinary model: `model.generate(...)`."
+    if model.config.adapters is not None:
+        raise ValueError(
+            f"Specialists with weights of their own can be stacked, but {model.config.specialist_names} are adapters of "
+            f"one base, which run in one pass already. {way_out}"
+        )
     specialists = model.model.specialists
     first_name, first = next(iter(specialists.items()))
     for name, specialist in specialists.items():
