@@ -400,7 +400,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         typer.echo(
             f"This command needs {error.name!r}, which is not installed. The extras bring what a command needs: "
-            f"`pip install 'ultrafuser[eval,data,serve]'`, or from its sources `pip install -e '.[eval,data,serve]'`.",
+            f"`pip install 'ultrafuser[eval,data,serve,demo]'`, or with its sources `pip install -e '.[eval,data,serve,demo]'`.",
             err=True,
         )
         raise SystemExit(2) from error

@@ -216,6 +216,26 @@ def chat(
 
 
 @app.command()
+def demo(
+    model: Annotated[str, typer.Argument(help="Folder of a fused model, or its id on the Hub.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+) -> None:
+    """A web page to chat with a fused model, coloured by who speaks, with sliders that steer the gate.
+
+    Example: ultrafuser demo fused --port 7860
+    """
+    with _in_words():
+        from . import demo as web
+        from .reports import explaining
+
+        name = Path(model).resolve().name if Path(model).exists() else model
+        page = web.serve(*explaining.load(model), name, server_name=host, server_port=port)
+        typer.echo(f"Open {page.local_url}. End it with Ctrl-C.")
+        page.block_thread()
+
+
+@app.command()
 def push(
     folder: Folder,
     repo: Annotated[str, typer.Argument(help="owner/name on the Hub; made if it is not there.")],
