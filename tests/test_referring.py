@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
@@ -104,6 +105,32 @@ def test_a_recipe_grows_with_the_gate_and_not_with_the_specialists(models, fuse)
     assert sum(path.stat().st_size for path in recipe.parent.iterdir()) - gate < 10_000
 
 
+def test_adapters_of_one_base_come_back_too_and_the_base_is_checked_with_them(tmp_path):
+    base = tmp_path / "base"
+    specialist(layers=1).save_pretrained(base)
+    tokenizer(chat_template=TEMPLATE).save_pretrained(base)
+    for name in ("text", "code"):
+        adapted = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base),
+            LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+        )
+        adapted.save_pretrained(tmp_path / name)
+    words = [f"{name}={tmp_path / name}" for name in ("text", "code")]
+    assert run("fuse", *words, "--out", tmp_path / "fused")[0] == 0
+    recipe = refer(tmp_path / "fused")
+    assert "chat_template: text" in recipe.read_text()
+    code, said = run("fuse", recipe, "--out", tmp_path / "again")
+    assert code == 0, said
+    assert_equal_folders(tmp_path / "fused", tmp_path / "again")
+    other = tmp_path / "base" / "model.safetensors"
+    content = bytearray(other.read_bytes())
+    content[-1] ^= 1
+    other.write_bytes(content)
+    code, said = run("fuse", recipe, "--out", tmp_path / "third")
+    assert code == 2
+    assert str(other) in said
+
+
 @pytest.mark.parametrize("change", ["template", "no template", "words"])
 def test_a_tokenizer_that_no_specialist_has_is_kept(change, fuse, tmp_path):
     fused = fuse()
@@ -124,8 +151,8 @@ def test_a_tokenizer_that_no_specialist_has_is_kept(change, fuse, tmp_path):
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("model.specialists.code.layers.0.mlp.up_proj.weight", "1 of 'code' from {code}, the first is `layers.0.mlp"),
-        ("lm_head.weight", "1 of 'math' from {math}, the first is `head`"),
+        ("model.specialists.code.layers.0.mlp.up_proj.weight", "1 of 'code' ({code}), the first is `layers.0.mlp"),
+        ("lm_head.weight", "1 of 'math' ({math}), the first is `head`"),
     ],
 )
 def test_a_model_whose_specialists_were_trained_is_refused_by_the_tensor(key, said, models, fuse, tmp_path):

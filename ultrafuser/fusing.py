@@ -90,7 +90,8 @@ def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str],
         OSError: If one cannot be read, or the disk is too small.
     """
     with new_folder(out) as folder:
-        sources, tokenizer = fetch(recipe, folder, dtype=dtype, say=say)
+        judgement, tokenizer = fetch(recipe, folder, dtype=dtype, say=say)
+        sources = judgement.sources
         say("fusing")
         model = UltraFuserForCausalLM.from_specialists(
             recipe.specialists, gate=recipe.gate, fusion=recipe.fusion, dtype=dtype, revisions=commits(sources)
@@ -101,11 +102,11 @@ def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str],
 
 def fetch(
     recipe: Fusion, folder: Path, *, dtype: str, say: Callable[[str], None]
-) -> tuple[dict[str, Source], PreTrainedTokenizerBase]:
+) -> tuple[Judgement, PreTrainedTokenizerBase]:
     """Downloads what is to be fused, once it is known that it can be, and that `folder` has room for the outcome.
 
     Returns:
-        The specialists, all of whose files are on this machine then, and their common tokenizer.
+        What was found of the specialists, whose weights are on this machine then, and their common tokenizer.
 
     Raises:
         ValueError: If the specialists cannot be fused.
@@ -129,7 +130,7 @@ def fetch(
             snapshot_download(source.location, revision=source.commit, allow_patterns=[*source.weights.files_metadata])
     if judgement.base is not None:
         say(f"their base: {judgement.base.location}")
-    return sources, tokenizer
+    return judgement, tokenizer
 
 
 def commits(sources: dict[str, Source]) -> dict[str, str]:

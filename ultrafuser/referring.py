@@ -45,6 +45,7 @@ class Reference:
         chat_template: Whose chat template the tokenizer has; None if nobody's.
         sha256: Of the files beside `refs.yaml`, by name.
         specialist_sha256: Of the files that are read of each specialist, by name.
+        base_sha256: Of those that are read of their base, where specialists are adapters of one.
     """
 
     specialists: dict[str, str]
@@ -52,6 +53,7 @@ class Reference:
     chat_template: str | None = None
     sha256: dict[str, str] = field(default_factory=dict)
     specialist_sha256: dict[str, dict[str, str]] = field(default_factory=dict)
+    base_sha256: dict[str, str] = field(default_factory=dict)
 
 
 def refer(
@@ -73,8 +75,8 @@ def refer(
     config = fused_config(folder)
     reference = _origins(folder, config, specialists)
     with new_folder(out) as part:
-        sources = plan(_recipe(reference, config), _dtype(config)).sources
-        reference.specialist_revisions = commits(sources)
+        judgement = plan(_recipe(reference, config), _dtype(config))
+        reference.specialist_revisions = commits(judgement.sources)
         say("comparing with the specialists")
         model = UltraFuserForCausalLM.from_pretrained(folder)
         _check_untouched(model, _fused(reference, config).state_dict(), reference.specialists)
@@ -82,14 +84,15 @@ def refer(
         shutil.copy(folder / "config.json", part)
         model.generation_config.save_pretrained(part)
         _keep_tokenizer(folder, part, reference)
-        for name, source in sources.items():
-            say(f"SHA-256 of {name}")
-            files = {f: _path(source, f) for f in _files(source)}
-            reference.specialist_sha256[name] = {file: sha256(path) for file, path in files.items()}
+        say("reading SHA-256")
+        reference.specialist_sha256 = {name: _hashes(source) for name, source in judgement.sources.items()}
+        if judgement.base is not None:
+            reference.base_sha256 = _hashes(judgement.base)
         # the lock is no part of it
         own = sorted(path for path in part.iterdir() if not path.name.startswith("."))
         reference.sha256 = {path.name: sha256(path) for path in own}
-        (part / RECIPE).write_text(yaml.safe_dump(asdict(reference), sort_keys=False), encoding="utf-8")
+        written = {key: value for key, value in asdict(reference).items() if value}
+        (part / RECIPE).write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
 
 
 def rebuild(file: Path, reference: Reference, out: Path, *, say: Callable[[str], None] = print) -> None:
@@ -108,11 +111,13 @@ def rebuild(file: Path, reference: Reference, out: Path, *, say: Callable[[str],
     """
     here, config = file.parent, fused_config(file.parent)
     with new_folder(out) as part:
-        sources, tokenizer = fetch(_recipe(reference, config), part, dtype=_dtype(config), say=say)
-        for name, files in reference.specialist_sha256.items():
-            say(f"SHA-256 of {name}")
-            for f, expected in files.items():
-                _check(_path(sources[name], f), expected)
+        judgement, tokenizer = fetch(_recipe(reference, config), part, dtype=_dtype(config), say=say)
+        sources = judgement.sources
+        say("reading SHA-256")
+        pairs = [(sources[name], files) for name, files in reference.specialist_sha256.items()]
+        for source, files in [*pairs, (judgement.base, reference.base_sha256)]:
+            for name, expected in files.items():
+                _check(_path(source, name), expected)
         say("fusing")
         state = _fused(reference, config).state_dict() | load_file(here / GATE_FILE)
         model = UltraFuserForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=_dtype(config))
@@ -216,8 +221,10 @@ def _check_untouched(model: UltraFuserForCausalLM, expected: dict[str, Tensor], 
     differing = {}
     for key, tensor in model.state_dict().items():
         if key == HEAD:
-            widths = [c.hidden_size for c in model.config.specialists]
-            pairs = zip(places, tensor.split(widths, -1), expected[key].split(widths, -1), strict=True)
+            widths = [c.hidden_size for c in model.config.backbones]
+            pairs = zip(
+                model.model.specialists, tensor.split(widths, -1), expected[key].split(widths, -1), strict=True
+            )
             for name, own, theirs in pairs:
                 if not _same_bits(own, theirs):
                     differing.setdefault(name, []).append("head")
@@ -225,7 +232,10 @@ def _check_untouched(model: UltraFuserForCausalLM, expected: dict[str, Tensor], 
             name, _, rest = key.removeprefix(BACKBONE).partition(".")
             differing.setdefault(name, []).append(rest)
     if differing:
-        what = "; ".join(f"{len(k)} of {n!r} from {places[n]}, the first is `{k[0]}`" for n, k in differing.items())
+        what = "; ".join(
+            f"{len(keys)} of {n!r} ({places.get(n, 'and adapters of it')}), the first is `{keys[0]}`"
+            for n, keys in differing.items()
+        )
         raise ValueError(
             f"A reference recipe holds the gate alone and takes the specialists as they were published, but tensors "
             f"differ: {what}. If stage two trained them, pass the folder on as it is: `ultrafuser push FOLDER OWNER/NAME`."
@@ -264,9 +274,10 @@ def _with_template(tokenizer: PreTrainedTokenizerBase, reference: Reference) -> 
     return tokenizer
 
 
-def _files(source: Source) -> list[str]:
-    """What is read of a specialist."""
-    return [f for f in ("config.json", *TOKENIZER, *source.weights.files_metadata) if f in source.sizes]
+def _hashes(source: Source) -> dict[str, str]:
+    """SHA-256 of what is read of a specialist, or of a base, by file."""
+    read = ("config.json", "adapter_config.json", *TOKENIZER, *source.weights.files_metadata)
+    return {file: sha256(_path(source, file)) for file in read if file in source.sizes}
 
 
 def _path(source: Source, file: str) -> Path:
