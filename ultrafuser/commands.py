@@ -1,4 +1,4 @@
-"""Commands that make, change and use fused folders: fuse, specialist, add, remove, train, chat, serve."""
+"""Commands that make, change and use fused folders."""
 
 import os
 import re
@@ -173,23 +173,10 @@ def train(
 
     Example: ultrafuser train --stage gate --model fused --data text=text.jsonl --data code=code.jsonl --out trained --learning_rate 1e-3
     """
-    # its loaders fork
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # TRL sets it by its old name, whatever one does
-    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-    given = {"model_name_or_path": model, "output_dir": out, "max_steps": max_steps}
-    arguments = [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
-    words = words or []
-    # options that are not ours come as words, too
-    recipe = Path(words.pop(0)) if words and not words[0].startswith("-") else None
     with _in_words():
         from . import training
 
-        fused, args, model_args = training.parse([*arguments, *words], stage=stage, recipe=recipe)
-        if data and len(data) == 1 and "=" not in data[0] and re.search(r"/|\.jsonl?$", data[0]):
-            fused.domains = training.data_set(data[0])
-        elif data:
-            fused.domains = {d: training.data_set(source) for d, source in pairs(data, "--data").items()}
+        fused, args, model_args = _stage(stage, words, model, data, out, max_steps)
         if resume:
             args.resume_from_checkpoint = training.last_complete_checkpoint(args.output_dir)
             typer.echo(f"Going on from {args.resume_from_checkpoint or 'the beginning: there is no checkpoint'}.")
@@ -197,10 +184,69 @@ def train(
     typer.echo(f"Wrote {args.output_dir!r}. Is it worth it? `ultrafuser evaluate {args.output_dir} --help`.")
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def gates(
+    gate: Annotated[list[str], typer.Option(help="Kind, and width: mlp:512, mlp:64, linear, constant. Repeat it.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RECIPE --FIELD VALUE", help="As for `ultrafuser train --stage gate`."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder of a fused model, or its id on the Hub.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="As for `ultrafuser train`.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write the best one's model to.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps of each.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How often each is trained.")] = 1,
+) -> None:
+    """Which gate? Trains several on one pass of the specialists over the data, and measures them on rows held out.
+
+    Example: ultrafuser gates --model fused --data text=text.jsonl --data code=code.jsonl --gate mlp:64 --gate linear --out gated
+    """
+    with _in_words():
+        from rich.console import Console
+
+        from . import gates as comparing
+
+        fused, args, model_args = _stage("gate", words, model, data, out, max_steps)
+        fits = comparing.compare(fused, args, model_args, gate, seeds=seeds, say=Console(stderr=True).print)
+        _console().print(comparing.table(fits))
+    typer.echo(f"Wrote the model with the best one, {fits[0].gate!r}, to {str(out or args.output_dir)!r}.")
+
+
+@app.command()
+def speed(
+    model: Annotated[str, typer.Argument(help="Folder of a fused model, or its id on the Hub.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Such as will be asked; several are one batch.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=8, help="Of each prompt.")] = 64,
+    compile_steps: Annotated[bool, typer.Option("--compile", help="Also what compiles, which takes minutes.")] = False,
+    assistant: Annotated[str | None, typer.Option(help="Small model of the same tokenizer, to draft.")] = None,
+) -> None:
+    """Measure every way of decoding on this machine, beside each specialist alone.
+
+    Example: ultrafuser speed fused --prompt "def area(width, height):"
+    """
+    with _in_words():
+        from . import speeding
+        from .reports import explaining
+
+        fused, tokenizer = explaining.load(model)
+        prompts = prompt or [speeding.PROMPT]
+        alone, found = speeding.measure(
+            fused, tokenizer, prompts, new_tokens=new_tokens, compile_steps=compile_steps, assistant=assistant
+        )
+        _console().print(speeding.table(fused, alone, found))
+    for way, reason in found.left_out.items():
+        typer.echo(f"Not {way}: {reason}")
+    typer.echo(
+        f"In Python, the fastest: model, options = ultrafuser.decoding.choosing.decoder(model, {found.fastest!r}); "
+        f"model.generate(**inputs, **options)"
+    )
+
+
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="Folder of a fused model, or its id on the Hub.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 512,
+    decoding: Annotated[str, typer.Option(help="plain; stacked; or auto: what is faster, by measurement.")] = "plain",
 ) -> None:
     """Chat in the terminal, every token coloured by the specialist that leads. Or pipe one prompt per line into it.
 
@@ -209,9 +255,11 @@ def chat(
     with _in_words():
         from .chatting import Chat, typed
         from .reports import explaining
+        from .speeding import for_chat
 
         console = _console()
-        conversation = Chat(*explaining.load(model), console, max_new_tokens=max_new_tokens)
+        fused, tokenizer = explaining.load(model)
+        conversation = Chat(for_chat(fused, tokenizer, decoding), tokenizer, console, max_new_tokens=max_new_tokens)
         conversation.run(typed(console) if sys.stdin.isatty() else sys.stdin)
 
 
@@ -284,6 +332,27 @@ def serve(
         run(folder, ["--host", host, "--port", str(port), *context.args])
 
 
+def _stage(stage: str | None, words: list[str] | None, model, data: list[str] | None, out, max_steps):
+    """What to train, and how, from a command line."""
+    from . import training
+
+    # its loaders fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # TRL sets it by its old name, whatever one does
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    given = {"model_name_or_path": model, "output_dir": out, "max_steps": max_steps}
+    arguments = [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+    words = list(words or [])
+    # options that are not ours come as words, too
+    recipe = Path(words.pop(0)) if words and not words[0].startswith("-") else None
+    fused, args, model_args = training.parse([*arguments, *words], stage=stage, recipe=recipe)
+    if data and len(data) == 1 and "=" not in data[0] and re.search(r"/|\.jsonl?$", data[0]):
+        fused.domains = training.data_set(data[0])
+    elif data:
+        fused.domains = {d: training.data_set(source) for d, source in pairs(data, "--data").items()}
+    return fused, args, model_args
+
+
 def pairs(texts: list[str], what: str) -> dict[str, str]:
     """NAME=VALUE arguments as a dict."""
     pairs = [text.partition("=") for text in texts]
@@ -300,6 +369,7 @@ def pairs(texts: list[str], what: str) -> dict[str, str]:
 def _in_words() -> Iterator[None]:
     """Bars only where somebody watches; errors as sentences, and exit code 2."""
     if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         from huggingface_hub.utils import disable_progress_bars
         from transformers.utils import logging
 

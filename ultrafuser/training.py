@@ -12,7 +12,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.tokenizing_ultrafuser import print_line
-from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
+from trainers import CachedGateTrainer, GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 from trainers.stages import last_complete_checkpoint
 
 from .checking import reading
@@ -20,7 +20,7 @@ from .folders import read_ingredients, write_ingredients
 from .fusing import Fusion, described
 
 
-STAGES = {"gate": (GateStageConfig, GateTrainer), "joint": (JointStageConfig, JointTrainer)}
+STAGES = {"gate": GateStageConfig, "joint": JointStageConfig}
 
 
 @dataclass
@@ -35,6 +35,16 @@ class FusedArguments(Fusion):
         },
     )
     stage: str | None = field(default=None, metadata={"help": "gate or joint: which stage the recipe is for."})
+    cached: bool = field(
+        default=False,
+        metadata={"help": "Stage gate: run the specialists once over the data, and train the gate on what they said."},
+    )
+    cache: str | None = field(
+        default=None, metadata={"help": "Folder of what they said, for any number of gates. Default: OUT/cache."}
+    )
+    cache_keep: str | None = field(
+        default=None, metadata={"help": "log_probs, hidden or top; see CachedGateTrainer. Default: what is exact."}
+    )
 
 
 def parse(
@@ -62,7 +72,7 @@ def parse(
     stage = stage or written.get("stage")
     if stage not in STAGES:
         raise ValueError(f"A stage is one of {list(STAGES)}, but got {stage!r}. Say it: --stage gate, say.")
-    parser = TrlParser((FusedArguments, STAGES[stage][0], ModelConfig))
+    parser = TrlParser((FusedArguments, STAGES[stage], ModelConfig))
     if not torch.accelerator.is_available():
         # TRL's defaults are for a GPU, and refuse a machine without one
         parser.set_defaults(use_cpu=True, bf16=False)
@@ -93,11 +103,11 @@ def train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model
             f"the last checkpoint: `ultrafuser train --resume`, or --resume_from_checkpoint True; or choose another "
             f"output_dir."
         )
+    trainer_class, own = _trainer(fused, out, model_args)
     domains = load_domains(fused)
-    ingredients = _ingredients(fused, model_args)
+    ingredients = ingredients_of(fused, model_args)
     model, tokenizer = load_model(fused, model_args, trust_remote_code=args.trust_remote_code)
-    own = {"peft_config": get_peft_config(model_args)} if fused.stage == "joint" else {}
-    trainer = STAGES[fused.stage][1](model, args, domains, processing_class=tokenizer, **own)
+    trainer = trainer_class(model, args, domains, processing_class=tokenizer, **own)
     if args.should_save:
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         every = sum(p.numel() for p in trainer.model.parameters())
@@ -112,7 +122,21 @@ def train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model
         trainer.push_to_hub()
 
 
-def _ingredients(fused: FusedArguments, model: ModelConfig) -> dict[str, dict]:
+def _trainer(fused: FusedArguments, out: Path, model_args: ModelConfig) -> tuple[type, dict]:
+    """A stage's trainer, and what it alone takes."""
+    if fused.stage == "joint":
+        if fused.cached:
+            raise ValueError(
+                "What specialists say can be kept while they do not move, which they do in stage joint. Leave `cached` "
+                "out, or train --stage gate."
+            )
+        return JointTrainer, {"peft_config": get_peft_config(model_args)}
+    if fused.cached:
+        return CachedGateTrainer, {"cache": fused.cache or out / "cache", "keep": fused.cache_keep}
+    return GateTrainer, {}
+
+
+def ingredients_of(fused: FusedArguments, model: ModelConfig) -> dict[str, dict]:
     """Where the specialists come from: what the folder says that training began from, or what was fused."""
     if fused.specialists:
         revisions = fused.specialist_revisions or {}
@@ -139,9 +163,16 @@ def load_model(
             common_tokenizer(fused.specialists, chat_template=fused.chat_template, revisions=revisions),
         )
     shared |= {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(
-        model.model_name_or_path, revision=model.model_revision, trust_remote_code=trust_remote_code
-    )
+    folder = model.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, revision=model.model_revision, trust_remote_code=trust_remote_code
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"Text is read with the fused model's tokenizer, but {folder!r} holds none that loads. Save a specialist's "
+            f"there: `common_tokenizer(specialists).save_pretrained({folder!r})`."
+        ) from error
     return AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **shared), tokenizer
 
 

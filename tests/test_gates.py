@@ -1,0 +1,100 @@
+"""Which gate: all on one cache, measured on rows that none has seen, the best one saved."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+from tests.tiny import specialist, tokenizer
+from tests.training import CHAT_TEMPLATE, conversations
+from trainers import CachedGateTrainer
+from ultrafuser.cli import app
+
+
+NAMES = ["text", "code"]
+SMALL = {"examples_per_domain": 2, "per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True}
+
+
+@pytest.fixture
+def words(tmp_path):
+    model = UltraFuserForCausalLM.from_specialists({name: specialist(layers=1) for name in NAMES})
+    model.save_pretrained(tmp_path / "fused")
+    tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(tmp_path / "fused")
+    given = ["--model", tmp_path / "fused", "--max-steps", 2, "--learning_rate", 0.01]
+    for name in NAMES:
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(c) for c in conversations(12)))
+        given += ["--data", f"{name}={tmp_path / name}.jsonl"]
+    return [*given, *(word for key, value in SMALL.items() for word in (f"--{key}", value))]
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def passes(monkeypatch):
+    """How often a batch of rows is read by the specialists to be kept."""
+    seen, plain = [], CachedGateTrainer._said_of
+    monkeypatch.setattr(CachedGateTrainer, "_said_of", lambda self, rows: seen.append(rows) or plain(self, rows))
+    return seen
+
+
+def test_gates_share_a_cache_and_the_best_one_is_saved(words, tmp_path, monkeypatch):
+    seen, out = passes(monkeypatch), tmp_path / "gated"
+    done = run("gates", *words, "--gate", "mlp:8", "--gate", "linear", "--seeds", 2, "--out", out)
+    assert done.exit_code == 0, done.output
+    rows = [line.split("│") for line in done.output.splitlines() if line.startswith("│")]
+    gates = [(row[1].strip(), row[2].strip()) for row in rows]
+    assert sorted(gates) == sorted([("uniform", "0"), *((g, s) for g in ("mlp:8", "linear") for s in "01")])
+    means = [float(row[-2]) for row in rows]
+    assert means == sorted(means)
+    # 11 rows of each domain are trained on, two at a time, by one pass
+    assert [len(batch) for batch in seen] == [2] * 11
+    saved = UltraFuserForCausalLM.from_pretrained(out)
+    assert saved.config.gate == gates[0][0].partition(":")[0]
+    # the specialists are untouched
+    before, after = (load_file(f / "model.safetensors") for f in (tmp_path / "fused", out))
+    assert all(torch.equal(after[key], t) for key, t in before.items() if "fusion_gate" not in key)
+    assert (out / "tokenizer.json").exists()
+
+
+def test_more_gates_read_the_same_cache(words, tmp_path, monkeypatch):
+    cache = ["--cache", tmp_path / "said"]
+    assert run("gates", *words, *cache, "--gate", "constant", "--out", tmp_path / "one").exit_code == 0
+    seen = passes(monkeypatch)
+    assert run("gates", *words, *cache, "--gate", "linear", "--out", tmp_path / "two").exit_code == 0
+    assert not seen
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_loaded(words, tmp_path):
+    for gate in ("mpl", "linear:4", "mlp:wide", "mlp:0"):
+        done = run("gates", *words, "--gate", gate, "--out", tmp_path / "gated")
+        assert done.exit_code == 2
+        assert f"but got '{gate}'" in done.output
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps(c) for c in conversations(3)))
+    done = run("gates", *words, "--gate", "linear", "--out", tmp_path / "gated")
+    assert "'text' has only 3 rows. Give it at least 6." in done.output
+    assert not (tmp_path / "gated").exists()
+
+
+# ---------------------------------------------------------------------------------------------- train --cached
+
+
+def test_stage_one_is_trained_from_a_cache_as_without(words, tmp_path, monkeypatch):
+    seen = passes(monkeypatch)
+    for name, more in {"plain": [], "cached": ["--cached"]}.items():
+        done = run("train", "--stage", "gate", *words, "--out", tmp_path / name, *more)
+        assert done.exit_code == 0, done.output
+    assert len(seen) == 12
+    plain, cached = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "cached"))
+    for key, tensor in plain.items():
+        torch.testing.assert_close(cached[key], tensor, rtol=1e-4, atol=1e-6)
+    assert (tmp_path / "cached" / "cache" / "states.bin").exists()
+
+
+def test_what_moves_is_not_kept(words, tmp_path):
+    done = run("train", "--stage", "joint", *words, "--out", tmp_path / "joint", "--cached")
+    assert done.exit_code == 2
+    assert "while they do not move" in done.output

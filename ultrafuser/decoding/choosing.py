@@ -1,0 +1,141 @@
+"""Which way of decoding is fastest here: all that a model can do, measured on prompts of one's own.
+
+What pays depends on the machine, on the specialists' size and on the text, so nothing is guessed. Every way is exact: one
+whose greedy tokens are not the plain way's is left out, as is one that a model cannot do, with the reason.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+
+from .compiling import compiled
+from .drafting import self_draft
+from .stacking import StackedForCausalLM, stack
+
+
+WAYS = ("plain", "stacked", "self-drafting", "prompt lookup", "assistant", "compiled", "stacked and compiled")
+COMPILED = WAYS[-2:]
+LOOKUP = 5  # tokens
+ROUNDS = 3
+
+
+@dataclass
+class Speeds:
+    """What was measured.
+
+    Attributes:
+        tokens_per_second: Of each way, over all prompts together; the median over rounds.
+        left_out: Why each other way was not measured, or not counted.
+    """
+
+    tokens_per_second: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fastest(self) -> str:
+        """The way with the most tokens in a second."""
+        return max(self.tokens_per_second, key=self.tokens_per_second.get)
+
+
+def decoder(
+    model: UltraFuserForCausalLM,
+    way: str | None = None,
+    *,
+    inputs: dict[str, Tensor] | None = None,
+    assistant: PreTrainedModel | None = None,
+) -> tuple[UltraFuserForCausalLM | StackedForCausalLM, dict]:
+    """A way of decoding: the model and the options to generate with.
+
+        model, options = decoder(model, inputs=tokenizer(prompts, padding=True, return_tensors="pt"))
+        model.generate(**inputs, **options)
+
+    Args:
+        model: A fused model.
+        way: One of `WAYS`. Default: the fastest, measured on `inputs`.
+        inputs: Prompts such as will be asked, as a tokenizer returns them; several are one batch.
+        assistant: For the way of that name: a small model of the same tokenizer, which drafts.
+
+    Raises:
+        ValueError: If there is no such way, the model cannot go it, or there is nothing to measure on.
+    """
+    if way is None and inputs is None:
+        raise ValueError(f"Give `inputs` to measure on, or say which way to decode: one of {list(WAYS)}.")
+    if way is None:
+        way = speeds(model, inputs, assistant=assistant).fastest
+    if way not in WAYS:
+        raise ValueError(f"A way of decoding is one of {list(WAYS)}, but got {way!r}.")
+    if way == "assistant" and assistant is None:
+        raise ValueError("Assisted decoding needs a small model of the same tokenizer. Pass `assistant`.")
+    options = {
+        "self-drafting": {"custom_generate": self_draft},
+        "prompt lookup": {"prompt_lookup_num_tokens": LOOKUP},
+        "assistant": {"assistant_model": assistant},
+    }
+    chosen = compiled() if way in COMPILED else options.get(way, {})
+    return (stack(model) if way.startswith("stacked") else model), chosen
+
+
+def speeds(
+    model: UltraFuserForCausalLM,
+    inputs: dict[str, Tensor],
+    *,
+    ways: tuple[str, ...] | None = None,
+    assistant: PreTrainedModel | None = None,
+    max_new_tokens: int = 64,
+) -> Speeds:
+    """Measures ways of decoding greedily, one after another.
+
+    Args:
+        model: A fused model.
+        inputs: Prompts as a tokenizer returns them, such as will be asked; several are one batch.
+        ways: Of `WAYS`. Default: all but those that compile, which may take minutes.
+        assistant: See `decoder`.
+        max_new_tokens: Of each prompt, in each of a few rounds.
+
+    Raises:
+        ValueError: If one of `ways` is unknown.
+    """
+    ways = ways or tuple(w for w in WAYS if w not in COMPILED and (w != "assistant" or assistant is not None))
+    if set(ways) - set(WAYS):
+        raise ValueError(f"Ways of decoding are {list(WAYS)}, but got {sorted(set(ways) - set(WAYS))}.")
+    found, expected = Speeds(), _text(model, inputs, max_new_tokens, {})
+    for way in ways:
+        try:
+            able, options = decoder(model, way, assistant=assistant)
+            text, speed = tokens_per_second(able, inputs, max_new_tokens, options)
+        except ValueError as error:
+            found.left_out[way] = str(error)
+            continue
+        if torch.equal(text, expected):
+            found.tokens_per_second[way] = speed
+        else:
+            found.left_out[way] = "Its greedy tokens are not those of the plain way: in 16 bits near ties may turn."
+    return found
+
+
+def tokens_per_second(
+    model: PreTrainedModel, inputs: dict[str, Tensor], max_new_tokens: int, options: dict | None = None
+) -> tuple[Tensor, float]:
+    """What a model says greedily, and how fast: the median over a few rounds.
+
+    The first round is not counted, in which things are made that are made once, such as graphs.
+    """
+    options, seconds = options or {}, []
+    text = _text(model, inputs, max_new_tokens, options)
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        _text(model, inputs, max_new_tokens, options)
+        seconds.append(time.perf_counter() - start)
+    return text, (text.numel() - inputs["input_ids"].numel()) / statistics.median(seconds)
+
+
+def _text(model: PreTrainedModel, inputs: dict[str, Tensor], max_new_tokens: int, options: dict) -> Tensor:
+    # to its full length, so that all rounds are alike; on the processor, so that all of it is there
+    length = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens}
+    return model.generate(**inputs, **length, do_sample=False, **options).cpu()

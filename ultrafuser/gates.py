@@ -1,0 +1,166 @@
+"""Which gate: several, trained on one cache of what the specialists say, and measured on rows that none has seen."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import SaveStrategy
+from trl import ModelConfig
+
+from modeling_ultrafuser.gating_ultrafuser import GATES
+from trainers import CachedGateTrainer, GateStageConfig
+from trainers.domains import with_domains
+
+from .evaluation.measuring import HeldOut, held_out, score
+from .folders import new_folder, save_fused
+from .training import FusedArguments, ingredients_of, load_domains, load_model
+
+
+HELD_OUT = 0.1  # of each domain's rows
+UNTRAINED = "uniform"
+
+
+@dataclass
+class Fit:
+    """A gate, trained.
+
+    Attributes:
+        gate: As it was asked for, such as "mlp:64".
+        seed: Of its first weights and of the draws.
+        parameters: How many it has.
+        seconds: Its training took, without the specialists' pass over the data.
+        losses: Nats per token by domain, on held-out rows.
+    """
+
+    gate: str
+    seed: int
+    parameters: int
+    seconds: float
+    losses: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """Over domains."""
+        return sum(self.losses.values()) / len(self.losses)
+
+
+def compare(
+    fused: FusedArguments,
+    args: GateStageConfig,
+    model_args: ModelConfig,
+    gates: list[str],
+    *,
+    seeds: int = 1,
+    say: Callable[[str], None] = print,
+) -> list[Fit]:
+    """Trains gates on one cache, beside the uniform one, which has nothing to train, and saves the best one's model.
+
+    Args:
+        fused: What to train them in, and on which data. `cache` is the folder of what the specialists say: by default
+            beside the output folder, and kept, so that more gates cost no second pass.
+        args: Settings of stage one, for all of them. The best one's model is written to `output_dir`.
+        model_args: The model's folder, its dtype.
+        gates: Kinds, and of "mlp" the width too: ["mlp:512", "mlp:64", "linear", "constant"].
+        seeds: How often each is trained, with first weights and draws of its own.
+        say: Called with a line about each.
+
+    Returns:
+        The best first.
+
+    Raises:
+        ValueError: If a gate is unknown, or a domain has too few rows to hold some out.
+        FileExistsError: If there is something in the output folder.
+    """
+    kinds = {gate: _kind(gate) for gate in (UNTRAINED, *gates)}
+    data, kept_back = _split(with_domains(load_domains(fused)), args.seed)
+    out, fits = Path(args.output_dir), []
+    cache = fused.cache or out.with_name(f"{out.name}-cache")
+    with new_folder(out) as folder:
+        for gate, seed in [(g, s) for g in kinds for s in range(1 if g == UNTRAINED else seeds)]:
+            model, tokenizer = load_model(fused, model_args, trust_remote_code=args.trust_remote_code)
+            tests = {d: held_out(list(r), tokenizer, max_length=args.max_length) for d, r in kept_back.items()}
+            _replace_gate(model, *kinds[gate], seed)
+            seconds = (
+                0.0
+                if gate == UNTRAINED
+                else _trained(model, tokenizer, args, data, seed=seed, cache=cache, keep=fused.cache_keep)
+            )
+            fit = Fit(gate, seed, _parameters(model), seconds, {d: _loss(model, test) for d, test in tests.items()})
+            say(f"{gate}, seed {seed}: {fit.mean:.4f} nats per token")
+            if fit.mean < min((f.mean for f in fits), default=float("inf")):
+                # over the last best one's
+                save_fused(folder, model, tokenizer, ingredients_of(fused, model_args))
+            fits.append(fit)
+    return sorted(fits, key=lambda fit: fit.mean)
+
+
+def table(fits: list[Fit]) -> Table:
+    """All gates, the best first."""
+    shown = Table("gate", "seed", "parameters", "seconds", *fits[0].losses, "mean", caption="nats per token, held out")
+    for fit in fits:
+        losses = (f"{loss:.4f}" for loss in (*fit.losses.values(), fit.mean))
+        shown.add_row(fit.gate, str(fit.seed), f"{fit.parameters:,}", f"{fit.seconds:.1f}", *losses)
+    return shown
+
+
+def _kind(gate: str) -> tuple[str, int | None]:
+    kind, _, width = gate.partition(":")
+    if kind not in GATES or (width and (kind != "mlp" or not width.isdigit() or not int(width))):
+        raise ValueError(
+            f"A gate to compare is one of {list(GATES)}, and mlp may say its width, as mlp:64, but got {gate!r}."
+        )
+    return kind, int(width) if width else None
+
+
+def _split(data: Dataset, seed: int) -> tuple[Dataset, dict[str, Dataset]]:
+    """All domains to train on, and each one's held-out rows."""
+    places = np.array(data["domain"])
+    train, kept_back = [], {}
+    for domain in sorted(set(data["domain"])):
+        rows = data.select((places == domain).nonzero()[0]).shuffle(seed=seed)
+        count = round(HELD_OUT * len(rows))
+        if not count:
+            raise ValueError(
+                f"Gates are compared on rows that none was trained on, {HELD_OUT:.0%} of each domain, but {domain!r} "
+                f"has only {len(rows)} rows. Give it at least {round(0.5 / HELD_OUT) + 1}."
+            )
+        kept_back[domain] = rows.select(range(count)).remove_columns("domain")
+        train.append(rows.select(range(count, len(rows))))
+    return concatenate_datasets(train), kept_back
+
+
+def _replace_gate(model: PreTrainedModel, kind: str, width: int | None, seed: int) -> None:
+    model.config.gate = kind
+    model.config.gate_hidden_size = width or model.config.gate_hidden_size
+    set_seed(seed)
+    gate = GATES[kind](model.config)
+    gate.init_weights()
+    model.model.fusion_gate = gate.to(model.device)
+
+
+def _parameters(model: PreTrainedModel) -> int:
+    return sum(p.numel() for p in model.model.fusion_gate.parameters())
+
+
+def _trained(model, tokenizer: PreTrainedTokenizerBase, args: GateStageConfig, data, *, seed: int, **cache) -> float:
+    """Trains the gate. Returns the seconds that it took without the pass."""
+    own = copy.deepcopy(args)
+    own.seed, own.save_strategy = seed, SaveStrategy.NO
+    with TemporaryDirectory() as own.output_dir:
+        trainer = CachedGateTrainer(model, own, data, processing_class=tokenizer, **cache)
+        trainer.fill()
+        start = time.perf_counter()
+        trainer.train()
+    return time.perf_counter() - start
+
+
+def _loss(model: PreTrainedModel, test: HeldOut) -> float:
+    """Nats per token that is predicted."""
+    return score(model, test).losses[test.scored].mean().item()
