@@ -46,7 +46,7 @@ SHAPES = {
         "vocab_size": 16384,
     },
 }
-CONTEXT, STEPS, PROMPT, NEW = 32, 12, 128, 48
+CONTEXT, STEPS, PROMPT, NEW = 32, 12, 128, 96
 BLOCKS = (2, 4, 6, 8, 12)
 Ways = dict[str, Callable[[], float]]
 
@@ -113,7 +113,8 @@ def step_ways(fused: UltraFuserForCausalLM, compile_steps: bool = False) -> Ways
     }
     if compile_steps:
         for name, model in (("fused, stacked, compiled", stacked), ("one specialist, compiled", one)):
-            call = torch.compile(model.forward, fullgraph=True, dynamic=False)
+            # what `compiled(cpp_wrapper=True)` asks for
+            call = torch.compile(model.forward, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
             check_alike(
                 fused(ids).logits[:, -1:] if model is stacked else one(ids).logits[:, -1:], last(model, call, ids)
             )
@@ -150,7 +151,7 @@ def text_ways(fused: UltraFuserForCausalLM, prompts: dict[str, list[Tensor]]) ->
         "one specialist": lambda domain: (specialists[domain], {}),
         "fused": lambda domain: (fused, {}),
         "fused, stacked": lambda domain: (stacked, {}),
-        "fused, stacked, compiled": lambda domain: (stacked, compiled()),
+        "fused, stacked, compiled": lambda domain: (stacked, compiled(cpp_wrapper=True)),
         "fused, self-drafting": lambda domain: (fused, {"custom_generate": self_draft}),
         "fused, a specialist as assistant": lambda domain: (fused, {"assistant_model": specialists[domain]}),
         "fused, prompt lookup": lambda domain: (fused, {"prompt_lookup_num_tokens": 5}),
@@ -273,12 +274,15 @@ def random_model(**shape: int) -> UltraFuserForCausalLM:
     return fused.eval()
 
 
-def held_out_prompts(folder: Path, each: int = 3, length: int = 32) -> dict[str, list[Tensor]]:
-    """Beginnings of documents that no specialist was made from."""
+def held_out_prompts(folder: Path, each: int = 10, length: int = 32) -> dict[str, list[Tensor]]:
+    """Pieces of documents that no specialist was made from.
+
+    Their second tokens, `length` of them: on the first ones it was tried how the number of drafts should grow.
+    """
     tokenizer, prompts = AutoTokenizer.from_pretrained(folder), {}
     for domain in DOMAINS:
         texts = [tokenizer(t, return_tensors="pt").input_ids for t in splits(documents(domain))["held_out"]]
-        prompts[domain] = [ids[:, :length] for ids in texts if ids.shape[1] >= length][:each]
+        prompts[domain] = [ids[:, length : 2 * length] for ids in texts if ids.shape[1] >= 2 * length][:each]
     return prompts
 
 
