@@ -245,8 +245,11 @@ class _StageTrainer(SFTTrainer):
                 for part in ("gate", "heads", "specialists"):
                     chosen = [p for p in group["params"] if part_of[id(p)] == part]
                     if chosen:
-                        rate = rates.get(part)
-                        groups.append({**group, "params": chosen, "lr": group["lr"] if rate is None else rate})
+                        rate = group["lr"] if rates.get(part) is None else rates[part]
+                        if isinstance(group["lr"], Tensor):
+                            # as compiled optimizers keep it; schedules write into it
+                            rate = torch.tensor(float(rate))
+                        groups.append({**group, "params": chosen, "lr": rate})
             optimizer.param_groups[:] = groups
         return optimizer
 
