@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.hub_server import HubServer
+from tests.hub_server import TOKEN, HubServer
 
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ NOT_RUN = {
 }
 
 # run with --slow, otherwise parsed as those above
-SLOW_COMMANDS = ("ultrafuser serve ", "ultrafuser evaluate ", "ultrafuser report evaluated", "ultrafuser card ")
+SLOW_COMMANDS = ("ultrafuser serve ", "ultrafuser evaluate ", "ultrafuser report ", "ultrafuser card ")
 
 MODELS = ("Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen/Qwen2.5-Math-1.5B-Instruct")
 BASE = "Qwen/Qwen2.5-1.5B"
@@ -311,20 +311,20 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_stages_short() -> None:
+def make_training_short() -> None:
     """Two steps on a few examples, on the CPU, whatever a recipe says."""
-    from trainers.settings import StageConfig
+    from trl import SFTConfig
 
-    finish = StageConfig.__post_init__
+    finish = SFTConfig.__post_init__
 
     def short(args):
-        args.max_steps, args.examples_per_domain, args.per_device_train_batch_size = 2, 2, 2
+        args.max_steps, args.per_device_train_batch_size = 2, 2
         args.bf16, args.use_cpu, args.report_to, args.disable_tqdm = False, True, "none", True
-        args.mix_every = min(args.mix_every, 1)
-        args.mix_probe = min(args.mix_probe, 2)
+        if hasattr(args, "examples_per_domain"):
+            args.examples_per_domain, args.mix_every, args.mix_probe = 2, 1, 2
         finish(args)
 
-    StageConfig.__post_init__ = short
+    SFTConfig.__post_init__ = short
 
 
 def main() -> None:
@@ -336,9 +336,16 @@ def main() -> None:
     with ExitStack() as stack, redirect_stdout(sys.stderr):
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         models = {name: work / "models" / name.replace("/", "--") for name in (*MODELS, BASE)}
-        hub = stack.enter_context(HubServer(models))
+        hub = stack.enter_context(HubServer(models, store=work / "pushed"))
         # before the Hub's client is imported, which reads them once
-        os.environ.update(HF_ENDPOINT=hub.url, HF_HOME=str(work / "hub"), NO_PROXY="127.0.0.1,localhost")
+        os.environ.update(
+            HF_HUB_OFFLINE="0",
+            HF_ENDPOINT=hub.url,
+            HF_TOKEN=TOKEN,
+            HF_HUB_DISABLE_XET="1",
+            HF_HOME=str(work / "hub"),
+            NO_PROXY="127.0.0.1,localhost",
+        )
         from tests.teacher_server import TeacherServer
         from tests.test_judging import Server
 
@@ -346,7 +353,7 @@ def main() -> None:
         teacher = stack.enter_context(TeacherServer())
         judge = Server()
         stack.callback(judge.close)
-        make_stages_short()
+        make_training_short()
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]

@@ -9,12 +9,13 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import typer
 import yaml
 
 import modeling_ultrafuser
 import trainers
 from experiments.tables import with_tables
-from tests.pages import NOT_RUN, ROOT, blocks
+from tests.pages import NOT_RUN, ROOT, blocks, parse
 
 
 DOCS = ROOT / "docs"
@@ -66,13 +67,20 @@ def test_what_takes_long_runs_too():
     assert not [event for page in events.values() for event in page if event.get("done") == "slow"]
 
 
-def test_an_option_that_is_not_there_is_told(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("```bash\nultrafuser quickstart --sed 0\n```\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.pages", page], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert "No such option" in done.stdout
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ultrafuser quickstart --sed 0",
+        "ultrafuser data plush kept.jsonl me/set",
+        "pip install -e .[evil]",
+        "vllm serve fused --trust-local-code",
+        "accelerate launch --config_fill fsdp2.yaml train.py",
+    ],
+)
+def test_what_is_not_there_is_told_even_of_commands_that_are_not_run(line):
+    wrong_use = typer.BadParameter.__base__
+    with pytest.raises((wrong_use, AssertionError, KeyError, SystemExit)):
+        parse(line.split())
 
 
 # ----------------------------------------------------------------------------------------------- what pages quote
