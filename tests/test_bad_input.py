@@ -272,7 +272,7 @@ def test_a_specialist_that_is_no_model_is_refused(given, fuse_without_loading):
 
 def test_an_adapter_is_refused(fuse_without_loading, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ValueError, match=saying("a whole model", "'other'", "only an adapter", "merge_and_unload")):
+    with pytest.raises(ValueError, match=saying("whole models", "'other'", "only an adapter", "merge_and_unload")):
         fuse_without_loading(tmp_path)
 
 

@@ -132,7 +132,7 @@ def score_tokens(
     if config.fusion == "probabilities":
         caps = [soft_cap(c) for c in config.specialists]
         return _Mixture.apply(states, log_weights, head, targets, widths, caps, chunk)
-    if gate_only and config.adapters is None:
+    if gate_only and states.shape[1] == sum(widths):
         return _GateOfLogits.apply(
             log_weights, states.detach(), head.detach(), targets, widths, soft_cap(config), chunk
         )
