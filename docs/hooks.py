@@ -1,7 +1,8 @@
-"""What the site needs beyond Markdown: equations as MathML, and pictures that follow its light and dark palette."""
+"""What the site needs beyond Markdown: equations as MathML, pictures that follow its palette, and tables of settings."""
 
 import html
 import re
+from dataclasses import fields
 
 from latex2mathml.converter import convert
 
@@ -10,11 +11,14 @@ EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 PICTURE = re.compile(
     r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img alt="([^"]+)" src="([^"]+)"[^>]*>\s*</picture>'
 )
+SETTINGS = re.compile(r"<!-- settings: (\w+) -->")
 
 
 def on_page_markdown(markdown: str, **_) -> str:
-    """`<picture>` asks the system which palette it likes; the reader may have chosen the other one on the page."""
-    return PICTURE.sub(r"![\2](\3#only-light)\n![\2](\1#only-dark)", markdown)
+    """Pictures and settings as Markdown that every other part of the site understands."""
+    # `<picture>` asks the system which palette it likes; the reader may have chosen the other one on the page
+    markdown = PICTURE.sub(r"![\2](\3#only-light)\n![\2](\1#only-dark)", markdown)
+    return SETTINGS.sub(lambda found: _table(found[1]), markdown)
 
 
 def on_page_content(content: str, **_) -> str:
@@ -25,3 +29,14 @@ def on_page_content(content: str, **_) -> str:
 def _mathml(found: re.Match) -> str:
     tag, latex = found[1], html.unescape(found[2])
     return f'<{tag} class="equation">{convert(latex, display="block" if tag == "div" else "inline")}</{tag}>'
+
+
+def _table(name: str) -> str:
+    """The fields that a configuration adds to its parent's, with the help that the command line shows."""
+    # takes seconds, and one page alone needs it
+    from trainers import settings
+
+    config = getattr(settings, name)
+    own = [f for f in fields(config) if f.name in config.__annotations__ and f.init]
+    rows = [f"| `{f.name}` | `{f.default!r}` | {f.metadata.get('help', '')} |" for f in own]
+    return "\n".join(["| setting | default | what |", "|---|---|---|", *rows])

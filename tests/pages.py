@@ -213,7 +213,7 @@ class Reader:
         if program == "echo":
             return " ".join(rest) + "\n"
         if words[:2] == ["ultrafuser", "serve"]:
-            self.servers.enter_context(served(rest))
+            self.servers.enter_context(served(rest[1:]))
             return ""
         if program == "ultrafuser":
             from typer.testing import CliRunner

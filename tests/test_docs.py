@@ -196,3 +196,11 @@ def test_pictures_follow_the_palette_of_the_page(site):
     page = (site / "pictures.html").read_text()
     pictures = (DOCS / "pictures.md").read_text().count("<picture>")
     assert page.count("#only-light") == page.count("#only-dark") == pictures > 3
+
+
+def test_every_setting_of_a_stage_is_in_the_reference_with_its_help(site):
+    page = (site / "api.html").read_text()
+    for config in (trainers.GateStageConfig, trainers.JointStageConfig):
+        for name in config.__annotations__:
+            assert f"<td><code>{name}</code></td>" in page
+    assert trainers.JointStageConfig.__dataclass_fields__["train_specialists"].metadata["help"] in page
