@@ -8,7 +8,7 @@ import torch
 import yaml
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.tokenizing_ultrafuser import print_line
@@ -154,15 +154,21 @@ def load_model(
             "Give either a fused model (--model_name_or_path) or specialists to fuse (`specialists:` in the recipe), "
             f"but got {model.model_name_or_path!r} and {fused.specialists!r}."
         )
+    quantised = get_quantization_config(model)
     if fused.specialists:
+        if quantised is not None:
+            raise ValueError(
+                "A saved fused model is quantised while it is read, but `load_in_4bit` or `load_in_8bit` came with "
+                "`specialists:`, which are fused now. Fuse them into a folder first: `ultrafuser fuse`."
+            )
         revisions = fused.specialist_revisions
-        return (
-            UltraFuserForCausalLM.from_specialists(
-                fused.specialists, gate=fused.gate, fusion=fused.fusion, revisions=revisions, **shared
-            ),
-            common_tokenizer(fused.specialists, chat_template=fused.chat_template, revisions=revisions),
+        fusing = UltraFuserForCausalLM.from_specialists(
+            fused.specialists, gate=fused.gate, fusion=fused.fusion, revisions=revisions, **shared
         )
+        words = {"chat_template": fused.chat_template, "vocab_size": fusing.config.vocab_size}
+        return fusing, common_tokenizer(fused.specialists, revisions=revisions, **words)
     shared |= {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
+    shared |= {} if quantised is None else {"quantization_config": quantised}
     folder = model.model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(
