@@ -32,11 +32,13 @@ SHARED_LAYER = "hidden_weight.shared"
 def add(folder: Path, name: str, source: str, out: Path, *, revision: str | None = None) -> None:
     """Writes a fused folder with one more specialist, see `add_specialist`."""
     with new_folder(out) as part:
-        first = fused_config(folder).specialist_names[0]
+        config = fused_config(folder)
+        first, rows = config.specialist_names[0], config.vocab_size
         tokenizer = AutoTokenizer.from_pretrained(folder)
         read = reading.read(name, source, revision)
         # token ids must mean the same to it; the chat template stays
-        common_tokenizer({first: tokenizer, name: source}, chat_template=first, revisions={name: read.revision})
+        both, revisions = {first: tokenizer, name: source}, {name: read.revision}
+        common_tokenizer(both, chat_template=first, revisions=revisions, vocab_size=rows)
         model = add_specialist(UltraFuserForCausalLM.from_pretrained(folder), name, source, revision=read.revision)
         save_fused(part, model, tokenizer, read_ingredients(folder) | {name: described(source, read)})
 

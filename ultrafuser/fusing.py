@@ -117,7 +117,12 @@ def fetch(
         raise ValueError("\n".join(blocks))
     sources, size = judgement.sources, judgement.numbers["disk"]
     revisions = commits(sources)
-    tokenizer = common_tokenizer(recipe.specialists, chat_template=recipe.chat_template, revisions=revisions)
+    tokenizer = common_tokenizer(
+        recipe.specialists,
+        chat_template=recipe.chat_template,
+        revisions=revisions,
+        vocab_size=judgement.numbers["vocab_size"],
+    )
     free = shutil.disk_usage(folder).free
     if free < size:
         raise OSError(

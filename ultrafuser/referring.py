@@ -260,7 +260,8 @@ def _keep_tokenizer(folder: Path, part: Path, reference: Reference) -> None:
             break
     with tempfile.TemporaryDirectory() as made:
         choice = reference.chat_template or next(iter(reference.specialists))
-        common = common_tokenizer(reference.specialists, chat_template=choice, revisions=revisions)
+        rows = fused_config(folder).vocab_size
+        common = common_tokenizer(reference.specialists, chat_template=choice, revisions=revisions, vocab_size=rows)
         _with_template(common, reference).save_pretrained(made)
         for file in TOKENIZER:
             given, own = Path(made, file), folder / file

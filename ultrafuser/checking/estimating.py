@@ -121,6 +121,7 @@ def estimate(config: UltraFuserConfig, sizes: dict[str, Size], dtype: torch.dtyp
         }
     return {
         "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": config.vocab_size,
         "parameters": {name: s.backbone + s.head for name, s in sizes.items()} | {"gate": gate},
         "download": download,
         "disk": weights,
