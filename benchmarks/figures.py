@@ -1,10 +1,13 @@
 """Draws docs/benchmarks/ from the files under results/, and prints their tables as Markdown.
 
 python -m benchmarks.figures
+
+A table stands in docs/benchmarks/README.md between the marker that is printed above it and `<!-- end -->`.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +23,7 @@ from ultrafuser.reports.figures import save
 
 ROOT = Path(__file__).parent.parent
 SHAPES = {"small": "bound by operations", "large": "bound by weights"}
+MARKED = re.compile(r"(<!-- (results/\S+: .+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 QUANTITIES = {"token": "each token", "prompt": "prompt"}
 
 
@@ -29,36 +33,48 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     options = parser.parse_args()
+    tables = {}
     for name, show in {"rivals": show_rivals, "growth": show_growth, "serving": show_serving}.items():
         file = options.results / f"{name}.json"
         if file.exists():
-            show(json.loads(file.read_text()), options.out)
+            found = show(json.loads(file.read_text()), options.out)
+            tables |= {f"results/{name}.json: {what}": table for what, table in found.items()}
         else:
             print(f"There is no {file}: `python -m benchmarks.{name}` writes it.")
+    for marker, table in tables.items():
+        print(f"\n<!-- {marker} -->\n\n{table}\n\n<!-- end -->")
+    page = options.out / "README.md"
+    if page.exists():
+        page.write_text(with_tables(page.read_text(), tables))
 
 
-def show_rivals(result: dict, out: Path) -> None:
-    """Ours and rivals."""
-    save(out / "rivals", draw_rivals, {SHAPES[name]: result[name] for name in SHAPES})
-    for name, title in SHAPES.items():
-        print(f"\n{title}\n\n{rivals.table(result[name])}")
+def with_tables(text: str, tables: dict[str, str]) -> str:
+    """The same page with every table between its marker and an end written anew.
+
+    Raises:
+        KeyError: If a marker names a table that is not there.
+    """
+    return MARKED.sub(lambda m: f"{m[1]}\n{tables[m[2]]}\n\n{m[3]}", text)
 
 
-def show_growth(result: dict, out: Path) -> None:
-    """Cost against specialists, batch, context and vocabulary."""
+def show_rivals(result: dict, out: Path) -> dict[str, str]:
+    """Ours and rivals, one table per shape."""
+    save(out / "rivals", draw_rivals, {title: result[name] for name, title in SHAPES.items()})
+    return {name: rivals.table(result[name]) for name in SHAPES}
+
+
+def show_growth(result: dict, out: Path) -> dict[str, str]:
+    """Cost against specialists, batch, context and vocabulary, one table for each in each shape."""
     for quantity in QUANTITIES:
         save(out / f"growth_{quantity}", draw_growth, result, quantity)
-    for name, title in SHAPES.items():
-        for what, points in result[name].items():
-            print(f"\n{title}\n\n{growth.table(what, points)}")
+    return {f"{n}, {what}": growth.table(what, p) for n in SHAPES for what, p in result[n].items()}
 
 
-def show_serving(result: dict, out: Path) -> None:
-    """Throughput against batch."""
+def show_serving(result: dict, out: Path) -> dict[str, str]:
+    """Throughput against batch, one table per model."""
     models = {name: result[name] for name in ("quickstart", "random")}
     save(out / "serving", draw_serving, models)
-    for name, found in models.items():
-        print(f"\n{name}\n\n{serving.table(found)}")
+    return {name: serving.table(found) for name, found in models.items()}
 
 
 def draw_rivals(regimes: dict[str, dict]) -> Figure:

@@ -33,7 +33,7 @@ from ultrafuser.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 BATCHES = (1, 8, 16, 64)
-THREADS, NEW = 2, 48
+THREADS, NEW = 2, 32
 # prompts differ in length, as those of users do
 LENGTHS = (32, 24, 28, 17)
 VERSIONS = (
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fused", type=Path, help="folder of the fused model that `ultrafuser quickstart` made")
     parser.add_argument("--venv", type=Path, default=os.environ.get("VLLM_VENV", ROOT / ".venv-vllm"))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "serving.json")
     options = parser.parse_args()
     python = vllm_python(Path(options.venv))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -192,8 +193,14 @@ def test_figures_and_tables_are_made_from_result_files(results, tmp_path, monkey
     found = json.loads((results / "rivals.json").read_text())["small"]
     drawn, printed = (out / "rivals.svg").read_text(), capsys.readouterr().out
     assert all(name in drawn and f"| {name} |" in printed for name in found)
-    assert "| 16 | 96: 1.00 (1.00 to 1.00)" not in printed
     assert f"| 16 | {16 * serving.NEW / 0.5:.0f}: 1.00 (1.00 to 1.00)" in printed
+    assert printed.count("<!-- results/") == printed.count("<!-- end -->") == 2 + 8 + 2
+
+
+def test_tables_of_the_page_are_written_anew():
+    page = "before\n<!-- results/rivals.json: small -->\n\n| old |\n\n<!-- end -->\nafter\n"
+    written = figures.with_tables(page, {"results/rivals.json: small": "| new |"})
+    assert written == page.replace("old", "new")
 
 
 def test_a_missing_result_file_is_told_with_what_writes_it(tmp_path, monkeypatch, capsys):
@@ -203,9 +210,12 @@ def test_a_missing_result_file_is_told_with_what_writes_it(tmp_path, monkeypatch
     assert not (tmp_path / "figures").exists()
 
 
-def test_figures_of_the_documents_are_drawn_from_the_result_files(tmp_path, monkeypatch):
+def test_figures_and_tables_of_the_documents_are_made_from_the_result_files(tmp_path, monkeypatch):
+    committed = ROOT / "docs" / "benchmarks"
+    page = committed / "README.md"
+    if page.exists():
+        shutil.copy(page, tmp_path)
     monkeypatch.setattr(sys, "argv", ["figures", "--out", str(tmp_path)])
     figures.main()
-    committed = ROOT / "docs" / "benchmarks"
-    drawn = {file.name: file.read_text() for file in tmp_path.glob("*.svg")}
-    assert {name: (committed / name).read_text() for name in drawn} == drawn
+    made = {file.name: file.read_text() for file in tmp_path.iterdir() if file.suffix in (".svg", ".md")}
+    assert {name: (committed / name).read_text() for name in made} == made
