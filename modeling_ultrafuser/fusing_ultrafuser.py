@@ -122,7 +122,8 @@ def fuse_specialists(
     for name in [n for n, t in tokenizers.items() if t is None]:
         print_line(f"{name}: its folder holds no tokenizer, so nothing checks that its token ids mean the same.")
         del tokenizers[name]
-    if tokenizers:
+    # one alone has none to agree with; whether it fits the rows matters only if no other does
+    if len(tokenizers) > 1:
         widest_usable_tokenizer(tokenizers, vocab_size)
     generation_config = merged_generation_config(
         {n: own_generation_config(s, sources[n], **place[n]) for n, s in whole.items()}, vocab_size

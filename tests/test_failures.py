@@ -9,12 +9,18 @@ import torch
 from accelerate import infer_auto_device_map
 from datasets import Dataset
 from safetensors import safe_open
+from transformers import AutoTokenizer
+from trl import ModelConfig
+from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from tests import failures
+from tests.stand_ins import many_words
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, changed, conversations, sft_trainer, weights
 from trainers import GateTrainer, JointTrainer
+from ultrafuser.cli import app
+from ultrafuser.training import FusedArguments, load_model
 
 
 TESTS = Path(__file__).parent
@@ -53,6 +59,26 @@ def test_the_constructor_reads_no_weights(fused):
         model = UltraFuserForCausalLM(config)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in fused.named_parameters()}
+
+
+def test_tokens_that_one_specialist_has_behind_the_common_ones_are_left_out_by_every_way_to_fuse(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    failures.save("text", template=CHAT_TEMPLATE)
+    for name in ("code", "math"):
+        failures.save(name, words=many_words(99, ["<fill>", "<hole>"]), vocab_size=101, template=CHAT_TEMPLATE)
+    for words in (
+        ["fuse", "code=code", "text=text", "--out", "two"],
+        ["add", "two", "math=math", "--out", "three"],
+    ):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+    fused, words = UltraFuserForCausalLM.from_pretrained("three"), AutoTokenizer.from_pretrained("three")
+    assert fused.config.vocab_size == len(words) == 99
+    # a recipe of training fuses, too
+    recipe = FusedArguments(specialists={"code": "code", "text": "text"})
+    assert len(load_model(recipe, ModelConfig())[1]) == 99
 
 
 def test_one_model_under_two_names_is_saved_whole_and_comes_back(tmp_path):
