@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+import trl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
@@ -48,11 +49,11 @@ SMALL = {
     **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4},
 }
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+# as Qwen 2.5 publishes it: TRL keeps a copy
+CHATML = Path(trl.__file__).with_name("chat_templates").joinpath("qwen2_5.jinja").read_text()
+STEP_BY_STEP = CHATML.replace(
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "Please reason step by step."
 )
-STEP_BY_STEP = CHATML.replace("{% for", "<|im_start|>system\nPlease reason step by step.<|im_end|>\n{% for", 1)
 # Llama 2's, and that of the Alpaca family
 INST = "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
 ALPACA = (
@@ -64,31 +65,36 @@ ALPACA = (
 # ---------------------------------------------------------------------------------- folders
 
 
-def qwen_words():
-    """151,643 tokens and 22 that control."""
-    return many_words(151643, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|{k}|>" for k in range(19))])
+def qwen_words(size=151643):
+    """Bytes, fillers and 22 tokens that control, as Qwen 2.5 has them."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"token-{i}" for i in range(size))][:size]
+    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|{k}|>" for k in range(19))])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>", eos_token="<|im_end|>")
 
 
-def qwen_trio(folder, size=QWEN_7B, **fields):
+def qwen_trio(folder, size=QWEN_7B, words=None, **fields):
     """Three folders: for text, code and mathematics."""
-    words = qwen_words()
+    words = words or qwen_words()
     for name, own in {"text": {}, "code": {}, "math": OF_MATH}.items():
         template = STEP_BY_STEP if name == "math" else CHATML
-        stand_in(folder / name, words, template=template, eos=151645, **{**size, **own, **fields})
+        stand_in(folder / name, words, template=template, **{**size, **own, **fields, "eos": words.eos_token_id})
     return [folder / name for name in ("text", "code", "math")]
 
 
 def llama_2_trio(folder, **fields):
-    """Three folders whose vocabularies, templates and licences differ: Llama 2 chat, Code Llama and WizardMath."""
+    """Three folders whose vocabularies and templates differ: Llama 2 chat, Code Llama and WizardMath."""
     code_llama = {"max_position_embeddings": 16384, **rope(1e6)}
     each = {
-        "text": ([], INST, {}, "llama2"),
-        "code": ([f"<infill {k}>" for k in range(16)], INST, code_llama, "llama2"),
-        "math": (["[PAD]"], ALPACA, {}, "cc-by-nc-4.0"),
+        "text": ([], INST, {}),
+        "code": ([f"<infill {k}>" for k in range(16)], INST, code_llama),
+        "math": (["[PAD]"], ALPACA, {}),
     }
-    for name, (added, template, own, licence) in each.items():
+    for name, (added, template, own) in each.items():
         own = {**LLAMA_2_13B, **own, **fields, "vocab_size": 32000 + len(added)}
-        stand_in(folder / name, many_words(32000, added), template=template, licence=licence, **own)
+        stand_in(folder / name, many_words(32000, added), template=template, licence="llama2", **own)
     return [folder / name for name in each]
 
 
