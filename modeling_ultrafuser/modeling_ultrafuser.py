@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import Unpack
@@ -61,6 +62,11 @@ class UltraFuserPreTrainedModel(PreTrainedModel):
         that Falcon-H1 fills there, for one, would be left as whatever was in memory.
         """
         return False
+
+    @classmethod
+    def get_init_context(cls, *args, **kwargs) -> list:
+        """Like the library's, without drawing numbers for tensors that are loaded right after."""
+        return [*super().get_init_context(*args, **kwargs), init.no_init_weights()]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
