@@ -130,7 +130,11 @@ def _trainer(fused: FusedArguments, out: Path, model_args: ModelConfig) -> tuple
                 "What specialists say can be kept while they do not move, which they do in stage joint. Leave `cached` "
                 "out, or train --stage gate."
             )
-        return JointTrainer, {"peft_config": get_peft_config(model_args)}
+        adapter = get_peft_config(model_args)
+        if adapter is not None and not adapter.target_modules and not adapter.target_parameters:
+            # PEFT's own choices are by architecture, and specialists may be of several. QLoRA's (Dettmers et al., 2023)
+            adapter.target_modules = "all-linear"
+        return JointTrainer, {"peft_config": adapter}
     if fused.cached:
         return CachedGateTrainer, {"cache": fused.cache or out / "cache", "keep": fused.cache_keep}
     return GateTrainer, {}
