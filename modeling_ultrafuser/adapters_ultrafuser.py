@@ -52,7 +52,7 @@ class AdaptedLinear(nn.Module):
     def merged(self, k: int) -> nn.Linear:
         """Specialist k's own linear layer, a copy."""
         weight, bias = self.base_layer.weight, self.base_layer.bias
-        if not weight.is_floating_point() or weight.shape != (self.lora_B.shape[2], self.lora_A.shape[2]):
+        if type(weight.data) is not Tensor or not weight.is_floating_point():
             raise ValueError(
                 "An adapter is merged into the plain weights of its base, but those of this model are quantised. Load "
                 "it without `quantization_config` first."
@@ -86,6 +86,8 @@ def add_adapters(base: PreTrainedModel, config) -> None:
         owner, _, leaf = name.rpartition(".")
         layer = AdaptedLinear(base.get_submodule(name), len(config.specialists), config.adapters["rank"])
         setattr(base.get_submodule(owner), leaf, layer)
+    # they speak of the base's layers as they were
+    base._tp_plan = base._ep_plan = {}
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:

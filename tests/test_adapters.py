@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, set_seed
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, StaticCache, TorchAoConfig, set_seed
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
@@ -30,6 +30,7 @@ from ultrafuser.cli import app
 from ultrafuser.decoding.drafting import self_draft
 from ultrafuser.decoding.stacking import stack
 from ultrafuser.editing import add_specialist, remove_specialist
+from ultrafuser.evaluation.baselines import ensemble
 
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -41,7 +42,7 @@ ADAPTERS = {
         "r": 3,
         "target_modules": ALL,
         "rank_pattern": {"down_proj": 6},
-        "alpha_pattern": {"q_proj": 5, "layers.0.mlp.up_proj": 1},
+        "alpha_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 1},
         "layers_to_transform": [1],
     },
 }
@@ -187,6 +188,13 @@ def test_the_base_itself_can_be_one_of_the_specialists(sources):
 
 
 @torch.no_grad()
+def test_another_gate_and_fusion_rule_share_the_base(models):
+    ids = prompt()
+    actual, expected = (ensemble(model, "uniform", "probabilities")(ids).logits for model in models)
+    close(actual, expected)
+
+
+@torch.no_grad()
 def test_the_base_is_there_once(models):
     adapted, merged = models
     numbers = {n: p.numel() for n, p in adapted.named_parameters() if "fusion_gate" not in n}
@@ -239,6 +247,16 @@ def test_a_text_in_a_padded_batch_gets_the_tokens_that_it_gets_alone(models):
     text = fused.generate(**batch, max_new_tokens=STEPS, do_sample=False)[1, 12:]
     alone = fused.generate(batch["input_ids"][1:, 5:], max_new_tokens=STEPS, do_sample=False)[0, 7:]
     assert torch.equal(text, alone)
+
+
+@torch.no_grad()
+def test_a_step_with_a_static_cache_compiles_to_one_graph(models):
+    fused, ids = models[0], prompt()
+    torch._dynamo.reset()
+    one_graph = torch.compile(fused, fullgraph=True, backend="eager")
+    cache = StaticCache(config=fused.config, max_cache_len=16)
+    fused(ids[:, :-1], past_key_values=cache, use_cache=True)
+    close(one_graph(ids[:, -1:], past_key_values=cache, use_cache=True).logits, fused(ids).logits[:, -1:])
 
 
 @pytest.mark.parametrize("how", ["a specialist", "the prompt"])
@@ -325,6 +343,27 @@ def test_more_rows_of_the_vocabulary_are_for_all_specialists(models, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert [c.vocab_size for c in again.config.specialists] == [103] * 3
     assert again(prompt()).logits.shape[-1] == 103
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes", "torchao"])
+@torch.no_grad()
+def test_a_quantised_base_keeps_its_adapters_as_they_are(kind, models, tmp_path):
+    pytest.importorskip(kind)
+    if kind == "bitsandbytes":
+        quantised = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        quantised = TorchAoConfig(Int8WeightOnlyConfig())
+    fused, ids = models[0], prompt()
+    fused.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantised)
+    expected = {name: own for name, own in fused.named_parameters() if "lora_" in name}
+    assert all(torch.equal(again.get_parameter(name), own) for name, own in expected.items())
+    exact = fused(ids).logits
+    assert 0 < (again(ids).logits - exact).abs().mean() < 0.1 * exact.abs().mean()
+    with pytest.raises(ValueError, match="merged into the plain weights.*quantised.*quantization_config"):
+        again.specialist("text")
 
 
 # ---------------------------------------------------------------------------------------------- training
