@@ -2,7 +2,7 @@
 
     with Commands("ultrafuser.fusing", HF_ENDPOINT=server.url) as commands:
         done = commands.run("fuse", ..., under=tmp_path)             # done.code, done.said, done.events
-        commands.run("fuse", ..., under=tmp_path, kill_at=7)         # done.code is None: killed at its seventh event
+        commands.run("fuse", ..., under=tmp_path, kill_at=7)         # killed at what would be done.events[7]
 
 An event is a change of what is under a folder: a file opened for writing, made, renamed, removed, or handed to a
 library that writes it by itself. Killed there, the file is left empty or half written. `commands.kill` kills what runs
@@ -18,7 +18,7 @@ import sys
 import threading
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 
 
@@ -29,12 +29,12 @@ class Done:
     Attributes:
         code: Its exit status; None if it was killed.
         said: What it printed.
-        events: How many changes it made.
+        events: What it changed, in order: "open config.json". "half model.safetensors" is one that is half written.
     """
 
     code: int | None
     said: str = ""
-    events: int = 0
+    events: list[str] = field(default_factory=list)
 
 
 class Commands:
@@ -72,44 +72,51 @@ class Commands:
 
 
 class Events:
-    """Counts changes of what is under a folder, and kills this process at one of them."""
+    """Lists changes of what is under a folder, and kills this process at one of them."""
 
     def __init__(self, under, kill_at):
-        self.under, self.kill_at, self.count, self.inside = under, kill_at, 0, False
+        self.under, self.kill_at, self.seen, self.inside = under, kill_at, [], False
 
     def watch(self, event, arguments):
+        """Hears of every change that Python makes, before it makes it."""
         changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
         if event == "open":
             changes = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if self.inside or not changes or not self.is_ours(arguments[0]):
+        if not changes or self.inside or not self.is_ours(arguments[0]):
             return
-        self.count += 1
-        if self.count == self.kill_at:
-            self.inside = True
+        if self.add(event, arguments[0]):
             if event == "open" and arguments[2] & os.O_TRUNC:
+                self.inside = True
                 open(arguments[0], "w").close()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def is_ours(self, path):
-        return isinstance(path, str | os.PathLike) and os.path.abspath(path).startswith(self.under)
+            self.die()
 
     def wrap(self, save):
-        """A function that writes a file, (content, path), as two events: before it, and with half of it written."""
+        """A function that hands a file to a library, (content, path), as two events: before it, and with half of it."""
 
         def watched(content, path, *args, **kwargs):
             if self.inside or not self.is_ours(path):
                 return save(content, path, *args, **kwargs)
-            self.count += 2
-            if self.count - 1 == self.kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if self.add("save", path):
+                self.die()
             self.inside = True
             save(content, path, *args, **kwargs)
             self.inside = False
-            if self.count == self.kill_at:
+            if self.add("half", path):
                 os.truncate(path, os.path.getsize(path) // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
+                self.die()
 
         return watched
+
+    def is_ours(self, path):
+        return isinstance(path, str | os.PathLike) and os.path.abspath(path).startswith(self.under)
+
+    def add(self, event, path):
+        """Whether this is where to die."""
+        self.seen.append(f"{event.removeprefix('os.')} {os.path.relpath(path, self.under)}")
+        return len(self.seen) - 1 == self.kill_at
+
+    def die(self):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _run(words, under, kill_at, environment, answer):
@@ -137,7 +144,7 @@ def _run(words, under, kill_at, environment, answer):
             code = getattr(error, "exit_code", 1)
             print(f"{type(error).__name__}: {error}")
             traceback.print_exc(file=sys.__stderr__)
-    os.write(answer, json.dumps({"code": code, "said": said.getvalue(), "events": events.count}).encode())
+    os.write(answer, json.dumps({"code": code, "said": said.getvalue(), "events": events.seen}).encode())
     os._exit(0)
 
 

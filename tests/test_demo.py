@@ -170,14 +170,14 @@ def test_a_bias_far_to_the_right_makes_that_specialist_speak_and_the_next_answer
     served, browser, model
 ):
     with opened(browser, served) as page:
-        slider = page.get_by_label("range slider for Bias of code (nats)")
+        slider = page.get_by_label("range slider for Bias of code")
         slider.press("End")
         spans = ask(page, "2+2?").locator("span")
         assert all(re.search(r"code 1\.00", span.get_attribute("title")) for span in spans.all())
         assert page.locator(".who > span").all_inner_texts() == ["text: 0%", "code: 100%", "math: 0%"]
         page.get_by_role("button", name="Clear").click()
         page.locator(".nothing").wait_for()
-        page.get_by_label("number input for Bias of code (nats)").fill("0")
+        page.get_by_label("number input for Bias of code").fill("0")
         assert ask(page, "2+2?").text_content() == decoded(generated(model, PROMPT)[0])
 
 

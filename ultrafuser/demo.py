@@ -158,13 +158,10 @@ def page(model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, name:
                     stop = gr.Button("Stop", min_width=80)
                     anew = gr.Button("Clear", min_width=80)
             with gr.Column(scale=1, min_width=260):
-                gr.Markdown(
-                    "Steers the gate in the next answer. At temperature 1 and without bias, it speaks as it is."
-                )
+                gr.Markdown("Steer the gate of the next answer. At temperature 1 and bias 0 it is as it was trained.")
                 temperature = gr.Slider(0.1, 5.0, value=1.0, step=0.1, label="Gate temperature")
                 biases = [
-                    gr.Slider(-LARGEST_BIAS, LARGEST_BIAS, value=0.0, step=0.5, label=f"Bias of {n} (nats)")
-                    for n in names
+                    gr.Slider(-LARGEST_BIAS, LARGEST_BIAS, value=0.0, step=0.5, label=f"Bias of {n}") for n in names
                 ]
                 most = gr.Slider(1, 1024, value=256, step=1, label="Tokens at most")
         inputs, outputs = [prompt, turns, most, temperature, *biases], [prompt, turns, conversation, who]
