@@ -129,7 +129,10 @@ def draw_growth(result: dict, quantity: str) -> Figure:
                 axis.fill_between(list(points), *low_high, color=colour, alpha=0.2, linewidth=0)
             axis.set_xlabel(what)
             axis.set_ylim(bottom=0)
-            if what != "specialists":
+            if what == "specialists":
+                axis.plot(1, 1, "o", markersize=4, color=OTHER)  # one alone is what all is relative to
+                axis.set_xticks([1, *points])
+            else:
                 axis.set_xscale("log", base=2)
                 plain_ticks(axis, list(points))
     figure.supylabel(f"{QUANTITIES[quantity]}, relative to one specialist", fontsize="medium")

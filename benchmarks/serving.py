@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from benchmarks.decoding import held_out_prompts
@@ -72,17 +72,17 @@ def measure(
     fused: UltraFuserForCausalLM, prompts: Prompts, python: str, batches: tuple[int, ...], rounds: int
 ) -> dict:
     """Every way at every batch."""
-    one = fused.specialist(fused.config.specialist_names[0])
-    models = {"fused, transformers": fused, "fused, stacked, transformers": stack(fused)}
-    models |= {"one specialist, transformers": one}
-    for model in models.values():
-        model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
-    ways = {name: in_transformers(model) for name, model in models.items()}
     with ExitStack() as running:
         work = Path(running.enter_context(tempfile.TemporaryDirectory()))
-        for name, model in (("fused", fused), ("one specialist", one)):
-            model.save_pretrained(work / name)
+        fused.save_pretrained(work / "fused")
+        fused.specialist(fused.config.specialist_names[0]).save_pretrained(work / "one specialist")
+        models = {"fused": fused, "fused, stacked": stack(fused)}
+        models["one specialist"] = AutoModelForCausalLM.from_pretrained(work / "one specialist").eval()
+        for model in models.values():
+            model.generation_config.eos_token_id = None
+            model.generation_config.pad_token_id = 0
+        ways = {f"{name}, transformers": in_transformers(model) for name, model in models.items()}
+        for name in ("fused", "one specialist"):
             ways[f"{name}, vLLM"] = running.enter_context(in_vllm(python, work / name, max(batches)))
         return {str(batch): at_batch(ways, prompts[:batch], rounds) for batch in batches}
 
