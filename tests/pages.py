@@ -42,6 +42,7 @@ NOT_RUN = {
     "vllm": "an environment of its own: tests/vllm",
     "accelerate": "several GPUs: test_processes.py has two processes",
     "ultrafuser quickstart": "minutes: test_quickstart.py has fewer steps",
+    "ultrafuser demo": "it serves until it is stopped: test_demo.py opens it",
     "ultrafuser bench": "lm-eval's data sets: test_suites.py has some of its own",
     "ultrafuser judge fused --questions mt_bench": "a data set on the Hub: docs/evaluate.md has a file",
     "ultrafuser data take-in mathinstruct": "a data set on the Hub: docs/data.md has a file",
@@ -49,7 +50,7 @@ NOT_RUN = {
 }
 
 # run with --slow, otherwise parsed as those above
-SLOW_COMMANDS = ("ultrafuser serve ", "ultrafuser evaluate ", "ultrafuser report ", "ultrafuser card ")
+SLOW_COMMANDS = tuple(f"ultrafuser {name} " for name in ("serve", "data look", "evaluate", "report", "card"))
 
 MODELS = ("Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-Coder-1.5B-Instruct", "Qwen/Qwen2.5-Math-1.5B-Instruct")
 BASE = "Qwen/Qwen2.5-1.5B"
