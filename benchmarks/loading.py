@@ -1,11 +1,12 @@
 """Time and memory of loading a fused model, against its specialists loaded one by one: `python -m benchmarks.loading`.
 
-Random Llamas in bfloat16 are written to a temporary folder, and fused. Every load is in a process of its own, forked from
-one that has imported the libraries and loaded nothing; all ways take turns, with the files in the page cache. Time is that of a process's processors, divided by
-that of the separate loads of the same round; wall-clock time stands beside it. Memory is anonymous, that is, not backed
-by the files: how much more there was after loading, and after a pass over a few tokens, as a share of the weights; and
-the peak of all memory, mapped files too. Two kinds of specialists: with a head of their own, and with one tied to their
-embeddings, which the wide head of the fused model has to hold again. Writes `results/loading.json`.
+Random Llamas of 270 million parameters in bfloat16 are written to a temporary folder, and fused. Every load is in a
+process of its own, forked from one that has imported the libraries and loaded nothing; all ways take turns, with the
+files in the page cache. Time is that of a process's processors, divided by that of the separate loads of the same round;
+wall-clock time stands beside it. Memory is anonymous, that is, not backed by the files: how much more there was after
+loading, and after a pass over a few tokens, as a share of the weights; and the peak of all memory, mapped files too. Two
+kinds of specialists: with a head of their own, and with one tied to their embeddings, which the wide head of the fused
+model has to hold again. Writes `results/loading.json`.
 """
 
 import argparse
@@ -34,9 +35,9 @@ def main() -> None:
     """Measures every way for both kinds of specialists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "loading.json")
     options = parser.parse_args()
     torch.set_num_threads(1)

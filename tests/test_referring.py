@@ -191,7 +191,7 @@ def test_a_file_that_is_gone_is_named(models, fuse, tmp_path):
     (models["math"] / "chat_template.jinja").unlink()
     code, said = run("fuse", recipe, "--out", tmp_path / "again")
     assert code == 2
-    assert "chat_template.jinja' it is not there" in said
+    assert "chat_template.jinja' is not there" in said
 
 
 def test_interrupted_it_leaves_nothing(fuse, tmp_path, monkeypatch):

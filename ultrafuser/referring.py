@@ -176,10 +176,10 @@ def sha256(path: Path) -> str:
 def _check(path: Path, expected: str) -> None:
     found = sha256(path) if path.exists() else None
     if found != expected:
-        has = f"its SHA-256 is {found} and should be {expected}" if found else "it is not there"
+        is_other = f"has the SHA-256 {found} instead of {expected}" if found else "is not there"
         raise ValueError(
-            f"A reference recipe rebuilds a model from the very files that it was made from, but of {str(path)!r} "
-            f"{has}. Fetch that file again; one from the Hub with `hf download --force-download`."
+            f"A reference recipe rebuilds a model from the very files that it was made from, but {str(path)!r} "
+            f"{is_other}. Fetch that file again; one from the Hub with `hf download --force-download`."
         )
 
 
