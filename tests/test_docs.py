@@ -56,8 +56,9 @@ def test_few_are_not_run_and_each_for_a_reason(events, capsys):
     with capsys.disabled():
         for event in left:
             print(f"\n{event['page']}:{event['line']} {event['why']}: {event['what'][:60]!r}", end="")
-    assert {event["why"] for event in left if event["done"] == "parsed"} <= set(NOT_RUN.values())
-    assert len(every) > 3 * len(left)
+    never = [event for event in left if event["done"] == "parsed"]
+    assert {event["why"] for event in never} <= set(NOT_RUN.values())
+    assert len(every) > 4 * len(never)
 
 
 @pytest.mark.slow
