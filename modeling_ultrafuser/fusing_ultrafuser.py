@@ -143,7 +143,8 @@ def fuse_specialists(
         column += columns.shape[1]
         if adapters is not None:
             with torch.device("meta"):
-                backbone_state = adapted_state(cls(config).model.specialists[BASE], backbone_state, parts)
+                adapted = cls(config).model.specialists[BASE]
+            backbone_state = adapted_state(adapted, backbone_state, parts)
         # a model in memory stays its owner's: training the fused one must not change it
         own = isinstance(source, PreTrainedModel)
         state |= {f"model.specialists.{name}.{key}": t.clone() if own else t for key, t in backbone_state.items()}
@@ -169,7 +170,8 @@ def fuse_specialists(
         )
     model.generation_config = generation_config
     model.eval()
-    if adapters is not None:
+    # what a device map has left on the disk cannot be merged
+    if adapters is not None and not any(p.is_meta for p in model.parameters()):
         probe_rows(model, _tolerance(dtype))
     return model
 

@@ -25,15 +25,8 @@ MERGE_FIRST = (
 
 # fields of a LoRA configuration that say where and how large it is, or how it was trained
 _PLAIN_FIELDS = {
-    *(
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "auto_mapping",
-        "inference_mode",
-        "base_model_name_or_path",
-        "revision",
-    ),
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode"),
+    *("base_model_name_or_path", "revision"),
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "bias", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core"),
     *("loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),

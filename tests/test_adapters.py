@@ -20,7 +20,9 @@ from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.adapters_ultrafuser import AdaptedLinear
 from modeling_ultrafuser.serving_ultrafuser import check_pageable, check_servable_by_vllm
 from tests.conftest import stir_gate
+from tests.hub_server import COMMIT, HubServer
 from tests.mixes import prompt
+from tests.test_check import environment
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, changed, conversations, sft_trainer, weights
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
@@ -525,6 +527,23 @@ def test_fuse_writes_a_folder_that_loads(sources, tmp_path):
     assert sum(isinstance(m, AdaptedLinear) for m in model.modules()) == 14
     took = json.loads((tmp_path / "fused" / "specialists.json").read_text())
     assert {n: t["source"] for n, t in took.items()} == sources
+
+
+def test_adapters_and_their_base_are_fetched_from_the_hub(sources, tmp_path):
+    ids = {"lab/base": Path(sources["text"]).parent / "base"}
+    for name, folder in sources.items():
+        ids[f"lab/{name}"] = Path(rewritten(folder, tmp_path / name, base_model_name_or_path="lab/base"))
+    arguments = ["fuse", *(f"{name}=lab/{name}" for name in sources), "--out", str(tmp_path / "fused")]
+    with HubServer(ids) as server:
+        command = [sys.executable, "-c", f"from ultrafuser.cli import app; app({arguments!r})"]
+        env = environment(server, tmp_path / "home")
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    own, ids = UltraFuserForCausalLM.from_specialists(sources), prompt()
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "fused")(ids).logits, own(ids).logits)
+    took = json.loads((tmp_path / "fused" / "specialists.json").read_text())
+    assert {t["commit"] for t in took.values()} == {COMMIT}
 
 
 def test_the_tokenizer_of_an_adapter_without_one_is_its_bases(sources):
