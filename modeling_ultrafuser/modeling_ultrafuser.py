@@ -33,6 +33,7 @@ from .specialists_ultrafuser import (
     Specialists,
     check_inputs,
     end_to_end,
+    is_plain,
     refuse_other_specialists,
     refuse_quantised_head,
     run_each,
@@ -384,7 +385,7 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         setattr(model, place, backbone)
         model.get_output_embeddings().weight = nn.Parameter(self.lm_head.weight.detach()[:, columns], False)
         model.generation_config = copy.deepcopy(self.generation_config)
-        if getattr(self, "hf_quantizer", None) is not None:
+        if getattr(self, "hf_quantizer", None) is not None and not all(is_plain(p) for p in backbone.parameters()):
             # who quantised the backbone knows how to save it, and what the folder must say to load again
             model.hf_quantizer, model.config.quantization_config = self.hf_quantizer, self.config.quantization_config
         return model.train(self.training)

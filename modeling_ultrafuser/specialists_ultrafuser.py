@@ -119,14 +119,16 @@ def refuse_other_specialists(names: list[str], parts: list[str], parameters: lis
         )
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Whether a tensor is not quantised. That it is floating point torchao's say of themselves, too."""
+    ours = type(weight.data).__module__.split(".")[0] == "torch"
+    return ours and weight.is_floating_point() and weight.element_size() > 1
+
+
 def refuse_quantised_head(head: nn.Module | None) -> None:
     """Refuses a head without plain weights. Quantisers leave it alone unless they are told what to leave alone."""
-    if head is None:
-        return
     weight = getattr(head, "weight", None)
-    plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() > 1
-    # torchao's tensors say of themselves that they are floating point
-    if plain and type(weight.data).__module__.split(".")[0] == "torch":
+    if head is None or (isinstance(weight, Tensor) and is_plain(weight)):
         return
     raise ValueError(
         f"The head of a fused model must have plain weights, because each specialist has columns of its own in it, but "

@@ -95,12 +95,16 @@ def test_a_quantised_model_and_its_specialists_load_again_from_their_folders(loa
 @pytest.mark.parametrize(
     ("load", "setting"), [(in_4_bits, "llm_int8_skip_modules"), (in_8_bits, "modules_to_not_convert")]
 )
-def test_a_list_of_modules_to_leave_alone_must_name_the_head(load, setting, folder):
+def test_a_list_of_modules_to_leave_alone_must_name_the_head(load, setting, folder, tmp_path):
     rest = ["model.specialists.text"]
     with pytest.raises(ValueError, match="The head of a fused model must have plain weights"):
         load(folder, **{setting: rest})
     model = load(folder, **{setting: [*rest, "lm_head"]})
     assert model.model.specialists["text"].layers[0].self_attn.q_proj.weight.dtype == torch.float32
+    own = model.specialist("text")
+    own.save_pretrained(tmp_path / "text")
+    assert not hasattr(own.config, "quantization_config")
+    assert predictions(AutoModelForCausalLM.from_pretrained(tmp_path / "text")).equal(predictions(own))
 
 
 @pytest.mark.parametrize("one_at_a_time", [False, True])
