@@ -1,15 +1,15 @@
 """A fused model beside what one would use instead: `python -m benchmarks.rivals`.
 
 Three specialists, as three LoRA adapters of one base that are merged into it for all but PEFT's own ways: every way
-has the same three models to work with. Weights are random, adapters small, and heads scaled up, so that the specialists
-agree about as often as trained ones and are as sure of what they say; how many tokens a draft yields depends on that,
-and is written beside the times. Two shapes: one bound by the number of operations, one by reading the weights.
+has the same three models to work with. Weights are random, adapters small, and heads scaled up, so that specialists
+agree about as often as trained ones and are as sure of what they say; how far a round of drafts gets depends on that,
+and is written below the times. Two shapes: one bound by the number of operations, one by reading the weights.
 
 All ways continue one prompt greedily, by turns, in one process with one thread. What is said to compute the same must
-give the same tokens before anything is timed; of the rest only the cost can be compared. Times are process CPU seconds,
-and each number is the ratio to one specialist through `generate` in the same round. Rivals whose projects write their
-own loop have it here in few words, without what `generate` does around a step: that favours them. A prompt is what a
-first token takes, a token what each further one does. Writes `results/rivals.json`.
+give the same tokens before anything is timed; of the rest only the cost can be compared. Times are process CPU
+seconds, and each number is the ratio to one specialist through `generate` in the same round. Rivals whose projects
+write their own loop have it here in few words, without what `generate` does around a step: that favours them. A prompt
+is what a first token takes, a token what each further one does. Writes `results/rivals.json`.
 """
 
 import argparse
@@ -44,6 +44,8 @@ REGIMES = {
     "small": {"prompt": 64, "new": 24, "rounds": 5, "compile_steps": True},
     "large": {"prompt": 32, "new": 10, "rounds": 3, "compile_steps": False},
 }
+# no token ends a text, and larger weights than usual, or what a random model says would hardly depend on its input
+SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "initializer_range": 0.1}
 
 
 class Row(NamedTuple):
@@ -150,12 +152,8 @@ def dense_model(shape: dict[str, int], wider: float = 1) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**fields, **SPECIAL)).eval()
 
 
-# no token ends a text, and larger weights than usual, or what a random model says would hardly depend on its input
-SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "initializer_range": 0.1}
-
-
 def experts(shape: dict[str, int]) -> PreTrainedModel:
-    """What mergekit-moe makes of three Llamas: Mixtral's layout, attention and embeddings of the base, an MLP of each.
+    """The layout that mergekit-moe gives three Llamas: a Mixtral with one's attention and embeddings, an MLP of each.
 
     "Equal active size" has two readings, and both are measured. With 1 expert of 3 a token meets as many weights as in
     one specialist; with all 3 it meets every MLP, as in the fused model. 2 is what mergekit-moe sets.
@@ -233,7 +231,7 @@ def gac(models: list[PreTrainedModel]) -> Callable[[Tensor, int], Tensor]:
 
 
 def moco(models: list[PreTrainedModel]) -> Callable[[Tensor, int], Tensor]:
-    """MoCo's logit fusion (github.com/BunsenFeng/model_collaboration): every model reads all of the text for each token."""
+    """MoCo's logit fusion (github.com/BunsenFeng/model_collaboration): all text read again for each token."""
 
     def way(ids: Tensor, new: int) -> Tensor:
         for _ in range(new):
@@ -301,7 +299,8 @@ def table(found: dict[str, dict]) -> str:
     for name, row in found.items():
         times = " | ".join("{median:.2f} ({least:.2f} to {most:.2f})".format(**row[q]) for q in ("token", "prompt"))
         lines.append(f"| {name} | {times} | {row['weights']:.2f} | {row['same tokens as']} |")
-    return "\n".join(lines)
+    drafting = found["fused, self-drafting"]["tokens in a round"]
+    return "\n".join([*lines, "", f"A round of self-drafting yields {drafting} tokens here."])
 
 
 if __name__ == "__main__":

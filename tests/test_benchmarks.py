@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from benchmarks import figures, growth, rivals, serving
 from benchmarks.timing import compare
@@ -28,9 +29,12 @@ SETTINGS = {"prompt": 6, "new": 3, "rounds": 2, "compile_steps": False}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_gradients():
+def _as_the_commands_set_it():
+    verbosity = logging.get_verbosity()
     with torch.no_grad():
         yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
@@ -169,19 +173,18 @@ def test_vllm_is_measured_beside_transformers():
 
 
 @pytest.fixture
-def results(tmp_path, measured):
-    """Result files of all three."""
-    point = growth.measure(TINY, 1, specialists=2)
-    grown = {name: {what: {"2": point, "8": point} for what in growth.VARIED} for name in growth.REGIMES}
+def results(tmp_path, measured, monkeypatch):
+    """Result files of all three, as the commands write them."""
+    monkeypatch.setattr(rivals, "measure", lambda *_, **__: measured)
+    monkeypatch.setattr(growth, "REGIMES", dict.fromkeys(growth.REGIMES, TINY))
+    monkeypatch.setattr(growth, "VARIED", {"specialists": (2, 4), "batch": (2,), "context": (4,), "vocabulary": (64,)})
+    for benchmark in (rivals, growth):
+        file = tmp_path / f"{benchmark.__name__.split('.')[-1]}.json"
+        monkeypatch.setattr(sys, "argv", ["benchmark", "--out", str(file)])
+        benchmark.main()
     ways = ("fused, transformers", "fused, stacked, transformers", "one specialist, transformers", "fused, vLLM")
     served = {b: serving.at_batch({w: answers(1) for w in ways}, [[3]] * int(b), 1) for b in ("1", "16")}
-    files = {
-        "rivals": {"small": measured, "large": measured},
-        "growth": {"usual": growth.USUAL, **grown},
-        "serving": {"quickstart": served, "random": served},
-    }
-    for name, result in files.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    (tmp_path / "serving.json").write_text(json.dumps({"quickstart": served, "random": served}))
     return tmp_path
 
 
