@@ -155,6 +155,17 @@ def test_much_is_asked_about_first(folder, monkeypatch):
     assert "files" in asked[-2] or "files" in asked[-3]
 
 
+def test_a_card_that_a_trainer_wrote_is_told(folder, monkeypatch):
+    said = []
+    (folder / "README.md").write_text("---\ntags:\n- generated_from_trainer\n- trl\n---\nA model.\n")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(pushing, "ASK_ABOVE", 10)
+    monkeypatch.setattr(pushing, "_there", lambda *_: None)
+    assert pushing.push(folder, "lab/trained", say=said.append, agree=lambda: False) is None
+    assert "README.md is a trainer's" in said[0]
+    assert (folder / "README.md").read_text().endswith("A model.\n")
+
+
 def _without(folder, name):
     (folder / name).unlink()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, metadata_load
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 from rich.filesize import decimal
@@ -78,6 +78,10 @@ def push(
         hub_card.write_card(folder, repo=repo_id)
         say(f"{str(folder)!r} had no card, so one was written: {CARD}. `ultrafuser card` puts results into it.")
         files.append(CARD)
+    elif "generated_from_trainer" in ((metadata_load(folder / CARD) or {}).get("tags") or ()):
+        say(
+            f"Warning: {CARD} is a trainer's, and silent on specialists and licences. `ultrafuser card --overwrite` writes ours."
+        )
     for warning in licences.warnings(hub_card.read_licences(folder, fused_config(folder).specialist_names)):
         say(f"Warning: {warning}")
     old = [f.rfilename for f in there.siblings] if there else []
