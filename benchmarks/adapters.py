@@ -12,10 +12,8 @@ first. Writes `results/adapters.json`.
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, set_seed
 from transformers.utils import logging
 
+from benchmarks.timing import compare
 from modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.provenance import provenance
 
@@ -40,11 +39,10 @@ SHAPE = {
 }
 SPECIALISTS, RANK = ("text", "code", "math"), 16
 CONTEXT, STEPS, PROMPT = 32, 12, 128
-Ways = dict[str, Callable[[], float]]
 
 
 def main() -> None:
-    """Measures, prints and writes every table."""
+    """Measures, prints and writes what every way costs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -70,16 +68,13 @@ def main() -> None:
     }
     check_alike(models)
     result = {"provenance": provenance(), "rounds": options.rounds, "shape": SHAPE, "rank": RANK}
-    tables = {
-        "step": lambda: compare({name: partial(steps, model) for name, model in models.items()}, options.rounds),
-        "prompt": lambda: compare({name: partial(prompt, model) for name, model in models.items()}, options.rounds),
-        "bytes of weights": lambda: {name: weights(model) for name, model in models.items()},
-    }
-    for name, measure in tables.items():
-        result[name] = measure()
-        print(f"\n{name}")
-        for way, numbers in result[name].items():
-            print(f"  {way}: {numbers}", flush=True)
+    ways = {name: partial(seconds, model) for name, model in models.items()}
+    for run in ways.values():
+        run()
+    result["ways"] = compare(ways, options.rounds)
+    for name, model in models.items():
+        result["ways"][name]["bytes of weights"] = sum(p.numel() * p.element_size() for p in model.parameters())
+        print(f"{name}: {result['ways'][name]}", flush=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
@@ -118,6 +113,11 @@ def check_alike(models: dict[str, PreTrainedModel]) -> None:
     alike(said(mixed, ids)[:1], said(one, ids))
 
 
+def seconds(model: PreTrainedModel) -> dict[str, float]:
+    """Of a step, and of reading a prompt."""
+    return {"step": steps(model), "prompt": prompt(model)}
+
+
 def steps(model: PreTrainedModel) -> float:
     """Seconds for a token, once the context is in the cache."""
     ids = torch.randint(3, 1000, (1, CONTEXT + STEPS))
@@ -135,26 +135,6 @@ def prompt(model: PreTrainedModel) -> float:
     start = time.process_time()
     said(model, ids)
     return time.process_time() - start
-
-
-def weights(model: PreTrainedModel) -> int:
-    """Bytes of its parameters."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def compare(ways: Ways, rounds: int) -> dict[str, dict[str, float]]:
-    """Each way's time over the first's, round by round."""
-    for run in ways.values():
-        run()
-    times = [{name: run() for name, run in ways.items()} for _ in range(rounds)]
-    one = next(iter(ways))
-    table = {}
-    for name in ways:
-        ratios = sorted(t[name] / t[one] for t in times)
-        spread = {"median": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
-        table[name] = {key: round(ratio, 3) for key, ratio in spread.items()}
-    table[one]["milliseconds"] = round(1000 * statistics.median(t[one] for t in times), 3)
-    return table
 
 
 if __name__ == "__main__":
