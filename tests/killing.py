@@ -91,7 +91,7 @@ class Events:
             self.die()
 
     def wrap(self, save):
-        """A function that hands a file to a library, (content, path), as two events: before it, and with half of it."""
+        """A function that hands a file to a library, (content, path), in two events: before, and half done."""
 
         def watched(content, path, *args, **kwargs):
             if self.inside or not self.is_ours(path):

@@ -30,7 +30,8 @@ CSS = """
 .talk .assistant span { border-bottom: 2px solid; border-radius: .15rem }
 .talk .nothing { color: var(--body-text-color-subdued) }
 .who { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; font-variant-numeric: tabular-nums }
-.who b { display: inline-block; width: .9em; height: .9em; border-radius: .2em; margin-right: .4em; vertical-align: -.1em }
+.who b { display: inline-block; width: .9em; height: .9em; border-radius: .2em; margin-right: .4em;
+  vertical-align: -.1em }
 """
 
 

@@ -52,14 +52,14 @@ def push(
         private: Whether only its owner sees it, if it is made.
         revision: Branch to push to; made if it is not there. Default: main.
         say: Called with a line about each thing that a user should know first.
-        agree: Asked before much is sent, or files of an earlier model are taken out. Nothing is sent unless it says yes.
+        agree: Asked before much is sent, or files of an earlier model go. Nothing is sent unless it says yes.
 
     Returns:
         Address of the commit, or None if nothing was sent.
 
     Raises:
-        ValueError: If the folder is not a whole fused model, or would give away a secret; if nobody is logged in; or if
-            the repository is there for all to see, but is to be private.
+        ValueError: If the folder is not a whole fused model, or would give away a secret; if nobody is logged in; or
+            if the repository is there for all to see, but is to be private.
         OSError: If the Hub cannot be asked, or refuses.
     """
     if get_token() is None:
@@ -71,8 +71,8 @@ def push(
     there = _there(api, repo_id, revision)
     if private and there and not there.private:
         raise ValueError(
-            f"The model is to be private, but {repo_id!r} is there already, for all to see. Push to another, or change "
-            f"its visibility on the Hub."
+            f"The model is to be private, but {repo_id!r} is there already, for all to see. Push to another, or "
+            f"change its visibility on the Hub."
         )
     if CARD not in files:
         hub_card.write_card(folder, repo=repo_id)
@@ -80,7 +80,8 @@ def push(
         files.append(CARD)
     elif "generated_from_trainer" in ((metadata_load(folder / CARD) or {}).get("tags") or ()):
         say(
-            f"Warning: {CARD} is a trainer's, and silent on specialists and licences. `ultrafuser card --overwrite` writes ours."
+            f"Warning: {CARD} is a trainer's, and silent on specialists and licences. "
+            f"`ultrafuser card --overwrite` writes ours."
         )
     for warning in licences.warnings(hub_card.read_licences(folder, fused_config(folder).specialist_names)):
         say(f"Warning: {warning}")
@@ -172,8 +173,8 @@ def _weights(folder: Path) -> list[str]:
     if not (folder / INDEX).exists():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
         raise ValueError(
-            f"Weights are pushed as safetensors, because a pickle can run code where it is loaded, but {str(folder)!r} "
-            f"holds {f'only {pickles}' if pickles else 'no weights'}. Load the model and save it again."
+            f"Weights are pushed as safetensors, because a pickle can run code where it is loaded, but "
+            f"{str(folder)!r} holds {f'only {pickles}' if pickles else 'no weights'}. Load the model and save it again."
         )
     shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     if missing := sorted(shard for shard in shards if not (folder / shard).exists()):

@@ -1,6 +1,7 @@
-"""Takes the screenshots in this folder: `python docs/screenshots/take.py QUICKSTART`, the folder of `ultrafuser quickstart`.
+"""Takes the screenshots in this folder: `python docs/screenshots/take.py QUICKSTART`.
 
-Commands run in a terminal of 100 columns, and what they print is drawn by a browser, as is the demo's page.
+QUICKSTART is the folder that `ultrafuser quickstart` wrote. Commands run in a terminal of 100 columns, and what they
+print is drawn by a browser, as is the demo's page.
 """
 
 import fcntl
