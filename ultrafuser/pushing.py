@@ -174,7 +174,7 @@ def _weights(folder: Path) -> list[str]:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
         raise ValueError(
             f"Weights are pushed as safetensors, because a pickle can run code where it is loaded, but "
-            f"{str(folder)!r} holds {f'only {pickles}' if pickles else 'no weights'}. Load the model and save it again."
+            f"{str(folder)!r} holds {f'only {pickles}' if pickles else 'no weights'}. Load it and save it again."
         )
     shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     if missing := sorted(shard for shard in shards if not (folder / shard).exists()):
