@@ -103,8 +103,8 @@ class _StageTrainer(SFTTrainer):
 
         self.fused = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         for name, parameter in self.fused.model.fusion_gate.named_parameters():
-            own = gate[name.removeprefix("original_module.").removeprefix("modules_to_save.default.")]
-            if parameter.dtype != own.dtype:
+            own = gate.get(name.removeprefix("modules_to_save.default."))
+            if own is not None and parameter.dtype != own.dtype:
                 # TRL rounds all that is trained beside quantised weights to bfloat16, which is too coarse for a gate
                 parameter.data = own
         by_zero_3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
