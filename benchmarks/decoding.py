@@ -81,9 +81,6 @@ def main() -> None:
         for way, numbers in result[name].items():
             print(f"  {way}: {numbers}", flush=True)
         RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-    result["token by self-drafting, large"] = at_measured_acceptance(result)
-    print("\ntoken by self-drafting, large\n ", result["token by self-drafting, large"])
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def compare(ways: Ways, rounds: int) -> dict[str, dict[str, float]]:
@@ -193,8 +190,7 @@ def passes_per_token(fused: UltraFuserForCausalLM, prompts: dict[str, list[Tenso
             raise RuntimeError(f"{name} gives other tokens than the plain way.")
         tokens, rounds = len(own) * (NEW - 1), calls.pop("gate") - len(own)
         after = sum(calls.values()) - len(own) * len(calls)
-        drafts = after / rounds - (len(calls) - 1)
-        found = {"passes": after / tokens, "tokens in a round": tokens / rounds, "drafts in a round": drafts}
+        found = {"passes": after / tokens, "tokens in a round": tokens / rounds}
         table[name] = {key: round(value, 3) for key, value in found.items()}
     return table
 
@@ -231,18 +227,6 @@ def block_ways(fused: UltraFuserForCausalLM) -> Ways:
 
     ways = {"one specialist's step": lambda: steps(one, one, ids)}
     return ways | {f"block of {n}": lambda n=n: seconds(n) for n in BLOCKS}
-
-
-def at_measured_acceptance(result: dict) -> dict[str, float]:
-    """Cost in steps of one large specialist, were drafts accepted as the quickstart's models accept them."""
-    found, blocks = result["passes per token, quickstart's models"], result["checking a block, large"]
-    table = {}
-    for domain in DOMAINS:
-        row = found[f"self-drafting, {domain}"]
-        nearest = min(BLOCKS, key=lambda n: abs(n - row["drafts in a round"]))
-        cost = row["drafts in a round"] + blocks[f"block of {nearest}"]["median"]
-        table[domain] = round(cost / row["tokens in a round"], 3)
-    return table
 
 
 def prompt_ways(fused: UltraFuserForCausalLM) -> Ways:

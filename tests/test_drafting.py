@@ -7,7 +7,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Ma
 
 from tests.mixes import MIXES, fuse, prefer, prompt
 from tests.tiny import specialist
-from ultrafuser.decoding.drafting import _Reader, self_draft, verified
+from ultrafuser.decoding.drafting import _Reader, _said_before, self_draft, verified
 from ultrafuser.decoding.stacking import stack
 
 
@@ -135,7 +135,7 @@ def test_what_is_verified_is_distributed_as_the_target():
     target[0, 3] = float("-inf")
     drafts = torch.multinomial(proposed[0].softmax(-1), 4_000, replacement=True)
     each = (4_000, 1, 5)
-    drawn = verified(drafts[:, None], proposed.expand(each), target.expand(each), sample=True)[:, 0]
+    drawn = verified(drafts[:, None], proposed.expand(each), target.expand(each), sample=True)[0][:, 0]
     expected = target[0].double().softmax(-1)
     seen = torch.bincount(drawn, minlength=5)
     assert seen[3] == 0
@@ -148,7 +148,8 @@ def test_verifying_keeps_what_comes_before_the_first_rejection():
     target = torch.zeros(3, 4)
     target[1, 2] = float("-inf")  # the second draft is impossible
     for _ in range(20):
-        [tokens] = verified(torch.tensor([[1, 2, 3]]), proposed[None], target[None], sample=True)
+        [tokens], accepted = verified(torch.tensor([[1, 2, 3]]), proposed[None], target[None], sample=True)
+        assert accepted == 1
         assert tokens[0] == 1
         assert tokens[1] != 2
         assert len(tokens) == 2
@@ -158,11 +159,28 @@ def test_a_round_ends_where_the_first_text_rejects_and_a_finished_one_rejects_no
     drafts = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3]])
     proposed = torch.zeros(3, 3, 4)
     target = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3], [1, 0, 3], [0, 2, 3]]), 4).float()
-    assert verified(drafts, proposed, target, sample=False).tolist() == [[1], [1], [0]]
-    live = torch.tensor([True, True, False])
-    assert verified(drafts, proposed, target, False, live).tolist() == [[1, 2], [1, 0], [1, 2]]
-    live = torch.tensor([True, False, False])
-    assert verified(drafts, proposed, target, False, live).tolist() == drafts.tolist()
+    for live, expected in {
+        (True, True, True): [[1], [1], [0]],
+        (True, True, False): [[1, 2], [1, 0], [1, 2]],
+        (True, False, False): drafts.tolist(),
+    }.items():
+        tokens, accepted = verified(drafts, proposed, target, False, torch.tensor(live))
+        assert tokens.tolist() == expected
+        assert accepted == (len(expected[0]) - 1 if len(expected[0]) < 3 else 3)
+
+
+def test_a_token_comes_with_drafts_that_are_read_to_the_end_and_all_accepted():
+    target = torch.nn.functional.one_hot(torch.tensor([[1, 2, 0]]), 4).float()
+    assert verified(torch.tensor([[1, 2]]), torch.zeros(1, 2, 4), target, False)[0].tolist() == [[1, 2, 0]]
+    assert verified(torch.tensor([[1, 3]]), torch.zeros(1, 2, 4), target, False)[0].tolist() == [[1, 2]]
+
+
+def test_a_text_that_repeats_itself_is_guessed_to_go_on_as_it_did():
+    ids = torch.tensor([[7, 1, 2, 3, 4, 5, 1, 2, 3, 6, 1, 2, 3]])
+    assert _said_before(ids, 2).tolist() == [[6, 1]]  # the last time counts
+    assert _said_before(ids[:, :9], 8).tolist() == [[4, 5, 1, 2, 3]]
+    for nothing in (_said_before(ids[:, :6], 8), _said_before(ids, 0), _said_before(ids.expand(2, -1), 8)):
+        assert nothing.shape[1] == 0
 
 
 @pytest.mark.parametrize("fusion", ["logits", pytest.param("probabilities", marks=pytest.mark.slow)])

@@ -3,7 +3,8 @@
 Speculative sampling (Leviathan et al., 2023, arXiv 2211.17192, algorithm 1) with a drafter that is part of the model it
 drafts for. Its hidden states at the drafted positions are those that the fused model needs, so checking runs the other
 specialists only, and the key-value cache is the fused model's own. A round of n drafts costs n + N - 1 passes of one
-specialist and yields up to n tokens, where the plain way costs N passes a token. It pays where a pass is bound by
+specialist and yields up to n tokens, where the plain way costs N passes a token. Where a text repeats itself, what came
+next before is the draft (prompt lookup), for N passes in all and up to n + 1 tokens. It pays where a pass is bound by
 reading the weights: several tokens at once cost such a pass little more than one.
 """
 
@@ -17,6 +18,9 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.cache_ultrafuser import SpecialistCache
 from modeling_ultrafuser.configuration_ultrafuser import soft_cap
+
+
+REPEATED, GUESSES = 3, 8  # tokens that stood there before, and how many of those that followed are guessed to follow
 
 
 @torch.no_grad()
@@ -65,19 +69,26 @@ def self_draft(
 
     while live.any():
         length = input_ids.shape[1]
-        favourite = int(gate_weights[live, -1].mean(0).argmax())
-        count = min(num_drafts, generation_config.max_length - length)
-        drafted, proposed, hidden = reader.draft(favourite, input_ids, count, logits_processor, sample)
-        block = drafted[:, :-1]  # nobody reads the last draft before it is accepted
-        hidden_states = [hidden if k == favourite else reader.read(k, block) for k in range(reader.count)]
+        room = generation_config.max_length - length
+        drafts = _said_before(input_ids, min(GUESSES, room - 1))
+        if drafts.shape[1]:
+            # all read all of it, so that a token comes with it
+            block, own = torch.cat([input_ids, drafts], dim=-1), {}
+            proposed = F.one_hot(drafts, model.config.vocab_size).log()
+        else:
+            favourite = int(gate_weights[live, -1].mean(0).argmax())
+            drafted, proposed, hidden = reader.draft(
+                favourite, input_ids, min(num_drafts, room), logits_processor, sample
+            )
+            # nobody reads the last draft before it is accepted
+            drafts, block, own = drafted[:, length:], drafted[:, :-1], {favourite: hidden}
+        count = block.shape[1] - length + 1
+        hidden_states = [own[k] if k in own else reader.read(k, block) for k in range(reader.count)]
         fused, gate_weights = model.model.weighed([h[:, -count:] for h in hidden_states])
         target = _scores(model.logits(fused, gate_weights), block, count, logits_processor)
-        drafts = drafted[:, length:]
-        tokens = verified(drafts, proposed, target, sample, live)
-        accepted = (
-            tokens.shape[1] if torch.equal(tokens[live], drafts[live, : tokens.shape[1]]) else tokens.shape[1] - 1
-        )
-        num_drafts = count + 2 if accepted == count else max(2, (count + accepted + 1) // 2)
+        tokens, accepted = verified(drafts, proposed, target, sample, live)
+        if own:
+            num_drafts = count + 2 if accepted == count else max(2, (count + accepted + 1) // 2)
 
         for column in tokens.T:  # a text may end within the block
             column = torch.where(live, column, padding)
@@ -93,7 +104,9 @@ def self_draft(
     return input_ids
 
 
-def verified(drafts: Tensor, proposed: Tensor, target: Tensor, sample: bool, live: Tensor | None = None) -> Tensor:
+def verified(
+    drafts: Tensor, proposed: Tensor, target: Tensor, sample: bool, live: Tensor | None = None
+) -> tuple[Tensor, int]:
     """The drafts up to the first that any text rejects, and there what stands in its place.
 
     A draft x is accepted with probability min(1, p(x) / q(x)); in place of a rejected one comes a token drawn from
@@ -102,33 +115,53 @@ def verified(drafts: Tensor, proposed: Tensor, target: Tensor, sample: bool, liv
     Args:
         drafts: The drafted tokens. Shape (batch, drafts).
         proposed: Scores that they were drawn from, q. Shape (batch, drafts, vocab).
-        target: The fused model's scores at the same positions, p. Shape (batch, drafts, vocab).
+        target: The fused model's scores at the same positions, p, and maybe at the next one, where a token is drawn if
+            all drafts are accepted. Shape (batch, drafts or one more, vocab).
         sample: Whether to draw, or to take the best.
         live: Which texts go on; the others accept everything. Shape (batch,).
 
     Returns:
-        At least one token of each text. Shape (batch, tokens).
+        At least one token of each text, (batch, tokens), and how many drafts all of them accepted.
     """
+    number = drafts.shape[1]
     if sample:
-        p, q = target.softmax(-1), proposed.softmax(-1)
+        p, q = target[:, :number].softmax(-1), proposed.softmax(-1)
         ratios = (p.gather(-1, drafts[..., None]) / q.gather(-1, drafts[..., None])).squeeze(-1)
         accepts = torch.rand_like(ratios) < ratios
     else:
-        accepts = target.argmax(-1) == drafts
+        accepts = target[:, :number].argmax(-1) == drafts
     if live is not None:
         accepts = accepts | ~live[:, None]
+    accepted = int(accepts.all(0).cumprod(0).sum())
+    if accepted == number:
+        more = [_choose(target[:, number], sample)] if target.shape[1] > number else []
+        return torch.cat([drafts, *more], dim=-1), accepted
     # the first column that some text rejects is the last one kept
-    kept = min(int(accepts.all(0).cumprod(0).sum()) + 1, drafts.shape[1])
-    tokens, rejects = drafts[:, :kept].clone(), ~accepts[:, kept - 1]
-    if rejects.any():
-        end = target[rejects, kept - 1]
-        if sample:
-            p, q = p[rejects, kept - 1], q[rejects, kept - 1]
-            rest = (p - q).clamp(min=0)
-            # of two distributions that differ by rounding alone nothing may be left
-            end = torch.where(rest.any(-1, keepdim=True), rest, p).log()
-        tokens[rejects, -1] = _choose(end, sample)[:, 0]
-    return tokens
+    tokens, rejects = drafts[:, : accepted + 1].clone(), ~accepts[:, accepted]
+    end = target[rejects, accepted]
+    if sample:
+        p, q = p[rejects, accepted], q[rejects, accepted]
+        rest = (p - q).clamp(min=0)
+        # of two distributions that differ by rounding alone nothing may be left
+        end = torch.where(rest.any(-1, keepdim=True), rest, p).log()
+    tokens[rejects, -1] = _choose(end, sample)[:, 0]
+    return tokens, accepted
+
+
+def _said_before(input_ids: Tensor, count: int) -> Tensor:
+    """What followed the last tokens of a text where they stood before, up to `count` tokens. Shape (1, tokens).
+
+    Several texts would have to repeat themselves at the same time: for them it is nothing.
+    """
+    batch, length = input_ids.shape
+    nothing = input_ids[:, :0]
+    if batch > 1 or length <= REPEATED or count < 1:
+        return nothing
+    places = (input_ids[0, :-1].unfold(0, REPEATED, 1) == input_ids[0, -REPEATED:]).all(-1).nonzero()
+    if not len(places):
+        return nothing
+    start = int(places[-1]) + REPEATED
+    return input_ids[:, start : start + count]
 
 
 class _Reader:
