@@ -9,7 +9,7 @@ from latex2mathml.converter import convert
 
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 PICTURE = re.compile(
-    r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img alt="([^"]+)" src="([^"]+)"[^>]*>\s*</picture>'
+    r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img alt="([^"]+)" src="([^"]+)"(?: (width="\d+"))?>\s*</picture>'
 )
 SETTINGS = re.compile(r"<!-- settings: (\w+) -->")
 
@@ -17,13 +17,19 @@ SETTINGS = re.compile(r"<!-- settings: (\w+) -->")
 def on_page_markdown(markdown: str, **_) -> str:
     """Pictures and settings as Markdown that every other part of the site understands."""
     # `<picture>` asks the system which palette it likes; the reader may have chosen the other one on the page
-    markdown = PICTURE.sub(r"![\2](\3#only-light)\n![\2](\1#only-dark)", markdown)
+    markdown = PICTURE.sub(_both, markdown)
     return SETTINGS.sub(lambda found: _table(found[1]), markdown)
 
 
 def on_page_content(content: str, **_) -> str:
     """Equations become MathML, which browsers draw by themselves: no script, no font, no network."""
     return EQUATION.sub(_mathml, content)
+
+
+def _both(found: re.Match) -> str:
+    dark, words, light, width = found.groups()
+    size = f"{{ {width} }}" if width else ""
+    return f"![{words}]({light}#only-light){size}\n![{words}]({dark}#only-dark){size}"
 
 
 def _mathml(found: re.Match) -> str:
