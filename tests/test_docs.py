@@ -58,7 +58,7 @@ def test_few_are_not_run_and_each_for_a_reason(events, capsys):
             print(f"\n{event['page']}:{event['line']} {event['why']}: {event['what'][:60]!r}", end="")
     never = [event for event in left if event["done"] == "parsed"]
     assert {event["why"] for event in never} <= set(NOT_RUN.values())
-    assert len(every) > 4 * len(never)
+    assert len(every) > 3 * len(never)
 
 
 @pytest.mark.slow
