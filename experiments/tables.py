@@ -19,7 +19,7 @@ from experiments import ledger
 
 
 ROOT = ledger.ROOT
-DOCUMENTS = ("README.md", "MODEL_CARD.md", "EXPERIMENTS.md")
+DOCUMENTS = ("README.md", "MODEL_CARD.md", "EXPERIMENTS.md", "docs/when-not.md")
 MARKED = re.compile(r"(<!-- (results/\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 DOMAINS = ("text", "code", "math")
 

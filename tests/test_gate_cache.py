@@ -110,6 +110,9 @@ def test_a_gate_from_the_cache_speaks_in_the_fused_model(specialists, tmp_path):
     loaded = UltraFuserForCausalLM.from_pretrained(tmp_path / "saved")
     ids = torch.arange(3, 20)[None]
     torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+    # the trained object itself goes on as a model
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(ids, **given), loaded.generate(ids, **given))
 
 
 def test_a_killed_pass_goes_on_where_it_was(specialists, tmp_path, monkeypatch):

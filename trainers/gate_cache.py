@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -239,12 +240,15 @@ class CachedGateTrainer(GateTrainer):
         ordinary, run = fused.forward, backbone.forward
         widths = [c.hidden_size for c in fused.config.specialists]
 
+        # `generate` asks what they take
+        @wraps(run)
         def read(*args, cached=None, **kwargs):
             if cached is None:
                 return run(*args, **kwargs)
             states = arrays["states"][cached.cpu()].to(self.args.device)
             return UltraFuserMixtureOutput(states, gate_weights=backbone.fusion_gate(states.split(widths, -1)))
 
+        @wraps(ordinary)
         def forward(*args, cached=None, labels=None, **kwargs):
             if cached is None:
                 return ordinary(*args, labels=labels, **kwargs)
