@@ -366,6 +366,9 @@ class _StageTrainer(SFTTrainer):
             "mix_policy": self.args.mix_policy,
         }
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes none: TRL's tells of one base model. `ultrafuser card` and `ultrafuser push` write a fused model's."""
+
     def _save_rng_state(self, output_dir: str) -> None:
         """Writes beside random numbers what the stage knows, before the library drops old checkpoints."""
         super()._save_rng_state(output_dir)
