@@ -2,7 +2,7 @@
 
 python -m benchmarks.figures
 
-A table stands in docs/benchmarks/README.md between the marker that is printed above it and `<!-- end -->`.
+A table stands in docs/benchmarks.md between the marker that is printed above it and `<!-- end -->`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from benchmarks import growth, rivals, serving
+from benchmarks import growth, headlines, rivals, serving
 from ultrafuser.reports.charts import OTHER
 from ultrafuser.reports.colours import PALETTE
 from ultrafuser.reports.figures import save
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     options = parser.parse_args()
-    tables = {}
+    tables = {"results/*.json: headlines": headlines.table(options.results)}
     for name, show in {"rivals": show_rivals, "growth": show_growth, "serving": show_serving}.items():
         file = options.results / f"{name}.json"
         if file.exists():
@@ -43,7 +43,7 @@ def main() -> None:
             print(f"There is no {file}: `python -m benchmarks.{name}` writes it.")
     for marker, table in tables.items():
         print(f"\n<!-- {marker} -->\n\n{table}\n\n<!-- end -->")
-    page = options.out / "README.md"
+    page = options.out.with_suffix(".md")
     if page.exists():
         page.write_text(with_tables(page.read_text(), tables))
 

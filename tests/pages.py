@@ -23,6 +23,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.hub_server import TOKEN, HubServer
@@ -41,6 +42,7 @@ NOT_RUN = {
     "mkdocs": "test_docs.py builds the site",
     "vllm": "an environment of its own: tests/vllm",
     "accelerate": "several GPUs: test_processes.py has two processes",
+    "python -m benchmarks": "minutes: test_benchmarks.py has the smallest sizes",
     "ultrafuser quickstart": "minutes: test_quickstart.py has fewer steps",
     "ultrafuser demo": "it serves until it is stopped: test_demo.py opens it",
     "ultrafuser bench": "lm-eval's data sets: test_suites.py has some of its own",
@@ -149,6 +151,8 @@ def parse(words: list[str]) -> None:
         for extras in re.findall(r"\[(.*?)\]", " ".join(rest)):
             assert set(extras.split(",")) <= set(setup["options.extras_require"]), extras
         assert "-c" not in rest or Path(rest[rest.index("-c") + 1]).is_file()
+    elif program == "python":
+        assert find_spec(rest[1]), rest
     elif program == "vllm":
         known = (ROOT / "tests/vllm/run.py").read_text()
         assert all(f'"{word}"' in known for word in rest if word.startswith("-")), rest

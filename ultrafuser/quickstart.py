@@ -202,7 +202,7 @@ def pretrain(model: PreTrainedModel, blocks: Tensor, folder: Path, steps: int, r
 
 
 def train(trainer: Trainer, title: str) -> None:
-    """Trains with one bar and nothing else on the screen."""
+    """Trains with one bar, if somebody watches, and nothing else on the screen."""
 
     class Bar(ProgressCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -213,7 +213,8 @@ def train(trainer: Trainer, title: str) -> None:
             pass
 
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Bar)
+    if sys.stderr.isatty():
+        trainer.add_callback(Bar)
     trainer.train()
 
 
