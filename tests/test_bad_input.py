@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -550,3 +552,21 @@ def test_no_input_is_refused(fused):
 def test_an_unknown_specialist_is_refused(fused):
     with pytest.raises(KeyError, match=saying("'law'", "['text', 'code', 'math']")):
         fused.specialist("law")
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "extra"),
+    [
+        ("sklearn.dummy", "evaluate fused --data text=x.jsonl --out out", "eval"),
+        ("datasketch", "data clean x.jsonl --out out", "data"),
+        ("fastapi", "serve fused", "serve"),
+        ("gradio", "demo fused", "demo"),
+    ],
+)
+def test_a_missing_extra_is_named(module, line, extra):
+    script = f"import sys; sys.modules[{module!r}] = None; from ultrafuser.cli import main; main()"
+    run = subprocess.run([sys.executable, "-c", script, *line.split()], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert f"{module!r}, which is not installed" in run.stderr
+    assert f"'.[{extra}]'" in run.stderr
+    assert "Traceback" not in run.stderr

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,17 @@ from .commands import app as commands
 from .commands import pairs
 from .data.commands import app as data_commands
 
+
+# of the package, by the command that needs it
+EXTRAS = {
+    "evaluate": "eval",
+    "judge": "eval",
+    "report": "eval",
+    "bench": "eval",
+    "data": "data",
+    "serve": "serve",
+    "demo": "demo",
+}
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Instruction data: make it, clean it, take it in, look at it.")
@@ -398,9 +410,7 @@ def main() -> None:
     try:
         app()
     except ModuleNotFoundError as error:
-        typer.echo(
-            f"This command needs {error.name!r}, which is not installed. The extras bring what a command needs: "
-            f"`pip install 'ultrafuser[eval,data,serve,demo]'`, or with its sources `pip install -e '.[eval,data,serve,demo]'`.",
-            err=True,
-        )
+        extra = EXTRAS.get(sys.argv[1])
+        way = f" In UltraFuser's sources: pip install -c constraints.txt -e '.[{extra}]'" if extra else ""
+        typer.echo(f"`ultrafuser {sys.argv[1]}` needs {error.name!r}, which is not installed.{way}", err=True)
         raise SystemExit(2) from error

@@ -377,6 +377,9 @@ def _in_words() -> Iterator[None]:
         logging.disable_progress_bar()
     try:
         yield
+    except ModuleNotFoundError:
+        # `cli.main` says which extra brings it
+        raise
     except (OSError, ValueError, ImportError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error

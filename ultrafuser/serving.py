@@ -19,9 +19,14 @@ def serve(folder: str, arguments: Sequence[str] = ()) -> None:
         arguments: Of `transformers serve`: `--port`, `--continuous-batching` and so on.
 
     Raises:
-        ImportError: If the server's packages are not installed.
+        ModuleNotFoundError: If a package that the server needs is not installed.
         ValueError: If the folder is no fused model's, or its path cannot be a model's name there.
     """
+    # what transformers' server asks for only once it runs, and then not by the name of our extra
+    import fastapi  # noqa: F401
+    import openai  # noqa: F401
+    import uvicorn  # noqa: F401
+
     fused_config(folder)
     if "@" in folder or ".gguf" in folder:
         raise ValueError(
@@ -32,10 +37,7 @@ def serve(folder: str, arguments: Sequence[str] = ()) -> None:
     import typer
     from transformers.cli.serve import Serve
     from transformers.cli.serving.model_manager import ModelManager
-    from transformers.utils.import_utils import is_serve_available
 
-    if not is_serve_available():
-        raise ImportError('The server needs packages of its own: pip install "ultrafuser[serve]".')
     transformers.UltraFuserForCausalLM = UltraFuserForCausalLM
     listed = {"id": folder, "object": "model", "created": int(Path(folder).stat().st_mtime), "owned_by": "ultrafuser"}
     ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: [listed])

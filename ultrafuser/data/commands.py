@@ -190,6 +190,9 @@ def _in_words() -> Iterator[None]:
     """What a user can put right is said in words, without a traceback."""
     try:
         yield
+    except ModuleNotFoundError:
+        # `cli.main` says which extra brings it
+        raise
     except (ValueError, OSError, ImportError) as error:
         typer.echo(error, err=True)
         raise typer.Exit(2) from None
