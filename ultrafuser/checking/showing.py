@@ -45,7 +45,7 @@ def _numbers(judgement: Judgement) -> Iterator[tuple[str, str]]:
     n = judgement.numbers
     if n is None:
         return
-    yield "parameters", ", ".join(f"{name} {count / 1e9:.3g} B" for name, count in n["parameters"].items())
+    yield "parameters", ", ".join(f"{name} {_count(count)}" for name, count in n["parameters"].items())
     yield "still to download", decimal(n["download"])
     yield f"disk, memory ({n['dtype']})", decimal(n["disk"])
     if n["untying"]:
@@ -64,6 +64,10 @@ def _numbers(judgement: Judgement) -> Iterator[tuple[str, str]]:
         yield "merges possible, too", ", ".join(judgement.merges) + " (all but the average with their common base)"
     else:
         yield "merges possible, too", f"none: {judgement.no_merge}"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.3g} B" if parameters >= 1e8 else f"{parameters / 1e6:.3g} M"
 
 
 def as_dict(judgement: Judgement) -> dict:
