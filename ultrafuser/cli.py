@@ -119,9 +119,11 @@ def evaluate(
     Example: ultrafuser evaluate fused --data text=text.jsonl --data code=code.jsonl --out evaluated
     """
     from rich.console import Console
+    from transformers.utils import logging
 
     from .evaluation import evaluating
 
+    logging.disable_progress_bar()
     try:
         results = evaluating.evaluate(
             model,

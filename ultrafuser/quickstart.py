@@ -287,9 +287,12 @@ def _print_outcome(
         f"learns from the tokens so far who should speak, and stage two lets them adapt to each other.\n"
         f"Took {minutes:.1f} minutes. The fused model is one folder that loads anywhere:\n"
     )
+    # to be pasted: neither indented nor broken where the window ends
     console.print(
-        f"  model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)", markup=False
-    )
-    console.print(
-        f"  tokenizer = AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)", markup=False
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)\n\n"
+        f"Talk to it: ultrafuser chat {folder}",
+        markup=False,
+        soft_wrap=True,
     )
