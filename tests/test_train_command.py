@@ -86,6 +86,13 @@ def test_a_stage_goes_on_from_its_last_checkpoint_to_where_it_would_have_ended(f
     assert changed(whole, whole / "checkpoint-2")
 
 
+def test_a_misspelt_option_is_told_its_neighbour(fused, tmp_path):
+    done = run("--stage", "gate", *flags(fused, tmp_path / "out"), "--max_stepz", 3)
+    assert done.exit_code == 2
+    assert "'--max_stepz'" in done.output
+    assert "--max_steps" in done.output
+
+
 def test_a_finished_model_is_not_overwritten(fused):
     before = tensors(fused)
     done = run("--stage", "gate", *flags(fused, fused))

@@ -1,6 +1,7 @@
 """Both stages of training from a recipe: what `ultrafuser train` and the scripts in `examples/` do."""
 
-from dataclasses import dataclass, field
+import difflib
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,14 @@ def parse(
         # TRL's defaults are for a GPU, and refuse a machine without one
         parser.set_defaults(use_cpu=True, bf16=False)
     config = [] if recipe is None else ["--config", str(recipe)]
-    fused, args, model = parser.parse_args_and_config([*config, *arguments])
+    fused, args, model, unknown = parser.parse_args_and_config([*config, *arguments], return_remaining_strings=True)
+    if unknown:
+        known = [f"--{setting.name}" for part in (fused, args, model) for setting in fields(part)]
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        raise ValueError(
+            f"Options are fields of a stage's settings, but {unknown[0]!r} is none. "
+            + (f"Near it: {', '.join(near)}." if near else "All are in the documentation of training.")
+        )
     fused.stage = stage
     return fused, args, model
 
