@@ -246,5 +246,5 @@ def test_the_command_writes_the_card_and_says_warnings(folder, permissive):
     assert (folder / "README.md").exists()
     (folder / "README.md").write_text("# Mine\n")
     shown = CliRunner().invoke(app, ["card", str(folder), *options])
-    assert shown.exit_code == 1
+    assert shown.exit_code == 2
     assert "another's work" in shown.output

@@ -607,7 +607,7 @@ def test_the_command_says_scores_and_says_faults_without_a_traceback(serve, ques
     assert "7.00 of 10" in shown.output
     assert {r["temperature"] for r in server.requests} == {0}
     shown = CliRunner().invoke(app, [*command, "--judge", "other"])
-    assert shown.exit_code == 1
+    assert shown.exit_code == 2
     assert "was begun with others" in shown.output
     assert isinstance(shown.exception, SystemExit)
     shown = CliRunner().invoke(app, [*command, "--judge-options", "temperature=0"])

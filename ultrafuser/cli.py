@@ -27,7 +27,32 @@ EXTRAS = {
     "demo": "demo",
 }
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+# as one needs them
+ORDER = (
+    *(
+        "quickstart",
+        "check",
+        "fuse",
+        "train",
+        "gates",
+        "explain",
+        "chat",
+        "speed",
+        "evaluate",
+        "report",
+        "bench",
+        "judge",
+    ),
+    *("card", "push", "refer", "serve", "demo", "specialist", "add", "remove", "data"),
+)
+
+
+class _InOrder(typer.core.TyperGroup):
+    def list_commands(self, context) -> list[str]:
+        return sorted(super().list_commands(context), key=ORDER.index)
+
+
+app = typer.Typer(cls=_InOrder, no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Instruction data: make it, clean it, take it in, look at it.")
 data.add_typer(data_commands)
 app.add_typer(data, name="data")
@@ -169,7 +194,7 @@ def card(
         )
     except (ValueError, OSError) as error:
         typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2) from error
     for warning in warnings:
         typer.echo(f"Warning: {warning}", err=True)
     typer.echo(f"Wrote {folder / 'README.md'}.")
@@ -229,7 +254,7 @@ def judge(
         )
     except (EndpointError, ValueError, OSError) as error:
         typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2) from error
     Console().print(judging.table(results))
 
 
