@@ -204,7 +204,9 @@ def test_vllm_answers(tmp_path):
         **{"env": {**surroundings(tmp_path), **variables}, "cwd": tmp_path, "stdout": subprocess.PIPE, "text": True},
     )
     assert done.returncode == 0
-    assert json.loads(done.stdout.splitlines()[-1])["choices"][0]["message"]["content"]
+    # the server's last words stand behind the answer
+    answer, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index('{"id"') :])
+    assert answer["choices"][0]["message"]["content"]
 
 
 # ---------------------------------------------------------------------------------- scripts in Python, and recipes
