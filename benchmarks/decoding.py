@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, StaticCache, set_seed
 from transformers.utils import logging
 
+from benchmarks.measuring import spread
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from ultrafuser.corpora import DOMAINS, documents, splits
 from ultrafuser.decoding.compiling import compiled
@@ -91,9 +92,7 @@ def compare(ways: Ways, rounds: int) -> dict[str, dict[str, float]]:
     one = next(iter(ways))
     table = {}
     for name in ways:
-        ratios = sorted(t[name] / t[one] for t in times)
-        spread = {"median": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
-        table[name] = {key: round(ratio, 3) for key, ratio in spread.items()}
+        table[name] = spread([t[name] / t[one] for t in times])
     table[one]["milliseconds"] = round(1000 * statistics.median(t[one] for t in times), 3)
     return table
 

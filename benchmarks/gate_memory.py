@@ -1,4 +1,4 @@
-"""Peak memory of stage one against the weights, beside the naive way: `python benchmarks/gate_memory.py`.
+"""Peak memory of stage one against the weights, beside the naive way: `python -m benchmarks.gate_memory`.
 
 Three Llamas of about a hundred million parameters each, fused, in float32 on the CPU; two steps of `GateTrainer`. The
 naive way lets autograd run through the specialists and steps the gate alone. Each runs in a process of its own; memory
@@ -22,6 +22,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, set_seed
 from transformers.utils import logging
 
+from benchmarks.measuring import held
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from trainers import GateStageConfig, GateTrainer
 from ultrafuser.corpora import DOMAINS
@@ -110,12 +111,6 @@ def train(trainer: type[GateTrainer], model: UltraFuserForCausalLM, tokenizer, b
         )
         data = {name: Dataset.from_dict(rows) for name in DOMAINS}
         trainer(model, arguments, data, processing_class=tokenizer).train()
-
-
-def held(field: str) -> int:
-    """Bytes of memory of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ LINES = {
         ),
     ],
     "losses": [
-        ("memory of the loss and its gradients, 32,000 tokens", LOOP, _times("peak", **CHUNKED)),
+        ("memory of the loss and its gradients, vocabulary of 32,000", LOOP, _times("peak", **CHUNKED)),
         ("its time", LOOP, _times("time", **CHUNKED)),
     ],
     "gate_cache": [

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.utils import logging
 
+from benchmarks.measuring import held
 from modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.provenance import provenance
 
@@ -110,15 +111,15 @@ def measure(way: str, folder: Path) -> dict[str, float]:
     load = WAYS[way]
     # what libraries import and allocate when they are first used is not counted
     run(load(folder / "tiny"))
-    before, peak_before = memory("smaps_rollup", "Anonymous"), memory("status", "VmRSS")
+    before, peak_before = held("Anonymous", "smaps_rollup"), held("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     wall, cpu = time.perf_counter(), time.process_time()
     models = load(folder)
     found = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    found["private"] = memory("smaps_rollup", "Anonymous") - before
-    found["peak"] = memory("status", "VmHWM") - peak_before
+    found["private"] = held("Anonymous", "smaps_rollup") - before
+    found["peak"] = held("VmHWM") - peak_before
     run(models)
-    found["private_after_a_pass"] = memory("smaps_rollup", "Anonymous") - before
+    found["private_after_a_pass"] = held("Anonymous", "smaps_rollup") - before
     found["weights"] = sum(p.numel() * p.element_size() for m in listed(models) for p in m.parameters())
     return found
 
@@ -132,12 +133,6 @@ def run(models) -> None:
 def listed(models) -> list:
     """One model or several, as a list."""
     return models if isinstance(models, list) else [models]
-
-
-def memory(file: str, field: str) -> int:
-    """Bytes of this process's memory, as the kernel counts them."""
-    lines = Path("/proc/self", file).read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
 
 
 def separately(folder: Path) -> list[LlamaForCausalLM]:

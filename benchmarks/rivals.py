@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from transformers.utils import logging
 
 from benchmarks.decoding import SHAPES
-from benchmarks.timing import compare
+from benchmarks.measuring import compare
 from modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.corpora import DOMAINS
 from ultrafuser.decoding.compiling import compiled

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from benchmarks.decoding import held_out_prompts
 from benchmarks.growth import REGIMES
-from benchmarks.timing import compare
+from benchmarks.measuring import compare
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from ultrafuser.corpora import DOMAINS
 from ultrafuser.decoding.stacking import stack

@@ -23,6 +23,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, TrainerCallback, set_seed
 from transformers.utils import logging
 
+from benchmarks.measuring import held
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from trainers import JointStageConfig, JointTrainer
 from ultrafuser.corpora import DOMAINS
@@ -155,12 +156,6 @@ def train(model: UltraFuserForCausalLM, length: int, steps: int, measured: Measu
             measured.begin(trainer)
             trainer.add_callback(measured)
         trainer.train()
-
-
-def held(field: str) -> int:
-    """Bytes of memory of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 
 # before transformers is imported: tests never reach for the network
@@ -12,6 +13,21 @@ from transformers import set_seed
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.tiny import specialist
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+in_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless one, for tests that are marked `in_browser`."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(autouse=True)

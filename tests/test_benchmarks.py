@@ -11,7 +11,7 @@ import torch
 from transformers.utils import logging
 
 from benchmarks import figures, growth, rivals, serving
-from benchmarks.timing import compare
+from benchmarks.measuring import compare
 from tests.tiny import specialist
 from tests.vllm import run
 

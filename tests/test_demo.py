@@ -1,22 +1,19 @@
 """The demo: answers are `generate`'s, colours the gate's, and sliders steer one answer and leave the model alone."""
 
 import re
-import shutil
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from tests.conftest import stir_gate
+from tests.conftest import in_browser, stir_gate
 from tests.test_chat import decoded, generated
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE
 
 
 demo = pytest.importorskip("ultrafuser.demo", reason="gradio is not installed", exc_type=ImportError)
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
 
 NAMES = ["text", "code", "math"]
 PROMPT = "<user>2+2?\n<assistant>"
@@ -93,16 +90,6 @@ def served(model):
     blocks = demo.serve(model, tokenizer(chat_template=CHAT_TEMPLATE), "tiny & <odd>")
     yield blocks.local_url
     blocks.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @contextmanager

@@ -1,14 +1,13 @@
 """The report's page in a real browser, opened from a file."""
 
 import json
-import shutil
 from contextlib import contextmanager
 
 import pytest
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from tests.conftest import stir_gate
+from tests.conftest import in_browser, stir_gate
 from tests.test_reports import HARD, rows
 from tests.tiny import specialist
 from ultrafuser.cli import app
@@ -16,9 +15,6 @@ from ultrafuser.quickstart import train_tokenizer
 from ultrafuser.reports.explaining import explain, load
 from ultrafuser.reports.reporting import report
 
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
 
 NASTY = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
 TEXTS = {NASTY: f"{NASTY}\n</script>{HARD}", "Plain": "The value of a & b is\n\n  2 < 3."}
@@ -55,16 +51,6 @@ def results():
 @pytest.fixture(scope="module")
 def file(folder, results, tmp_path_factory):
     return report(tmp_path_factory.mktemp("report"), results=results, fused=load(str(folder)), examples=TEXTS)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @contextmanager
