@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .gates_ultrafuser import GATES
+
 
 # counts up when a saved folder changes in a way that older code would misread
 FORMAT_VERSION = 1
-GATE_NAMES = ("mlp", "linear", "constant", "uniform")
 FUSION_NAMES = ("logits", "probabilities")
 AUTO_MAP = {
     "AutoConfig": "configuration_ultrafuser.UltraFuserConfig",
@@ -45,8 +46,8 @@ class UltraFuserConfig(PreTrainedConfig):
     Args:
         specialist_names: Name of each specialist, in the order of the gate's columns.
         specialists: Configuration of each specialist's backbone, in the same order. Dicts are accepted.
-        gate: How gate weights are computed: "mlp" (the paper's), "linear", "constant" or "uniform".
-        gate_hidden_size: Width of the hidden layer of the "mlp" gate. 512 in the paper (section 4.1).
+        gate: How gate weights are computed, a name in `GATES`: "mlp" is the paper's.
+        gate_hidden_size: Width of the hidden layer of a gate that has one. 512 in the paper (section 4.1).
         gate_temperature: Gate scores are divided by it before the softmax. Above 1 is softer, below 1 is sharper.
         fusion: "logits" mixes logits (the paper's Eq. 1), "probabilities" mixes distributions.
         adapters: Where specialists are LoRA adapters of one base, whose configuration all then have: the highest `rank`
@@ -114,7 +115,7 @@ class UltraFuserConfig(PreTrainedConfig):
                 f"{self.format_version!r}. Upgrade with `pip install -U ultrafuser`, or load the folder with its own "
                 f"code: `trust_remote_code=True` in a process that does not import `modeling_ultrafuser`."
             )
-        for field, choices in (("gate", GATE_NAMES), ("fusion", FUSION_NAMES)):
+        for field, choices in (("gate", GATES), ("fusion", FUSION_NAMES)):
             value = getattr(self, field)
             if value not in choices:
                 raise ValueError(f"Unknown {field} {value!r}. Choose one of {list(choices)}.")

@@ -20,7 +20,7 @@ from .checking_ultrafuser import (
     own_config,
 )
 from .configuration_ultrafuser import SCALE_FIELDS, UltraFuserConfig, soft_cap
-from .gating_ultrafuser import GATES
+from .gates_ultrafuser import GATES
 from .lora_ultrafuser import adaptable, adapted_state, layout, probe_rows, read_adapters, read_parts
 from .specialists_ultrafuser import BASE
 from .tokenizing_ultrafuser import (
@@ -59,7 +59,7 @@ def fuse_specialists(
         gate: "mlp", "linear", "constant" or "uniform". A new gate gives every specialist the same weight.
         fusion: "logits" or "probabilities".
         dtype: Of the specialists and the head. "auto" takes what all specialists share; required if they differ.
-        gate_hidden_size: Width of the hidden layer of the "mlp" gate.
+        gate_hidden_size: Width of the hidden layer of a gate that has one.
         gate_temperature: Divides the gate's scores before the softmax.
         revisions: Name to branch, tag or commit of its Hub repository. Pin commits for results to be repeatable.
         device_map: Where the fused model goes, as for `from_pretrained`.

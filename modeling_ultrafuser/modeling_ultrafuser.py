@@ -25,7 +25,8 @@ from .adapters_ultrafuser import add_adapters, merged_backbone, run_as_rows
 from .cache_ultrafuser import SpecialistCache
 from .configuration_ultrafuser import UltraFuserConfig, soft_cap
 from .fusing_ultrafuser import fuse_specialists
-from .gating_ultrafuser import GATES, Gate
+from .gate_base_ultrafuser import Gate
+from .gates_ultrafuser import GATES
 from .outputs_ultrafuser import UltraFuserCausalLMOutput, UltraFuserMixtureOutput, UltraFuserModelOutput
 from .serving_ultrafuser import check_pageable, check_servable_by_vllm
 from .specialists_ultrafuser import (

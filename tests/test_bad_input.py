@@ -159,7 +159,7 @@ def test_a_configuration_without_specialists_builds_no_model():
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        ({"gate": "softmax"}, ("Unknown gate 'softmax'", "'mlp', 'linear', 'constant', 'uniform'")),
+        ({"gate": "softmax"}, ("Unknown gate 'softmax'", "'mlp', 'cross', 'linear', 'constant', 'uniform'")),
         ({"gate": None}, ("Unknown gate None",)),
         ({"fusion": "weights"}, ("Unknown fusion 'weights'", "'logits', 'probabilities'")),
         ({"gate_temperature": 0}, ("must be a positive number", "it is 0.", "gate='uniform'")),

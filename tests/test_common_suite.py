@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.configuration_ultrafuser import GATE_NAMES
+from modeling_ultrafuser.gates_ultrafuser import GATES
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_hidden_states_can_be_asked_for_by_position(positions, fused):
     assert all(torch.equal(some[i], every[i]) for i in kept)
 
 
-@pytest.mark.parametrize("gate", GATE_NAMES)
+@pytest.mark.parametrize("gate", GATES)
 def test_a_gate_calls_every_module_whose_parameters_it_reads(gate, specialists):
     # FSDP gathers parameters when their module is called; one that is only read stays cut in pieces
     fused = UltraFuserForCausalLM.from_specialists(specialists, gate=gate)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.conftest import stir_gate
 from tests.tiny import specialist, tokenizer
 from ultrafuser.cli import app
@@ -17,7 +18,6 @@ from ultrafuser.editing import add_specialist, remove_specialist
 
 
 IDS = torch.arange(3, 40)[None]
-GATES = ["mlp", "linear", "constant", "uniform"]
 
 
 def fused_model(gate="mlp", *, last=32, temperature=1.0):
@@ -73,12 +73,14 @@ def test_first_layers_that_became_of_one_size_but_differ_are_not_made_one():
         remove_specialist(fused_model(last=48), "math")
 
 
-def test_without_one_a_linear_gate_keeps_what_it_read_from_the_others():
-    model = fused_model("linear")
+@pytest.mark.parametrize("gate", ["linear", "cross"])
+def test_without_one_a_gate_of_all_states_keeps_what_it_read_from_the_others(gate):
+    model = fused_model(gate)
     gate = model.model.fusion_gate
     with torch.no_grad():
         # what it reads from "code" tells no specialist from another then
-        gate.weight[:, 32:64] = gate.weight[:1, 32:64]
+        for weight in (gate.weight,) if hasattr(gate, "weight") else (gate.skip_weight, gate.hidden_weight):
+            weight[:, 32:64] = weight[:1, 32:64] if weight is not getattr(gate, "hidden_weight", None) else 0
     old = model.gate_weights(IDS)[..., [0, 2]]
     torch.testing.assert_close(
         remove_specialist(model, "code").gate_weights(IDS), old / old.sum(-1, keepdim=True), rtol=1e-4, atol=1e-5

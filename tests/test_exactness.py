@@ -6,12 +6,12 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.mixes import MIXES, fuse, naive_gate_weights, naive_logits, prefer, prompt
 from tests.tiny import specialist
 
 
 FUSIONS = ("logits", "probabilities")
-GATES = ("mlp", "linear", "constant", "uniform")
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def fused(commands, fuse, seen, tmp_path_factory):
 
 def moments(events):
     """Every event that is of a kind of its own: code files are copied one after another, and one is as the other."""
-    return [e for e in dict.fromkeys(events) if not e.endswith("_ultrafuser.py") or e.endswith("gating_ultrafuser.py")]
+    return [e for e in dict.fromkeys(events) if not e.endswith("_ultrafuser.py") or e.endswith("gates_ultrafuser.py")]
 
 
 def check_fusing(event, fused, commands, fuse, seen, tmp_path):

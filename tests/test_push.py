@@ -81,7 +81,7 @@ def test_what_is_pushed_is_what_was_there_and_nothing_else_goes(folder, commands
         *("training_args.bin", ".env", "model.safetensors.part", "notes.txt", "credentials.json", "checkpoint-2")
     }
     assert all(name in done.said for name in missing)
-    assert {"modeling_ultrafuser.py", "gating_ultrafuser.py", "README.md", "chat_template.jinja"} <= kept
+    assert {"modeling_ultrafuser.py", "gates_ultrafuser.py", "README.md", "chat_template.jinja"} <= kept
     assert metadata_load(server.tree("lab/whole")[1] / "README.md")["library_name"] == "transformers"
     lines = done.said.split("To load it:")[1].strip().splitlines()
     assert lines[0] == 'model = AutoModelForCausalLM.from_pretrained("lab/whole", trust_remote_code=True)'
@@ -207,7 +207,7 @@ def _unsharded(folder):
     [
         (lambda folder: _without(folder, "config.json"), "holds no config.json"),
         (lambda folder: _without(folder, "model.safetensors"), "holds no weights"),
-        (lambda folder: _without(folder, "gating_ultrafuser.py"), r"lacks \['gating_ultrafuser.py'\]"),
+        (lambda folder: _without(folder, "gates_ultrafuser.py"), r"lacks \['gates_ultrafuser.py'\]"),
         (lambda folder: _without(folder, "modeling_ultrafuser.py"), r"lacks \['modeling_ultrafuser.py'\]"),
         (lambda folder: _without(folder, "tokenizer.json"), "holds none that loads"),
         (_cut, "cannot be read"),

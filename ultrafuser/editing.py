@@ -6,10 +6,10 @@ long as the scores of the others stay, their shares stay in proportion:
 - taken out: new weights of the others = old weights / (1 - old weight of the one taken out);
 - put in: new weights of the others = old weights * (1 - weight of the newcomer).
 
-Both hold exactly, at every token, except for taking a specialist out of a "linear" gate, see `remove_specialist`.
+Both hold exactly, at every token, except for taking a specialist out of a gate that reads the hidden states of all side
+by side ("linear", "cross"), see `remove_specialist`.
 """
 
-import math
 import os
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.checking_ultrafuser import own_config
+from modeling_ultrafuser.gate_base_ultrafuser import columns_of_others
 
 from .checking import reading
 from .folders import fused_config, new_folder, read_ingredients, save_fused
@@ -26,7 +27,6 @@ from .fusing import described
 
 
 BACKBONE, GATE, HEAD = "model.specialists.", "model.fusion_gate.", "lm_head.weight"
-SHARED_LAYER = "hidden_weight.shared"
 
 
 def add(folder: Path, name: str, source: str, out: Path, *, revision: str | None = None) -> None:
@@ -63,9 +63,9 @@ def take_out(folder: Path, name: str, out: Path) -> None:
 def remove_specialist(model: UltraFuserForCausalLM, name: str) -> UltraFuserForCausalLM:
     """A fused model without one of its specialists. The tensors of the others stay as they are, bit by bit.
 
-    With an "mlp" or "constant" gate the others' scores stay, and with them their shares in proportion. A "linear" gate
-    scores every specialist from the hidden states of all, so what it read from the one taken out is missing from the
-    others' scores: train it again. "uniform" has nothing to keep.
+    With an "mlp" or "constant" gate the others' scores stay, and with them their shares in proportion. A "linear" or
+    "cross" gate scores every specialist from the hidden states of all, so what it read from the one taken out is missing
+    from the others' scores: train it again. "uniform" has nothing to keep.
 
     Args:
         model: A fused model of three specialists or more. It is not changed.
@@ -87,20 +87,11 @@ def remove_specialist(model: UltraFuserForCausalLM, name: str) -> UltraFuserForC
         model, [names[k] for k in kept], [model.config.specialists[k] for k in kept], model.generation_config
     )
     state = {k: t for k, t in model.state_dict().items() if not k.startswith((f"{BACKBONE}{name}.", GATE))}
-    columns = _columns(model.config)
-    columns = torch.cat([columns[k] for k in kept])
     if model.config.adapters is None:
-        state[HEAD] = state[HEAD][:, columns]
+        state[HEAD] = state[HEAD][:, columns_of_others(names.index(name), model.config)]
     else:
         state |= {key: tensor[kept] for key, tensor in state.items() if ".lora_" in key}
-    gate = model.model.fusion_gate.state_dict()
-    if model.config.gate == "mlp":
-        gate.pop(f"hidden_weight.{name}", None)
-        gate = _with_one_layer(gate, config)
-    elif model.config.gate == "linear":
-        gate = {"weight": gate["weight"][kept][:, columns], "bias": gate["bias"][kept]}
-    elif model.config.gate == "constant":
-        gate = {"logits": gate["logits"][kept]}
+    gate = model.model.fusion_gate.without(names.index(name), model.config)
     return _built(model, config, state, gate)
 
 
@@ -115,7 +106,7 @@ def add_specialist(
     - "mlp", of different hidden sizes: one number, what the gate makes of a hidden state of zeros, as its first layer
       starts at zero;
     - "constant": such that it starts with an equal share, 1 in all specialists;
-    - "linear": a bias alone, the one that would be an equal share if the others' biases were all they had.
+    - "linear" or "cross": a bias alone, the one that would be an equal share if the others' biases were all they had.
 
     Then train the gate: nothing so far has shown it when the newcomer is right.
 
@@ -157,15 +148,7 @@ def add_specialist(
     state = {k: t for k, t in model.state_dict().items() if not k.startswith(GATE)}
     state |= {k: t for k, t in pair.state_dict().items() if k.startswith(f"{BACKBONE}{name}.")}
     state[HEAD] = torch.cat([state[HEAD], pair.lm_head.weight.detach()[:, -newcomer.hidden_size :]], dim=1)
-    gate = model.model.fusion_gate.state_dict()
-    if config.gate == "mlp":
-        gate = _with_layer_of(gate, config, name, newcomer.hidden_size)
-    elif config.gate == "linear":
-        weight, bias = gate["weight"], gate["bias"]
-        weight = torch.nn.functional.pad(weight, (0, newcomer.hidden_size, 0, 1))
-        gate = {"weight": weight, "bias": _with_equal_share(bias, config.gate_temperature)}
-    elif config.gate == "constant":
-        gate = {"logits": _with_equal_share(gate["logits"], config.gate_temperature)}
+    gate = model.model.fusion_gate.with_one_more(name, new_config)
     built = _built(model, new_config, state, gate)
     built.generation_config = pair.generation_config
     return built
@@ -174,44 +157,6 @@ def add_specialist(
 def _check_name(config: UltraFuserConfig, name: str) -> None:
     if name not in config.specialist_names:
         raise ValueError(f"There is no specialist {name!r}. Choose one of {config.specialist_names}.")
-
-
-def _with_equal_share(scores: Tensor, temperature: float) -> Tensor:
-    """Scores and one more, whose softmax is 1 in all. Shape (specialists + 1,)."""
-    score = temperature * ((scores / temperature).logsumexp(0) - math.log(len(scores)))
-    return torch.cat([scores, score[None]])
-
-
-def _with_layer_of(gate: dict[str, Tensor], config: UltraFuserConfig, name: str, size: int) -> dict[str, Tensor]:
-    """The "mlp" gate's tensors for one more specialist of this hidden size."""
-    shared = gate.get(SHARED_LAYER)
-    if shared is not None and shared.shape[1] == size:
-        return gate
-    gate = {k: t for k, t in gate.items() if k != SHARED_LAYER}
-    if shared is not None:
-        gate |= {f"hidden_weight.{n}": shared.clone() for n in config.specialist_names}
-    return {**gate, f"hidden_weight.{name}": torch.zeros(config.gate_hidden_size, size)}
-
-
-def _with_one_layer(gate: dict[str, Tensor], config: UltraFuserConfig) -> dict[str, Tensor]:
-    """The "mlp" gate's tensors, with one first layer if all hidden sizes are the same now."""
-    own = {n: gate.get(f"hidden_weight.{n}") for n in config.specialist_names}
-    if len({c.hidden_size for c in config.specialists}) > 1 or SHARED_LAYER in gate:
-        return gate
-    first = own[config.specialist_names[0]]
-    if not all(torch.equal(t, first) for t in own.values()):
-        raise ValueError(
-            f"An 'mlp' gate has one first layer for specialists of one hidden size, but {list(own)}, which would be "
-            f"left, have learned one each, and no single layer can say what they do. Fuse those specialists anew and "
-            f"train the gate."
-        )
-    return {k: t for k, t in gate.items() if not k.startswith("hidden_weight.")} | {SHARED_LAYER: first}
-
-
-def _columns(config: UltraFuserConfig) -> list[Tensor]:
-    """Places of each specialist's hidden state in all of them side by side."""
-    sizes = [c.hidden_size for c in config.specialists]
-    return list(torch.arange(sum(sizes)).split(sizes))
 
 
 def _config(model: UltraFuserForCausalLM, names: list[str], specialists: list, generation_config) -> UltraFuserConfig:

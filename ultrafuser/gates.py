@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig
 
-from modeling_ultrafuser.gating_ultrafuser import GATES
+from modeling_ultrafuser.gates_ultrafuser import GATES
 from trainers import CachedGateTrainer, GateStageConfig
 from trainers.domains import with_domains
 
@@ -67,7 +67,7 @@ def compare(
             beside the output folder, and kept, so that more gates cost no second pass.
         args: Settings of stage one, for all of them. The best one's model is written to `output_dir`.
         model_args: The model's folder, its dtype.
-        gates: Kinds, and of "mlp" the width too: ["mlp:512", "mlp:64", "linear", "constant"].
+        gates: Kinds, and the width of those with a hidden layer: ["mlp:512", "cross:128", "linear", "constant"].
         seeds: How often each is trained, with first weights and draws of its own.
         say: Called with a line about each.
 
@@ -112,9 +112,11 @@ def table(fits: list[Fit]) -> Table:
 
 def _kind(gate: str) -> tuple[str, int | None]:
     kind, _, width = gate.partition(":")
-    if kind not in GATES or (width and (kind != "mlp" or not width.isdigit() or not int(width))):
+    if kind not in GATES or (width and not (GATES[kind].has_width and width.isdigit() and int(width))):
+        wide = [name for name, gate_class in GATES.items() if gate_class.has_width]
         raise ValueError(
-            f"A gate to compare is one of {list(GATES)}, and mlp may say its width, as mlp:64, but got {gate!r}."
+            f"Got the gate {gate!r}, but a gate to compare is one of {list(GATES)}, of which {wide} may say the width "
+            f"of their hidden layer, as mlp:64."
         )
     return kind, int(width) if width else None
 

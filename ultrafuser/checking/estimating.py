@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.checking_ultrafuser import backbone_class
 from modeling_ultrafuser.configuration_ultrafuser import head_dim, num_key_value_heads, specialist_layer_types
-from modeling_ultrafuser.gating_ultrafuser import GATES
+from modeling_ultrafuser.gates_ultrafuser import GATES
 from modeling_ultrafuser.lora_ultrafuser import adaptable
 
 

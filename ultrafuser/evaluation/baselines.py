@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.gating_ultrafuser import GATES, Gate
+from modeling_ultrafuser.gate_base_ultrafuser import Gate
+from modeling_ultrafuser.gates_ultrafuser import GATES
 
 from .measuring import HeldOut, Scores
 

@@ -1,0 +1,18 @@
+"""The "uniform" gate: equal weights."""
+
+from torch import Tensor
+
+from .gate_base_ultrafuser import Gate
+
+
+class UniformGate(Gate):
+    """Equal weights and no parameters: the plain ensemble, and the baseline to beat."""
+
+    def scores(self, hidden_states: list[Tensor]) -> Tensor:
+        return hidden_states[0].new_zeros(*hidden_states[0].shape[:-1], self.num_specialists)
+
+    def without(self, index: int, config) -> dict[str, Tensor]:
+        return {}
+
+    def with_one_more(self, name: str, config) -> dict[str, Tensor]:
+        return {}

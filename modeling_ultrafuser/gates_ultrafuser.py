@@ -1,0 +1,17 @@
+"""All gates by the name that a configuration gives."""
+
+from .gate_base_ultrafuser import Gate
+from .gate_constant_ultrafuser import ConstantGate
+from .gate_cross_ultrafuser import CrossGate
+from .gate_linear_ultrafuser import LinearGate
+from .gate_mlp_ultrafuser import MLPGate
+from .gate_uniform_ultrafuser import UniformGate
+
+
+GATES: dict[str, type[Gate]] = {
+    "mlp": MLPGate,
+    "cross": CrossGate,
+    "linear": LinearGate,
+    "constant": ConstantGate,
+    "uniform": UniformGate,
+}
