@@ -72,7 +72,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_loaded(words, tmp
     for gate in ("mpl", "linear:4", "mlp:wide", "mlp:0"):
         done = run("gates", *words, "--gate", gate, "--out", tmp_path / "gated")
         assert done.exit_code == 2
-        assert f"but got '{gate}'" in done.output
+        assert f"Got the gate '{gate}'" in done.output
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps(c) for c in conversations(3)))
     done = run("gates", *words, "--gate", "linear", "--out", tmp_path / "gated")
     assert "'text' has only 3 rows. Give it at least 6." in done.output
