@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from tests.tiny import tokenizer
 from tests.training import CHAT_TEMPLATE
+from trainers import rendering
 from ultrafuser.chatting import Chat
 from ultrafuser.cli import app
 from ultrafuser.reports.colours import assign
@@ -90,6 +91,23 @@ def test_a_conversation_that_is_too_long_is_told_and_not_begun(fused):
     conversation.run(["9" * 300])
     assert "the model reads 256" in said(conversation)
     assert conversation.messages == []
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('no users') }}", "cannot render this conversation: no users"),
+        ("{{ messages[0].content.no.such }}", "cannot render"),
+        ("{{ messages | map('upper') | list", "cannot render"),
+        ("{% if false %}x{% endif %}", "renders nothing"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "longer than 3 s"),
+    ],
+)
+def test_a_chat_template_that_fails_or_never_ends_is_told_in_a_sentence(template, words, fused, monkeypatch):
+    monkeypatch.setattr(rendering, "SECONDS", 3.0)
+    conversation = chat(fused, template)
+    assert conversation.answer("hello") == ""
+    assert words in " ".join(said(conversation).split())
 
 
 def test_an_interrupted_answer_is_kept_as_far_as_it_came(fused, monkeypatch):

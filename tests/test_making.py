@@ -23,7 +23,7 @@ from tests.tiny import tokenizer
 from tests.training import CHAT_TEMPLATE, changed, weights
 from tests.vllm import run
 from tests.vllm.cases import save_fused
-from trainers import GateStageConfig, GateTrainer
+from trainers import GateStageConfig, GateTrainer, rendering
 from ultrafuser.cli import app
 from ultrafuser.data.making import Maker, all_instructions, conversations
 from ultrafuser.data.planning import Plan
@@ -409,6 +409,27 @@ def test_a_prompt_with_a_mistake_is_refused_before_anything_is_sent(name, text, 
     (tmp_path / "own" / f"{name}.md").write_text(text)
     with pytest.raises(ValueError, match=re.escape(words)):
         load_recipe(write_recipe(tmp_path, prompts="own"))
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{% for c in description.__class__.__mro__[1].__subclasses__() %}{% if c.__name__ == '_wrap_close' %}"
+        "{{ c.__init__.__globals__['system']('touch PWNED') }}{% endif %}{% endfor %}",
+        "{{ cycler.__init__.__globals__.os.system('touch PWNED') }}",
+        "{{ 9 ** (9 ** (9 ** 9)) }}",
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "make"])
+def test_a_prompt_that_comes_with_a_recipe_runs_no_code_and_holds_nothing_up(attack, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rendering, "SECONDS", 3.0)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "meta_topics.md").write_text("{{ number }} {{ description }} " + attack)
+    done = cli(command, write_recipe(tmp_path, prompts="own"), *(["--out", "set"] if command == "make" else []))
+    assert done.exit_code == 2
+    assert "meta_topics" in done.output
+    assert not (tmp_path / "PWNED").exists()
 
 
 def test_every_prompt_of_the_package_is_one_of_a_step(tmp_path):

@@ -1,9 +1,21 @@
 """TRL trainers for the two stages of a fused model: the gate alone, then everything."""
 
-from .gate_cache import CachedGateTrainer
-from .sampling import DomainSampler
-from .settings import GateStageConfig, JointStageConfig
-from .stages import GateTrainer, JointTrainer
+import importlib
 
 
-__all__ = ["CachedGateTrainer", "DomainSampler", "GateStageConfig", "GateTrainer", "JointStageConfig", "JointTrainer"]
+_MODULES = {
+    "CachedGateTrainer": "gate_cache",
+    "DomainSampler": "sampling",
+    "GateStageConfig": "settings",
+    "GateTrainer": "stages",
+    "JointStageConfig": "settings",
+    "JointTrainer": "stages",
+}
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str):
+    # TRL takes many seconds to import, and not every module of this package needs it
+    if name in _MODULES:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

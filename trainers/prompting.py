@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from .rendering import RenderingError, render_chat
+
 
 def prompt_views(
     prompts: list[str | list[dict]],
@@ -182,10 +184,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], template: s
     """
     way_out = "Put that text where the template has a place for it, such as the first turn of the user, or pass another template."
     try:
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=True, tokenize=False
-        )
-    except Exception as error:  # a template is a program of its own, and can fail in any way
+        text = render_chat(tokenizer, messages, template)
+    except RenderingError as error:
         roles = [message.get("role") for message in messages]
         raise ValueError(
             f"A chat template must render every prompt, but that of {whose} cannot render the roles {roles}: {error}. "

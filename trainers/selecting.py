@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .prompting import render, split_conversation
+from .rendering import render_chat
 
 
 RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -158,7 +159,7 @@ def _tokens(
 ) -> tuple[list[int], list[int], list[int]]:
     """Tokens of the prompt, of what the template puts before every response, and of the response."""
     prompt = render(tokenizer, messages, template, "the tokenizer")
-    unprompted = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    unprompted = render_chat(tokenizer, messages, template, prompt=False)
     header = prompt.removeprefix(unprompted) if prompt.startswith(unprompted) else ""
     prompt, header, response = tokenizer([prompt, header, response], add_special_tokens=False)["input_ids"]
     begin = tokenizer.bos_token_id

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from trainers.rendering import RenderingError, render_chat
 
 from .reports.colours import assign
 from .reports.terminal import speaker_style
@@ -57,11 +58,21 @@ class Speech(BaseStreamer):
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> torch.Tensor:
-    """What the model reads: a conversation, or without a chat template its last message as plain text. Shape (1, seq)."""
+    """What the model reads: a conversation, or without a chat template its last message as plain text. Shape (1, seq).
+
+    Raises:
+        ValueError: If the template cannot render it.
+    """
     if tokenizer.chat_template is None:
         return tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
-    read = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return read["input_ids"]
+    try:
+        text = render_chat(tokenizer, messages)
+    except RenderingError as error:
+        raise ValueError(f"The model's chat template cannot render this conversation: {error}.") from error
+    read = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    if not read.shape[-1]:
+        raise ValueError("The model's chat template renders nothing of this conversation.")
+    return read
 
 
 @torch.inference_mode()

@@ -376,10 +376,10 @@ def _planned(recipe: Path, console):
 
     try:
         read = load_recipe(recipe)
+        plan = Plan(read)
     except (ValueError, OSError) as error:
         typer.echo(error, err=True)
         raise typer.Exit(2) from None
-    plan = Plan(read)
     console.print(plan.table())
     console.print(plan.assumptions(), highlight=False)
     return read, plan

@@ -12,6 +12,8 @@ from itertools import combinations, count, product
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
+from trainers.rendering import RenderingError, render_prompt
+
 from .reading import read_items, writable
 from .recipe import Domain, Recipe, load_prompts
 from .teacher import Request, Teacher
@@ -49,9 +51,11 @@ class Maker:
         """What a step asks about one row."""
         domain = self.recipe.domains[row["domain"]]
         filled = {"instruction": "", "conversation": row.get("messages"), **row}
-        prompt = self.prompts[step].render(
-            **filled, description=domain.description, number=number, known=known[-KNOWN_ITEMS:]
-        )
+        filled |= {"description": domain.description, "number": number, "known": known[-KNOWN_ITEMS:]}
+        try:
+            prompt = render_prompt(self.prompts[step], filled)
+        except RenderingError as error:
+            raise ValueError(f"The prompt of step {step!r}, `{step}.md`, cannot be filled in: {error}.") from error
         if step == "answers":
             messages = [{"role": "system", "content": prompt}] * bool(prompt.strip()) + row["messages"]
         else:

@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jinja2
-import jinja2.meta
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from trainers.rendering import RenderingError, placeholders
 
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -250,7 +250,7 @@ def _fields_at(place: tuple) -> dict:
     return (Skills if place[-1:] == ("skills",) else part).model_fields
 
 
-def load_prompts(folder: Path | None = None) -> dict[str, jinja2.Template]:
+def load_prompts(folder: Path | None = None) -> dict[str, str]:
     """Templates of all prompts by step: those in `folder`, and for the others the package's own.
 
     Raises:
@@ -271,15 +271,13 @@ def load_prompts(folder: Path | None = None) -> dict[str, jinja2.Template]:
     return {step: _template(step, own.get(step, PROMPTS / f"{step}.md")) for step in NEEDED}
 
 
-def _template(step: str, file: Path) -> jinja2.Template:
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def _template(step: str, file: Path) -> str:
     text = file.read_text(encoding="utf-8")
     try:
-        used = jinja2.meta.find_undeclared_variables(environment.parse(text))
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(
-            f"Prompts are Jinja templates, but {str(file)!r} line {error.lineno}: {error.message}"
-        ) from error
+        used = placeholders(text)
+    except RenderingError as error:
+        where = f" line {error.line}" if error.line else ""
+        raise ValueError(f"Prompts are Jinja templates, but {str(file)!r}{where}: {error}") from error
     for name in sorted(used - set(PLACEHOLDERS)):
         close = difflib.get_close_matches(name, PLACEHOLDERS, n=1)
         hint = f"Did you mean {{{{ {close[0]} }}}}?" if close else f"There are {list(PLACEHOLDERS)}."
@@ -290,4 +288,4 @@ def _template(step: str, file: Path) -> jinja2.Template:
                 f"Without {{{{ {name} }}}} the prompt of step {step!r} would not say what is asked for, but "
                 f"{str(file)!r} lacks it. Put it in."
             )
-    return environment.from_string(text)
+    return text
