@@ -28,6 +28,7 @@ from .tokenizing_ultrafuser import (
     merged_generation_config,
     own_generation_config,
     print_line,
+    tokenizer_notes,
     widest_usable_tokenizer,
 )
 
@@ -124,7 +125,9 @@ def fuse_specialists(
         del tokenizers[name]
     # one alone has none to agree with; whether it fits the rows matters only if no other does
     if len(tokenizers) > 1:
-        widest_usable_tokenizer(tokenizers, vocab_size)
+        chosen = widest_usable_tokenizer(tokenizers, vocab_size)
+        for note in tokenizer_notes(tokenizers, vocab_size, chosen):
+            print_line(note)
     generation_config = merged_generation_config(
         {n: own_generation_config(s, sources[n], **place[n]) for n, s in whole.items()}, vocab_size
     )

@@ -1,7 +1,9 @@
 """One tokenizer and one generation configuration out of the specialists'."""
 
 import copy
+import itertools
 import os
+import re
 
 from transformers import (
     AutoTokenizer,
@@ -21,6 +23,13 @@ logger = logging.get_logger(__name__)
 # text that tells tokenizers apart which share a vocabulary but split differently
 TOKENIZER_PROBE = (
     "def f(x_1):\n    return x_1 ** 2  # naïve 12345 + 6.7e-8\n\tThe Café’s “answer” is 42%. 日本語 🙂 <s> [INST]"
+)
+
+
+# names that makers of vocabularies give to rows for tokens to come: <|reserved_special_token_0|>, <unused7>, [control_8]
+_FREE = re.compile(
+    r"\W+([\w▁ ]*(reserved|unused|place.?holder|dummy)[\w▁ ]*|control_\d+|special_\d+|extra_(id_)?\d+)\W+",
+    re.IGNORECASE,
 )
 
 
@@ -77,6 +86,13 @@ def common_tokenizer(
                 f"but got {chat_template!r}."
             )
         tokenizer.chat_template = templates[chat_template]
+        ids = tokenizer.get_vocab()
+        added = tokenizers[chat_template].get_added_vocab().items()
+        if lost := [t for t, i in added if t in str(tokenizer.chat_template) and ids.get(t) != i]:
+            print_line(
+                f"The chat template of {chat_template} holds {_some(lost)}, which the fused model reads as ordinary text, "
+                f"because not all specialists have a row for it."
+            )
     elif len({repr(t) for t in templates.values()}) > 1:
         with_one = [n for n, t in templates.items() if t]
         raise ValueError(
@@ -109,20 +125,48 @@ def _has_tokenizer(source, **hub) -> bool:
 def widest_usable_tokenizer(
     tokenizers: dict[str, PreTrainedTokenizerBase], vocab_size: int
 ) -> PreTrainedTokenizerBase:
-    """The first tokenizer with no id beyond the fused vocabulary, once all agree below it."""
-    vocabularies = {n: {i: t for t, i in k.get_vocab().items() if i < vocab_size} for n, k in tokenizers.items()}
-    first = next(iter(tokenizers))
-    for name in list(tokenizers)[1:]:
+    """The tokenizer that knows most tokens, of those with no id beyond the fused vocabulary, once all agree below it.
+
+    They agree if one has added tokens where others have nothing, or a reserved name: `tokenizer_notes` tells which.
+
+    Raises:
+        ValueError: If they do not agree, or all reach beyond the vocabulary.
+    """
+    vocabularies = {n: _tokens_by_id(t, vocab_size) for n, t in tokenizers.items()}
+    added = {n: set(t.get_added_vocab()) for n, t in tokenizers.items()}
+    only_some = _known_to_some(vocabularies)
+    rule = "Specialists must share one tokenizer, because their predictions are added token by token"
+    for first, name in itertools.combinations(tokenizers, 2):
         a, b = vocabularies[first], vocabularies[name]
         differing = sorted(i for i in a.keys() | b.keys() if a.get(i) != b.get(i))
-        rule = "Specialists must share one tokenizer, because their predictions are added token by token"
-        if differing:
-            i = differing[0]
+        both = [i for i in differing if i in a and i in b]
+        other = [i for i in differing if {a.get(i)} - added[first] - {None} or {b.get(i)} - added[name] - {None}]
+        if other:
+            i = other[0]
             raise ValueError(
                 f"{rule}, but {name!r} uses a different tokenizer from {first!r}: {len(differing)} ids differ, the "
                 f"first is {i}, {a.get(i)!r} against {b.get(i)!r}. Fuse specialists trained from one base model."
             )
-        ours, theirs = (tokenizers[n].encode(TOKENIZER_PROBE, add_special_tokens=False) for n in (first, name))
+        if both:
+            i = both[0]
+            raise ValueError(
+                f"{rule}, but of the tokens that were added to one vocabulary {len(both)} have other names in {name!r} "
+                f"than in {first!r}: id {i} is {a[i]!r} in {first!r} and {b[i]!r} in {name!r}. If they mean the same, "
+                f"save one tokenizer beside both models; if not, leave one of the two out."
+            )
+        places = {t: i for i, t in a.items()}
+        moved = [(t, i) for i, t in b.items() if places.get(t, i) != i]
+        if moved:
+            token, i = moved[0]
+            raise ValueError(
+                f"{rule}, but the added token {token!r} has the id {places[token]} in {first!r} and {i} in {name!r}. "
+                f"Leave one of the two out."
+            )
+        probe = TOKENIZER_PROBE
+        for token in only_some.values():
+            # tokens of blanks alone would cut ordinary text otherwise
+            probe = probe.replace(token, "") if token.strip() else probe
+        ours, theirs = (tokenizers[n].encode(probe, add_special_tokens=False) for n in (first, name))
         if [i for i in ours if i < vocab_size] != [i for i in theirs if i < vocab_size]:
             raise ValueError(
                 f"{rule}, but {name!r} splits text differently from {first!r} although the vocabularies are equal: a "
@@ -137,7 +181,61 @@ def widest_usable_tokenizer(
             f"The fused vocabulary has the {vocab_size} rows that every specialist's head has, but every tokenizer "
             f"can produce tokens beyond it, such as {shown}. Fuse specialists whose heads cover their tokenizers."
         )
-    return tokenizers[usable[0]]
+    return tokenizers[max(usable, key=lambda n: len(vocabularies[n]))]
+
+
+def tokenizer_notes(
+    tokenizers: dict[str, PreTrainedTokenizerBase], vocab_size: int, chosen: PreTrainedTokenizerBase
+) -> list[str]:
+    """What differs between tokenizers of which `widest_usable_tokenizer` chose one: a sentence each, and what to do."""
+    vocabularies = {n: _tokens_by_id(t, vocab_size) for n, t in tokenizers.items()}
+    only_some = _known_to_some(vocabularies)
+    whose = next(n for n, t in tokenizers.items() if t is chosen)
+    notes = []
+    known = {n: [t for i, t in only_some.items() if i in v] for n, v in vocabularies.items()}
+    if only_some:
+        told = "; ".join(f"{n}: {_some(tokens)}" for n, tokens in known.items() if tokens)
+        notes.append(
+            f"Some added tokens are known to some specialists only, and nothing trained the others' rows for them: "
+            f"{told}. Leave them out of prompts, or train the fused model on texts that hold them."
+        )
+    for what, values in (
+        ("put in front of a text", {n: _around(t)[0] for n, t in tokenizers.items()}),
+        ("put behind a text", {n: _around(t)[1] for n, t in tokenizers.items()}),
+        ("the end of text in training", {n: t.eos_token for n, t in tokenizers.items()}),
+    ):
+        if len({repr(v) for v in values.values()}) > 1:
+            told = ", ".join(f"{n} {v!r}" if v else f"{n} nothing" for n, v in values.items())
+            notes.append(
+                f"Tokenizers differ in what is {what}: {told}; the fused model's is that of {whose}. For another's, save "
+                f"that one's tokenizer into the fused folder."
+            )
+    return notes
+
+
+def _tokens_by_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[int, str]:
+    """Tokens below the fused vocabulary's size, without names of rows that are kept free for tokens to come."""
+    # most tokens begin with a letter, and are no such name
+    ids = tokenizer.get_vocab().items()
+    return {i: t for t, i in ids if i < vocab_size and (t[:1].isalnum() or not _FREE.fullmatch(t))}
+
+
+def _known_to_some(vocabularies: dict[str, dict[int, str]]) -> dict[int, str]:
+    """Tokens that are in some of the vocabularies, and not in all, by id."""
+    to_all = set.intersection(*map(set, vocabularies.values()))
+    return dict(sorted((i, t) for v in vocabularies.values() for i, t in v.items() if i not in to_all))
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
+    """Tokens that a tokenizer puts in front of a text, and behind it."""
+    plain, marked = (tokenizer("a", add_special_tokens=added).input_ids for added in (False, True))
+    starts = range(len(marked) - len(plain) + 1)
+    start = next((k for k in starts if marked[k : k + len(plain)] == plain), 0)
+    return tuple(map(tokenizer.convert_ids_to_tokens, (marked[:start], marked[start + len(plain) :])))
+
+
+def _some(tokens: list[str]) -> str:
+    return ", ".join(map(repr, tokens[:8])) + (f" and {len(tokens) - 8} more" if len(tokens) > 8 else "")
 
 
 def own_generation_config(source, config: PreTrainedConfig, **hub) -> GenerationConfig | None:
@@ -151,7 +249,7 @@ def own_generation_config(source, config: PreTrainedConfig, **hub) -> Generation
 
 
 def merged_generation_config(configs: dict[str, GenerationConfig | None], vocab_size: int) -> GenerationConfig:
-    """One generation configuration for all: any specialist's end of text ends the text, conflicts are dropped.
+    """One generation configuration for all: any specialist's end or stop string ends the text, conflicts are dropped.
 
     Raises:
         ValueError: If an end-of-text id lies beyond the fused vocabulary.
@@ -161,6 +259,8 @@ def merged_generation_config(configs: dict[str, GenerationConfig | None], vocab_
         for key in _NOT_SETTINGS:
             fields.pop(key, None)
     ends = {n: f.pop("eos_token_id", None) for n, f in written.items()}
+    stops = [f.pop("stop_strings", None) or [] for f in written.values()]
+    stops = list(dict.fromkeys(s for own in stops for s in ([own] if isinstance(own, str) else own)))
     ends = {n: e if isinstance(e, list) else [] if e is None else [e] for n, e in ends.items()}
     beyond = {n: [i for i in ids if i >= vocab_size] for n, ids in ends.items()}
     if any(beyond.values()):
@@ -186,5 +286,8 @@ def merged_generation_config(configs: dict[str, GenerationConfig | None], vocab_
                 print_line(
                     f"Generation setting `{key}` is dropped, because the fused model does not sample by default."
                 )
+    if stops:
+        merged["stop_strings"] = stops
+        print_line(f"Text ends at {stops}, too, for which `generate` takes `tokenizer=`.")
     end = eos[0] if len(eos) == 1 else eos or None
     return GenerationConfig(bos_token_id=bos, eos_token_id=end, pad_token_id=pad, **merged)

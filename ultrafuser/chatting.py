@@ -33,7 +33,7 @@ class Speech(BaseStreamer):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Callable[[str, torch.Tensor], None]):
-        self.backend, self.say = tokenizer.backend_tokenizer, say
+        self.tokenizer, self.say = tokenizer, say
         self.decoder = DecodeStream(skip_special_tokens=True)
         self.text, self.weights, self.prompt_read = "", [], False
 
@@ -48,7 +48,7 @@ class Speech(BaseStreamer):
             return
         for token in value.flatten().tolist():
             # nothing until a character is whole
-            piece = self.decoder.step(self.backend, token)
+            piece = self.decoder.step(self.tokenizer.backend_tokenizer, token)
             if piece:
                 self.text += piece
                 self.say(piece, self.weights[-1])
@@ -94,9 +94,10 @@ def speak(model: UltraFuserForCausalLM, ids: torch.Tensor, speech: Speech, max_n
     if room < 1:
         raise ValueError(f"The conversation has {ids.shape[-1]} tokens and the model reads {limit}.")
     ids = ids.to(model.device)
+    settings = {"max_new_tokens": room, "tokenizer": speech.tokenizer, **settings}
     hook = model.model.fusion_gate.register_forward_hook(speech.watch)
     try:
-        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=speech, max_new_tokens=room, **settings)
+        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=speech, **settings)
     finally:
         hook.remove()
 

@@ -2,7 +2,7 @@
 
 import json
 
-from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer, widest_usable_tokenizer
+from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer, tokenizer_notes, widest_usable_tokenizer
 
 from .findings import FITS, WARNING, Judgement, each
 from .reading import Source
@@ -11,7 +11,7 @@ from .reading import Source
 # what a tokenizer's configuration says beside which text becomes which ids
 _OTHER = {
     *("chat_template", "model_max_length", "max_length", "padding_side", "truncation_side", "name_or_path"),
-    *("transformers_version", "processor_class", "add_bos_token", "add_eos_token", "model_input_names"),
+    *("transformers_version", "processor_class", "model_input_names"),
     *("clean_up_tokenization_spaces", "is_local", "backend"),
 }
 # whatever a tokenizer is made from
@@ -33,9 +33,14 @@ def judge_tokenizers(found: Judgement, sources: dict[str, Source], texts: dict, 
         with found.refusals("tokenizer"):
             loaded = _load(found, {n: sources[n] for n in first})
             if loaded:
-                widest_usable_tokenizer(loaded, rows)
+                chosen = widest_usable_tokenizer(loaded, rows)
                 told = ", some of it told from the hashes of the files on the Hub" if len(first) < len(sources) else ""
-                found.note("tokenizer", FITS, f"the same for all{told}.")
+                notes = tokenizer_notes(loaded, rows, chosen)
+                for note in notes:
+                    text, _, fix = note.partition(". ")
+                    found.note("tokenizer", WARNING, text + ".", fix)
+                if not notes:
+                    found.note("tokenizer", FITS, f"the same for all{told}.")
                 beyond = {n: sorted(i for i in t.get_vocab().values() if i >= rows) for n, t in loaded.items()}
                 lost = {n: loaded[n].convert_ids_to_tokens(ids[:3]) for n, ids in beyond.items() if ids}
     if set(sizes.values()) == {rows}:

@@ -137,5 +137,5 @@ def tokens_per_second(
 
 def _text(model: PreTrainedModel, inputs: dict[str, Tensor], max_new_tokens: int, options: dict) -> Tensor:
     # to its full length, so that all rounds are alike; on the processor, so that all of it is there
-    length = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens}
+    length = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "stop_strings": None}
     return model.generate(**inputs, **length, do_sample=False, **options).cpu()

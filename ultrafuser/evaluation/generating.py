@@ -86,10 +86,15 @@ def _generate(
         attention_mask=batch["attention_mask"],
         max_new_tokens=room,
         pad_token_id=tokenizer.pad_token_id,
+        tokenizer=tokenizer,
         **sampling,
     )[:, length:]
     ends = model.generation_config.eos_token_id
     ends = torch.tensor([] if ends is None else ends, device=output.device).view(-1)
     stopped = torch.isin(output, ends).any(-1).tolist()
+    stops = model.generation_config.stop_strings or []
+    stopped = [
+        s or any(stop in a for stop in stops) for s, a in zip(stopped, tokenizer.batch_decode(output), strict=True)
+    ]
     answers = tokenizer.batch_decode(output, skip_special_tokens=True)
     return [(a.strip(), "stop" if s else "length") for a, s in zip(answers, stopped, strict=True)]

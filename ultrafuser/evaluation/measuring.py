@@ -201,7 +201,8 @@ def cost(
 def _seconds(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> float:
     prompt = prompt.to(model.device)
     # as many tokens whatever the model would say
-    length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "stop_strings": None}
+    length |= {"do_sample": False, "pad_token_id": 0}
     began = time.perf_counter()
     model.generate(prompt, attention_mask=torch.ones_like(prompt), **length)
     return time.perf_counter() - began

@@ -115,7 +115,8 @@ def explain(
     if generate:
         mask = torch.ones_like(ids)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        ids = model.generate(ids, attention_mask=mask, max_new_tokens=generate, do_sample=False, pad_token_id=pad)
+        settings = {"max_new_tokens": generate, "do_sample": False, "pad_token_id": pad, "tokenizer": tokenizer}
+        ids = model.generate(ids, attention_mask=mask, **settings)
     outputs = model(input_ids=ids, use_cache=False)
     gate_weights, logits = outputs.gate_weights[0, :-1].tolist(), outputs.logits
     del outputs
