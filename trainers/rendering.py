@@ -33,7 +33,15 @@ class RenderingError(ValueError):
         self.line = line
 
 
-def render_chat(tokenizer, messages: list[dict], template: str | None = None, *, prompt: bool = True) -> str:
+def render_chat(
+    tokenizer,
+    messages: list[dict],
+    template: str | None = None,
+    *,
+    prompt: bool = True,
+    tools: list[dict] | None = None,
+    variables: dict | None = None,
+) -> str:
     """A conversation in a chat template, as `tokenizer.apply_chat_template(..., tokenize=False)` has it.
 
     Args:
@@ -41,15 +49,18 @@ def render_chat(tokenizer, messages: list[dict], template: str | None = None, *,
         messages: The conversation.
         template: Default: the tokenizer's.
         prompt: End with the beginning of the response (`add_generation_prompt`).
+        tools: Descriptions of functions that the response may call.
+        variables: Further ones that the template knows, such as `enable_thinking`.
 
     Raises:
         RenderingError: If it cannot be rendered within the limits.
     """
     request = {
-        "template": tokenizer.get_chat_template(template),
+        "template": tokenizer.get_chat_template(template, tools),
         "messages": [{key: value for key, value in m.items() if value is not None} for m in messages],
         "prompt": prompt,
-        "special_tokens": tokenizer.special_tokens_map,
+        "tools": tools,
+        "variables": {**tokenizer.special_tokens_map, **(variables or {})},
     }
     return _ask("chat", "render_chat", request)
 
@@ -210,14 +221,14 @@ def _chat_tasks() -> dict:
 
     _prompt_tasks()
 
-    def render(template: str, messages: list[dict], prompt: bool, special_tokens: dict) -> str:
+    def render(template: str, messages: list[dict], prompt: bool, tools: list[dict] | None, variables: dict) -> str:
         rendered, _ = render_jinja_template(
-            conversations=[messages], chat_template=template, add_generation_prompt=prompt, **special_tokens
+            conversations=[messages], chat_template=template, add_generation_prompt=prompt, tools=tools, **variables
         )
         return rendered[0]
 
     # as above: the time zone's file
-    render("{{ strftime_now('%d %b %Y %Z') }}", [], False, {})
+    render("{{ strftime_now('%d %b %Y %Z') }}", [], False, None, {})
     return {"render_chat": render}
 
 

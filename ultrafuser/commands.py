@@ -1,5 +1,6 @@
 """Commands that make, change and use fused folders."""
 
+import json
 import os
 import re
 import sys
@@ -16,6 +17,17 @@ import typer
 app = typer.Typer()
 Folder = Annotated[Path, typer.Argument(help="Folder of a fused model.")]
 Out = Annotated[Path, typer.Option(help="Folder to write; there must be nothing in it.")]
+# of servers
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+AllowHost = Annotated[
+    list[str] | None, typer.Option(help="Further name under which the server may be asked for; may be given again.")
+]
+AllowOrigin = Annotated[
+    list[str] | None, typer.Option(help="Web page that may ask, https://example.org; may be given again.")
+]
+KeyVariable = Annotated[str, typer.Option(help="Environment variable of the key that clients must send.")]
+WithoutKey = Annotated[bool, typer.Option("--without-key", help="Let others than this machine ask without a key.")]
+KEY_VARIABLE = "ULTRAFUSER_KEY"
 
 
 @app.command()
@@ -315,21 +327,42 @@ def push(
     typer.echo(f"{commit}\nTo load it:\n\n{_loading(repo, revision)}")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command()
 def serve(
-    context: typer.Context,
     folder: Annotated[str, typer.Argument(help="Folder of a fused model: its name in requests.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
+    host: Host = "localhost",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    allow_host: AllowHost = None,
+    allow_origin: AllowOrigin = None,
+    key_variable: KeyVariable = KEY_VARIABLE,
+    without_key: WithoutKey = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0 and so on.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the weights. Default: as saved.")] = "auto",
+    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 and so on.")] = None,
+    continuous_batching: Annotated[
+        bool,
+        typer.Option("--continuous-batching", help="One paged cache for all requests; sampling is the model's own."),
+    ] = False,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="""JSON, variables of the chat template: '{"enable_thinking": false}'.""")
+    ] = None,
 ) -> None:
-    """Serve a fused model with transformers' OpenAI-compatible server. Takes all options of `transformers serve`.
+    """Serve one fused model behind OpenAI's protocol, with transformers' handlers. Nobody can make it load another.
 
-    Example: ultrafuser serve fused --port 8000 --continuous-batching
+    Example: ultrafuser serve fused --port 8000
     """
     with _in_words():
+        from .guarding import host_names, key_for
         from .serving import serve as run
 
-        run(folder, ["--host", host, "--port", str(port), *context.args])
+        key = key_for(host, key_variable, without_key)
+        variables = json.loads(chat_template_kwargs or "{}")
+        loading = {"device_map": device, "dtype": dtype}
+        if attn_implementation is not None:
+            loading["attn_implementation"] = attn_implementation
+        settings = {"hosts": host_names(host, allow_host or ()), "origins": allow_origin or ()}
+        settings |= {"continuous_batching": continuous_batching, "template_variables": variables}
+        run(folder, host, port, key, loading, **settings)
 
 
 def _stage(stage: str | None, words: list[str] | None, model, data: list[str] | None, out, max_steps):

@@ -54,11 +54,12 @@ class Token:
         return max(self.weights, key=self.weights.get, default=None)
 
 
-def load(folder: str) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
+def load(folder: str, **settings) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
     """A fused model, on the GPU if there is one, and its tokenizer.
 
     Args:
         folder: A saved fused model, or its id on the Hub.
+        settings: Of `from_pretrained`. With a `device_map` the model is where that says.
 
     Raises:
         OSError: If there is no such model.
@@ -80,8 +81,10 @@ def load(folder: str) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
             f"Tokens are needed to show who speaks, but {folder!r} holds no tokenizer. Save that of a specialist there: "
             f"`common_tokenizer(specialists).save_pretrained({folder!r})`."
         ) from error
-    model = UltraFuserForCausalLM.from_pretrained(folder).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    model = UltraFuserForCausalLM.from_pretrained(folder, **settings).eval()
+    if "device_map" not in settings:
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, tokenizer
 
 
 @torch.inference_mode()

@@ -1,0 +1,230 @@
+"""What `serve` and `demo` take from clients: known hosts and origins, a key, little data, in little time."""
+
+import asyncio
+import base64
+import binascii
+import hmac
+import ipaddress
+import os
+from collections.abc import Collection, Iterable
+from urllib.parse import urlsplit
+
+import anyio
+import uvicorn
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# of a client: for a request's head, for its body, and while it reads nothing of an answer
+HEAD_SECONDS, BODY_SECONDS, STALL_SECONDS = 10.0, 30.0, 30.0
+MOST_CONNECTIONS = 512
+
+
+def refusal(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """An error in the form of OpenAI's."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    error = {"message": message[:2000], "type": kind, "param": None, "code": status}
+    return JSONResponse({"error": error}, status, headers)
+
+
+def key_for(host: str, variable: str, without_key: bool) -> str | None:
+    """The key that requests must bring, from the environment; None if they need none.
+
+    Raises:
+        ValueError: If others could reach the address and there is no key.
+    """
+    key = os.environ.get(variable) or None
+    if key is None and not without_key and not _is_loopback(host):
+        raise ValueError(
+            f"Whoever reaches {host!r} could use the model, but the environment variable {variable} holds no key. Set it, "
+            f"and clients send it (`Authorization: Bearer KEY`; browsers ask for it as a password); or listen on "
+            f"127.0.0.1; or add --without-key."
+        )
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ValueError(f"A key travels in a header, so it is printable ASCII, but that in {variable} is not.")
+    return key
+
+
+def host_names(host: str, allowed: Iterable[str] = ()) -> set[str]:
+    """Names under which a server that listens on `host` may be asked for; "*" stands for every address in numbers."""
+    names = {*LOOPBACK, *(name.lower().strip("[]") for name in allowed)}
+    return names | ({"*"} if host in ("0.0.0.0", "::", "") else {host.lower().strip("[]")})
+
+
+class Guard:
+    """Answers what no client of this server should send, and passes the rest on with its body read.
+
+    A web page anywhere can make a browser send requests to this machine. Its own name for the machine (a `Host` that
+    was rebound to 127.0.0.1) or its `Origin` gives it away.
+
+    Args:
+        app: Behind it.
+        hosts: From `host_names`.
+        origins: Of web pages elsewhere that may ask, as browsers send them: `https://example.org`.
+        key: That requests must bring.
+        most_bytes: Of a body.
+        open_paths: Which need no key.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        hosts: Collection[str],
+        origins: Collection[str] = (),
+        key: str | None = None,
+        most_bytes: int,
+        open_paths: Collection[str] = (),
+    ):
+        self.app, self.hosts, self.origins = app, hosts, {origin.lower().rstrip("/") for origin in origins}
+        self.key, self.most_bytes, self.open_paths = key, most_bytes, open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = Headers(scope=scope)
+        refused = self._stranger(headers) or self._keyless(scope["path"], headers)
+        if refused is not None:
+            return await refused(scope, receive, send)
+        length = headers.get("content-length", "")
+        body = b""
+        try:
+            if length.isdigit() and int(length) > self.most_bytes:
+                raise _TooLargeError
+            with anyio.fail_after(BODY_SECONDS):
+                body = await self._body(receive)
+        except _TooLargeError:
+            sent = f"{int(length):,}" if length.isdigit() else "more"
+            words = f"A request may have {self.most_bytes:,} bytes, but this one has {sent}. Shorten it."
+            return await _refuse_while_it_comes(refusal(413, words, {"Connection": "close"}), receive, send)
+        except TimeoutError:
+            words = f"The request's body was not here after {BODY_SECONDS:.0f} seconds. Send it faster, or less."
+            return await refusal(408, words, {"Connection": "close"})(scope, receive, send)
+        if body is None:
+            return None
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
+
+        return await self.app(scope, replay, send)
+
+    def _stranger(self, headers: Headers) -> JSONResponse | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        name = urlsplit(f"//{host}").hostname if _parses(f"//{host}") else None
+        if name not in self.hosts and not ("*" in self.hosts and _is_address(name)):
+            names = sorted(self.hosts - {"*"})
+            return refusal(400, f"This server is asked for as one of {names}, but the request names {host[:100]!r}.")
+        same = origin is None or urlsplit(origin).netloc.lower() == host.lower() if _parses(origin or "") else False
+        if not same and (origin or "").lower() not in self.origins:
+            return refusal(403, f"Only pages of this server may ask it, but this one is of {origin[:100]!r}.")
+        return None
+
+    def _keyless(self, path: str, headers: Headers) -> JSONResponse | None:
+        if self.key is None or path in self.open_paths:
+            return None
+        scheme, _, sent = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "basic":
+            try:
+                sent = base64.b64decode(sent, validate=True).decode().partition(":")[2]
+            except (binascii.Error, UnicodeDecodeError):
+                sent = ""
+        if hmac.compare_digest(sent.encode(), self.key.encode()):
+            return None
+        ask = {"WWW-Authenticate": 'Basic realm="UltraFuser", charset="UTF-8"'}
+        return refusal(401, "A key is needed, and the request has another or none: `Authorization: Bearer KEY`.", ask)
+
+    async def _body(self, receive: Receive) -> bytes | None:
+        """All of it; None if the client has gone."""
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self.most_bytes:
+                raise _TooLargeError
+            if not message.get("more_body"):
+                return bytes(body)
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+async def _refuse_while_it_comes(refused: JSONResponse, receive: Receive, send: Send) -> None:
+    """Answers at once, and lets go only when the client has sent all or a while has passed: most read no earlier."""
+    await send({"type": "http.response.start", "status": refused.status_code, "headers": refused.raw_headers})
+    await send({"type": "http.response.body", "body": refused.body, "more_body": True})
+    with anyio.move_on_after(BODY_SECONDS):
+        while (message := await receive())["type"] == "http.request" and message.get("more_body"):
+            pass
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Impatient(H11Protocol):
+    """uvicorn's protocol, which ends connections that send no request, or read no answer, for long."""
+
+    _waiting = _stalled = None
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.abort()
+        else:
+            self._waiting = self.loop.call_later(HEAD_SECONDS, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._waiting = _cancelled(self._waiting)
+        elif self._waiting is None:
+            # the first bytes of a further request
+            self._waiting = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stalled = _cancelled(self._stalled)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._waiting, self._stalled = _cancelled(self._waiting), _cancelled(self._stalled)
+        super().connection_lost(exc)
+
+
+def server(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
+    """One for an app behind a `Guard`, to be run."""
+    settings = {"http": Impatient, "ws": "none", "timeout_graceful_shutdown": 5}
+    # whoever asks is whom the socket names, and what serves is nobody's business
+    settings |= {"proxy_headers": False, "server_header": False}
+    return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", **settings))
+
+
+def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
+
+
+def _parses(address: str) -> bool:
+    try:
+        urlsplit(address)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_address(name: str | None) -> bool:
+    try:
+        return bool(ipaddress.ip_address(name or ""))
+    except ValueError:
+        return False
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
