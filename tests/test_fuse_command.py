@@ -110,7 +110,7 @@ def test_what_another_process_is_writing_is_left_to_it(models, tmp_path):
     part = tmp_path / "fused.part"
     part.mkdir()
     (part / "half").touch()
-    with FileLock(part / ".lock"):
+    with FileLock(part / ".ultrafuser.lock"):
         code, said = run(*pairs(models), "--out", tmp_path / "fused")
     assert code == 2
     assert "another one is writing" in said

@@ -22,8 +22,9 @@ from modeling_ultrafuser.checking_ultrafuser import own_config
 from modeling_ultrafuser.gate_base_ultrafuser import columns_of_others
 
 from .checking import reading
-from .folders import fused_config, new_folder, read_ingredients, save_fused
+from .folders import fused_config, read_ingredients, save_fused
 from .fusing import described
+from .writing import new_folder
 
 
 BACKBONE, GATE, HEAD = "model.specialists.", "model.fusion_gate.", "lm_head.weight"

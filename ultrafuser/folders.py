@@ -1,73 +1,12 @@
-"""Folders of fused models: written whole or not at all, and what they say of where their specialists come from."""
+"""Folders of fused models, and what they say of where their specialists come from."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from modeling_ultrafuser import UltraFuserConfig
 
 
 INGREDIENTS = "specialists.json"
-LOCK = ".lock"
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, which becomes `out` at the end, in one step.
-
-    Whatever an earlier run left in it when it was killed is deleted first. Write the weights last, and what is
-    left there does not load either.
-
-    Args:
-        out: The folder that there will be. It may be there if it is empty.
-
-    Yields:
-        `OUT.part`, empty.
-
-    Raises:
-        FileExistsError: If there is something in `out`, or another process is writing it.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(
-            f"Nothing is overwritten unasked, but {str(out)!r} is there and not empty. Choose another folder, or move "
-            f"it away."
-        )
-    out = out.absolute()
-    part = out.with_name(f"{out.name}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(part / LOCK, timeout=0)  # a killed process holds none
-    try:
-        lock.acquire()
-    except Timeout:
-        raise FileExistsError(
-            f"One process at a time writes a folder, but another one is writing {str(out)!r}. Wait for it."
-        ) from None
-    try:
-        _empty(part)
-        yield part
-    except BaseException:
-        shutil.rmtree(part)
-        raise
-    else:
-        (part / LOCK).unlink()
-        if out.exists():
-            out.rmdir()
-        os.replace(part, out)
-    finally:
-        lock.release()
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
 
 
 def fused_config(folder: str | Path) -> UltraFuserConfig:

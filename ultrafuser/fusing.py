@@ -16,7 +16,8 @@ from . import licences
 from .checking.findings import BLOCKS, Judgement
 from .checking.judging import judge
 from .checking.reading import Source
-from .folders import new_folder, save_fused
+from .folders import save_fused
+from .writing import new_folder
 
 
 @dataclass

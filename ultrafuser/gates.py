@@ -19,8 +19,9 @@ from trainers import CachedGateTrainer, GateStageConfig
 from trainers.domains import with_domains
 
 from .evaluation.measuring import HeldOut, held_out, score
-from .folders import new_folder, save_fused
+from .folders import save_fused
 from .training import FusedArguments, ingredients_of, load_domains, load_model
+from .writing import new_folder
 
 
 HELD_OUT = 0.1  # of each domain's rows

@@ -24,8 +24,9 @@ from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer
 
 from .checking.reading import Source, parse
 from .editing import BACKBONE, GATE, HEAD
-from .folders import fused_config, new_folder, read_ingredients, save_fused
+from .folders import fused_config, read_ingredients, save_fused
 from .fusing import Fusion, commits, described, fetch, plan
+from .writing import new_folder
 
 
 RECIPE, GATE_FILE = "refs.yaml", "gate.safetensors"
