@@ -1,12 +1,12 @@
-"""Trains stages in processes of their own and writes down what came out: `python -m tests.stage_run JSON`.
+"""Trains stages in processes of their own and writes down what came out: `python -m tests.stage_run`.
 
-JSON is one job, or a list of jobs that run one after another, each in forked processes, so that a run can be killed and
-the next one resume it, while the libraries are imported once. A job holds: `stage` ("gate" or "joint"), `folder`, and
-optionally `settings` for its configuration, `sizes` of the domains, `fuse` for `from_specialists`, `processes`,
-`kill_at` (a step in whose middle every process kills itself, as hard as it can), `kill_saving` (the step whose
-checkpoint it does not finish), `refused` (what the error says that it is to end with), `resume`, `fsdp` and `lora`. A
-single job may also run under `torchrun`. The first process writes `outcome.pt` into the folder: what was logged by
-step, mixes, draws and final weights.
+Every line that comes in is a JSON list of jobs, which run one after another, each in forked processes, so that a run
+can be killed and the next one resume it, while the libraries are imported once. The answer is a line: null, or which job
+did not end as it was to. A job holds: `stage` ("gate" or "joint"), `folder`, and optionally `settings` for its
+configuration, `sizes` of the domains, `fuse` for `from_specialists`, `processes`, `kill_at` (a step in whose middle
+every process kills itself, as hard as it can), `kill_saving` (the step whose checkpoint it does not finish), `refused`
+(what the error says that it is to end with), `resume`, `fsdp` and `lora`. The first process writes `outcome.pt` into the
+folder: what was logged by step, mixes, draws and final weights.
 """
 
 import json
@@ -152,12 +152,17 @@ def free_port():
 
 
 def spawn(job):
-    """Runs a job in forked processes. As soon as one ends badly the others are ended too, as `torchrun` does."""
+    """Runs a job in forked processes. As soon as one ends badly the others are ended too, as `torchrun` does.
+
+    Returns:
+        What is wrong if it does not end as it is to, or None.
+    """
     processes, port = job.get("processes", 1), free_port()
     children = []
     for rank in range(processes):
         child = os.fork()
         if not child:
+            signal.alarm(300)  # processes may wait for each other for ever
             if processes > 1:
                 places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
                 address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
@@ -180,17 +185,18 @@ def spawn(job):
             for other in children:
                 os.kill(other, signal.SIGKILL)
     killed = "kill_at" in job or "kill_saving" in job
-    if failed != killed:
-        sys.exit(f"The job was {'not ' if killed else ''}to end well: {job}")
+    return None if failed == killed else f"The job was {'not ' if killed else ''}to end well: {job}"
 
 
 def main():
-    jobs = json.loads(sys.argv[1])
-    if isinstance(jobs, dict):
-        run(jobs)
-    else:
-        for job in jobs:
-            spawn(job)
+    # what others print is no answer
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    # the library compiles its patterns where they are used first
+    UltraFuserForCausalLM.from_specialists({name: specialist(layers=1) for name in "ab"})
+    for line in sys.stdin:
+        failed = next(filter(None, map(spawn, json.loads(line))), None)
+        print(json.dumps(failed), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from tests.stage_run import free_port
 from tests.stand_ins import QWEN_1_5B, QWEN_7B, SMALL, llama_2_trio, qwen_trio, qwen_words
 from tests.tiny import tokenizer
 from tests.training import CHAT_TEMPLATE, conversations
@@ -188,7 +189,6 @@ def test_lm_eval_scores_a_fused_model_and_its_specialists(conversing):
 @pytest.mark.slow
 @pytest.mark.skipif("VLLM_VENV" not in os.environ, reason="VLLM_VENV names no environment that has vLLM")
 def test_vllm_answers(tmp_path):
-    from tests.stage_run import free_port
     from tests.vllm.cases import SERVED, save_fused
     from tests.vllm.run import surroundings
 
@@ -266,21 +266,21 @@ def recipe(specialists, tmp_path):
     return {"domains": domains, "dtype": "float32", "report_to": "none", "save_strategy": "no", **STAGE}
 
 
-def run(script, recipe, folder, *options):
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, str(EXAMPLES / script), "--config", str(path), *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_both_stages_run_from_recipes_one_after_the_other(recipe, specialists, tmp_path):
-    gate, joint = tmp_path / "gate", tmp_path / "joint"
+def test_both_stages_run_from_recipes_one_after_the_other_and_torchrun_starts_them(recipe, specialists, tmp_path):
+    gate, joint, path = tmp_path / "gate", tmp_path / "joint", tmp_path / "recipe.yaml"
     fuse = {"specialists": {n: str(tmp_path / n) for n in specialists}, "output_dir": str(gate)}
     learned = {"mix_reward": "regret", "mix_every": 1, "mix_delay": 1}
-    run("train_gate.py", {**recipe, **fuse, **learned}, tmp_path, "--learning_rate", "0.01")
+    path.write_text(yaml.safe_dump({**recipe, **fuse, **learned}))
+    run_python("train_gate.py", "--config", path, "--learning_rate", "0.01")
     trained = {"model_name_or_path": str(gate), "trust_remote_code": True, "output_dir": str(joint)}
-    run("train_joint.py", {**recipe, **trained}, tmp_path)
+    of_two = {"per_device_train_batch_size": 1, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2}
+    path.write_text(yaml.safe_dump({**recipe, **trained, **of_two}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    command = [*torchrun, str(free_port()), str(EXAMPLES / "train_joint.py"), "--config", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=550)
+    assert done.returncode == 0, done.stderr[-6000:]
+    state = json.loads((joint / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"]] == [1, 2]
     one, two = (AutoModelForCausalLM.from_pretrained(f, trust_remote_code=True) for f in (gate, joint))
     ids = torch.arange(3, 9)[None]
     for name, model in specialists.items():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from transformers import AutoModelForCausalLM
 
-from tests.stage_run import free_port
 from trainers.stages import STATE_FILE
 
 
@@ -25,14 +25,31 @@ LEARNED = {
 }
 
 
-def run(jobs, *launcher, python=sys.executable, **environment):
-    """Runs jobs of `tests.stage_run`. Returns the outcome of each, None where it was to be killed."""
-    command = [python, *launcher, "-m", "tests.stage_run", json.dumps(jobs)]
+@contextmanager
+def stages(**environment):
+    """Runs jobs of `tests.stage_run`, in a process that imports the libraries once.
+
+    Yields:
+        A function of a list of jobs. Returns the outcome of each, None where it was to be killed.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stderr[-6000:]
-    paths = [Path(job["folder"]) / "outcome.pt" for job in (jobs if isinstance(jobs, list) else [jobs])]
-    return [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-m", "tests.stage_run"], env=environment, **pipes) as process:
+
+        def run(jobs):
+            print(json.dumps(jobs), file=process.stdin, flush=True)
+            failed = json.loads(process.stdout.readline())
+            assert failed is None, failed
+            paths = [Path(job["folder"]) / "outcome.pt" for job in jobs]
+            return [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def run():
+    with stages() as run:
+        yield run
 
 
 def logged(outcome, after=0):
@@ -55,7 +72,7 @@ def farthest(one, two):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("stage", ["gate", "joint"])
-def test_a_killed_run_resumes_to_the_last_bit(stage, processes, tmp_path):
+def test_a_killed_run_resumes_to_the_last_bit(stage, processes, run, tmp_path):
     jobs = []
     kinds = {**LEARNED, **({"adapters": {}} if stage == "joint" else {}), **({"shards": {}} if processes == 2 else {})}
     for name, learned in kinds.items():
@@ -80,7 +97,7 @@ def test_a_killed_run_resumes_to_the_last_bit(stage, processes, tmp_path):
             assert (resumed["baseline"] == whole["baseline"]).all()
 
 
-def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+def test_an_unfinished_checkpoint_is_passed_over(run, tmp_path):
     job = {"stage": "gate", "settings": CHECKPOINTS}
     whole, killed = ({**job, "folder": str(tmp_path / part)} for part in ("whole", "killed"))
     whole, _, resumed = run([whole, {**killed, "kill_saving": 4}, {**killed, "resume": True}])
@@ -91,7 +108,7 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
     assert (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").exists(), "it is written anew"
 
 
-def test_two_processes_are_one_with_the_same_batch(tmp_path):
+def test_two_processes_are_one_with_the_same_batch(run, tmp_path):
     extra = {"gate_entropy": 0.1, "gate_balance": 0.1, "gate_domain": 0.1, "mix_importance": True}
     folders = [tmp_path / stage for stage in ("gate", "joint")]
     found = run([job for folder in folders for job in one_and_two(folder.name, folder, extra)])
@@ -125,16 +142,8 @@ def check_same(one, two, folder):
     assert all(tensor.equal(loaded.state_dict()[name]) for name, tensor in two["weights"].items())
 
 
-def test_torchrun_starts_a_stage(tmp_path):
-    settings = {"per_device_train_batch_size": 1, "max_steps": 2}
-    job = {"stage": "joint", "folder": str(tmp_path), "settings": settings}
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    (outcome,) = run(job, *launcher)
-    assert [entry["step"] for entry in outcome["logs"]] == [1, 2]
-
-
 @pytest.mark.parametrize("fusion", ["logits", "probabilities"])
-def test_weights_in_shards_train_as_whole_ones(fusion, tmp_path):
+def test_weights_in_shards_train_as_whole_ones(fusion, run, tmp_path):
     folders = [tmp_path / stage for stage in ("gate", "joint")]
     fuse, own = {"fusion": fusion}, {"fsdp": True}
     found = run([job for f in folders for job in one_and_two(f.name, f, fuse=fuse, own=own, fsdp=True)])
@@ -144,7 +153,7 @@ def test_weights_in_shards_train_as_whole_ones(fusion, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fusion", ["logits", "probabilities"])
-def test_weights_in_shards_train_in_bfloat16(fusion, tmp_path):
+def test_weights_in_shards_train_in_bfloat16(fusion, run, tmp_path):
     folders = [tmp_path / stage for stage in ("gate", "joint")]
     settings, own = {"bf16": True, "mix_reward": None}, {"fsdp": True}
     jobs = [j for f in folders for j in one_and_two(f.name, f, settings, {"fusion": fusion}, own, fsdp=True)]
@@ -163,7 +172,8 @@ def test_weights_in_shards_of_deepspeed_train_as_whole_ones(stage, tmp_path):
     auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size")
     deepspeed = {"zero_optimization": zero, "zero_allow_untested_optimizer": True, **dict.fromkeys(auto, "auto")}
     jobs = one_and_two(stage, tmp_path, own={"deepspeed": deepspeed, "use_cpu": False})
-    one, two = run(jobs, DS_ACCELERATOR="cpu", DS_BUILD_OPS="0")
+    with stages(DS_ACCELERATOR="cpu", DS_BUILD_OPS="0") as run:
+        one, two = run(jobs)
     check_same(one, two, tmp_path)
 
 
@@ -183,7 +193,7 @@ def test_accelerate_reads_its_configuration(name, monkeypatch):
         assert arguments.fsdp_version == 2
 
 
-def test_what_takes_whole_gradients_is_refused_in_shards(tmp_path):
+def test_what_takes_whole_gradients_is_refused_in_shards(run, tmp_path):
     settings = {"per_device_train_batch_size": 1, "fsdp": True}
     job = {"stage": "joint", "folder": str(tmp_path), "processes": 2, "fsdp": True}
     refused = [

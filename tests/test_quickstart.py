@@ -1,8 +1,10 @@
 import json
+from functools import partial
 
 import pytest
 from typer.testing import CliRunner
 
+from ultrafuser import quickstart
 from ultrafuser.cli import app
 from ultrafuser.corpora import DOMAINS, documents, splits
 from ultrafuser.quickstart import Schedule, run
@@ -33,7 +35,8 @@ def test_sums_and_products_are_right():
     assert checked > 50
 
 
-def test_a_quickstart_of_few_steps_leaves_a_folder_that_loads_elsewhere_and_its_numbers(tmp_path, capfd):
+def test_a_quickstart_of_few_steps_leaves_a_folder_that_loads_elsewhere_and_its_numbers(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(quickstart, "documents", partial(documents, characters=40_000))
     losses = run(tmp_path, schedule=Schedule(specialist_steps=3, gate_steps=2, joint_steps=2))
     assert json.loads((tmp_path / "results.json").read_text())["nats_per_token"] == losses
     assert set(losses) >= {"text specialist", "uniform fusion", "stage one: gate", "stage two: everything"}
