@@ -231,6 +231,7 @@ def judge(
 
     from .evaluation import judging
     from .evaluation.endpoint import Endpoint, EndpointError
+    from .keys import described
 
     try:
         options = dict(json.loads(judge_options))
@@ -238,10 +239,14 @@ def judge(
         raise typer.BadParameter(f"an object in JSON was expected, but got {judge_options!r}.") from error
     shared = {"concurrency": concurrency, "retries": retries, "timeout": timeout}
     try:
+        judging_by = Endpoint(judge, judge_url, judge_key_variable, options, **shared)
+        answering = Endpoint(model, url, key_variable, **shared) if url else model
+        for endpoint in (judging_by, answering) if url else (judging_by,):
+            typer.echo(f"Asked: {endpoint.model!r} at {described(endpoint.url, endpoint.variable)}.", err=True)
         results = judging.run(
-            Endpoint(model, url, key_variable, **shared) if url else model,
+            answering,
             questions=questions,
-            judge=Endpoint(judge, judge_url, judge_key_variable, options, **shared),
+            judge=judging_by,
             out=out,
             method=method,
             against=against,
@@ -333,6 +338,9 @@ def data_plan(recipe: Annotated[Path, typer.Argument(help="YAML file that says w
 def data_make(
     recipe: Annotated[Path, typer.Argument(help="YAML file that says what to make.")],
     out: Annotated[Path, typer.Option(help="Folder for the data. Run again, it goes on.")],
+    key_variable: Annotated[
+        str | None, typer.Option(help="Environment variable of the server's API key; a recipe's own is asked about.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before many calls, or calls that cost much.")] = False,
 ) -> None:
     """Make instruction data with a teacher behind any OpenAI-compatible server. Nothing is paid for twice.
@@ -342,7 +350,18 @@ def data_make(
     from rich.console import Console
 
     console = Console(stderr=True)
-    read, plan = _planned(recipe, console)
+    read, plan = _planned(recipe, console, key_variable)
+    named = read.teacher.api_key_variable
+    if named and key_variable is None:
+        # who wrote the recipe chose the server: the user chooses what it gets
+        if not (console.is_terminal and sys.stdin.isatty()):
+            typer.echo(
+                f"A recipe does not choose alone which secret goes to which server, but this one sends what {named} "
+                f"holds to {read.teacher.base_url}. If that is right: --key-variable {named}.",
+                err=True,
+            )
+            raise typer.Exit(2)
+        typer.confirm(f"Send what {named} holds to {read.teacher.base_url}?", abort=True, err=True)
     if not yes and (plan.total["calls"] > 1000 or plan.money > 1):
         if not console.is_terminal:
             typer.echo("More than 1,000 calls, or a cost of more than 1, need a yes. Add --yes.", err=True)
@@ -368,20 +387,27 @@ def data_make(
         raise typer.Exit(1)
 
 
-def _planned(recipe: Path, console):
-    """The recipe and its plan, which is printed."""
+def _planned(recipe: Path, console, key_variable: str | None = None):
+    """The recipe and its plan, which is printed with where everything goes."""
     os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     from .data.planning import Plan
     from .data.recipe import load_recipe
+    from .keys import described
 
     try:
         read = load_recipe(recipe)
+        if key_variable is not None:
+            read = read.model_copy(
+                update={"teacher": read.teacher.model_copy(update={"api_key_variable": key_variable})}
+            )
         plan = Plan(read)
     except (ValueError, OSError) as error:
         typer.echo(error, err=True)
         raise typer.Exit(2) from None
     console.print(plan.table())
     console.print(plan.assumptions(), highlight=False)
+    where = described(read.teacher.base_url, read.teacher.api_key_variable)
+    console.print(f"Asked: {read.teacher.model!r} at {where}.", highlight=False, markup=False, soft_wrap=True)
     return read, plan
 
 

@@ -1,7 +1,6 @@
 """What data to make, with which teacher, at what cost: one YAML file, checked whole before anything is sent."""
 
 import difflib
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +8,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trainers.rendering import RenderingError, placeholders
+
+from ..keys import api_key, check_address, check_no_secrets
 
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -54,7 +55,7 @@ class Teacher(_Part):
     model: str
     """The name under which the server knows it."""
     api_key_variable: str | None = None
-    """Environment variable that holds the API key. None sends none."""
+    """Environment variable that holds the API key. None sends none. `data make` asks before it takes a recipe's word."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """Temperature of sampling."""
     max_tokens: Positive | None = 2048
@@ -84,18 +85,19 @@ class Teacher(_Part):
         """The API key, from the environment.
 
         Raises:
-            ValueError: If the variable is not set.
+            ValueError: If the variable is not set, or its key is not for this server.
         """
-        if self.api_key_variable is None:
-            # not the client's default: no other server may see OpenAI's key
-            return "none"
-        if not os.environ.get(self.api_key_variable):
-            raise ValueError(
-                f"The API key is read from the environment, so that no file holds it, but "
-                f"{self.api_key_variable} is not set. Run `export {self.api_key_variable}=...`, or name another "
-                f"variable as `teacher.api_key_variable`."
-            )
-        return os.environ[self.api_key_variable]
+        return api_key(self.base_url, self.api_key_variable, "name another with --key-variable")
+
+    @field_validator("base_url")
+    @classmethod
+    def _address_holds_no_secret(cls, url: str) -> str:
+        return check_address(url)
+
+    @field_validator("parameters")
+    @classmethod
+    def _parameters_hold_no_secret(cls, parameters: dict) -> dict:
+        return check_no_secrets(parameters, "Parameters")
 
 
 class Budget(_Part):

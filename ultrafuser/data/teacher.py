@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import openai
 
+from ..keys import open_client, without_key
 from .journal import Journal, request_key
 from .recipe import Budget
 from .recipe import Teacher as TeacherSettings
@@ -81,9 +82,10 @@ class Teacher:
         self._settled = asyncio.Condition()
         self._requests_pace = Pace(settings.requests_per_minute)
         self._tokens_pace = Pace(settings.tokens_per_minute)
-        self._client = openai.AsyncOpenAI(
-            base_url=settings.base_url,
-            api_key=settings.api_key(),
+        self._key_sent = settings.api_key()
+        self._client = open_client(
+            settings.base_url,
+            self._key_sent,
             timeout=settings.timeout,
             # the client waits as long as Retry-After says, or twice as long each time
             max_retries=settings.retries,
@@ -159,7 +161,7 @@ class Teacher:
             if len(self.journal) == 0 or self._refusals_in_a_row >= REFUSALS_IN_A_ROW:
                 self.stopped = self._in_words(error)
                 return
-            entry |= {"reply": None, "finish": _said(error), "tokens_in": 0, "tokens_out": 0}
+            entry |= {"reply": None, "finish": self._said(error), "tokens_in": 0, "tokens_out": 0}
         except openai.OpenAIError as error:
             self.stopped = self.stopped or self._in_words(error)
             return
@@ -176,10 +178,10 @@ class Teacher:
                 completion = await self._client.chat.completions.create(
                     model=self.settings.model, messages=request.messages, extra_body=self._parameters(request)
                 )
-                return _content(completion, request)
+                return self._content(completion, request)
             except (json.JSONDecodeError, AttributeError, TypeError, IndexError) as error:
                 if not tries_left:
-                    raise openai.OpenAIError(f"what came is no chat completion ({error})") from error
+                    raise openai.OpenAIError(f"what came is no chat completion ({self._said(error)})") from error
                 await asyncio.sleep(SECONDS_BETWEEN_TRIES)
 
     async def _reserve(self, dearest: tuple[int, int]) -> bool:
@@ -230,30 +232,44 @@ class Teacher:
                 )
             case openai.APIConnectionError():
                 return (
-                    f"{where} cannot be reached in {tries} ({error.__cause__ or error}). See that the server is up "
+                    f"{where} cannot be reached in {tries} ({self._said(error.__cause__ or error)}). See that the server is up "
                     f"and `teacher.base_url` right. {kept}"
                 )
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 return (
                     f"{where} does not accept the API key, which came from {settings.api_key_variable or 'nowhere'} "
-                    f"(`teacher.api_key_variable`). It said: {_said(error)} {kept}"
+                    f"(`teacher.api_key_variable`). It said: {self._said(error)} {kept}"
                 )
             case openai.NotFoundError():
                 return (
                     f"{where} does not know {settings.model!r}. Name a model that {where}/models lists, or mend "
-                    f"`teacher.base_url`. It said: {_said(error)} {kept}"
+                    f"`teacher.base_url`. It said: {self._said(error)} {kept}"
                 )
             case openai.RateLimitError():
                 return (
                     f"{where} still refuses after {tries}: too many requests, or no credit left. Lower "
-                    f"`teacher.requests_per_minute` or `teacher.concurrency`. It said: {_said(error)} {kept}"
+                    f"`teacher.requests_per_minute` or `teacher.concurrency`. It said: {self._said(error)} {kept}"
                 )
             case openai.APIStatusError() if error.status_code < 500:
                 return (
                     f"{where} refuses what is asked. A server that knows no schemas needs `teacher.structured: none`. "
-                    f"It said: {_said(error)} {kept}"
+                    f"It said: {self._said(error)} {kept}"
                 )
-        return f"{where} still fails after {tries}. It said: {_said(error)} {kept}"
+        return f"{where} still fails after {tries}. It said: {self._said(error)} {kept}"
+
+    def _content(self, completion, request: Request) -> dict:
+        """What the journal keeps of a completion."""
+        choice, usage = completion.choices[0], completion.usage
+        text = without_key(choice.message.content or "", self._key_sent)
+        return {
+            "reply": text,
+            "finish": choice.finish_reason,
+            "tokens_in": _count(getattr(usage, "prompt_tokens", None), request.prompt_tokens()),
+            "tokens_out": _count(getattr(usage, "completion_tokens", None), len(text) // CHARACTERS_PER_TOKEN),
+        }
+
+    def _said(self, error: Exception) -> str:
+        return without_key(" ".join(str(error).split()), self._key_sent)[:300]
 
     async def _close(self) -> None:
         # after Ctrl-C, requests may be under way
@@ -302,22 +318,10 @@ def cost(settings: TeacherSettings, tokens_in: int, tokens_out: int) -> float:
     return (tokens_in * settings.price_in + tokens_out * settings.price_out) / 1e6
 
 
-def _content(completion, request: Request) -> dict:
-    """What the journal keeps of a completion."""
-    choice, usage = completion.choices[0], completion.usage
-    text, finish = choice.message.content or "", choice.finish_reason
-    told = usage is not None and usage.prompt_tokens is not None
-    return {
-        "reply": text,
-        "finish": finish,
-        "tokens_in": usage.prompt_tokens if told else request.prompt_tokens(),
-        "tokens_out": usage.completion_tokens if told else len(text) // CHARACTERS_PER_TOKEN,
-    }
-
-
 def _add(a: tuple[int, int], b: tuple[int, int], sign: int = 1) -> tuple[int, int]:
     return a[0] + sign * b[0], a[1] + sign * b[1]
 
 
-def _said(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _count(told, foreseen: int) -> int:
+    """Tokens as a server counts them, if it does: it may say anything."""
+    return told if isinstance(told, int) and not isinstance(told, bool) and told >= 0 else foreseen

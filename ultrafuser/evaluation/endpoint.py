@@ -2,13 +2,14 @@
 
 import asyncio
 import json
-import os
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import openai
+
+from ..keys import api_key, check_address, check_no_secrets, open_client, without_key
 
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -38,24 +39,24 @@ class Endpoint:
     retries: int = 6
     timeout: float = 300.0
 
+    def __post_init__(self):
+        check_address(self.url)
+        check_no_secrets(self.options, "Options of a request")
+
     def key(self) -> str:
         """The API key.
 
         Raises:
-            EndpointError: Naming the environment variable that should hold one.
+            EndpointError: If the variable is not set, or its key is not for this server.
         """
-        variable = self._variable()
-        if variable is None:
-            # not the client's default: no other server may see OpenAI's key
-            return "none"
-        if not os.environ.get(variable):
-            raise EndpointError(
-                f"{self.url} needs an API key, which is read from the environment, but {variable} is not set. "
-                f"Run `export {variable}=...`, or name the variable that holds it."
-            )
-        return os.environ[variable]
+        try:
+            return api_key(self.url, self.variable, "name the variable that holds it")
+        except ValueError as error:
+            raise EndpointError(str(error)) from error
 
-    def _variable(self) -> str | None:
+    @property
+    def variable(self) -> str | None:
+        """The environment variable whose key is sent; None sends none."""
         is_openai = urlsplit(self.url).hostname == urlsplit(OPENAI_URL).hostname
         return self.key_variable or ("OPENAI_API_KEY" if is_openai else None)
 
@@ -67,9 +68,7 @@ class Endpoint:
             EndpointError: If the server cannot be reached, does not know key or model, or still fails after all
                 retries, in words.
         """
-        async with openai.AsyncOpenAI(
-            base_url=self.url, api_key=self.key(), max_retries=self.retries, timeout=self.timeout
-        ) as client:
+        async with open_client(self.url, self.key(), max_retries=self.retries, timeout=self.timeout) as client:
 
             async def ask(messages: list[dict]) -> tuple[str, str]:
                 try:
@@ -77,7 +76,9 @@ class Endpoint:
                         model=self.model, messages=messages, extra_body=self.options
                     )
                     choice = completion.choices[0]
-                    return choice.message.content or "", choice.finish_reason or "unknown"
+                    return without_key(choice.message.content or "", self.key()), choice.finish_reason or "unknown"
+                except openai.BadRequestError as error:
+                    raise RefusedError(self._in_words(error)) from error
                 except (json.JSONDecodeError, AttributeError, TypeError, IndexError) as error:
                     raise BadReplyError(f"{self.url} replied with something that is no chat completion.") from error
 
@@ -90,11 +91,11 @@ class Endpoint:
 
     async def _unknown_model(self, client: openai.AsyncOpenAI, error: openai.OpenAIError) -> str:
         try:
-            known = sorted([m.id async for m in client.models.list()])
+            known = [without_key(m, self.key()) for m in sorted([m.id async for m in client.models.list()])]
         except (openai.OpenAIError, json.JSONDecodeError, AttributeError, TypeError):
             known = []
         there = f"It knows {known[:20]}." if known else "It does not list what it knows; check the address, too."
-        return f"{self.url} does not know the model {self.model!r}. {there} It said: {_said(error)}"
+        return f"{self.url} does not know the model {self.model!r}. {there} It said: {self._said(error)}"
 
     def _in_words(self, error: openai.OpenAIError) -> str:
         tries = f"{self.retries + 1} tries" if self.retries else "one try"
@@ -106,36 +107,41 @@ class Endpoint:
                 )
             case openai.APIConnectionError():
                 return (
-                    f"{self.url} could not be reached in {tries} ({error.__cause__ or error}). Check the address and "
-                    f"that the server is up."
+                    f"{self.url} could not be reached in {tries}. Check the address and that the server is up. It "
+                    f"ended with: {self._said(error.__cause__ or error)}"
                 )
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 return (
-                    f"{self.url} refused the API key, which came from {self._variable() or 'nowhere: name a variable'}. "
-                    f"It said: {_said(error)}"
+                    f"{self.url} refused the API key, which came from {self.variable or 'nowhere: name a variable'}. "
+                    f"It said: {self._said(error)}"
                 )
             case openai.RateLimitError():
                 return (
                     f"{self.url} still refuses after {tries}: too many requests, or nothing left to pay with. Ask "
-                    f"for fewer at once ({self.concurrency} now), or wait. It said: {_said(error)}"
+                    f"for fewer at once ({self.concurrency} now), or wait. It said: {self._said(error)}"
                 )
             case openai.APIStatusError() if error.status_code < 500:
                 return (
-                    f"{self.url} cannot take a request for {self.model!r} with {self.options}. It said: {_said(error)}"
+                    f"{self.url} cannot take a request for {self.model!r} with {self.options}. It said: "
+                    f"{self._said(error)}"
                 )
-        return f"{self.url} still fails after {tries}. It said: {_said(error)}"
+        return f"{self.url} still fails after {tries}. It said: {self._said(error)}"
+
+    def _said(self, error: BaseException) -> str:
+        lines = without_key(str(error), self.key()).splitlines() or [type(error).__name__]
+        return f"{lines[0][:300]!r}."
 
 
 class EndpointError(RuntimeError):
     """A server that does not answer, and why, in words."""
 
 
+class RefusedError(EndpointError):
+    """A request that the server refuses for what is in it."""
+
+
 class BadReplyError(EndpointError):
     """A reply that is no chat completion."""
-
-
-def _said(error: openai.OpenAIError) -> str:
-    return f"{str(error).splitlines()[0][:300]!r}."
 
 
 async def for_all(items: Iterable, work: Callable[..., Awaitable[None]], concurrency: int) -> None:

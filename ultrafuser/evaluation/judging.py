@@ -12,13 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from string import Template
 
-import openai
 from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .answering import answer_through
-from .endpoint import BadReplyError, Endpoint, EndpointError, for_all
+from .endpoint import BadReplyError, Endpoint, EndpointError, RefusedError, for_all
 from .journal import Journal, digest, read_journal, weights_digest
 from .judge_scores import grading_scores, pairwise_scores
 from .questions import Question, load_questions
@@ -278,7 +277,7 @@ async def _verdict(ask: Callable, prompt: str, method: str) -> dict:
     while len(replies) < ATTEMPTS:
         try:
             reply, _ = await ask(messages)
-        except openai.BadRequestError as error:
+        except RefusedError as error:
             # the judge has answered other requests with these options: it is this prompt, too long for it, say
             return {"verdict": None, "replies": [*replies, f"refused: {error}"]}
         except BadReplyError as error:

@@ -40,6 +40,7 @@ from transformers import AutoConfig
 
 from modeling_ultrafuser import UltraFuserConfig
 
+from ..keys import check_address
 from ..provenance import provenance
 from . import local_tasks
 
@@ -247,10 +248,13 @@ def _weights(folder: str | Path, dtype: str) -> tuple[str, dict[str, Any]]:
 
 
 def _server(folder: str | Path, server: str) -> tuple[str, dict[str, Any]]:
+    check_address(server)
     with urllib.request.urlopen(f"{server}/v1/models", timeout=60) as answer:
         served = json.load(answer)["data"][0]
     arguments = {"model": served["id"], "base_url": f"{server}/v1/completions", "tokenizer": str(folder)}
     # vLLM says how long a prompt may be; longer ones are refused, not cut
+    # lm-eval would send OpenAI's key to any server
+    os.environ.pop("OPENAI_API_KEY", None)
     arguments |= {"max_length": served["max_model_len"]} if "max_model_len" in served else {}
     return "local-completions", arguments | {"tokenizer_backend": "huggingface"}
 
