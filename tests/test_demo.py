@@ -1,16 +1,26 @@
 """The demo: answers are `generate`'s, colours the gate's, and sliders steer one answer and leave the model alone."""
 
+import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from html import unescape
+from uuid import uuid4
 
 import pytest
 import torch
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from tests import serving as http
 from tests.conftest import in_browser, stir_gate
+from tests.serving import running
 from tests.test_chat import decoded, generated
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE
+
+
+pytest.importorskip("gradio")
+from ultrafuser.guarding import host_names  # noqa: E402
 
 
 demo = pytest.importorskip("ultrafuser.demo", reason="gradio is not installed", exc_type=ImportError)
@@ -85,11 +95,15 @@ def test_a_conversation_that_is_too_long_is_told(fused):
         list(demo.stream(fused, tokenizer(), [{"role": "user", "content": "9" * 300}], max_new_tokens=5))
 
 
+def app(model, template=CHAT_TEMPLATE, name="tiny & <odd>", **settings):
+    settings = {"hosts": host_names("127.0.0.1")} | settings
+    return demo.application(model, tokenizer(chat_template=template), name, **settings)
+
+
 @pytest.fixture(scope="module")
 def served(model):
-    blocks = demo.serve(model, tokenizer(chat_template=CHAT_TEMPLATE), "tiny & <odd>")
-    yield blocks.local_url
-    blocks.close()
+    with running(app(model)) as port:
+        yield f"http://127.0.0.1:{port}/"
 
 
 @contextmanager
@@ -196,9 +210,140 @@ def test_a_narrow_window_does_not_scroll_sideways_and_text_stays_readable(scheme
 
 @in_browser
 def test_without_a_chat_template_messages_are_continued_as_plain_text(browser, model):
-    blocks = demo.serve(model, tokenizer(), "plain")
-    with opened(browser, blocks.local_url) as page:
+    with running(app(model, None)) as port, opened(browser, f"http://127.0.0.1:{port}/") as page:
         assert "continued" in page.locator("#prompt textarea").get_attribute("placeholder")
         ask(page, "1+1=")
         assert ask(page, "2+2=", answers=2).text_content() == decoded(generated(model, "2+2=")[0])
-    blocks.close()
+
+
+# ----------------------------------------------------------------------------------------------- among strangers
+
+
+class Visitor:
+    """Asks as the page does, by hand."""
+
+    def __init__(self, port):
+        self.port, self.session = port, uuid4().hex
+        config = http.ask(port, "/config")[1]
+        # of the buttons and fields the one that takes the prompt
+        self.say = next(d["id"] for d in config["dependencies"] if len(d["inputs"]) > 3)
+
+    def join(self, prompt="2+2?", most=12, temperature=1.0, bias=(0.0, 0.0, 0.0)):
+        data = [prompt, None, most, temperature, *bias]
+        body = {
+            "data": data,
+            "fn_index": self.say,
+            "session_hash": self.session,
+            "trigger_id": None,
+            "event_data": None,
+        }
+        return http.ask(self.port, "/gradio_api/queue/join", body)
+
+    def listen(self):
+        """What is told until the question is answered, and what the last message says."""
+        events = http.ask(self.port, f"/gradio_api/queue/data?session_hash={self.session}")[1]
+        told = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line.startswith("data: ")]
+        return next(event for event in told if event["msg"] == "process_completed")
+
+    def asks(self, *arguments, **settings):
+        assert self.join(*arguments, **settings)[0] == 200
+        return self.listen()
+
+
+@pytest.fixture(scope="module")
+def port(served):
+    return int(served.rstrip("/").rsplit(":", 1)[1])
+
+
+def said(event):
+    return "".join(re.findall(r"<span style[^>]*>([^<]*)</span>", event["output"]["data"][2]))
+
+
+def test_a_visitor_is_answered_as_generate_answers(port, model):
+    assert unescape(said(Visitor(port).asks())) == decoded(generated(model, PROMPT)[0])
+
+
+@pytest.mark.parametrize("path", ["upload", "run/predict", "api/predict", "component_server", "stream/x", "vibe-edit"])
+def test_the_page_takes_no_uploads_and_has_no_other_ways_in(path, port):
+    assert http.ask(port, f"/gradio_api/{path}", {})[0] == 404
+    assert http.ask(port, f"/{path}", {})[0] == 404
+
+
+@pytest.mark.parametrize(
+    "path", ["gradio_api/file=/etc/passwd", "gradio_api/proxy=http://localhost", "monitoring", "docs"]
+)
+def test_the_page_shows_no_files_and_fetches_nothing_for_others(path, port):
+    assert http.ask(port, f"/{path}")[0] == 404
+
+
+def test_the_page_is_not_for_other_names_origins_or_large_bodies(port):
+    assert http.ask(port, "/", headers={"Host": "evil.example"})[0] == 400
+    assert http.ask(port, "/", headers={"Origin": "http://evil.example"})[0] == 403
+    assert http.ask(port, "/gradio_api/queue/join", b" " * 2**21)[0] == 413
+
+
+def test_with_a_key_the_browser_asks_for_it(model):
+    with running(app(model, key="secret")) as port:
+        assert http.ask(port, "/")[0] == 401
+        assert http.ask(port, "/", headers={"Authorization": "Basic YW55OnNlY3JldA=="})[0] == 200
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", None, "\x00", "\x1b[31m", "9" * 300, "ż" * 5])
+def test_an_empty_or_odd_question_ends_in_words_and_the_next_is_answered(prompt, port, model, capfd):
+    event = Visitor(port).asks(prompt)
+    assert event["success"] or event["output"]["error"]
+    assert unescape(said(Visitor(port).asks())) == decoded(generated(model, PROMPT)[0])
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "fields", [{"most": value} for value in (None, "x", [], True)] + [{"bias": (None,) * 3}, {"temperature": "1"}]
+)
+@pytest.mark.parametrize("prompt", ["2+2?", 5, [1], {}])
+def test_what_the_page_would_not_send_is_refused(prompt, fields, port, capfd):
+    assert Visitor(port).join(prompt, **fields)[0] == 422
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"{", b'{"data": "\\ud800"}', b'{"data": [], "fn_index": 99, "session_hash": "x"}', b"[" * 10**5],
+)
+def test_a_press_of_no_button_is_refused(body, port, capfd):
+    assert http.ask(port, "/gradio_api/queue/join", body)[0] == 422
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("fields", [{"most": -5}, {"most": 1e9}, {"temperature": 0.0}, {"bias": (1e9, 0.0, 0.0)}])
+def test_a_slider_beyond_its_ends_is_told(fields, port):
+    event = Visitor(port).asks(**fields)
+    assert not event["success"]
+    assert re.search("(less|greater) than (min|max)imum", event["output"]["error"])
+
+
+def test_thirty_who_never_listen_hold_nobody_up(port, model, monkeypatch):
+    answering = []
+    speak = demo.speak
+    monkeypatch.setattr(demo, "speak", lambda *args, **more: (answering.append(1), speak(*args, **more))[1])
+    for _ in range(30):
+        assert Visitor(port).join(most=1024)[0] == 200
+    assert unescape(said(Visitor(port).asks())) == decoded(generated(model, PROMPT)[0])
+    assert len(answering) == 1
+
+
+def test_more_questions_than_may_wait_are_refused(model, monkeypatch):
+    monkeypatch.setattr(demo, "AT_ONCE", 1)
+    monkeypatch.setattr(demo, "WAITING", 3)
+    with running(app(model)) as port:
+        answers = [Visitor(port).join()[0] for _ in range(8)]
+        assert set(answers) == {200, 503}
+
+
+def test_eight_visitors_at_once_are_answered_each_with_its_own_steering(port, model):
+    names = list(range(8))
+    biases = [(demo.LARGEST_BIAS * (i % 2), 0.0, 0.0) for i in names]
+    expected = ["".join(text for text, _ in answer(model, bias=bias)) for bias in biases[:2]]
+    with ThreadPoolExecutor(8) as pool:
+        events = list(pool.map(lambda i: Visitor(port).asks(bias=biases[i]), names))
+    assert [unescape(said(event)) for event in events] == expected * 4
+    assert expected[0] != expected[1]

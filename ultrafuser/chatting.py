@@ -1,11 +1,15 @@
 """A chat in the terminal, every token coloured by the specialist that leads."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock
 
 import torch
 from rich.console import Console
 from rich.text import Text
 from tokenizers.decoders import DecodeStream
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
@@ -18,6 +22,28 @@ from .reports.terminal import speaker_style
 
 COMMANDS = "/who: who spoke   /reset: begin anew   /quit: leave"
 TURN_TOKENS = 512
+
+
+_REGISTERING = Lock()
+_FOLLOWED: ContextVar[tuple[object, ...]] = ContextVar("followed", default=())
+
+
+@contextmanager
+def followed(gate: nn.Module, follow: Callable) -> Iterator[None]:
+    """While it is open, `follow` is called after the gate as its forward hooks are, for this thread alone.
+
+    A hook is the gate's, and the gate is every thread's: another one may be in the middle of an answer of its own.
+    """
+    mine, before = object(), _FOLLOWED.get()
+    _FOLLOWED.set((*before, mine))
+    # torch numbers hooks by a counter of all threads
+    with _REGISTERING:
+        hook = gate.register_forward_hook(lambda *call: follow(*call) if mine in _FOLLOWED.get() else None)
+    try:
+        yield
+    finally:
+        hook.remove()
+        _FOLLOWED.set(before)
 
 
 class Speech(BaseStreamer):
@@ -95,11 +121,8 @@ def speak(model: UltraFuserForCausalLM, ids: torch.Tensor, speech: Speech, max_n
         raise ValueError(f"The conversation has {ids.shape[-1]} tokens and the model reads {limit}.")
     ids = ids.to(model.device)
     settings = {"max_new_tokens": room, "tokenizer": speech.tokenizer, **settings}
-    hook = model.model.fusion_gate.register_forward_hook(speech.watch)
-    try:
+    with followed(model.model.fusion_gate, speech.watch):
         model.generate(ids, attention_mask=torch.ones_like(ids), streamer=speech, **settings)
-    finally:
-        hook.remove()
 
 
 class Chat:

@@ -278,8 +278,12 @@ def chat(
 @app.command()
 def demo(
     model: Annotated[str, typer.Argument(help="Folder of a fused model, or its id on the Hub.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    allow_host: AllowHost = None,
+    allow_origin: AllowOrigin = None,
+    key_variable: KeyVariable = KEY_VARIABLE,
+    without_key: WithoutKey = False,
 ) -> None:
     """A web page to chat with a fused model, coloured by who speaks, with sliders that steer the gate.
 
@@ -287,12 +291,15 @@ def demo(
     """
     with _in_words():
         from . import demo as web
+        from .guarding import host_names, key_for, server
         from .reports import explaining
 
+        key = key_for(host, key_variable, without_key)
         name = Path(model).resolve().name if Path(model).exists() else model
-        page = web.serve(*explaining.load(model), name, server_name=host, server_port=port)
-        typer.echo(f"Open {page.local_url}. End it with Ctrl-C.")
-        page.block_thread()
+        settings = {"hosts": host_names(host, allow_host or ()), "origins": allow_origin or (), "key": key}
+        page = web.application(*explaining.load(model), name, **settings)
+        typer.echo(f"Open http://{host}:{port}. End it with Ctrl-C.")
+        server(page, host, port).run()
 
 
 @app.command()

@@ -1,25 +1,43 @@
 """A web page to talk to a fused model: every token coloured by who speaks, and a gate that can be steered."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Condition, Event, Thread
+from typing import Annotated
 
 import gradio as gr
 import torch
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import QueryParams
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 
-from .chatting import Speech, prompt_ids, speak
+from .chatting import Speech, followed, prompt_ids, speak
+from .guarding import LEAST_BYTES, Guard, refusal, replayed
 from .reports.colours import assign, strength
 
 
 LARGEST_BIAS, LEAST_SCORE = 30.0, -20.0  # in nats; the one lifts the other above whoever leads
 Pieces = list[tuple[str, list[float]]]  # of an answer, with the gate weights of each
-_ONE_AT_A_TIME = Lock()
+AT_ONCE, WAITING = 32, 64  # answers that are generated, and questions that wait for it
+LISTEN_SECONDS = 5.0  # in which who asks must begin to listen
+REMEMBERED_SECONDS = 3600  # of a conversation that does not go on
+# what the page asks for, by the beginning of the path
+ASKED_FOR = {
+    "GET": (
+        *("/config", "/theme.css", "/assets/", "/static/", "/svelte/", "/favicon.ico", "/manifest.json"),
+        *(f"/gradio_api/{path}" for path in ("queue/data", "heartbeat/", "startup-events", "info", "app_id")),
+    ),
+    "POST": tuple(f"/gradio_api/{path}" for path in ("queue/join", "cancel", "reset")),
+}
 
 CSS = """
 .talk { display: flex; flex-direction: column; gap: .8rem; min-height: 26rem; font-size: 1rem }
@@ -39,7 +57,8 @@ CSS = """
 def steered(gate: nn.Module, temperature: float = 1.0, bias: Sequence[float] = ()) -> Iterator[None]:
     """While it is open, the gate weighs by softmax(max(log w / temperature, -20) + bias) of its own weights w.
 
-    Nothing of the model is changed: with temperature 1 and no bias, the weights are the gate's own, bit by bit.
+    Nothing of the model is changed: with temperature 1 and no bias, the weights are the gate's own, bit by bit. Other
+    threads' answers are not steered.
 
     Args:
         gate: Of a fused model.
@@ -55,11 +74,8 @@ def steered(gate: nn.Module, temperature: float = 1.0, bias: Sequence[float] = (
         scores = (weights.log() / temperature).clamp_min(LEAST_SCORE)
         return (scores + torch.tensor(bias, dtype=weights.dtype, device=weights.device)).softmax(-1)
 
-    hook = gate.register_forward_hook(steer)
-    try:
+    with followed(gate, steer):
         yield
-    finally:
-        hook.remove()
 
 
 def stream(
@@ -71,7 +87,7 @@ def stream(
     temperature: float = 1.0,
     bias: Sequence[float] = (),
 ) -> Iterator[tuple[str, list[float]]]:
-    """An answer while it is generated, one at a time for all who ask. Closed early, it stops at the next token.
+    """An answer while it is generated. Closed early, it stops at the next token.
 
     Args:
         model: A fused model.
@@ -96,7 +112,7 @@ def stream(
     def generate() -> None:
         end = None
         try:
-            with _ONE_AT_A_TIME, steered(model.model.fusion_gate, temperature, bias):
+            with steered(model.model.fusion_gate, temperature, bias):
                 speak(model, ids, speech, max_new_tokens, stopping_criteria=stop)
         except Exception as error:
             end = error
@@ -112,35 +128,111 @@ def stream(
         raise piece
 
 
-def page(model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str) -> gr.Blocks:
-    """The page, to be launched with `CSS`.
+class _Join(BaseModel):
+    """What the page sends when a button is pressed."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    data: list[str | float | None]
+    fn_index: int
+    session_hash: Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class Page:
+    """Lets through what the page asks for, no uploads among it, and knows which of its visitors listen.
+
+    Attributes:
+        app: Behind it.
+        functions: Numbers of what its buttons do.
+    """
+
+    def __init__(self):
+        self.app: ASGIApp | None = None
+        self.functions: Collection[int] = ()
+        self.listening, self.changed = Counter(), Condition()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        path = scope["path"]
+        if not (path == "/" or path.startswith(ASKED_FOR.get(scope["method"], ()))):
+            return await refusal(404, "The page has no such part.")(scope, receive, send)
+        if path.startswith("/gradio_api/queue/join"):
+            body = await Request(scope, receive).body()
+            if not self._is_pressed(body):
+                return await refusal(422, "The page sends text, and a number of each slider.")(scope, receive, send)
+            receive = replayed(body, receive)
+        if path != "/gradio_api/queue/data":
+            return await self.app(scope, receive, send)
+        session = QueryParams(scope["query_string"]).get("session_hash")
+        self._count(session, 1)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._count(session, -1)
+
+    def _is_pressed(self, body: bytes) -> bool:
+        """Whether it is what a button of the page sends."""
+        try:
+            pressed = _Join.model_validate_json(body)
+        except ValidationError:
+            return False
+        prompt, state, *sliders = pressed.data or (None, None)
+        numbers = all(isinstance(value, float) for value in sliders)
+        return numbers and not isinstance(prompt, float) and state is None and pressed.fn_index in self.functions
+
+    def _count(self, session: str | None, more: int) -> None:
+        with self.changed:
+            self.listening[session] += more
+            if not self.listening[session]:
+                del self.listening[session]
+            self.changed.notify_all()
+
+    def listens(self, session: str | None, seconds: float = 0) -> bool:
+        """Whether a visitor listens, or does within some time."""
+        with self.changed:
+            return self.changed.wait_for(lambda: session in self.listening, seconds)
+
+
+def page(model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, visitors: Page) -> gr.Blocks:
+    """The page, to be shown with `CSS`.
 
     Args:
         model: A fused model.
         tokenizer: Its tokenizer. Without a chat template, every message is continued as plain text.
         name: Of the model, as the page shows it.
+        visitors: Who knows them: those that do not listen are not answered.
     """
     names = model.config.specialist_names
     colours = assign(names)
     answers = tokenizer.chat_template is not None
 
-    def say(prompt: str, turns: list[str | Pieces], most: int, temperature: float, *bias: float):
-        if not prompt.strip():
+    def say(
+        request: gr.Request, prompt: str | None, turns: list[str | Pieces], most: int, temperature: float, *bias: float
+    ):
+        # half of a character that takes two is none
+        prompt = (prompt or "").encode("utf-8", "replace").decode()
+        if not prompt.strip() or not visitors.listens(request.session_hash, LISTEN_SECONDS):
             yield prompt, turns, talk(turns, colours), legend(turns, colours)
             return
         turns = [*turns, prompt, pieces := []]
         spoken = [turn if isinstance(turn, str) else "".join(piece for piece, _ in turn) for turn in turns[:-1]]
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(spoken)]
         settings = {"max_new_tokens": int(most), "temperature": temperature, "bias": bias}
+        answer = stream(model, tokenizer, messages, **settings)
         try:
-            for piece in stream(model, tokenizer, messages, **settings):
+            for piece in answer:
                 pieces.append(piece)
                 yield "", turns, talk(turns, colours), legend(turns, colours)
+                if not visitors.listens(request.session_hash):
+                    return
         except ValueError as error:
             raise gr.Error(f"{error} Clear it.", print_exception=False) from error
+        finally:
+            answer.close()
 
     with gr.Blocks(title=f"{name}: who speaks?", analytics_enabled=False) as blocks:
-        turns = gr.State([])
+        turns = gr.State([], time_to_live=REMEMBERED_SECONDS)
         gr.Markdown(f"# {name}")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
@@ -167,30 +259,40 @@ def page(model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, name:
                 most = gr.Slider(1, 1024, value=256, step=1, label="Tokens at most")
         inputs, outputs = [prompt, turns, most, temperature, *biases], [prompt, turns, conversation, who]
         hidden = {"show_progress": "hidden", "api_visibility": "private"}
-        saying = gr.on([prompt.submit, send.click], say, inputs, outputs, concurrency_limit=1, **hidden)
+        saying = gr.on([prompt.submit, send.click], say, inputs, outputs, concurrency_limit=AT_ONCE, **hidden)
         stop.click(None, cancels=[saying])
         anew.click(lambda: ("", [], talk([], colours), legend([], colours)), None, outputs, cancels=[saying], **hidden)
     return blocks
 
 
-def serve(model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, **settings) -> gr.Blocks:
-    """Serves the page, until it is closed. It asks nothing of any other host, and tells none anything.
+def application(
+    model: UltraFuserForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    *,
+    hosts: Collection[str],
+    origins: Collection[str] = (),
+    key: str | None = None,
+) -> ASGIApp:
+    """The page as a server. It asks nothing of any other host, and tells none anything.
 
     Args:
         model: A fused model.
         tokenizer: Its tokenizer.
         name: Of the model, as the page shows it.
-        settings: Of `gradio.Blocks.launch`, such as `server_name` and `server_port`.
-
-    Raises:
-        OSError: If the port is taken.
+        hosts: From `guarding.host_names`.
+        origins: Of web pages that may ask.
+        key: That a browser must send, as a password.
     """
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     # grey, because colours are the specialists'
     look = {"theme": gr.themes.Default(primary_hue="slate", **fonts), "css": CSS, "footer_links": []}
-    blocks = page(model, tokenizer, name)
-    blocks.launch(share=False, quiet=True, ssr_mode=False, prevent_thread_lock=True, **look, **settings)
-    return blocks
+    visitors = Page()
+    blocks = page(model, tokenizer, name, visitors).queue(max_size=WAITING, api_open=False)
+    less = {"ssr_mode": False, "run_history": False, "enable_monitoring": False, "mcp_server": False, "pwa": False}
+    visitors.functions = blocks.fns
+    visitors.app = gr.mount_gradio_app(FastAPI(openapi_url=None), blocks, "/", **less, **look)
+    return Guard(visitors, hosts=hosts, origins=origins, key=key, most_bytes=LEAST_BYTES)
 
 
 def talk(turns: Sequence[str | Pieces], colours: Mapping[str, str]) -> str:

@@ -21,6 +21,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # of a client: for a request's head, for its body, and while it reads nothing of an answer
 HEAD_SECONDS, BODY_SECONDS, STALL_SECONDS = 10.0, 30.0, 30.0
 MOST_CONNECTIONS = 512
+LEAST_BYTES = 2**20  # that a body may have
 
 
 def refusal(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -105,12 +106,7 @@ class Guard:
             return await refusal(408, words, {"Connection": "close"})(scope, receive, send)
         if body is None:
             return None
-        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replay() -> Message:
-            return messages.pop() if messages else await receive()
-
-        return await self.app(scope, replay, send)
+        return await self.app(scope, replayed(body, receive), send)
 
     def _stranger(self, headers: Headers) -> JSONResponse | None:
         host, origin = headers.get("host", ""), headers.get("origin")
@@ -153,6 +149,16 @@ class Guard:
 
 class _TooLargeError(Exception):
     pass
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """A body that has been read, to be read again, and then what else comes."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay
 
 
 async def _refuse_while_it_comes(refused: JSONResponse, receive: Receive, send: Send) -> None:

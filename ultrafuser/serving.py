@@ -54,12 +54,12 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from trainers.rendering import RenderingError, render_chat
 
 from .folders import fused_config
-from .guarding import Guard, refusal, server
+from .guarding import LEAST_BYTES, Guard, refusal, server
 from .reports.explaining import load
 
 
-AT_ONCE, WAITING = 4, 256  # requests that are answered, and that wait for their turn
-LEAST_BYTES, BYTES_PER_TOKEN = 2**20, 16  # a body's limit: what a prompt of the model's length may take, escaped
+AT_ONCE, WAITING = 8, 256  # requests that are answered, and that wait for their turn
+BYTES_PER_TOKEN = 16  # of a body: what the longest prompt may take, escaped
 DEFAULT_TOKENS = 1024  # of an answer, as transformers' server has it
 
 

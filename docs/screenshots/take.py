@@ -21,7 +21,8 @@ from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 
-HERE, COLUMNS = Path(__file__).parent, 100
+HERE, COLUMNS, PORT = Path(__file__).parent, 100, 7861
+ULTRAFUSER = [sys.executable, "-c", "from ultrafuser.cli import main; main()"]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
 MIXED = """The value is computed once, and is then returned to the caller.
 
@@ -48,7 +49,7 @@ def typed(words: list[str], lines: list[str], folder: Path) -> str:
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
     terminal = {"TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": str(COLUMNS), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", "from ultrafuser.cli import main; main()", *words]
+    command = [*ULTRAFUSER, *words]
     pipes = {"stdin": slave, "stdout": slave, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=folder, env={**os.environ, **terminal}, **pipes)
     os.close(slave)
@@ -67,9 +68,8 @@ def typed(words: list[str], lines: list[str], folder: Path) -> str:
 
 def main(folder: Path) -> None:
     """Takes all of them."""
-    from ultrafuser import demo
-    from ultrafuser.reports import explaining
-
+    command = [*ULTRAFUSER, "demo", str(folder / "fused"), "--port", str(PORT)]
+    served = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_page()
@@ -79,11 +79,12 @@ def main(folder: Path) -> None:
             console.print(Text.from_ansi(typed(words, lines, folder)))
             page.set_content(console.export_html(theme=DARK, code_format=PAGE, inline_styles=True))
             page.locator("pre").screenshot(path=HERE / f"{name}.png")
-        served = demo.serve(*explaining.load(str(folder / "fused")), "fused")
+        # it says so when it can be opened
+        served.stdout.readline()
         for scheme in ("light", "dark"):
             page = browser.new_page(viewport={"width": 1200, "height": 760}, color_scheme=scheme)
             page.set_default_timeout(120_000)
-            page.goto(served.local_url)
+            page.goto(f"http://127.0.0.1:{PORT}")
             page.get_by_label("number input for Tokens at most").fill("60")
             for number in range(2):
                 page.locator("#prompt textarea").fill("Solve 3*x + 5 = 47 for x.")
@@ -92,7 +93,7 @@ def main(folder: Path) -> None:
                 page.wait_for_timeout(2000)
                 page.get_by_label("range slider for Bias of code").press("End")
             page.screenshot(path=HERE / f"demo.{scheme}.png")
-        served.close()
+        served.terminate()
 
 
 if __name__ == "__main__":
