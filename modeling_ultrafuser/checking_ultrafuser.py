@@ -1,9 +1,12 @@
 """What is refused before any weight is loaded: each with the rule and its reason, what came, and the way out."""
 
 import inspect
+import json
 import os
+import tempfile
 
 import torch
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -17,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from .causal_ultrafuser import check_causal_class
 from .configuration_ultrafuser import UltraFuserConfig
 
 
@@ -144,6 +148,76 @@ def check_architecture(name: str, config: PreTrainedConfig, text_config: PreTrai
             f"A specialist must have attention layers with a key-value cache, because all specialists share one, but "
             f"{kind}, which keeps another kind of state. Use a transformer or a hybrid."
         )
+    if hasattr(backbone_class(text_config), "_setup_cache"):
+        raise ValueError(
+            f"A specialist must keep all that it remembers of a text in a cache, because generation reorders and repeats "
+            f"that, but {kind}, which keeps recurrent states in its layers. Use a transformer or a hybrid."
+        )
+    check_causal_class(name, text_config, backbone_class(text_config))
+
+
+def parts_of(name: str, model: PreTrainedModel, config: PreTrainedConfig) -> tuple[PreTrainedModel, nn.Module]:
+    """A specialist's backbone, and its head, which must be one matrix on the backbone's last hidden state.
+
+    Raises:
+        ValueError: Naming the specialist and what it has instead.
+    """
+    kind, backbone_type = f"{name!r} ({type(model).__name__})", backbone_class(config)
+    backbone = next((m for m in model.modules() if type(m) is backbone_type), None)
+    head = model.get_output_embeddings()
+    if backbone is None or head is None:
+        raise ValueError(
+            f"A specialist must be a backbone followed by a linear head, but {kind} holds "
+            f"no {backbone_type.__name__} or no output embeddings. It cannot be fused."
+        )
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(
+            f"A specialist's head must have no bias, because a bias could not be weighed by the gate inside one "
+            f"linear head, but the head of {kind} has one. If it is all zeros, set it to None before fusing."
+        )
+    weight = getattr(head, "weight", None)
+    if not isinstance(head, nn.Linear) or weight is None or weight.shape[1] != config.hidden_size:
+        raise ValueError(
+            f"A specialist's head must be one matrix that reads its hidden state, {config.hidden_size} numbers, because "
+            f"the heads of all become one, but that of {kind} is {head}. It cannot be fused."
+        )
+    return backbone, head
+
+
+def check_saving(config: UltraFuserConfig) -> None:
+    """Refuses specialists whose configuration does not survive being saved as a part of the fused model's.
+
+    Raises:
+        ValueError: Naming the first such specialist, or the whole, and what happened.
+    """
+    parts = dict(zip(config.specialist_names, config.specialists, strict=True)) | {"the fused model": config}
+    for name, part in parts.items():
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                part.save_pretrained(folder)
+                read = type(part).from_pretrained(folder)
+            lost = [k for k, v in _plain(part).items() if _plain(read).get(k) != v]
+        except Exception as error:
+            raise ValueError(
+                f"A fused model is saved with the configuration of every specialist, but that of {name!r} "
+                f"({part.model_type!r}) cannot be: {type(error).__name__}: {' '.join(str(error).split())} Correct its "
+                f"config.json, or fuse a model of another family."
+            ) from error
+        if lost:
+            raise ValueError(
+                f"A fused model is saved with the configuration of every specialist, but {lost} of {name!r} "
+                f"({part.model_type!r}) are read back as something else. Correct its config.json, or fuse a model of "
+                f"another family."
+            )
+
+
+def _plain(config: PreTrainedConfig) -> dict:
+    """What a configuration says, as its file would."""
+    return {k: v for k, v in json.loads(config.to_json_string(use_diff=False)).items() if k not in _OF_THE_FILE}
+
+
+# what saving itself writes
+_OF_THE_FILE = ("transformers_version", "_name_or_path", "architectures", "dtype", "auto_map")
 
 
 def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -208,6 +208,15 @@ class UltraFuserConfig(PreTrainedConfig):
         # one object, so that what changes it changes it for all
         self.specialists = [first] * len(self.specialists)
 
+    def validate(self) -> None:
+        """Like the library's, but for types of layers: a family may have some that only its own configuration admits."""
+        layer_types = self.__dict__.pop("layer_types", None)
+        try:
+            super().validate()
+        finally:
+            if layer_types is not None:
+                self.layer_types = layer_types
+
     @property
     def backbones(self) -> list[PreTrainedConfig]:
         """Configurations of the backbones that there are: one for each specialist, or the base's alone."""
@@ -269,8 +278,14 @@ def _as_backbone_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
     config = copy.deepcopy(_as_config(config).get_text_config(decoder=True))
     config.tie_word_embeddings = False
     for field in SCALE_FIELDS:
-        if getattr(config, field, None) is not None:
-            setattr(config, field, 1.0)
+        if getattr(config, field, None) is None:
+            continue
+        if isinstance(getattr(type(config), field, None), property):
+            # MiniCPM3 computes its scale from two widths
+            field, one = "dim_model_base", config.hidden_size
+        else:
+            one = 1.0
+        setattr(config, field, one)
     for field in ("architectures", "auto_map"):
         config.__dict__.pop(field, None)
     return config

@@ -7,21 +7,25 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.utils import logging
 
+from .causal_ultrafuser import check_head_dtype
 from .checking_ultrafuser import (
     DTYPE_RULE,
     as_dtype,
     auto_class,
     backbone_class,
     check_architecture,
+    check_saving,
     common_dtype,
     own_config,
+    parts_of,
 )
 from .configuration_ultrafuser import SCALE_FIELDS, UltraFuserConfig, soft_cap
 from .gates_ultrafuser import GATES
 from .lora_ultrafuser import adaptable, adapted_state, layout, probe_rows, read_adapters, read_parts
+from .probing_ultrafuser import check_steps, step_alone, step_within
 from .specialists_ultrafuser import BASE
 from .tokenizing_ultrafuser import (
     load_tokenizer,
@@ -119,6 +123,8 @@ def fuse_specialists(
         parts = read_parts(adapters, specialists, hub, _adaptable(sources[BASE], configs[0]))
         configs, choices["adapters"] = configs * len(names), layout(parts)
     config = UltraFuserConfig(specialist_names=names, specialists=configs, **choices)
+    check_saving(config)
+    check_steps(config)
     tokenizers = {n: load_tokenizer(s, **hub[n]) for n, s in specialists.items() if not isinstance(s, PreTrainedModel)}
     for name in [n for n, t in tokenizers.items() if t is None]:
         print_line(f"{name}: its folder holds no tokenizer, so nothing checks that its token ids mean the same.")
@@ -139,7 +145,8 @@ def fuse_specialists(
             dtype = model.dtype
         elif model.dtype != dtype:
             raise ValueError(DTYPE_RULE.format({name: model.dtype, "the others": dtype}))
-        backbone_state, columns = _probe(name, model, config.specialists[k], text_configs[name])
+        check_head_dtype(name, config.specialists[k], backbone_class(config.specialists[k]), dtype)
+        backbone_state, columns = _probe(name, model, config, k, text_configs[name])
         if head is None:
             head = torch.empty(vocab_size, config.hidden_size, dtype=dtype)
         head[:, column : column + columns.shape[1]] = columns
@@ -227,37 +234,26 @@ def _no_bars():
 
 @torch.no_grad()
 def _probe(
-    name: str, model: PreTrainedModel, config: PreTrainedConfig, text_config: PreTrainedConfig
+    name: str, model: PreTrainedModel, fused: UltraFuserConfig, k: int, text_config: PreTrainedConfig
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Rebuilds a specialist from its configuration and checks that it speaks as before.
+    """Rebuilds a specialist from its configuration and checks that it speaks as before, with and without a cache.
 
     Some architectures do more between backbone and logits than multiplying by a head: whatever it is, it shows here.
 
     Args:
         name: Of the specialist.
         model: The specialist as its own causal language model.
-        config: Configuration of the backbone inside the fused model, with the fused vocabulary.
+        fused: Configuration of the fused model, with the fused vocabulary.
+        k: Which of its specialists this is.
         text_config: The specialist's own configuration, with its own scale factors.
 
     Returns:
         The backbone's tensors by name, and the specialist's columns of the wide head, scale folded in.
         Shape (vocab, hidden).
     """
+    config = fused.specialists[k]
     rows = config.vocab_size
-    backbone_type = backbone_class(config)
-    backbone = next((m for m in model.modules() if type(m) is backbone_type), None)
-    head = model.get_output_embeddings()
-    if backbone is None or head is None:
-        raise ValueError(
-            f"A specialist must be a backbone followed by a linear head, but {name!r} ({type(model).__name__}) holds "
-            f"no {backbone_type.__name__} or no output embeddings. It cannot be fused."
-        )
-    if getattr(head, "bias", None) is not None:
-        raise ValueError(
-            f"A specialist's head must have no bias, because a bias could not be weighed by the gate inside one "
-            f"linear head, but the head of {name!r} ({type(model).__name__}) has one. If it is all zeros, set it to "
-            f"None before fusing."
-        )
+    backbone, head = parts_of(name, model, config)
     columns = head.weight[:rows]
     state = dict(backbone.state_dict())
     embedding = backbone.get_input_embeddings().weight
@@ -268,10 +264,6 @@ def _probe(
         f"{name!r} ({type(model).__name__}) does something between its backbone and its logits that one linear head "
         f"cannot do, so the fused model would not speak as it does"
     )
-    if columns.shape[1] != config.hidden_size:
-        raise ValueError(
-            f"{refusal}: its head reads {columns.shape[1]} numbers, its hidden size is {config.hidden_size}."
-        )
 
     was_training = model.training
     model.eval()
@@ -283,19 +275,45 @@ def _probe(
             f"A specialist must be a decoder, which predicts each token from those before it, but in {name!r} "
             f"({type(model).__name__}) a later token changes an earlier prediction. Use a causal language model."
         )
-    with _no_bars():
-        rebuilt = backbone_type.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).eval()
-    hidden = rebuilt.to(model.device)(input_ids=ids, use_cache=False).last_hidden_state
-    model.train(was_training)
+    try:
+        with _no_bars():
+            rebuilt = type(backbone).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).eval()
+    except RuntimeError as error:
+        raise ValueError(
+            f"A specialist must be what its configuration says, but {name!r} ({type(model).__name__}) has tensors of "
+            f"other shapes in its backbone. It cannot be fused."
+        ) from error
+    rebuilt.to(model.device)
+    hidden = rebuilt(input_ids=ids, use_cache=False).last_hidden_state
     linear = F.linear(hidden, columns).float()
     tolerance = _tolerance(model.dtype)
     cap = soft_cap(text_config)
-    for scale in _scales(text_config):
-        logits = linear * scale if cap is None else cap * torch.tanh(linear * scale / cap)
-        if (logits - own).abs().max() <= tolerance * own.abs().max().clamp(min=1e-6):
-            return {k: t.cpu() for k, t in state.items()}, (columns if scale == 1.0 else columns * scale).cpu()
-    difference = (linear - own).abs().max().item()
-    raise ValueError(f"{refusal}: on a probe, logits differ by up to {difference:.3g}. It cannot be fused.")
+
+    def head_of(linear: Tensor, scale: float) -> Tensor:
+        return linear * scale if cap is None else cap * torch.tanh(linear * scale / cap)
+
+    def alike(logits: Tensor, expected: Tensor) -> bool:
+        return bool((logits - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-6))
+
+    scale = next((s for s in _scales(text_config) if alike(head_of(linear, s), own)), None)
+    if scale is None:
+        difference = (linear - own).abs().max().item()
+        raise ValueError(f"{refusal}: on a probe, logits differ by up to {difference:.3g}. It cannot be fused.")
+
+    for kind in (DynamicCache, StaticCache):
+        expected = step_alone(kind, model, ids)
+        if expected is None and kind is StaticCache:
+            continue
+        # with a cache of its family's own it says what it says without
+        expected = own[:, -1] if expected is None else expected[..., :rows].float()
+        step = step_within(kind, rebuilt, name, fused, k, ids)
+        if not alike(head_of(F.linear(step, columns).float(), scale), expected):
+            raise ValueError(
+                f"{name!r} ({type(model).__name__}) says something else in a step of generation with the "
+                f"{kind.__name__} that all specialists share than alone. It cannot be fused."
+            )
+    model.train(was_training)
+    return {k: t.cpu() for k, t in state.items()}, (columns if scale == 1.0 else columns * scale).cpu()
 
 
 def _tolerance(dtype: torch.dtype) -> float:

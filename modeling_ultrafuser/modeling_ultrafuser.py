@@ -17,12 +17,18 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_masks_for_generate
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .adapters_ultrafuser import add_adapters, merged_backbone, run_as_rows
 from .cache_ultrafuser import SpecialistCache
+from .causal_ultrafuser import (
+    causal_class,
+    masks_for_generate,
+    starts_over,
+    switching_lengths,
+    tokens_before_switch,
+)
 from .configuration_ultrafuser import UltraFuserConfig, soft_cap
 from .fusing_ultrafuser import fuse_specialists
 from .gate_base_ultrafuser import Gate
@@ -35,6 +41,7 @@ from .specialists_ultrafuser import (
     check_inputs,
     end_to_end,
     is_plain,
+    positions_of,
     refuse_other_specialists,
     refuse_quantised_head,
     run_each,
@@ -266,7 +273,7 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
     @property
     def _is_stateful(self) -> bool:
         # recurrent states cannot go back to before a rejected draft, so the library refuses drafts for such models
-        return any(specialist._is_stateful for specialist in self.model.specialists.values())
+        return any(causal_class(config)._is_stateful for config in self.config.backbones)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -394,18 +401,28 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs) -> dict:
         """Like the library's, and lets each specialist read the prompt in its own words.
 
-        Generated tokens are the same for all: they are appended to every view, and to its mask.
+        Generated tokens are the same for all: they are appended to every view, and to its mask. Where a specialist's keys
+        are to be rotated by other factors from here on, the text is read anew.
+
+        Raises:
+            ValueError: If it would have to be, and its beginning is not in `input_ids`.
         """
         own_ids, own_mask = kwargs.pop("specialist_input_ids", None), kwargs.pop("specialist_attention_mask", None)
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        mask = kwargs.get("attention_mask")
         if own_ids is not None:
             generated = input_ids[:, None, own_ids.shape[-1] :].expand(-1, own_ids.shape[1], -1)
             own_mask = torch.ones_like(own_ids) if own_mask is None else own_mask
             own_mask = torch.cat([own_mask, torch.ones_like(generated)], dim=-1)
-            mask = kwargs.get("attention_mask")
             # a chunk of a long prompt ends before the prompt does
             ahead = 0 if mask is None else own_mask.shape[-1] - mask.shape[-1]
-            inputs["specialist_attention_mask"] = own_mask[..., : own_mask.shape[-1] - ahead]
+            own_mask = own_mask[..., : own_mask.shape[-1] - ahead]
+        cache = kwargs.get("past_key_values")
+        if cache is not None and self._starts_over(cache, input_ids, own_mask, **kwargs):
+            cache.reset()
+            kwargs["next_sequence_length"] = None
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if own_ids is not None:
+            inputs["specialist_attention_mask"] = own_mask
             to_read = inputs["input_ids"].shape[-1]
             if to_read > generated.shape[-1]:  # a part of the prompt is not in the cache yet
                 own_ids = torch.cat([own_ids, generated], dim=-1)
@@ -413,12 +430,56 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
                 inputs["specialist_input_ids"] = own_ids[..., end - to_read : end]
         return inputs
 
-    def _get_candidate_generator(self, *, model_kwargs: dict, **kwargs):
+    def _starts_over(self, cache: Cache, input_ids: Tensor, own_mask: Tensor | None, **inputs) -> bool:
+        """Whether what is in the cache must be computed anew, for any specialist."""
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        for k, config in enumerate(self.config.specialists):
+            lengths = switching_lengths(config)
+            if not lengths:
+                continue
+            if own_mask is not None:
+                mask, positions = own_mask[:, k], None
+            if positions is None:
+                positions = positions_of(torch.ones_like(input_ids) if mask is None else mask, input_ids.shape[1])
+            length = int(positions.max()) + 1
+            if not starts_over(lengths, cache.get_seq_length(), mask, length):
+                continue
+            whole = length if mask is None else mask.shape[1]
+            if input_ids.shape[1] == whole:
+                return True
+            raise ValueError(
+                f"Keys of {self.config.specialist_names[k]!r} are rotated by other factors once a text is longer than "
+                f"{sorted(lengths)} tokens, so its beginning must be read anew there, but got the last "
+                f"{input_ids.shape[1]} of {whole} tokens alone. Pass the whole text as `input_ids`, and no "
+                f"`prefill_chunk_size`."
+            )
+        return False
+
+    def _get_candidate_generator(self, *, input_ids: Tensor, model_kwargs: dict, **kwargs):
         # a draft model of any kind reads the ordinary input
         own = {"specialist_input_ids", "specialist_attention_mask"}
-        return super()._get_candidate_generator(
-            model_kwargs={key: value for key, value in model_kwargs.items() if key not in own}, **kwargs
+        generator = super()._get_candidate_generator(
+            input_ids=input_ids,
+            model_kwargs={key: value for key, value in model_kwargs.items() if key not in own},
+            **kwargs,
         )
+        lengths = set().union(*map(switching_lengths, self.config.specialists))
+        if lengths:
+            mask, draft = model_kwargs.get("attention_mask"), generator.get_candidates
+            padding = 0 if mask is None else int((mask == 0).sum())
+
+            def get_candidates(input_ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+                """Up to where factors of rotation change: one pass over the drafts has one set of them."""
+                candidates, logits = draft(input_ids, *args, **kwargs)
+                room = tokens_before_switch(lengths, input_ids.shape[1] - padding)
+                if room is None or candidates.shape[1] - input_ids.shape[1] <= room:
+                    return candidates, logits
+                return candidates[:, : input_ids.shape[1] + room], logits[
+                    :, :room
+                ] if room and logits is not None else None
+
+            generator.get_candidates = get_candidates
+        return generator
 
     def init_continuous_batching(self, *args, **kwargs):
         """Like the library's, and refuses what one paged cache cannot hold before anything starts.
@@ -437,14 +498,12 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         """
         if self.config.adapters is not None:
             base = self.model.specialists[BASE]
-            create = getattr(base, "create_masks_for_generate", create_masks_for_generate)
-            return create(base.config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+            return masks_for_generate(base)(base.config, inputs_embeds, attention_mask, past_key_values, **kwargs)
         masks = {}
         for k, (name, specialist) in enumerate(self.model.specialists.items()):
             start, end = self.model.first_layers[k : k + 2]
-            create = getattr(specialist, "create_masks_for_generate", create_masks_for_generate)
             cache = SpecialistCache(past_key_values, start, end - start)
-            mask = create(specialist.config, inputs_embeds, attention_mask, cache, **kwargs)
+            mask = masks_for_generate(specialist)(specialist.config, inputs_embeds, attention_mask, cache, **kwargs)
             if isinstance(mask, dict):
                 masks |= {f"{name}/{layer_type}": m for layer_type, m in mask.items()}
             else:

@@ -1,5 +1,6 @@
 """Refusals of what engines that know one attention geometry for all layers would serve wrongly."""
 
+from .causal_ultrafuser import switching_lengths
 from .configuration_ultrafuser import UltraFuserConfig, common, head_dim, num_key_value_heads, specialist_layer_types
 
 
@@ -10,6 +11,7 @@ def check_servable_by_vllm(config: UltraFuserConfig) -> None:
         ValueError: Naming the property that differs and its value for each specialist.
     """
     _refuse_adapters(config, "vLLM's Transformers backend")
+    _refuse_longrope(config, "vLLM's Transformers backend")
 
     def refuse(reason: str, values: list) -> None:
         raise ValueError(
@@ -55,6 +57,17 @@ def _refuse_adapters(config: UltraFuserConfig, engine: str) -> None:
         )
 
 
+def _refuse_longrope(config: UltraFuserConfig, engine: str) -> None:
+    for name, specialist in zip(config.specialist_names, config.specialists, strict=True):
+        beyond = [n for n in switching_lengths(specialist) if n < (config.max_position_embeddings or n + 1)]
+        if beyond:
+            raise ValueError(
+                f"{engine} computes each key once, but all keys of {name!r} are rotated anew once a text is longer than "
+                f"{beyond[0]} tokens, and it may be {config.max_position_embeddings}. Set `max_position_embeddings` of the "
+                f"fused config.json to {beyond[0]}, or use `generate`."
+            )
+
+
 _EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -65,6 +78,7 @@ def check_pageable(config: UltraFuserConfig) -> None:
         ValueError: Naming each specialist's geometry.
     """
     _refuse_adapters(config, "Continuous batching")
+    _refuse_longrope(config, "Continuous batching")
     types = {
         n: set(specialist_layer_types(c)) for n, c in zip(config.specialist_names, config.specialists, strict=True)
     }

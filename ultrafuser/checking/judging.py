@@ -9,19 +9,22 @@ from logging.handlers import BufferingHandler
 import psutil
 import torch
 from rich.filesize import decimal
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_ultrafuser import UltraFuserConfig
+from modeling_ultrafuser.causal_ultrafuser import check_head_dtype
 from modeling_ultrafuser.checking_ultrafuser import (
     as_dtype,
     auto_class,
     backbone_class,
     check_architecture,
+    check_saving,
     common_dtype,
     own_config,
+    parts_of,
 )
 from modeling_ultrafuser.lora_ultrafuser import WEIGHTS_FILE, adaptable, common_base, layout, pairs
+from modeling_ultrafuser.probing_ultrafuser import check_steps
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
 from modeling_ultrafuser.specialists_ultrafuser import BASE
 from modeling_ultrafuser.tokenizing_ultrafuser import merged_generation_config, own_generation_config
@@ -80,12 +83,17 @@ def judge(
     _judge_licences(found, {n: found.sources[n] for n in texts} | ({THEIR_BASE: found.base} if found.base else {}))
     for c in texts.values():
         c.vocab_size = rows
+    with found.refusals("dtype"):
+        for n, c in texts.items():
+            check_head_dtype(n, c, backbone_class(c), chosen)
     config = None
     with found.refusals("architecture"):
         adapters = None if parts is None else layout(parts)
         config = UltraFuserConfig(
             specialist_names=list(texts), specialists=list(texts.values()), fusion=fusion, adapters=adapters
         )
+        check_saving(config)
+        check_steps(config)
         kinds = {n: f"{c.model_type} of {c.num_hidden_layers} x {c.hidden_size}" for n, c in texts.items()}
         found.note("architecture", FITS, f"{each(kinds)}.")
     if config is None or len(configs) < len(specialists):
@@ -150,14 +158,7 @@ def _model(name: str, source: Source) -> tuple[PreTrainedConfig, PreTrainedModel
     kind = auto_class(name, config)
     with torch.device("meta"):
         model = kind.from_config(config)
-    head = model.get_output_embeddings()
-    width = config.get_text_config(decoder=True).hidden_size
-    if not isinstance(head, nn.Linear) or head.bias is not None or head.in_features != width:
-        raise ValueError(
-            f"A specialist's head must be one matrix on its hidden state, without a bias, because the heads of all "
-            f"become one, but that of {name!r} ({type(model).__name__}) is {head}. Use another architecture; a bias of "
-            f"zeros can be set to None in a loaded model, which can then be fused."
-        )
+    parts_of(name, model, config.get_text_config(decoder=True))
     return config, model
 
 

@@ -8,6 +8,8 @@ next before is the draft (prompt lookup), for N passes in all and up to n + 1 to
 reading the weights: several tokens at once cost such a pass little more than one.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -17,6 +19,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.cache_ultrafuser import SpecialistCache
+from modeling_ultrafuser.causal_ultrafuser import starts_over, switching_lengths, tokens_before_switch
 from modeling_ultrafuser.configuration_ultrafuser import soft_cap
 
 
@@ -69,7 +72,7 @@ def self_draft(
 
     while live.any():
         length = input_ids.shape[1]
-        room = generation_config.max_length - length
+        room = min(generation_config.max_length - length, reader.start_over(length))
         drafts = _said_before(input_ids, min(GUESSES, room - 1))
         if drafts.shape[1]:
             # all read all of it, so that a token comes with it
@@ -170,6 +173,7 @@ class _Reader:
     def __init__(self, model: UltraFuserForCausalLM, model_kwargs: dict):
         self.model, self.specialists = model, list(model.model.specialists.values())
         self.count, self.columns = len(self.specialists), list(model._head_columns())
+        self.switches = set().union(*map(switching_lengths, model.config.specialists))
         mask = model_kwargs.get("attention_mask")
         # without padding there is nothing to mask
         self.mask = None if mask is None or mask.all() else mask
@@ -195,6 +199,18 @@ class _Reader:
         )
         # a device map may have put the specialists on several devices
         return output.last_hidden_state.to(self.model.lm_head.weight.device)
+
+    def start_over(self, length: int) -> int:
+        """Forgets everything where keys must be rotated anew. Returns how many tokens the text can grow by until then.
+
+        One pass over drafts has one set of factors of rotation (longrope), which change with the length of the text.
+        """
+        mask = None if self.mask is None else F.pad(self.mask, (0, length - self.mask.shape[1]), value=1)
+        longest = length if mask is None else int(mask.sum(-1).max())
+        if starts_over(self.switches, int(self.cache.get_seq_length()), mask, longest):
+            self.cache.reset()
+        room = tokens_before_switch(self.switches, longest)
+        return sys.maxsize if room is None else room + 1
 
     def logits(self, k: int, hidden_states: Tensor) -> Tensor:
         """What one specialist would say. Shape (batch, new, vocab)."""

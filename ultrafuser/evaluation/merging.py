@@ -57,7 +57,7 @@ def merge(
     states = [m.state_dict() for m in specialists.values()]
     # the average needs no base: any would do
     start = states[0] if base is None else base.state_dict()
-    layers = next(iter(specialists.values())).config.num_hidden_layers
+    layers = next(iter(specialists.values())).config.get_text_config(decoder=True).num_hidden_layers
     torch.manual_seed(seed)
     model = copy.deepcopy(next(iter(specialists.values())))
     targets = model.state_dict()

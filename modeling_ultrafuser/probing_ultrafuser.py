@@ -1,0 +1,107 @@
+"""A step of generation with a cache, of a specialist alone and within a fused model: both must come to the same."""
+
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from .cache_ultrafuser import SpecialistCache
+from .causal_ultrafuser import masks_for_generate
+from .checking_ultrafuser import backbone_class
+from .configuration_ultrafuser import UltraFuserConfig
+from .specialists_ultrafuser import run_each
+
+
+def check_steps(config: UltraFuserConfig) -> None:
+    """Refuses specialists that cannot take a step with the cache that all share, as far as that shows without weights.
+
+    Raises:
+        ValueError: Naming the first such specialist and what it says.
+    """
+    for k, (name, backbone_config) in enumerate(zip(config.specialist_names, config.backbones, strict=False)):
+        with torch.device("meta"):
+            backbone = backbone_class(backbone_config)._from_config(backbone_config).eval()
+            ids = torch.zeros((1, 4), dtype=torch.long)
+            try:
+                step_within(DynamicCache, backbone, name, config, k, ids)
+            except ValueError as error:
+                # what depends on numbers is left to the probe
+                faults = ValueError | TypeError | AttributeError | KeyError | IndexError
+                if isinstance(error.__cause__, faults) and "meta" not in str(error):
+                    raise
+
+
+def step_alone(kind: type[Cache], model: PreTrainedModel, ids: Tensor) -> Tensor | None:
+    """Logits of the last token, read after the others are in a cache, as generation does it.
+
+    Args:
+        kind: Of the cache.
+        model: A causal language model.
+        ids: The text. Shape (1, seq).
+
+    Returns:
+        Shape (1, vocab); None if the model does not run in this way.
+    """
+    length, mask = ids.shape[1], torch.ones_like(ids)
+    takes = inspect.signature(model.forward).parameters
+    everything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    try:
+        cache = _cache(kind, model.config, length)
+        for end, new in ((length - 1, None), (length, 1)):
+            inputs = model.prepare_inputs_for_generation(
+                ids[:, :end],
+                next_sequence_length=new,
+                past_key_values=cache,
+                attention_mask=mask[:, :end],
+                position_ids=mask[:, :end].cumsum(-1) - 1,
+                is_first_iteration=new is None,
+                use_cache=True,
+            )
+            logits = model(**{key: value for key, value in inputs.items() if everything or key in takes}).logits
+    except Exception:  # whatever keeps it from running alone is not what fusing does to it
+        return None
+    return logits[:, -1] if logits.isfinite().all() else None
+
+
+def step_within(
+    kind: type[Cache], backbone: PreTrainedModel, name: str, fused: UltraFuserConfig, k: int, ids: Tensor
+) -> Tensor:
+    """The same of a specialist's backbone with its part of a fused model's cache: its last hidden state.
+
+    Args:
+        kind: Of the cache.
+        backbone: Of the specialist.
+        name: Of the specialist.
+        fused: Configuration of the fused model.
+        k: Which of its specialists this is.
+        ids: The text. Shape (1, seq).
+
+    Raises:
+        ValueError: If it does not run.
+    """
+    start = sum(c.num_hidden_layers for c in fused.backbones[:k])
+    layers = [start, start + backbone.config.num_hidden_layers]
+    length = ids.shape[1]
+    try:
+        cache = _cache(kind, fused, length)
+        for begin, end in ((0, length - 1), (length - 1, length)):
+            mask, positions = torch.ones_like(ids[:, :end]), torch.arange(begin, end, device=ids.device)[None]
+            if cache.is_compileable:
+                embeds = torch.empty((1, end - begin, 0), dtype=backbone.dtype, device=ids.device)
+                own = SpecialistCache(cache, layers[0], layers[1] - layers[0])
+                mask = masks_for_generate(backbone)(backbone.config, embeds, mask, own, position_ids=positions)
+                mask = {f"{name}/{key}": m for key, m in mask.items()} if isinstance(mask, dict) else {name: mask}
+            (output,) = run_each({name: backbone}, layers, ids[:, begin:end], mask, positions, cache, use_cache=True)
+    except Exception as error:
+        raise ValueError(
+            f"A specialist must generate with the cache that all specialists share, but {name!r} "
+            f"({backbone.config.model_type!r}) cannot with a {kind.__name__}: {type(error).__name__}: {error} "
+            f"It cannot be fused."
+        ) from error
+    return output.last_hidden_state[:, -1]
+
+
+def _cache(kind: type[Cache], config, length: int) -> Cache:
+    return kind(config=config) if kind is DynamicCache else kind(config=config, max_cache_len=length)
