@@ -27,9 +27,10 @@ from ultrafuser.evaluation.baselines import (
 )
 from ultrafuser.evaluation.comparing import compare
 from ultrafuser.evaluation.contenders import Comparison, merged, trained_choice, tuned_constant
-from ultrafuser.evaluation.evaluating import evaluate, left_out, read_json_lines, tables, verdict
+from ultrafuser.evaluation.evaluating import evaluate, left_out, tables, verdict
 from ultrafuser.evaluation.measuring import HeldOut, Scores, cost, held_out, score
 from ultrafuser.evaluation.statistics import calibration_error, flips, interval, per_example, permutation_test
+from ultrafuser.row_files import parse
 
 
 LINES = ["what is 2+2? it is 4", "def read(self): return 1", "the value of the expression", "x = 3 * y + 4"]
@@ -113,8 +114,8 @@ def test_rows_too_short_to_be_scored_are_counted_and_left_out():
 def test_a_line_that_is_no_json_is_named(tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two"\n')
-    with pytest.raises(ValueError, match=r"text\.jsonl: line 2 is not JSON"):
-        read_json_lines(path, 10)
+    with pytest.raises(ValueError, match=r"text\.jsonl, line 2: this row of domain 'text' is no JSON"):
+        list(parse(str(path), "domain 'text'"))
 
 
 def test_cost_counts_what_is_held_and_what_is_read(fused, specialists):

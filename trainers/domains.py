@@ -1,35 +1,172 @@
 """Which domain an example is of, from the data that is given to the tokens of a batch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, Split, concatenate_datasets
 from torch import Tensor
 
+from .rows import BESIDE, BESIDE_TOKENS, FORMS, TEXT, TOKENS, form_of, names, problem
 
-def with_domains(dataset: Dataset | Mapping[str, Dataset] | None) -> Dataset:
-    """One dataset with a column `domain`, out of one that has it or of one dataset per domain name.
+
+def by_domain(dataset: Dataset | Mapping[str, Dataset] | None) -> dict[str, Dataset]:
+    """One dataset per domain, without a column `domain`, out of just that or of one dataset with such a column.
 
     Raises:
-        ValueError: If the domains are not told, or the examples cannot be counted.
+        ValueError: If the domains are not told, one is empty, or is anything but a `Dataset`.
     """
-    given = list(dataset.values()) if isinstance(dataset, Mapping) else [dataset]
-    if any(isinstance(part, IterableDataset) for part in given):
+    if isinstance(dataset, Mapping) and not (isinstance(dataset, DatasetDict) and _splits(dataset)):
+        for name, part in dataset.items():
+            check_kind(part, f"domain {name!r}")
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(f"A domain has a name, but one of {list(dataset)} is {name!r}. Name it.")
+        parts = {n: p.remove_columns("domain") if "domain" in p.column_names else p for n, p in dataset.items()}
+    else:
+        if dataset is not None:
+            check_kind(dataset, "`train_dataset`")
+        parts = _by_column(dataset)
+    empty = [name for name, part in parts.items() if not len(part)]
+    if empty or not parts:
+        what = f"domain {empty[0]!r} has no rows" if empty else "there are none"
         raise ValueError(
-            "A mix of domains needs to know its examples, which a stream does not tell, but got an IterableDataset. "
-            "Load it without `streaming=True`; a Dataset is read from disk as needed too."
+            f"Batches are drawn from every domain, but {what}. Look at what was loaded, or leave the domain out."
         )
-    if isinstance(dataset, Mapping):
-        parts = [p.remove_columns("domain") if "domain" in p.column_names else p for p in given]
-        parts = [part.add_column("domain", [name] * len(part)) for name, part in zip(dataset, parts, strict=True)]
-        dataset = concatenate_datasets(parts)
+    return parts
+
+
+def _by_column(dataset: Dataset | None) -> dict[str, Dataset]:
     if dataset is None or "domain" not in dataset.column_names:
         columns = None if dataset is None else dataset.column_names
         raise ValueError(
             f"Batches are drawn evenly from the domains, so `train_dataset` needs a column 'domain', but its columns "
             f"are {columns}. Add one, or pass one dataset per domain: {{'text': ..., 'code': ...}}."
         )
-    return dataset
+    column = dataset.with_format(None)["domain"][:]
+    for number, domain in enumerate(column, start=1):
+        if not isinstance(domain, str | int) or not str(domain).strip():
+            raise ValueError(
+                f"Row {number} of `train_dataset` has the domain {domain!r}, but every row is of a domain that has a "
+                f"name. Fill it in, or drop the row: `dataset.filter(lambda row: row['domain'])`."
+            )
+    places, rows = np.array(column), dataset.remove_columns("domain")
+    return {name: rows.select(np.flatnonzero(places == name)) for name in sorted(set(column))}
+
+
+def _splits(dataset: Mapping) -> set[str]:
+    return set(dataset) & {str(split) for split in (Split.TRAIN, Split.VALIDATION, Split.TEST)}
+
+
+def check_kind(dataset, whose: str) -> None:
+    """Refuses what is no `Dataset`: all splits at once, a stream, a list.
+
+    Raises:
+        ValueError: Naming whose it is, and what.
+    """
+    if isinstance(dataset, Dataset):
+        return
+    kind, way_out = type(dataset).__name__, "Make it one: `Dataset.from_list(rows)`, say"
+    if isinstance(dataset, Mapping):
+        kind = f"{kind} of {list(dataset)}"
+        way_out = "Choose a split: `load_dataset(..., split='train')`, or `[...]` of what was loaded"
+    elif hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__"):
+        way_out = (
+            "A mix of domains needs to count its examples, which a stream does not tell: load it without "
+            "`streaming=True`; a Dataset is read from disk as needed, too"
+        )
+    raise ValueError(
+        f"{whose[:1].upper()}{whose[1:]} must be a `datasets.Dataset`, but got {'an' if kind[0] in 'IO' else 'a'} {kind}. "
+        f"{way_out}."
+    )
+
+
+def filled(rows: Dataset) -> Dataset:
+    """Without the columns of other domains' forms, which were filled up with nulls when all were put together."""
+    plain = rows.with_format(None)
+    empty = [c for c, value in plain[0].items() if value is None and all(v is None for v in plain[c])]
+    return rows.remove_columns(empty)
+
+
+def readable(
+    rows: Dataset, whose: str, *, text_field: str = "text", vocab_size: int | None = None, only: bool = True
+) -> Dataset:
+    """A domain's rows, once each of them can be read.
+
+    Args:
+        rows: Of one domain.
+        whose: "domain 'code'", for messages.
+        text_field: The column of plain text.
+        vocab_size: Token ids are below it.
+        only: Whether to leave out the columns that are not read.
+
+    Raises:
+        ValueError: Naming the first row that cannot be read, and why.
+    """
+    columns = rows.column_names
+    form = form_of(columns, (*FORMS[: FORMS.index(TEXT)], (text_field,)))
+    if form is None or {"image", "images"} & set(columns):
+        raise ValueError(
+            f"Rows have `messages`, `prompt` and `completion`, `{text_field}`, or `input_ids`, and no images, but those "
+            f"of {whose} have {columns or 'nothing in any column'}. Rename its columns."
+        )
+    read = [c for c in columns if c in (*form, *(BESIDE_TOKENS if form == TOKENS else BESIDE))]
+    for number, row in enumerate(rows.with_format(None).select_columns(read), start=1):
+        if fault := problem(row, form, vocab_size):
+            raise ValueError(
+                f"Row {number} of {whose} {fault}. Every row of a domain is trained on, so correct it or drop it; rows of "
+                f"another form can be a domain of their own."
+            )
+    return rows.select_columns(read) if only else rows
+
+
+def together(parts: Mapping[str, Dataset]) -> Dataset:
+    """One dataset with a column `domain`.
+
+    Raises:
+        ValueError: If a column is of other types in other domains.
+    """
+    named = [part.add_column("domain", [name] * len(part)) for name, part in parts.items()]
+    try:
+        return concatenate_datasets(named)
+    except ValueError as error:
+        kinds: dict[str, tuple] = {}
+        for name, part in parts.items():
+            for column, kind in part.features.items():
+                other, before = kinds.setdefault(column, (name, kind))
+                if before != kind:
+                    raise ValueError(
+                        f"Rows that the trainer does not prepare must have one type in each column, but {names([column])} "
+                        f"differs: {before} in domain {other!r}, {kind} in domain {name!r}. Bring them to one form, or let "
+                        f"the trainer prepare them: without `skip_prepare_dataset` and `remove_unused_columns=False`."
+                    ) from error
+        raise
+
+
+class Losses:
+    """Counts what preparing a domain's rows leaves out.
+
+    Args:
+        max_length: At which examples are cut, or None.
+        keep_end: Whether their end is what is kept.
+    """
+
+    def __init__(self, max_length: int | None, keep_end: bool):
+        self.max_length = max_length
+        self.kept = slice(None) if max_length is None else slice(-max_length, None) if keep_end else slice(max_length)
+        self.rows = self.cut = self.empty = 0
+
+    def count(self, rows: Iterable[Mapping]) -> None:
+        """Takes note of rows of tokens that are not cut yet."""
+        for row in rows:
+            self.rows += 1
+            self.cut += self.max_length is not None and len(row["input_ids"]) > self.max_length
+            # nothing predicts the first token
+            self.empty += all(label == -100 for label in row["labels"][self.kept][1:])
+
+    def __str__(self) -> str:
+        cut = f"{self.cut} are longer than `max_length={self.max_length}` and are cut" if self.cut else ""
+        empty = f"{self.empty} hold nothing to learn, because all that is left of them is prompt" if self.empty else ""
+        return " and ".join(filter(None, (cut, empty)))
 
 
 class DomainCollator:

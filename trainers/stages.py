@@ -4,6 +4,7 @@ A fused model is an ordinary causal language model, so TRL already computes the 
 parameters it trains and how fast, draws its batches from the domains, watches who speaks where, and resumes exactly.
 """
 
+import copy
 import json
 import os
 import warnings
@@ -13,19 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, List, Value
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import SFTTrainer
+from trl import SFTTrainer, is_conversational
 
 from modeling_ultrafuser.adapters_ultrafuser import adapter_parameters
+from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 
 from .chunked import add_chunked_head
 from .controlling import MixController
-from .domains import DomainCollator, with_domains
+from .domains import DomainCollator, Losses, by_domain, filled, readable, together
 from .losses import gate_terms
 from .mixing import effective_epochs, importance_weights, static_mix
 from .sampling import DomainSampler
@@ -52,6 +54,7 @@ class _StageTrainer(SFTTrainer):
 
     config_class: type[StageConfig]
     stage: str
+    _stand_in: Dataset | None = None
 
     def __init__(
         self,
@@ -80,8 +83,8 @@ class _StageTrainer(SFTTrainer):
                 f"{name} trains a fused model, but got a {type(model).__name__}. Build one with "
                 f"`UltraFuserForCausalLM.from_specialists(...)`, or train a single model with TRL's `SFTTrainer`."
             )
-        train_dataset = with_domains(train_dataset)
-        self.domains = sorted(set(train_dataset["domain"]))
+        parts, self.vocab_size = by_domain(train_dataset), model.config.vocab_size
+        self.domains = sorted(parts)
         self.own_specialists = [
             model.config.specialist_names.index(d) if d in model.config.specialist_names else None
             for d in self.domains
@@ -99,7 +102,8 @@ class _StageTrainer(SFTTrainer):
         _check_terms(args, kwargs)
         accumulate(args, len(self.domains))
         gate = {name: tensor.clone() for name, tensor in model.model.fusion_gate.state_dict().items()}
-        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        super().__init__(model, args, train_dataset=self._given(parts, train_dataset, args), **kwargs)
+        self._parts = self._stand_in = None
 
         self.fused = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         for name, parameter in self.fused.model.fusion_gate.named_parameters():
@@ -151,19 +155,61 @@ class _StageTrainer(SFTTrainer):
 
     # ---- data
 
-    def _prepare_dataset(self, dataset, *args, **kwargs):
-        """TRL's preparation, one domain at a time: no pack holds two domains, and each row keeps its domain."""
-        if not isinstance(dataset, Dataset) or "domain" not in dataset.column_names:
-            return super()._prepare_dataset(dataset, *args, **kwargs)
-        places, parts = np.array(dataset["domain"]), []
-        for name in sorted(set(dataset["domain"])):
-            part = dataset.select(np.flatnonzero(places == name)).remove_columns("domain")
-            # columns of other domains' formats, which were filled up when all were put together
-            empty = [c for c, value in part[0].items() if value is None and all(v is None for v in part[c])]
-            part = part.remove_columns(empty)
-            part = super()._prepare_dataset(part, *args, **kwargs)
-            parts.append(part.add_column("domain", [name] * len(part)))
-        return concatenate_datasets(parts)
+    def _given(self, parts: dict[str, Dataset], dataset, args: StageConfig) -> Dataset:
+        """What TRL is given: all rows if it takes them as they are, or else one domain, in whose place all are prepared."""
+        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            return dataset if isinstance(dataset, Dataset) else together(parts)
+        # TRL looks at the first row for assistants
+        self._parts, first = parts, next(iter(parts.values()))
+        conversations = (p for p in parts.values() if args.assistant_only_loss and is_conversational(p[0]))
+        self._stand_in = next(conversations, first).select([0])
+        return self._stand_in
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """TRL's preparation, one domain at a time: domains are in forms of their own, and no pack holds two of them."""
+        if not isinstance(dataset, Dataset):
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        settings = (processing_class, args, packing, formatting_func)
+        if dataset is self._stand_in:
+            parts = self._parts
+        elif "domain" in dataset.column_names:
+            parts = by_domain(dataset)
+        else:
+            return self._prepare_rows(dataset, dataset_name, *settings)
+        parts = {name: self._prepare_rows(parts[name], f"domain {name!r}", *settings) for name in sorted(parts)}
+        return together(parts)
+
+    def _prepare_rows(self, rows: Dataset, whose: str, processing_class, args, packing, formatting_func) -> Dataset:
+        """TRL's preparation of one form of rows, and a line on what it leaves out."""
+        rows = filled(rows)
+        if formatting_func is None:
+            rows = readable(
+                rows,
+                whose,
+                text_field=args.dataset_text_field,
+                vocab_size=self.vocab_size,
+                only=args.remove_unused_columns,
+            )
+        if args.completion_only_loss is None:
+            self.completion_only_loss = {"prompt", "completion"} <= set(rows.column_names)
+        # tokens first, as long as they are
+        uncut = copy.copy(args)
+        uncut.max_length, uncut.shuffle_dataset = None, False
+        rows = super()._prepare_dataset(rows, processing_class, uncut, False, formatting_func, whose)
+        keep_end = args.truncation_mode == "keep_end"
+        losses = Losses(None if packing and args.packing_strategy != "bfd" else args.max_length, keep_end)
+        losses.count(rows.with_format(None).select_columns(["input_ids", "labels"]))
+        if str(losses) and args.should_log:
+            print_line(f"Of {losses.rows} rows of {whose}, {losses}.")
+        rows = super()._prepare_dataset(rows, processing_class, args, packing, None, whose)
+        if args.remove_unused_columns:
+            self._signature_columns = None
+            self._set_signature_columns_if_needed()
+            rows = rows.select_columns([c for c in rows.column_names if c in self._signature_columns])
+        for column in {"input_ids", "labels"} & set(rows.column_names):
+            if rows.features[column] != (tokens := List(Value("int64"))):
+                rows = rows.cast_column(column, tokens)
+        return rows
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -374,7 +374,7 @@ def serve(
 
 def _stage(stage: str | None, words: list[str] | None, model, data: list[str] | None, out, max_steps):
     """What to train, and how, from a command line."""
-    from . import training
+    from . import row_files, training
 
     # its loaders fork
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -386,10 +386,10 @@ def _stage(stage: str | None, words: list[str] | None, model, data: list[str] | 
     # options that are not ours come as words, too
     recipe = Path(words.pop(0)) if words and not words[0].startswith("-") else None
     fused, args, model_args = training.parse([*arguments, *words], stage=stage, recipe=recipe)
-    if data and len(data) == 1 and "=" not in data[0] and re.search(r"/|\.jsonl?$", data[0]):
-        fused.domains = training.data_set(data[0])
+    if data and len(data) == 1 and "=" not in data[0] and re.search(r"/|\.jsonl?(\.gz)?$", data[0]):
+        fused.domains = row_files.arguments_of(data[0])
     elif data:
-        fused.domains = {d: training.data_set(source) for d, source in pairs(data, "--data").items()}
+        fused.domains = {d: row_files.arguments_of(source) for d, source in pairs(data, "--data").items()}
     return fused, args, model_args
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import SaveStrategy
@@ -16,7 +15,7 @@ from trl import ModelConfig
 
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from trainers import CachedGateTrainer, GateStageConfig
-from trainers.domains import with_domains
+from trainers.domains import by_domain
 
 from .evaluation.measuring import HeldOut, held_out, score
 from .folders import save_fused
@@ -80,7 +79,7 @@ def compare(
         FileExistsError: If there is something in the output folder.
     """
     kinds = {gate: _kind(gate) for gate in (UNTRAINED, *gates)}
-    data, kept_back = _split(with_domains(load_domains(fused)), args.seed)
+    data, kept_back = _split(by_domain(load_domains(fused, args.dataset_text_field)), args.seed)
     out, fits = Path(args.output_dir), []
     cache = fused.cache or out.with_name(f"{out.name}-cache")
     with new_folder(out) as folder:
@@ -122,21 +121,20 @@ def _kind(gate: str) -> tuple[str, int | None]:
     return kind, int(width) if width else None
 
 
-def _split(data: Dataset, seed: int) -> tuple[Dataset, dict[str, Dataset]]:
-    """All domains to train on, and each one's held-out rows."""
-    places = np.array(data["domain"])
-    train, kept_back = [], {}
-    for domain in sorted(set(data["domain"])):
-        rows = data.select((places == domain).nonzero()[0]).shuffle(seed=seed)
+def _split(data: dict[str, Dataset], seed: int) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """Each domain's rows to train on, and those held out."""
+    train, kept_back = {}, {}
+    for domain in sorted(data):
+        rows = data[domain].shuffle(seed=seed)
         count = round(HELD_OUT * len(rows))
         if not count:
             raise ValueError(
                 f"Gates are compared on rows that none was trained on, {HELD_OUT:.0%} of each domain, but {domain!r} "
                 f"has only {len(rows)} rows. Give it at least {round(0.5 / HELD_OUT) + 1}."
             )
-        kept_back[domain] = rows.select(range(count)).remove_columns("domain")
-        train.append(rows.select(range(count, len(rows))))
-    return concatenate_datasets(train), kept_back
+        kept_back[domain] = rows.select(range(count))
+        train[domain] = rows.select(range(count, len(rows)))
+    return train, kept_back
 
 
 def _replace_gate(model: PreTrainedModel, kind: str, width: int | None, seed: int) -> None:

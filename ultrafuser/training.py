@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -19,6 +19,7 @@ from trainers.stages import last_complete_checkpoint
 from .checking import reading
 from .folders import read_ingredients, write_ingredients
 from .fusing import Fusion, described
+from .row_files import load
 
 
 STAGES = {"gate": GateStageConfig, "joint": JointStageConfig}
@@ -112,7 +113,7 @@ def train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model
             f"output_dir."
         )
     trainer_class, own = _trainer(fused, out, model_args)
-    domains = load_domains(fused)
+    domains = load_domains(fused, args.dataset_text_field)
     ingredients = ingredients_of(fused, model_args)
     model, tokenizer = load_model(fused, model_args, trust_remote_code=args.trust_remote_code)
     trainer = trainer_class(model, args, domains, processing_class=tokenizer, **own)
@@ -194,32 +195,15 @@ def load_model(
     return AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **shared), tokenizer
 
 
-def data_set(source: str) -> dict[str, str]:
-    """Arguments of `load_dataset` for a JSON Lines file, or for HUB_ID:SPLIT."""
-    if Path(source).suffix in (".jsonl", ".json"):
-        return {"path": "json", "data_files": source}
-    path, _, split = source.partition(":")
-    return {"path": path, "split": split or "train"}
+def load_domains(fused: FusedArguments, text_field: str = "text") -> Dataset | dict[str, Dataset]:
+    """What a trainer draws from: one dataset per domain, or one whose rows name theirs.
 
-
-def load_domains(fused: FusedArguments) -> Dataset | dict[str, Dataset]:
-    """What a trainer draws from: one dataset per domain, or one whose rows name theirs."""
+    Raises:
+        ValueError: If a domain cannot be read, naming it, its file and the row.
+        OSError: If there is no such file or set.
+    """
     if not fused.domains:
         raise ValueError("Training draws from domains, but the recipe has none. Add `domains:`, a dataset for each.")
     if isinstance(fused.domains.get("path"), str):
-        return _load(fused.domains, "domain")
-    return {name: _load(arguments) for name, arguments in fused.domains.items()}
-
-
-def _load(arguments: dict[str, Any], *more: str) -> Dataset:
-    """The columns that a trainer reads, and those named."""
-    formats = (("messages",), ("prompt", "completion"), ("text",))  # data sets may hold several
-    dataset = load_dataset(**{"split": "train", **arguments})
-    columns = next((f for f in formats if set(f) <= set(dataset.column_names)), None)
-    if columns is None or not set(more) <= set(dataset.column_names):
-        named = "".join(f", and `{name}`" for name in more)
-        raise ValueError(
-            f"Rows have `messages`, `prompt` and `completion`, or `text`{named}, but those of {arguments} have "
-            f"{dataset.column_names}. Rename its columns."
-        )
-    return dataset.select_columns([*columns, *more])
+        return load(fused.domains, text_field=text_field)
+    return {name: load(arguments, name, text_field=text_field) for name, arguments in fused.domains.items()}

@@ -1,21 +1,22 @@
 """One command, one table: what `ultrafuser evaluate` does."""
 
 import hashlib
-import json
+import itertools
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
 from rich import box
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.tokenizing_ultrafuser import TOKENIZER_PROBE, load_tokenizer
+from trainers.rows import CHAT, PAIR, TEXT, TOKENS, form_of_row, names, problem
 from ultrafuser.provenance import provenance
 
+from ..row_files import is_file, load_set, parse
 from .comparing import MIXED, compare, write_json
 from .contenders import FUSED, Comparison
 from .journal import weights_digest
@@ -126,41 +127,29 @@ def _check_reads_alike(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _read(domain: str, source: str, *, tokenizer, examples: int, **limits) -> HeldOut:
-    if Path(source).suffix in (".jsonl", ".json"):
-        rows = read_json_lines(Path(source), examples)
+    whose = f"domain {domain!r}"
+    if is_file(source):
+        rows = _rows(source, whose, examples)
     else:
         name, _, split = source.partition(":")
-        stream = load_dataset(name, split=split or "test", streaming=True)
+        stream = load_set({"path": name, "split": split or "test", "streaming": True}, whose)
         rows = list(stream.take(examples))
+    if not rows:
+        raise ValueError(f"{source}: no row is in it, but {whose} needs some. Look at how it was made.")
     try:
         return held_out(rows, tokenizer, **limits)
     except ValueError as error:
         raise ValueError(f"{domain}, {source}: {error}") from error
 
 
-def read_json_lines(path: Path, limit: int) -> list[dict]:
-    """The first rows of a JSON Lines file.
-
-    Raises:
-        ValueError: Naming the first line that is no JSON object.
-        OSError: If the file cannot be read.
-    """
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if len(rows) == limit:
-                break
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}: line {number} is not JSON ({error}): {line[:80]!r}. Mend it or drop it."
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}: line {number} must be a JSON object, but is {line.strip()[:80]!r}.")
-            rows.append(row)
+def _rows(file: str, whose: str, limit: int) -> list[dict]:
+    rows, forms = [], (TEXT, TOKENS, CHAT, PAIR)
+    for place, row in itertools.islice(parse(file, whose), limit):
+        form = form_of_row(row, forms)
+        fault = problem(row, form) if form else f"has {list(row)}, where rows have {', or '.join(map(names, forms))}"
+        if fault:
+            raise ValueError(f"{place}: this row of {whose} {fault}. Correct it or drop it.")
+        rows.append(row)
     return rows
 
 
