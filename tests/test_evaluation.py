@@ -444,8 +444,7 @@ def test_the_command_prints_the_tables_and_refuses_malformed_rows_before_loading
     (tmp_path / "fused" / "model.safetensors").unlink()
     refused = CliRunner().invoke(app, [*command[:3], str(tmp_path / "other"), *command[4:]])
     assert refused.exit_code == 2
-    assert "code.jsonl: Held-out rows need" in refused.output
-    assert "row 2" in refused.output
+    assert "code.jsonl, line 2: this row of domain 'code' has ['txt'], where rows have `text`" in refused.output
 
 
 def test_rivals_that_cannot_be_compared_are_refused_before_anything_is_measured(fused, tmp_path):
