@@ -85,7 +85,7 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
             f"of type {model_type!r}, which {reason}. Convert it to a native architecture, or upgrade transformers if "
             f"a newer version knows it."
         )
-    return AutoConfig.from_pretrained(source, **hub)
+    return AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
 
 
 def _quantised(name: str, what: str) -> str:

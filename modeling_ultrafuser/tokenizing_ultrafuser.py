@@ -109,7 +109,8 @@ def load_tokenizer(source, **hub) -> PreTrainedTokenizerBase | None:
         source, hub = adapter["base_model_name_or_path"], {**hub, "revision": adapter.get("revision") or "main"}
     if os.path.isdir(source) and not _has_tokenizer(source):
         return None
-    return AutoTokenizer.from_pretrained(source, **hub)
+    # not None, which asks on the standard input
+    return AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **hub})
 
 
 def _has_tokenizer(source, **hub) -> bool:

@@ -433,6 +433,10 @@ def bench(
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the weights.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of everything random, and of the quickstart that made the model.")] = 0,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that comes with the model, its tokenizer, or --include."),
+    ] = False,
 ) -> None:
     """Run benchmarks with lm-eval; one result file per task, so that a run that was killed goes on where it was.
 
@@ -443,7 +447,14 @@ def bench(
     if "local" in tasks and include is None:
         include = out / "tasks"
         local_tasks.write(include, seed)
-    settings = {"limit": limit, "run_code": run_code, "chat": chat, "server": server, "include": include}
+    settings = {
+        "limit": limit,
+        "run_code": run_code,
+        "trust_remote_code": trust_remote_code,
+        "chat": chat,
+        "server": server,
+        "include": include,
+    }
     try:
         results = suites.run_suite(model, tasks, out, **settings, batch_size=batch_size, dtype=dtype, seed=seed)
     except (OSError, ValueError) as error:

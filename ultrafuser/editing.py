@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.checking_ultrafuser import own_config
@@ -24,6 +23,7 @@ from modeling_ultrafuser.gate_base_ultrafuser import columns_of_others
 from .checking import reading
 from .folders import fused_config, read_ingredients, save_fused
 from .fusing import described
+from .loading import load_tokenizer
 from .writing import new_folder
 
 
@@ -35,7 +35,7 @@ def add(folder: Path, name: str, source: str, out: Path, *, revision: str | None
     with new_folder(out) as part:
         config = fused_config(folder)
         first, rows = config.specialist_names[0], config.vocab_size
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         read = reading.read(name, source, revision)
         # token ids must mean the same to it; the chat template stays
         both, revisions = {first: tokenizer, name: source}, {name: read.revision}
@@ -50,14 +50,14 @@ def remove(folder: Path, name: str, out: Path) -> None:
         _check_name(fused_config(folder), name)
         model = remove_specialist(UltraFuserForCausalLM.from_pretrained(folder), name)
         ingredients = {n: i for n, i in read_ingredients(folder).items() if n != name}
-        save_fused(part, model, AutoTokenizer.from_pretrained(folder), ingredients)
+        save_fused(part, model, load_tokenizer(folder), ingredients)
 
 
 def take_out(folder: Path, name: str, out: Path) -> None:
     """Writes one specialist of a fused folder as an ordinary model's folder, with the fused model's tokenizer."""
     with new_folder(out) as part:
         _check_name(fused_config(folder), name)
-        AutoTokenizer.from_pretrained(folder).save_pretrained(part)
+        load_tokenizer(folder).save_pretrained(part)
         UltraFuserForCausalLM.from_pretrained(folder).specialist(name).save_pretrained(part)
 
 

@@ -11,13 +11,13 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import ModelInfo
 from rich.filesize import decimal
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 
 from . import hub_card, licences
 from .folders import fused_config
+from .loading import load_tokenizer
 
 
 WEIGHTS, INDEX, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
@@ -130,7 +130,7 @@ def whole_model(folder: Path) -> list[str]:
     if odd := {kind: sorted(map(str, keys))[:3] for kind, keys in found.items() if keys}:
         raise ValueError(f"Only a whole model is pushed, but of the weights in {str(folder)!r} some are odd: {odd}.")
     try:
-        AutoTokenizer.from_pretrained(folder)
+        load_tokenizer(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"A model is pushed with its tokenizer, but {str(folder)!r} holds none that loads. Save it there: "

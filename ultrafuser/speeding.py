@@ -3,11 +3,12 @@
 from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 
 from .decoding.choosing import COMPILED, WAYS, Speeds, decoder, speeds, tokens_per_second
+from .loading import load_model
 
 
 PROMPT = "def area(width, height):\n"
@@ -34,7 +35,7 @@ def measure(
         assistant: Folder or Hub id of a small model of the same tokenizer, to draft.
     """
     inputs = _inputs(model, tokenizer, prompts)
-    drafter = assistant and AutoModelForCausalLM.from_pretrained(assistant, dtype="auto").to(model.device)
+    drafter = assistant and load_model(assistant, dtype="auto").to(model.device)
     ways = tuple(w for w in WAYS if (w not in COMPILED or compile_steps) and (w != "assistant" or drafter))
     alone = {
         name: tokens_per_second(model.specialist(name), inputs, new_tokens)[1]

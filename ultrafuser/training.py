@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
@@ -19,6 +19,8 @@ from trainers.stages import last_complete_checkpoint
 from .checking import reading
 from .folders import read_ingredients, write_ingredients
 from .fusing import Fusion, described
+from .loading import load_model as load_any_model
+from .loading import load_tokenizer
 from .row_files import load
 
 
@@ -74,6 +76,8 @@ def parse(
     stage = stage or written.get("stage")
     if stage not in STAGES:
         raise ValueError(f"A stage is one of {list(STAGES)}, but got {stage!r}. Say it: --stage gate, say.")
+    trusted = any(word.startswith(("--trust_remote_code", "--trust-remote-code")) for word in arguments)
+    _check_asks_for_nothing_more(recipe, arguments)
     parser = TrlParser((FusedArguments, STAGES[stage], ModelConfig))
     if not torch.accelerator.is_available():
         # TRL's defaults are for a GPU, and refuse a machine without one
@@ -88,7 +92,21 @@ def parse(
             + (f"Near it: {', '.join(near)}." if near else "All are in the documentation of training.")
         )
     fused.stage = stage
+    # a recipe may come from somebody else, and a fused model needs no code but this package's
+    args.trust_remote_code &= trusted
     return fused, args, model
+
+
+def _check_asks_for_nothing_more(recipe: Path | None, arguments: list[str]) -> None:
+    # TRL would set it
+    path = recipe or (arguments[arguments.index("--config") + 1] if "--config" in arguments[:-1] else None)
+    written = {} if path is None else yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if isinstance(written, dict) and "env" in written:
+        raise ValueError(
+            f"A recipe says what to train and how, and sets no environment variables, because these decide which code "
+            f"and which servers are used, but {str(path)!r} has `env: {written['env']!r:.200}`. Take it out, and "
+            f"`export` what you want of it."
+        )
 
 
 def train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model_args: ModelConfig) -> None:
@@ -184,15 +202,13 @@ def load_model(
     shared |= {} if quantised is None else {"quantization_config": quantised}
     folder = model.model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, revision=model.model_revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = load_tokenizer(folder, revision=model.model_revision, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ValueError(
             f"Text is read with the fused model's tokenizer, but {folder!r} holds none that loads. Save a specialist's "
             f"there: `common_tokenizer(specialists).save_pretrained({folder!r})`."
         ) from error
-    return AutoModelForCausalLM.from_pretrained(model.model_name_or_path, **shared), tokenizer
+    return load_any_model(folder, **shared), tokenizer
 
 
 def load_domains(fused: FusedArguments, text_field: str = "text") -> Dataset | dict[str, Dataset]:

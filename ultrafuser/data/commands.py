@@ -12,6 +12,9 @@ import typer
 app = typer.Typer()
 Inputs = Annotated[list[str], typer.Argument(help="Files of records, or folders or Hub sets in this schema.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's or tokenizer's folder.")
+]
 
 
 @app.command()
@@ -32,6 +35,7 @@ def clean(
     ifd_share: Annotated[float | None, typer.Option(help="Part to keep that is most worth learning.")] = None,
     ifd_model: Annotated[str | None, typer.Option(help="Model that is asked how hard each answer is.")] = None,
     processes: Annotated[int, typer.Option(help="Processes for the filters of single records.")] = 2,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Drop what should not be trained on; show what was dropped and why.
@@ -60,10 +64,10 @@ def clean(
         if style_share is not None:
             report = ranking.keep_style(out, style_share)
         if ifd_model is not None:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from ..loading import load_model, load_tokenizer
 
-            model = AutoModelForCausalLM.from_pretrained(ifd_model, dtype="auto", trust_remote_code=True)
-            tokenizer = AutoTokenizer.from_pretrained(ifd_model, trust_remote_code=True)
+            model = load_model(ifd_model, dtype="auto", trust_remote_code=trust_remote_code)
+            tokenizer = load_tokenizer(ifd_model, trust_remote_code=trust_remote_code)
             report = ranking.keep_difficult(out, model, tokenizer, ifd_share)
         typer.echo(f"{cleaning.table(report)}\n{out / cleaning.KEPT}; why the others went: {out / cleaning.DROPPED}")
 
@@ -122,6 +126,7 @@ def look(
     name: Annotated[str, typer.Option(help="Name of the set.")] = "data",
     tokenizer: Annotated[str | None, typer.Option(help="Count lengths in its tokens, not in words.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of samples and map.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """What is in a set: counts, lengths, duplicates, a map and samples, as a page and a dataset card.
 
@@ -132,9 +137,9 @@ def look(
 
         loaded = None
         if tokenizer:
-            from transformers import AutoTokenizer
+            from ..loading import load_tokenizer
 
-            loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=True)
+            loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
         looking.look(_records(records), out, name=name, tokenizer=loaded, seed=seed)
     typer.echo(out / looking.PAGE)
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.tokenizing_ultrafuser import TOKENIZER_PROBE, load_tokenizer
 from trainers.rows import CHAT, PAIR, TEXT, TOKENS, form_of_row, names, problem
 from ultrafuser.provenance import provenance
 
+from .. import loading
 from ..row_files import is_file, load_set, parse
 from .comparing import MIXED, compare, write_json
 from .contenders import FUSED, Comparison
@@ -67,7 +68,7 @@ def evaluate(
     context = _fused_config(model).max_position_embeddings
     if specialists_of:
         _fused_config(specialists_of)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = loading.load_tokenizer(model)
     others = [path for path in (specialists_of, base, *(also or {}).values()) if path]
     for path in others:
         _check_reads_alike(path, tokenizer)
@@ -76,7 +77,7 @@ def evaluate(
     held, tuning = ({d: read(d, source) for d, source in (sources or {}).items()} for sources in (data, tune))
     # one device only: a specialist's part of the head does not follow it to another
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    load = partial(AutoModelForCausalLM.from_pretrained, dtype="auto", device_map=device)
+    load = partial(loading.load_model, dtype="auto", device_map=device)
     fused = load(model)
     comparison = Comparison(
         fused,
@@ -102,7 +103,7 @@ def evaluate(
 
 
 def _fused_config(path: str) -> UltraFuserConfig:
-    config = AutoConfig.from_pretrained(path)
+    config = loading.load_config(path)
     if not isinstance(config, UltraFuserConfig):
         raise ValueError(
             f"A fused model is compared with what its specialists allow, but {path!r} is of type "
@@ -113,7 +114,7 @@ def _fused_config(path: str) -> UltraFuserConfig:
 
 def _check_reads_alike(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
     # whether it is there at all shows now, not after hours spent on the others
-    AutoConfig.from_pretrained(path)
+    loading.load_config(path)
     own = load_tokenizer(path)
     if own is None:
         return

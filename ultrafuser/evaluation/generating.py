@@ -4,12 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-# so that fused folders load with the installed code
-import modeling_ultrafuser  # noqa: F401
 from trainers.prompting import render
 
+from ..loading import load_model, load_tokenizer
 from .answering import messages_of
 from .journal import Journal
 from .questions import Question
@@ -43,7 +42,7 @@ def answer_locally(
     waiting = [[q for q in questions if len(q.turns) > t and (q.id, t) not in journal.rows] for t in range(turns)]
     if not any(waiting):
         return
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer = load_tokenizer(folder, padding_side="left")
     if not isinstance(tokenizer.chat_template, str):
         raise ValueError(
             f"Questions are put in the model's chat template, but the tokenizer in {str(folder)!r} has none. Set "
@@ -52,7 +51,7 @@ def answer_locally(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    model = load_model(folder, dtype="auto").to(device).eval()
     set_seed(0)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     for turn, pending in enumerate(waiting):

@@ -72,6 +72,12 @@ def write(folder: str | Path, seed: int = 0) -> None:
         (folder / f"{name}.yaml").write_text(template.replace("FOLDER", str(folder)))
 
 
+def wrote(file: Path, text: str) -> bool:
+    """Whether `write` wrote such a file."""
+    template = TEMPLATES / file.name
+    return template.exists() and text == template.read_text().replace("FOLDER", str(file.parent.resolve()))
+
+
 def next_numbers(texts: list[str], trained_on: list[str]) -> list[dict]:
     """Worked-out problems, cut before each number of the working. Problems that were trained on are left out."""
     seen = {_question(problem) for text in trained_on for problem in text.split("\n\n")}

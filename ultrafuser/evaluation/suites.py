@@ -32,15 +32,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import jinja2
+import lm_eval.utils
 import torch
+import yaml
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
-from transformers import AutoConfig
 
 from modeling_ultrafuser import UltraFuserConfig
 
 from ..keys import check_address
+from ..loading import load_config, load_tokenizer, refusing_code
 from ..provenance import provenance
 from . import local_tasks
 
@@ -98,6 +102,7 @@ def run_suite(
     batch_size: int = 8,
     dtype: str = "auto",
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Runs lm-eval, one task after the other, and writes each task's result as soon as it is there.
 
@@ -117,6 +122,7 @@ def run_suite(
         batch_size: Questions at a time.
         dtype: Of the weights. A server has its own.
         seed: Of everything random.
+        trust_remote_code: Allows code that comes with the model or its tokenizer, and with tasks of `include`.
 
     Returns:
         The content of each result file, by task.
@@ -126,6 +132,10 @@ def run_suite(
             set, or if `out` holds a result of other settings.
         OSError: If the server does not answer.
     """
+    if include is not None and not trust_remote_code:
+        _check_plain(Path(include))
+    # tasks are templates that others wrote
+    lm_eval.utils.env = _sandboxed(lm_eval.utils.env)
     out = Path(out)
     shots = {}
     for name in names:
@@ -139,7 +149,8 @@ def run_suite(
     shared |= {"dtype": None if server else dtype, "batch_size": batch_size}
     settings = {task: shared | {"shots": number} for task, number in shots.items()}
     found = {task: read for task in shots if (read := _finished(out / f"{task}.json", settings[task]))}
-    backend, arguments = _server(folder, server) if server else _weights(folder, dtype)
+    backend, arguments = _server(folder, server) if server else _weights(folder, dtype, trust_remote_code)
+    run_with = arguments | ({} if server else {"trust_remote_code": trust_remote_code})
     out.mkdir(parents=True, exist_ok=True)
     if run_code:
         # `code_eval` asks once more
@@ -149,7 +160,7 @@ def run_suite(
     for task, number in shots.items():
         if task in found:
             continue
-        model = model or get_model(backend)(**arguments, batch_size=batch_size, **_device(backend))
+        model = model or get_model(backend)(**run_with, batch_size=batch_size, **_device(backend))
         evaluated = simple_evaluate(
             model,
             tasks=[task],
@@ -215,6 +226,48 @@ def _check_nothing_runs_code(tasks: Iterable[str], manager: TaskManager) -> None
         )
 
 
+def _check_plain(folder: Path) -> None:
+    """Refuses tasks that name functions, which are code, but for those that `local_tasks.write` wrote."""
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in (".yaml", ".yml")):
+        text = file.read_text(encoding="utf-8")
+        if local_tasks.wrote(file, text):
+            continue
+        try:
+            tags = [t for e in yaml.parse(text, yaml.SafeLoader) if (t := getattr(e, "tag", None))]
+            foreign = [tag for tag in tags if not tag.startswith("tag:yaml.org,2002:")]
+            names = [] if foreign else list(_included(yaml.safe_load(text)))
+        except yaml.YAMLError as error:
+            raise ValueError(f"Tasks are YAML files, but {str(file)!r} cannot be read as one: {error}") from error
+        # what is included is read as well, whatever its name
+        foreign += [
+            f"include: {name}" for name in names if not (file.parent / name).is_file() or not name.endswith(".yaml")
+        ]
+        if foreign:
+            raise ValueError(
+                f"Functions that tasks name are code, which is not run unasked, but {str(file)!r} has {foreign[0]!r}. "
+                f"Read it; then --trust-remote-code (`trust_remote_code=True`) runs it."
+            )
+
+
+def _included(content) -> Iterator[str]:
+    if isinstance(content, dict):
+        yield from ([str(content["include"])] if "include" in content else [])
+        content = list(content.values())
+    for inside in content if isinstance(content, list) else ():
+        yield from _included(inside)
+
+
+def _sandboxed(environment: jinja2.Environment) -> ImmutableSandboxedEnvironment:
+    """What renders lm-eval's tasks, as it is but for what a template could do."""
+    safe = ImmutableSandboxedEnvironment(
+        loader=environment.loader,
+        undefined=environment.undefined,
+        keep_trailing_newline=environment.keep_trailing_newline,
+    )
+    safe.filters.update(environment.filters)
+    return safe
+
+
 def _leaves(part: str | dict, manager: TaskManager) -> Iterator[str]:
     # single tasks of a task, a group, a tag, or of what stands within a group
     entry = manager.task_index.get(part) if isinstance(part, str) else None
@@ -240,11 +293,14 @@ def _finished(file: Path, settings: dict) -> dict[str, Any] | None:
     return result
 
 
-def _weights(folder: str | Path, dtype: str) -> tuple[str, dict[str, Any]]:
+def _weights(folder: str | Path, dtype: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
     # a model of lm-eval's, and what it is made from
-    # code that comes with a fused model is this package's own; nobody else's is run unasked
-    ours = isinstance(AutoConfig.from_pretrained(folder), UltraFuserConfig)
-    return "hf", {"pretrained": str(folder), "trust_remote_code": ours, "dtype": dtype}
+    with refusing_code(folder):
+        config = load_config(folder, trust_remote_code=trust_remote_code)
+        load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    # only where this package is not imported does a fused model need code from its folder
+    told = trust_remote_code or isinstance(config, UltraFuserConfig)
+    return "hf", {"pretrained": str(folder), "trust_remote_code": told, "dtype": dtype}
 
 
 def _server(folder: str | Path, server: str) -> tuple[str, dict[str, Any]]:

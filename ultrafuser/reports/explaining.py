@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
+
+from ..loading import load_config, load_tokenizer
 
 
 FUSED = "fused"
@@ -66,7 +68,7 @@ def load(folder: str, **settings) -> tuple[UltraFuserForCausalLM, PreTrainedToke
         ValueError: If it is a model of another kind, or has no tokenizer.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = load_config(folder)
     except OSError as error:
         raise OSError(f"There is no model at {folder!r}: neither such a folder nor such an id on the Hub.") from error
     if not isinstance(config, UltraFuserConfig):
@@ -75,7 +77,7 @@ def load(folder: str, **settings) -> tuple[UltraFuserForCausalLM, PreTrainedToke
             f"that `UltraFuserForCausalLM.save_pretrained` wrote."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Tokens are needed to show who speaks, but {folder!r} holds no tokenizer. Save that of a specialist there: "

@@ -1,0 +1,58 @@
+"""Models and tokenizers from folders and the Hub, without running code that comes with them.
+
+A fused model loads with this package's own code, whatever lies in its folder. Code of other models and tokenizers is run
+only where the user asked for it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+# so that fused models load with this package's code
+import modeling_ultrafuser  # noqa: F401
+
+
+def load_config(source: str | Path, *, trust_remote_code: bool = False, **hub):
+    """A model's configuration."""
+    return _load(AutoConfig.from_pretrained, source, trust_remote_code, hub)
+
+
+def load_model(source: str | Path, *, trust_remote_code: bool = False, **settings) -> PreTrainedModel:
+    """A causal language model.
+
+    Raises:
+        ValueError: If it comes with code of its own, which was not asked for.
+    """
+    return _load(AutoModelForCausalLM.from_pretrained, source, trust_remote_code, settings)
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, **settings) -> PreTrainedTokenizerBase:
+    """A tokenizer.
+
+    Raises:
+        ValueError: If it comes with code of its own, which was not asked for.
+    """
+    return _load(AutoTokenizer.from_pretrained, source, trust_remote_code, settings)
+
+
+def _load(load: Callable, source: str | Path, trust_remote_code: bool, settings: dict):
+    with refusing_code(source):
+        # not None, which asks on the standard input, where a prompt that is piped in may say yes
+        return load(source, trust_remote_code=trust_remote_code, **settings)
+
+
+@contextmanager
+def refusing_code(source: str | Path) -> Iterator[None]:
+    """Says in our words that code of a folder was not run."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code=True" not in str(error):
+            raise
+        raise ValueError(
+            f"Code that comes with a model or tokenizer is not run unasked, because it can do anything, but "
+            f"{str(source)!r} needs its own. Read it; then `data look`, `data clean` and `bench` run it with --trust-remote-code, "
+            f"and other commands never. Or take a model of an architecture that transformers has."
+        ) from error
