@@ -1,5 +1,6 @@
 """What is refused before any weight is loaded: each with the rule and its reason, what came, and the way out."""
 
+import copy
 import inspect
 import json
 import os
@@ -13,6 +14,7 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
@@ -21,7 +23,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from .causal_ultrafuser import check_causal_class
-from .configuration_ultrafuser import UltraFuserConfig
+from .configuration_ultrafuser import UltraFuserConfig, refuse_ambiguous_names
 
 
 DTYPE_RULE = (
@@ -38,6 +40,14 @@ def common_dtype(specialists: dict, configs: dict[str, PreTrainedConfig]) -> tor
     if len(set(dtypes.values()) - {None}) > 1:
         raise ValueError(DTYPE_RULE.format(dtypes))
     return next((d for d in dtypes.values() if d is not None), None)
+
+
+def check_names(config: UltraFuserConfig) -> None:
+    """Refuses names of specialists that are words in the paths of their modules, or fields of their configurations."""
+    with torch.device("meta"):
+        backbones = [AutoModel.from_config(copy.deepcopy(c)) for c in config.backbones]
+    parts = {part for b in backbones for path, _ in b.named_parameters() for part in path.split(".")}
+    refuse_ambiguous_names(config.specialist_names, config.backbones, parts)
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

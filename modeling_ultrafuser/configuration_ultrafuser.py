@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
 from .gates_ultrafuser import GATES
 
@@ -19,6 +19,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_ultrafuser.UltraFuserConfig",
     "AutoModel": "modeling_ultrafuser.UltraFuserModel",
     "AutoModelForCausalLM": "modeling_ultrafuser.UltraFuserForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_ultrafuser.UltraFuserForSequenceClassification",
 }
 
 # layers that keep keys and values of every token, or of those in a window, and nothing else
@@ -34,6 +35,9 @@ RESERVED_NAMES = {
     *("auto_map", "attn_implementation", "quantization_config"),
     *dir(nn.ModuleDict()),
     "smart_apply",  # which transformers gives to every module once it has built a model
+    *vars(GenerationConfig()),  # which a saved configuration must not have
+    # read and checked on any configuration
+    *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "mlp_layer_types", "mtp_layer_types"),
 }
 
 
@@ -62,7 +66,8 @@ class UltraFuserConfig(PreTrainedConfig):
     """
 
     model_type = "ultrafuser"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # what `Trainer` does not count as predictions
+    keys_to_ignore_at_inference = ["past_key_values", "gate_weights"]
     # the inherited default names modules that this model does not have
     base_model_fsdp_plan = {}
 
@@ -333,15 +338,37 @@ def validate_specialist_names(names: list[str]) -> None:
             or name in UltraFuserConfig.__annotations__
             or name in UltraFuserConfig._DERIVED
         ):
-            usable_word = re.sub(r"\W+", "_", f"model_{name}", flags=re.ASCII)
-            raise ValueError(
-                f"A specialist's name becomes the name of a module and of a configuration field, so it must be a word "
-                f"of letters, digits and underscores that starts with a letter and has no other meaning there, but "
-                f"got {name!r}. Try {usable_word!r} or, say, 'text', 'code', 'math'."
-            )
+            raise _unusable(name)
     duplicates = sorted({n for n in names if names.count(n) > 1})
     if duplicates:
         raise ValueError(f"Every specialist needs a name of its own, but {duplicates} came more than once in {names}.")
+
+
+def refuse_ambiguous_names(names: list[str], configs: list[PreTrainedConfig], path_parts: set[str]) -> None:
+    """Refuses names for a new fused model that folders which exist may have, but that other code misreads.
+
+    Args:
+        names: Of the specialists.
+        configs: Theirs, whose fields code for any model may look up.
+        path_parts: Words in the paths of their modules, by which PEFT and quantisers find them.
+
+    Raises:
+        ValueError: Naming the first such name and what a usable one looks like.
+    """
+    taken = path_parts.union(*(c.to_dict() for c in configs), *(c.attribute_map for c in configs))
+    for name in names:
+        # PEFT trains whatever has the first in its path, and calls adapters by the others
+        if name in taken or "lora_" in name or name in ("default", "ref"):
+            raise _unusable(name)
+
+
+def _unusable(name: str) -> ValueError:
+    usable_word = re.sub(r"\W+", "_", f"model_{name}", flags=re.ASCII).replace("lora_", "lora")
+    return ValueError(
+        f"A specialist's name becomes the name of a module and of a configuration field, so it must be a word "
+        f"of letters, digits and underscores that starts with a letter and has no other meaning there, but "
+        f"got {name!r}. Try {usable_word!r} or, say, 'text', 'code', 'math'."
+    )
 
 
 def specialist_layer_types(config: PreTrainedConfig) -> list[str]:
@@ -365,6 +392,11 @@ def common(values):
     """The value that all share, or None."""
     values = list(values)
     return values[0] if all(v == values[0] for v in values) else None
+
+
+def attention_of_all(config: "UltraFuserConfig") -> str | None:
+    """The attention implementation that all specialists run by, or None."""
+    return common(c._attn_implementation for c in config.backbones)
 
 
 def num_key_value_heads(config: PreTrainedConfig) -> int | None:

@@ -17,6 +17,7 @@ from .checking_ultrafuser import (
     auto_class,
     backbone_class,
     check_architecture,
+    check_names,
     check_saving,
     common_dtype,
     own_config,
@@ -125,6 +126,7 @@ def fuse_specialists(
     config = UltraFuserConfig(specialist_names=names, specialists=configs, **choices)
     check_saving(config)
     check_steps(config)
+    check_names(config)
     tokenizers = {n: load_tokenizer(s, **hub[n]) for n, s in specialists.items() if not isinstance(s, PreTrainedModel)}
     for name in [n for n, t in tokenizers.items() if t is None]:
         print_line(f"{name}: its folder holds no tokenizer, so nothing checks that its token ids mean the same.")

@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
@@ -29,12 +30,14 @@ from .causal_ultrafuser import (
     switching_lengths,
     tokens_before_switch,
 )
-from .configuration_ultrafuser import UltraFuserConfig, soft_cap
+from .configuration_ultrafuser import UltraFuserConfig, attention_of_all, soft_cap
+from .embeddings_ultrafuser import TokenEmbeddings
 from .fusing_ultrafuser import fuse_specialists
 from .gate_base_ultrafuser import Gate
 from .gates_ultrafuser import GATES
 from .outputs_ultrafuser import UltraFuserCausalLMOutput, UltraFuserMixtureOutput, UltraFuserModelOutput
-from .serving_ultrafuser import check_pageable, check_servable_by_vllm
+from .peft_ultrafuser import check_adapters
+from .serving_ultrafuser import check_pageable, check_servable_by_vllm, refuse_cache_of_one_shape
 from .specialists_ultrafuser import (
     BASE,
     Specialists,
@@ -47,6 +50,10 @@ from .specialists_ultrafuser import (
     run_each,
     selected,
 )
+
+
+# a path that no fused model has
+PROMPT_TUNING_ASKS_FOR = "embeddings.word_embeddings"
 
 
 class UltraFuserPreTrainedModel(PreTrainedModel):
@@ -91,17 +98,40 @@ class UltraFuserPreTrainedModel(PreTrainedModel):
         refuse_other_specialists(names, parts, [n for n, _ in self.named_parameters()], loading_info)
         refuse_quantised_head(getattr(self, "lm_head", None))
 
+    def post_init(self) -> None:
+        """Like the library's, and remembers the words of which the paths of its own parameters are made."""
+        super().post_init()
+        self.path_parts = frozenset(part for name, _ in self.named_parameters() for part in name.split("."))
+
+    def named_modules(self, *args, **kwargs) -> Iterator:
+        """Like torch's. Whoever puts on, trains or saves adapters begins here, so that here they are checked."""
+        check_adapters(self)
+        return super().named_modules(*args, **kwargs)
+
+    def set_attn_implementation(self, *args, **kwargs) -> None:
+        """Like the library's; and the configuration tells what specialists run by, not what was asked of them."""
+        try:
+            super().set_attn_implementation(*args, **kwargs)
+        finally:
+            self.base_model._tell_attention()
+
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Embedding:
-        """Resizes the embeddings of every specialist, and the head. Returns the first specialist's embedding."""
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        rows = embeddings.weight.shape[0]
+    ) -> nn.Module:
+        """Resizes the embeddings of every specialist, and the head. Returns what `get_input_embeddings` does."""
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return self.get_input_embeddings()
         for specialist in self.base_model.specialists.values():
-            if specialist.get_input_embeddings().weight.shape[0] != rows:
-                specialist.resize_token_embeddings(rows, mean_resizing=mean_resizing)
-            specialist.config.vocab_size = specialist.vocab_size = rows
-        return embeddings
+            specialist.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        rows = self.get_input_embeddings().weight.shape[0]
+        head = self.get_output_embeddings()
+        if isinstance(head, nn.Linear):
+            trainable = head.weight.requires_grad
+            self.set_output_embeddings(self._get_resized_lm_head(head, rows, mean_resizing=mean_resizing))
+            self.get_output_embeddings().requires_grad_(trainable)
+        self.base_model.resized |= rows != self.config.vocab_size
+        self.config.vocab_size = self.vocab_size = self.base_model.vocab_size = rows
+        return self.get_input_embeddings()
 
 
 class UltraFuserModel(UltraFuserPreTrainedModel):
@@ -135,13 +165,40 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
                     if isinstance(getattr(module, "layer_idx", None), int):
                         module.layer_idx += start
         self.fusion_gate = GATES[config.gate](config)
+        self.resized = False
+        self._tell_attention()
         self.post_init()
 
+    def _tell_attention(self) -> None:
+        """Writes into the configuration how specialists attend: as all do, or else as all can."""
+        chosen = attention_of_all(self.config)
+        own = {name: c._attn_implementation for name, c in zip(*self.config._names_and_configs(), strict=True)}
+        # for each, or the setter would change theirs, too
+        self.config._attn_implementation = own | {"": chosen or "eager"}
+
     def get_input_embeddings(self) -> nn.Module:
-        return next(iter(self.specialists.values())).get_input_embeddings()
+        """Every specialist's, as one module. Adapters of one base have a single one."""
+        embeddings = {name: s.get_input_embeddings() for name, s in self.specialists.items()}
+        return TokenEmbeddings(embeddings) if self.config.adapters is None else embeddings[BASE]
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        next(iter(self.specialists.values())).set_input_embeddings(value)
+        """Sets every specialist's, from what `get_input_embeddings` returns or anything else with theirs by name.
+
+        Raises:
+            ValueError: If that is one embedding, for several specialists.
+        """
+        if self.config.adapters is not None:
+            self.specialists[BASE].set_input_embeddings(value)
+            return
+        names = list(self.specialists)
+        if not isinstance(value, nn.ModuleDict) or set(value) != set(names):
+            raise ValueError(
+                f"Each specialist has a token embedding of its own, so that setting them takes one for each of {names}, "
+                f"but got {type(value).__name__}. Pass `nn.ModuleDict` of them by name, or set one alone: "
+                f"`model.model.specialists[name].set_input_embeddings(...)`."
+            )
+        for name in names:
+            self.specialists[name].set_input_embeddings(value[name])
 
     def forward(
         self,
@@ -183,12 +240,12 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
             self.config.specialist_names, input_ids, inputs_embeds, specialist_input_ids, specialist_attention_mask
         )
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        if use_cache:
+        if use_cache or past_key_values is not None:
             past_key_values = self._shared_cache(past_key_values)
         for key, wanted in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions)):
             if getattr(self.config, key) if wanted is None else wanted:
                 kwargs[key] = True
-        inputs = (input_ids, attention_mask, position_ids, past_key_values if use_cache else None)
+        inputs = (input_ids, attention_mask, position_ids, past_key_values)
         kwargs |= {
             "specialist_input_ids": specialist_input_ids,
             "specialist_attention_mask": specialist_attention_mask,
@@ -205,8 +262,8 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         output_class = UltraFuserModelOutput if self.config.fusion == "logits" else UltraFuserMixtureOutput
         output = output_class(
             fused,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=selected(end_to_end(outputs, "hidden_states"), output_hidden_states),
+            past_key_values=past_key_values,
+            hidden_states=selected(end_to_end(outputs, "hidden_states", fused), output_hidden_states),
             attentions=end_to_end(outputs, "attentions"),
             gate_weights=gate_weights,
         )
@@ -250,6 +307,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
             # one made without a configuration adds layers as they come, in an order that only one model can have
             cache.layers = DynamicCache(config=self.config).layers
             cache.layer_class_to_replicate = None
+        refuse_cache_of_one_shape(self.config, cache, self.first_layers[:-1])
         return cache
 
 
@@ -280,6 +338,10 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Like torch's, and shows all embeddings to PEFT's prompt tuning, which guesses at one if it finds none here."""
+        return self.get_input_embeddings() if target == PROMPT_TUNING_ASKS_FOR else super().get_submodule(target)
 
     def forward(
         self,
@@ -509,6 +571,23 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
             else:
                 masks[name] = mask
         return masks
+
+
+class UltraFuserForSequenceClassification(GenericForSequenceClassification, UltraFuserPreTrainedModel):
+    """A fused model that scores a whole text, at its last token: a reward model, a classifier."""
+
+    def __init__(self, config: UltraFuserConfig):
+        # not the library's, which looks the backbone up by the configuration's class
+        UltraFuserPreTrainedModel.__init__(self, config)
+        if config.fusion != "logits":
+            raise ValueError(
+                f"A score is read off one hidden state, which a fused model has with fusion='logits', but this one has "
+                f"fusion={config.fusion!r}. Fuse the specialists anew with fusion='logits'."
+            )
+        self.num_labels = config.num_labels
+        self.model = UltraFuserModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
 def _bounded(logits: Tensor, cap: float | None) -> Tensor:

@@ -15,7 +15,8 @@ class UltraFuserModelOutput(ModelOutput):
         last_hidden_state: The specialists' last hidden states side by side, scaled by the gate weights: times the
             head, they are the fused logits. Shape (batch, seq, sum of hidden sizes).
         past_key_values: One cache for all specialists.
-        hidden_states: On request, every specialist's hidden states, one specialist after another.
+        hidden_states: On request, every specialist's hidden states, one specialist after another; and at the end those
+            that the head reads, as wide as `config.hidden_size`.
         attentions: On request, every specialist's attention weights, one specialist after another.
         gate_weights: Share of each specialist in each token, in float32. Shape (batch, seq, specialists).
     """
@@ -38,7 +39,8 @@ class UltraFuserMixtureOutput(ModelOutput):
         specialist_hidden_states: The specialists' last hidden states side by side, as they are.
             Shape (batch, seq, sum of hidden sizes).
         past_key_values: One cache for all specialists.
-        hidden_states: On request, every specialist's hidden states, one specialist after another.
+        hidden_states: On request, every specialist's hidden states, one specialist after another; and at the end those
+            that the head reads, as wide as `config.hidden_size`.
         attentions: On request, every specialist's attention weights, one specialist after another.
         gate_weights: Share of each specialist in each token, in float32. Shape (batch, seq, specialists).
     """
@@ -68,7 +70,8 @@ class UltraFuserCausalLMOutput(ModelOutput):
         loss: Negative log-likelihood in nats per labelled token, if `labels` were given. A scalar.
         logits: Fused next-token logits; with fusion="probabilities", log-probabilities. Shape (batch, seq, vocab).
         past_key_values: One cache for all specialists.
-        hidden_states: On request, every specialist's hidden states, one specialist after another.
+        hidden_states: On request, every specialist's hidden states, one specialist after another; and at the end those
+            that the head reads, as wide as `config.hidden_size`.
         attentions: On request, every specialist's attention weights, one specialist after another.
         gate_weights: Share of each specialist in each token, in float32. Shape (batch, seq, specialists).
     """

@@ -1,7 +1,16 @@
 """Refusals of what engines that know one attention geometry for all layers would serve wrongly."""
 
+from transformers.cache_utils import Cache
+
 from .causal_ultrafuser import switching_lengths
-from .configuration_ultrafuser import UltraFuserConfig, common, head_dim, num_key_value_heads, specialist_layer_types
+from .configuration_ultrafuser import (
+    UltraFuserConfig,
+    attention_of_all,
+    common,
+    head_dim,
+    num_key_value_heads,
+    specialist_layer_types,
+)
 
 
 def check_servable_by_vllm(config: UltraFuserConfig) -> None:
@@ -79,6 +88,12 @@ def check_pageable(config: UltraFuserConfig) -> None:
     """
     _refuse_adapters(config, "Continuous batching")
     _refuse_longrope(config, "Continuous batching")
+    if attention_of_all(config) is None:
+        own = {n: c._attn_implementation for n, c in zip(config.specialist_names, config.specialists, strict=True)}
+        raise ValueError(
+            f"Continuous batching puts one paged attention in place of that of all layers, but specialists attend by "
+            f"{own}. Let all attend alike first: `model.set_attn_implementation('eager')`."
+        )
     types = {
         n: set(specialist_layer_types(c)) for n, c in zip(config.specialist_names, config.specialists, strict=True)
     }
@@ -99,4 +114,26 @@ def check_pageable(config: UltraFuserConfig) -> None:
     raise ValueError(
         f"Continuous batching keeps keys and values of all layers in blocks of one shape, of full attention and of "
         f"one attention window at most, but the specialists are {geometry}. Use `generate` for this model."
+    )
+
+
+def refuse_cache_of_one_shape(config: UltraFuserConfig, cache: Cache, first_layers: list[int]) -> None:
+    """Refuses keys and values of one shape for all layers, as PEFT's prefix tuning makes them, where shapes differ.
+
+    Raises:
+        ValueError: Naming each specialist's geometry.
+    """
+    # these fields are absent where specialists differ
+    if hasattr(config, "num_key_value_heads") and hasattr(config, "head_dim"):
+        return
+    keys = [getattr(cache.layers[k], "keys", None) for k in first_layers]
+    if any(k is None for k in keys) or common((k.shape[1], k.shape[3]) for k in keys if k.ndim == 4) is None:
+        return
+    geometry = {
+        name: {"num_key_value_heads": num_key_value_heads(c), "head_dim": head_dim(c)}
+        for name, c in zip(config.specialist_names, config.specialists, strict=True)
+    }
+    raise ValueError(
+        f"Keys and values were given in one shape for all layers (prefix tuning does), {tuple(keys[0].shape)}, but those "
+        f"of the specialists differ: {geometry}. Use LoRA, or prefix tuning on one specialist: `model.specialist(name)`."
     )

@@ -183,6 +183,10 @@ def run_each(
 def run(backbone: PreTrainedModel, **inputs) -> ModelOutput:
     """Runs a backbone; without autograd if that would only store activations that no gradient needs."""
     frozen = torch.is_grad_enabled() and not any(p.requires_grad for p in backbone.parameters())
+    if frozen and inputs.get("past_key_values") is not None:
+        # prefix tuning trains keys and values
+        kept = (getattr(layer, "keys", None) for layer in inputs["past_key_values"].layers)
+        frozen = not any(keys is not None and keys.requires_grad for keys in kept)
     with torch.no_grad() if frozen else nullcontext():
         return backbone(return_dict=True, **inputs)
 
@@ -192,10 +196,10 @@ def positions_of(mask: Tensor, seq: int) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)[:, -seq:]
 
 
-def end_to_end(outputs: list[ModelOutput], field: str) -> tuple[Tensor, ...] | None:
-    """A field of all specialists' outputs, one after another, or None if one lacks it."""
+def end_to_end(outputs: list[ModelOutput], field: str, *last: Tensor) -> tuple[Tensor, ...] | None:
+    """A field of all specialists' outputs, one after another, and `last`; or None if one lacks it."""
     values = [o.get(field) for o in outputs]
-    return None if any(v is None for v in values) else tuple(t for v in values for t in v)
+    return None if any(v is None for v in values) else (*(t for v in values for t in v), *last)
 
 
 def selected(states: tuple[Tensor, ...] | None, positions: bool | int | list[int] | None) -> tuple | None:

@@ -465,9 +465,10 @@ def test_a_resized_model_survives_saving(fused, tmp_path):
 
 
 @torch.no_grad()
-def test_hidden_states_are_every_specialists_own_one_after_another(specialists):
+def test_hidden_states_are_every_specialists_own_one_after_another_and_last_the_fused(specialists):
     fused, ids = fuse(specialists), prompt()
     expected = [h for m in specialists.values() for h in m(ids, output_hidden_states=True).hidden_states]
+    expected.append(fused.model(ids).last_hidden_state)
     assert_same(list(fused(ids, output_hidden_states=True).hidden_states), expected)
     assert fused(ids).hidden_states is None
 

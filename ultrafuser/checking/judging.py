@@ -18,6 +18,7 @@ from modeling_ultrafuser.checking_ultrafuser import (
     auto_class,
     backbone_class,
     check_architecture,
+    check_names,
     check_saving,
     common_dtype,
     own_config,
@@ -94,6 +95,7 @@ def judge(
         )
         check_saving(config)
         check_steps(config)
+        check_names(config)
         kinds = {n: f"{c.model_type} of {c.num_hidden_layers} x {c.hidden_size}" for n, c in texts.items()}
         found.note("architecture", FITS, f"{each(kinds)}.")
     if config is None or len(configs) < len(specialists):
