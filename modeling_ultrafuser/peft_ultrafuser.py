@@ -61,10 +61,8 @@ def _about_embeddings(model: nn.Module, config) -> str | None:
 
 def _about_prefix(model: nn.Module, config) -> str | None:
     """Which specialists PEFT would take for adapters and train as a whole, or None."""
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
-    alike = [name for name in model.config.specialist_names if prefix and prefix in name]
+    prefix = f"{config.peft_type.value.lower()}_"
+    alike = [name for name in model.config.specialist_names if prefix in name]
     if not alike:
         return None
     return (

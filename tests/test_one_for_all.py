@@ -137,7 +137,7 @@ def test_embeddings_are_set_for_all_or_not_at_all(fused):
 def test_tokens_are_trained_in_every_specialist(given, fused):
     model = get_peft_model(fused, lora(trainable_token_indices=given))
     trained = [n.split("specialists.")[1].split(".")[0] for n, p in model.named_parameters() if "token" in n]
-    assert [n for n in dict.fromkeys(trained)] == ["text", "code", "math"]
+    assert list(dict.fromkeys(trained)) == ["text", "code", "math"]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_name_that_other_code_would_misread_is_refused_when_fusing(name):
     UltraFuserForCausalLM.from_specialists({"text": specialist("llama"), usable: specialist("llama")})
 
 
-def test_every_prefix_of_peft_in_a_name_is_refused_with_its_method(fused):
+def test_a_prefix_of_peft_in_a_name_is_refused_with_its_method():
     assert PEFT_TYPE_TO_PREFIX_MAPPING["IA3"] == "ia3_"
     parts = {"text": specialist("llama", layers=1), "ia3_math": specialist("llama", layers=1)}
     config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
@@ -281,7 +281,7 @@ def test_the_configuration_tells_how_all_specialists_attend():
 
 def test_a_refused_attention_leaves_the_configuration_true():
     model = pair()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not supported"):
         model.set_attn_implementation("no such")
     assert model.config._attn_implementation == "sdpa"
 
