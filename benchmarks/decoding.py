@@ -221,7 +221,8 @@ def block_ways(fused: UltraFuserForCausalLM) -> Ways:
         start = time.process_time()
         others = zip(backbones[1:], caches[1:], strict=True)
         hidden = [m(block, past_key_values=cache, use_cache=True).last_hidden_state for m, cache in others]
-        fused.logits(*fused.model.weighed([drafted, *hidden]))
+        states, (weights, _) = fused.model.weighed([drafted, *hidden])
+        fused.logits(states, weights)
         return time.process_time() - start
 
     ways = {"one specialist's step": lambda: steps(one, one, ids)}

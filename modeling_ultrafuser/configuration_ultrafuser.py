@@ -53,6 +53,7 @@ class UltraFuserConfig(PreTrainedConfig):
         gate: How gate weights are computed, a name in `GATES`: "mlp" is the paper's.
         gate_hidden_size: Width of the hidden layer of a gate that has one. 512 in the paper (section 4.1).
         gate_temperature: Gate scores are divided by it before the softmax. Above 1 is softer, below 1 is sharper.
+        gate_calibration: Whether the gate also predicts temperatures, see `Gate`.
         fusion: "logits" mixes logits (the paper's Eq. 1), "probabilities" mixes distributions.
         adapters: Where specialists are LoRA adapters of one base, whose configuration all then have: the highest `rank`
             among them, and the names of the linear layers that any of them adapts, `target_modules`.
@@ -76,6 +77,7 @@ class UltraFuserConfig(PreTrainedConfig):
     gate: str = "mlp"
     gate_hidden_size: int = 512
     gate_temperature: float = 1.0
+    gate_calibration: bool = False
     fusion: str = "logits"
     adapters: dict[str, Any] | None = None
     vocab_size: int | None = None
@@ -124,6 +126,13 @@ class UltraFuserConfig(PreTrainedConfig):
             value = getattr(self, field)
             if value not in choices:
                 raise ValueError(f"Unknown {field} {value!r}. Choose one of {list(choices)}.")
+        if not isinstance(self.gate_calibration, bool):
+            raise ValueError(f"`gate_calibration` is {self.gate_calibration!r}, but it must be true or false.")
+        if self.gate_calibration and not GATES[self.gate].can_calibrate:
+            able = [name for name, gate in GATES.items() if gate.can_calibrate]
+            raise ValueError(
+                f"The gate {self.gate!r} predicts no temperatures. For `gate_calibration` choose one of {able}."
+            )
         temperature = self.gate_temperature
         number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
         if not number or not (math.isfinite(temperature) and temperature > 0):

@@ -47,6 +47,7 @@ def fuse_specialists(
     dtype: str | torch.dtype = "auto",
     gate_hidden_size: int = 512,
     gate_temperature: float = 1.0,
+    gate_calibration: bool = False,
     revisions: dict[str, str] | None = None,
     device_map=None,
     attn_implementation: str | None = None,
@@ -67,6 +68,7 @@ def fuse_specialists(
         dtype: Of the specialists and the head. "auto" takes what all specialists share; required if they differ.
         gate_hidden_size: Width of the hidden layer of a gate that has one.
         gate_temperature: Divides the gate's scores before the softmax.
+        gate_calibration: Whether the gate also predicts temperatures, token by token.
         revisions: Name to branch, tag or commit of its Hub repository. Pin commits for results to be repeatable.
         device_map: Where the fused model goes, as for `from_pretrained`.
         attn_implementation: As for `from_pretrained`; reaches every specialist.
@@ -92,6 +94,7 @@ def fuse_specialists(
         "gate": gate,
         "gate_hidden_size": gate_hidden_size,
         "gate_temperature": gate_temperature,
+        "gate_calibration": gate_calibration,
         "fusion": fusion,
     }
     if not names:

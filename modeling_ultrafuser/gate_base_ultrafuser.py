@@ -5,6 +5,7 @@ modules for their own, and 16 bits are too coarse for scores that pass through a
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,48 +13,75 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import initialization as init
 
 
+# a learned factor on logits stays between exp(-2) and exp(2)
+LARGEST_LOG_SCALE = 2.0
+
+
+class GateOutput(NamedTuple):
+    """What a gate returns.
+
+    Attributes:
+        weights: Share of each specialist in each token in float32: non-negative, summing to 1 over the last axis. Shape
+            (batch, seq, specialists).
+        scales: Factors on the logits of each token in float32, or None without `gate_calibration`. With fusion="logits"
+            one for the fused logits, shape (batch, seq, 1); with fusion="probabilities" one for the logits of each
+            specialist, shape (batch, seq, specialists).
+    """
+
+    weights: Tensor
+    scales: Tensor | None = None
+
+
 class Gate(nn.Module):
     """Base of all gates: scores each specialist, then takes the softmax over specialists at `gate_temperature`.
+
+    With `gate_calibration` it also predicts temperatures, token by token (after Guo et al., 2017, arXiv 1706.04599, whose
+    temperature is one number): how sure the fused model, or each specialist of a probability mixture, should be.
 
     A gate is one file with one subclass, and one line in `GATES`. It owns its parameters and what becomes of them when
     a specialist is added or removed.
 
     Attributes:
         has_width: Whether it has a hidden layer, `gate_hidden_size` wide.
+        can_calibrate: Whether it can also predict temperatures.
     """
 
     has_width = False
+    can_calibrate = False
 
     def __init__(self, config):
         super().__init__()
         self.temperature = config.gate_temperature
         self.num_specialists = len(config.specialists)
+        self.num_outputs = self.num_specialists + num_scales(config)
 
     def scores(self, hidden_states: list[Tensor]) -> Tensor:
-        """Scores each specialist before the softmax.
+        """Scores each specialist before the softmax, then gives the logarithms of the scales, if there are any.
 
         Args:
             hidden_states: Each specialist's last hidden state in float32. Shapes (batch, seq, hidden).
 
         Returns:
-            Shape (batch, seq, specialists).
+            Shape (batch, seq, specialists + scales).
         """
         raise NotImplementedError
 
-    def forward(self, hidden_states: list[Tensor]) -> Tensor:
+    def forward(self, hidden_states: list[Tensor]) -> GateOutput:
         """Weighs the specialists at every token.
 
         Args:
             hidden_states: Each specialist's last hidden state, after its final norm. Shapes (batch, seq, hidden).
-
-        Returns:
-            Gate weights in float32: non-negative, summing to 1 over the last axis. Shape (batch, seq, specialists).
         """
         with torch.autocast(device_type=hidden_states[0].device.type, enabled=False):
-            return (self.scores([h.float() for h in hidden_states]) / self.temperature).softmax(-1)
+            scores = self.scores([h.float() for h in hidden_states])
+            weights = (scores[..., : self.num_specialists] / self.temperature).softmax(-1)
+            if self.num_outputs == self.num_specialists:
+                return GateOutput(weights)
+            log_scales = scores[..., self.num_specialists :]
+            return GateOutput(weights, log_scales.clamp(-LARGEST_LOG_SCALE, LARGEST_LOG_SCALE).exp())
 
     def init_weights(self) -> None:
-        """Starts uniform: an untrained fused model is the plain average of its specialists."""
+        """Starts uniform and with scales of 1: an untrained fused model is the plain average of its specialists."""
         for parameter in self.parameters():
             init.zeros_(parameter)
 
@@ -95,9 +123,23 @@ def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return F.linear(hidden_states.float(), weight.float(), None if bias is None else bias.float())
 
 
-def others(index: int, config) -> Tensor:
-    """Indices of all specialists but one. Shape (specialists - 1,)."""
-    return torch.tensor([k for k in range(len(config.specialists)) if k != index])
+def head_factors(gate_weights: Tensor, logit_scales: Tensor | None) -> Tensor:
+    """Factors of the hidden states where logits are mixed. Shape (..., specialists)."""
+    return gate_weights if logit_scales is None else gate_weights * logit_scales
+
+
+def num_scales(config) -> int:
+    """Counts the factors on logits that a calibrated gate predicts for a token."""
+    if not config.gate_calibration:
+        return 0
+    return 1 if config.fusion == "logits" else len(config.specialists)
+
+
+def rows_of_others(index: int, config) -> Tensor:
+    """Rows of a gate's outputs, scores and scales, without those of one specialist."""
+    number = len(config.specialists)
+    gone = {index, number + index} if config.fusion == "probabilities" else {index}
+    return torch.tensor([row for row in range(number + num_scales(config)) if row not in gone])
 
 
 def columns_of_others(index: int, config) -> Tensor:
@@ -106,7 +148,22 @@ def columns_of_others(index: int, config) -> Tensor:
     return torch.cat([c for k, c in enumerate(torch.arange(sum(sizes)).split(sizes)) if k != index])
 
 
-def with_equal_share(scores: Tensor, temperature: float) -> Tensor:
-    """Appends a score whose softmax is 1 in all. Shape (specialists + 1,)."""
-    score = temperature * ((scores / temperature).logsumexp(0) - math.log(len(scores)))
-    return torch.cat([scores, score[None]])
+def with_rows_of_one_more(rows: Tensor, config, score: Tensor | None = None) -> Tensor:
+    """Adds the rows of one more specialist, the last: its score, zeros by default, and a scale of 1 if it has one.
+
+    Args:
+        rows: Rows of a gate's outputs. Shape (specialists + scales, ...).
+        config: The fused model's configuration with the new specialist.
+        score: Row of its score. Shape (1, ...).
+    """
+    scores, scales = rows.tensor_split([len(config.specialists) - 1])
+    zeros = torch.zeros_like(rows[:1])
+    added = [zeros] if len(scales) and config.fusion == "probabilities" else []
+    return torch.cat([scores, zeros if score is None else score, scales, *added])
+
+
+def with_equal_share(bias: Tensor, config) -> Tensor:
+    """Adds the outputs of one more specialist, whose score has a softmax of 1 in all. Shape (specialists + scales,)."""
+    scores = bias[: len(config.specialists) - 1] / config.gate_temperature
+    score = config.gate_temperature * (scores.logsumexp(0) - math.log(len(scores)))
+    return with_rows_of_one_more(bias, config, score[None])

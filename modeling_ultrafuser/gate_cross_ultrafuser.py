@@ -5,7 +5,15 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import initialization as init
 
-from .gate_base_ultrafuser import Gate, columns_of_others, empty, linear, others, with_equal_share
+from .gate_base_ultrafuser import (
+    Gate,
+    columns_of_others,
+    empty,
+    linear,
+    rows_of_others,
+    with_equal_share,
+    with_rows_of_one_more,
+)
 
 
 class CrossGate(Gate):
@@ -16,15 +24,16 @@ class CrossGate(Gate):
     """
 
     has_width = True
+    can_calibrate = True
 
     def __init__(self, config):
         super().__init__(config)
         size, width = sum(c.hidden_size for c in config.specialists), config.gate_hidden_size
         self.hidden_weight = empty(width, size)
         self.hidden_bias = empty(width)
-        self.score_weight = empty(self.num_specialists, width)
-        self.skip_weight = empty(self.num_specialists, size)
-        self.score_bias = empty(self.num_specialists)
+        self.score_weight = empty(self.num_outputs, width)
+        self.skip_weight = empty(self.num_outputs, size)
+        self.score_bias = empty(self.num_outputs)
 
     def scores(self, hidden_states: list[Tensor]) -> Tensor:
         states = torch.cat(hidden_states, dim=-1)
@@ -37,7 +46,7 @@ class CrossGate(Gate):
 
     def without(self, index: int, config) -> dict[str, Tensor]:
         """What it read from the removed specialist is missing from the others' scores: train it again."""
-        kept, columns, state = others(index, config), columns_of_others(index, config), self.state_dict()
+        kept, columns, state = rows_of_others(index, config), columns_of_others(index, config), self.state_dict()
         return {
             "hidden_weight": state["hidden_weight"][:, columns],
             "hidden_bias": state["hidden_bias"],
@@ -52,7 +61,7 @@ class CrossGate(Gate):
         return {
             "hidden_weight": F.pad(state["hidden_weight"], (0, size)),
             "hidden_bias": state["hidden_bias"],
-            "score_weight": F.pad(state["score_weight"], (0, 0, 0, 1)),
-            "skip_weight": F.pad(state["skip_weight"], (0, size, 0, 1)),
-            "score_bias": with_equal_share(state["score_bias"], self.temperature),
+            "score_weight": with_rows_of_one_more(state["score_weight"], config),
+            "skip_weight": with_rows_of_one_more(F.pad(state["skip_weight"], (0, size)), config),
+            "score_bias": with_equal_share(state["score_bias"], config),
         }

@@ -4,27 +4,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from .gate_base_ultrafuser import Gate, columns_of_others, empty, linear, others, with_equal_share
+from .gate_base_ultrafuser import (
+    Gate,
+    columns_of_others,
+    empty,
+    linear,
+    rows_of_others,
+    with_equal_share,
+    with_rows_of_one_more,
+)
 
 
 class LinearGate(Gate):
     """One linear layer over all specialists' hidden states side by side, so that it can compare them."""
 
+    can_calibrate = True
+
     def __init__(self, config):
         super().__init__(config)
-        self.weight = empty(self.num_specialists, sum(c.hidden_size for c in config.specialists))
-        self.bias = empty(self.num_specialists)
+        self.weight = empty(self.num_outputs, sum(c.hidden_size for c in config.specialists))
+        self.bias = empty(self.num_outputs)
 
     def scores(self, hidden_states: list[Tensor]) -> Tensor:
         return linear(torch.cat(hidden_states, dim=-1), self.weight, self.bias)
 
     def without(self, index: int, config) -> dict[str, Tensor]:
         """What it read from the removed specialist is missing from the others' scores: train it again."""
-        kept = others(index, config)
+        kept = rows_of_others(index, config)
         weight = self.weight.detach()[kept][:, columns_of_others(index, config)]
         return {"weight": weight, "bias": self.bias.detach()[kept]}
 
     def with_one_more(self, name: str, config) -> dict[str, Tensor]:
         """The new specialist's score is a bias: an equal share if the others' biases were all they had."""
-        weight = F.pad(self.weight.detach(), (0, config.specialists[-1].hidden_size, 0, 1))
-        return {"weight": weight, "bias": with_equal_share(self.bias.detach(), self.temperature)}
+        weight = F.pad(self.weight.detach(), (0, config.specialists[-1].hidden_size))
+        return {
+            "weight": with_rows_of_one_more(weight, config),
+            "bias": with_equal_share(self.bias.detach(), config),
+        }

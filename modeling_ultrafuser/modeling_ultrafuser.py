@@ -33,7 +33,7 @@ from .causal_ultrafuser import (
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all, soft_cap
 from .embeddings_ultrafuser import TokenEmbeddings
 from .fusing_ultrafuser import fuse_specialists
-from .gate_base_ultrafuser import Gate
+from .gate_base_ultrafuser import Gate, GateOutput, head_factors
 from .gates_ultrafuser import GATES
 from .outputs_ultrafuser import UltraFuserCausalLMOutput, UltraFuserMixtureOutput, UltraFuserModelOutput
 from .peft_ultrafuser import check_adapters
@@ -258,46 +258,50 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
 
         # a device map may have put the specialists on several devices
         device = outputs[-1].last_hidden_state.device
-        fused, gate_weights = self.weighed([o.last_hidden_state.to(device) for o in outputs])
+        fused, gate_output = self.weighed([o.last_hidden_state.to(device) for o in outputs])
         output_class = UltraFuserModelOutput if self.config.fusion == "logits" else UltraFuserMixtureOutput
         output = output_class(
             fused,
             past_key_values=past_key_values,
             hidden_states=selected(end_to_end(outputs, "hidden_states", fused), output_hidden_states),
             attentions=end_to_end(outputs, "attentions"),
-            gate_weights=gate_weights,
+            gate_weights=gate_output.weights,
+            logit_scales=gate_output.scales,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def weighed(self, hidden_states: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """What the head reads, and the gate weights in it.
+    def weighed(self, hidden_states: list[Tensor]) -> tuple[Tensor, GateOutput]:
+        """Weighs last hidden states into what the head reads.
 
         Args:
             hidden_states: Each specialist's, on one device. Shapes (batch, seq, hidden).
 
         Returns:
-            The fused hidden state, see `mixed`, and the gate weights, (batch, seq, specialists).
+            The fused hidden state, see `mixed`, and what the gate returned.
         """
-        gate_weights = self.fusion_gate(hidden_states)
-        return self.mixed(hidden_states, gate_weights), gate_weights
+        gate_output = self.fusion_gate(hidden_states)
+        return self.mixed(hidden_states, *gate_output), gate_output
 
-    def mixed(self, hidden_states: list[Tensor], gate_weights: Tensor) -> Tensor:
-        """The specialists' last hidden states side by side, scaled where logits are mixed.
+    def mixed(self, hidden_states: list[Tensor], gate_weights: Tensor, logit_scales: Tensor | None = None) -> Tensor:
+        """Puts the specialists' last hidden states side by side: times their scale, and where logits are mixed weight.
 
         Adapters of one base have its head in common: where logits are mixed, their scaled states are summed instead.
 
         Args:
             hidden_states: Each specialist's. Shapes (batch, seq, hidden), or (tokens, hidden).
             gate_weights: Shape (batch, seq, specialists), or (tokens, specialists).
+            logit_scales: Shape (batch, seq, 1 or specialists), or without batch.
 
         Returns:
             Shape (batch, seq, width of the head), or that of all side by side; or the same of tokens.
         """
-        if self.config.fusion == "logits":
-            weights = gate_weights.to(hidden_states[0].dtype).split(1, dim=-1)
-            hidden_states = [w * h for w, h in zip(weights, hidden_states, strict=True)]
-            if self.config.adapters is not None:
-                return sum(hidden_states)
+        logits = self.config.fusion == "logits"
+        factors = head_factors(gate_weights, logit_scales) if logits else logit_scales
+        if factors is not None:
+            factors = factors.to(hidden_states[0].dtype).split(1, dim=-1)
+            hidden_states = [f * h for f, h in zip(factors, hidden_states, strict=True)]
+        if logits and self.config.adapters is not None:
+            return sum(hidden_states)
         return torch.cat(hidden_states, dim=-1)
 
     def _shared_cache(self, cache: Cache | None) -> Cache:
@@ -389,6 +393,7 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             gate_weights=outputs.gate_weights,
+            logit_scales=outputs.logit_scales,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

@@ -12,13 +12,14 @@ class UltraFuserModelOutput(ModelOutput):
     """What the backbone returns.
 
     Attributes:
-        last_hidden_state: The specialists' last hidden states side by side, scaled by the gate weights: times the
-            head, they are the fused logits. Shape (batch, seq, sum of hidden sizes).
+        last_hidden_state: The specialists' last hidden states side by side, scaled by the gate: times the head, they
+            are the fused logits. Shape (batch, seq, sum of hidden sizes).
         past_key_values: One cache for all specialists.
         hidden_states: On request, every specialist's hidden states, one specialist after another; and at the end those
             that the head reads, as wide as `config.hidden_size`.
         attentions: On request, every specialist's attention weights, one specialist after another.
         gate_weights: Share of each specialist in each token, in float32. Shape (batch, seq, specialists).
+        logit_scales: Factors of a calibrated gate on the logits, see `GateOutput`.
     """
 
     last_hidden_state: Tensor | None = None
@@ -26,6 +27,7 @@ class UltraFuserModelOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     gate_weights: Tensor | None = None
+    logit_scales: Tensor | None = None
 
 
 @dataclass
@@ -36,13 +38,14 @@ class UltraFuserMixtureOutput(ModelOutput):
     mix logits here, and nothing would show it.
 
     Attributes:
-        specialist_hidden_states: The specialists' last hidden states side by side, as they are.
-            Shape (batch, seq, sum of hidden sizes).
+        specialist_hidden_states: The specialists' last hidden states side by side, scaled by a
+            calibrated gate. Shape (batch, seq, sum of hidden sizes).
         past_key_values: One cache for all specialists.
         hidden_states: On request, every specialist's hidden states, one specialist after another; and at the end those
             that the head reads, as wide as `config.hidden_size`.
         attentions: On request, every specialist's attention weights, one specialist after another.
         gate_weights: Share of each specialist in each token, in float32. Shape (batch, seq, specialists).
+        logit_scales: Factors of a calibrated gate on the logits, see `GateOutput`.
     """
 
     specialist_hidden_states: Tensor | None = None
@@ -50,6 +53,7 @@ class UltraFuserMixtureOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     gate_weights: Tensor | None = None
+    logit_scales: Tensor | None = None
 
     @property
     def last_hidden_state(self) -> Tensor:
@@ -74,6 +78,7 @@ class UltraFuserCausalLMOutput(ModelOutput):
             that the head reads, as wide as `config.hidden_size`.
         attentions: On request, every specialist's attention weights, one specialist after another.
         gate_weights: Share of each specialist in each token, in float32. Shape (batch, seq, specialists).
+        logit_scales: Factors of a calibrated gate on the logits, see `GateOutput`.
     """
 
     loss: Tensor | None = None
@@ -82,3 +87,4 @@ class UltraFuserCausalLMOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     gate_weights: Tensor | None = None
+    logit_scales: Tensor | None = None

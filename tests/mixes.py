@@ -82,7 +82,8 @@ def naive_logits(fused, specialists, input_ids, gate_weights, **inputs):
 
 def naive_gate_weights(fused, specialists, input_ids, **inputs):
     """The fused model's gate, on the hidden states of the specialists it was made from."""
-    return fused.model.fusion_gate([m.base_model(input_ids, **inputs).last_hidden_state for m in specialists.values()])
+    states = [m.base_model(input_ids, **inputs).last_hidden_state for m in specialists.values()]
+    return fused.model.fusion_gate(states).weights
 
 
 @torch.no_grad()

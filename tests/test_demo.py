@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.gate_base_ultrafuser import GateOutput
 from tests import serving as http
 from tests.conftest import in_browser, stir_gate
 from tests.serving import running
@@ -65,9 +66,9 @@ def test_steering_follows_its_formula_and_ends_with_the_answer(model):
 
 
 def test_the_largest_bias_lifts_a_specialist_that_has_no_weight_at_all(model):
-    sure = torch.tensor([[[1.0, 0.0, 0.0]]])
+    sure = GateOutput(torch.tensor([[[1.0, 0.0, 0.0]]]))
     with demo.steered(gate := torch.nn.Identity(), 0.1, bias=(0.0, 0.0, demo.LARGEST_BIAS)):
-        assert gate(sure)[0, 0, 2] > 0.9999
+        assert gate(sure).weights[0, 0, 2] > 0.9999
     pieces = answer(model, bias=(0.0, demo.LARGEST_BIAS, 0.0))
     assert all(weights[1] > 0.99 for _, weights in pieces)
     # what code alone says

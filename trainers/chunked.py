@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from modeling_ultrafuser.configuration_ultrafuser import soft_cap
+from modeling_ultrafuser.gate_base_ultrafuser import head_factors
 
 
 # positions whose logits are in memory at once: a processor's caches are small, a GPU's launches cost more than memory
@@ -71,10 +72,13 @@ def add_chunked_head(model: PreTrainedModel) -> None:
         targets = labels[:, 1:].to(head.device)
         mask = targets != -100
         learns = [head, *self.model.specialists.parameters()]
+        weights = outputs.gate_weights
+        if self.config.fusion == "logits":
+            weights = head_factors(weights, outputs.logit_scales)
         found = score_tokens(
             self.config,
             outputs[0][:, :-1].to(head.device)[mask],
-            outputs.gate_weights[:, :-1].to(head.device)[mask],
+            weights[:, :-1].to(head.device)[mask],
             head,
             targets[mask],
             gate_only=not any(p.requires_grad for p in learns),
@@ -115,7 +119,7 @@ def score_tokens(
     Args:
         config: The fused model's. Specialists' widths, the fusion rule and soft caps are read.
         states: What the backbone returns first. Shape (tokens, sum of hidden sizes); (tokens, hidden) if summed.
-        gate_weights: Shape (tokens, specialists).
+        gate_weights: Shape (tokens, specialists). Where logits are mixed: times the scale of a calibrated gate.
         head: The wide head's weight. Shape (vocab, sum of hidden sizes); (vocab, hidden) of adapters of one base.
         targets: Labels. Shape (tokens,).
         gate_only: Whether nothing but the gate learns.

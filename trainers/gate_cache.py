@@ -28,6 +28,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from modeling_ultrafuser.configuration_ultrafuser import soft_cap
+from modeling_ultrafuser.gate_base_ultrafuser import head_factors
 from modeling_ultrafuser.outputs_ultrafuser import UltraFuserMixtureOutput
 from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 
@@ -133,7 +134,7 @@ class CachedGateTrainer(GateTrainer):
 
     def __init__(self, *args, cache: str | os.PathLike, keep: str | None = None, dtype=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.keep = KEPT[self.fused.config.fusion][0] if keep is None else keep
+        self.keep = _kept(self.fused.config)[0] if keep is None else keep
         self._check()
         self.rows = self._remove_unused_columns(self.train_dataset, description="training")
         dtype = dtype or next(self.fused.model.specialists.parameters()).dtype
@@ -151,10 +152,12 @@ class CachedGateTrainer(GateTrainer):
         self._answer_from_cache()
 
     def _check(self) -> None:
-        fusion, world = self.fused.config.fusion, self.args.world_size
-        if self.keep not in KEPT[fusion]:
+        config, world = self.fused.config, self.args.world_size
+        if self.keep not in _kept(config):
+            calibrated = " and a calibrated gate" if config.gate_calibration else ""
             raise ValueError(
-                f"For fusion={fusion!r} a cache keeps one of {list(KEPT[fusion])}, but `keep` is {self.keep!r}."
+                f"For fusion={config.fusion!r}{calibrated} a cache keeps one of {list(_kept(config))}, but `keep` is "
+                f"{self.keep!r}."
             )
         if self.keep == "top" and soft_cap(self.fused.config) is not None:
             raise ValueError("keep='top' sums logits that are not bounded once mixed. Use keep='hidden'.")
@@ -246,24 +249,33 @@ class CachedGateTrainer(GateTrainer):
             if cached is None:
                 return run(*args, **kwargs)
             states = arrays["states"][cached.cpu()].to(self.args.device)
-            return UltraFuserMixtureOutput(states, gate_weights=backbone.fusion_gate(states.split(widths, -1)))
+            weights, scales = backbone.fusion_gate(states.split(widths, -1))
+            return UltraFuserMixtureOutput(states, gate_weights=weights, logit_scales=scales)
 
         @wraps(ordinary)
         def forward(*args, cached=None, labels=None, **kwargs):
             if cached is None:
                 return ordinary(*args, labels=labels, **kwargs)
             outputs = backbone(cached=cached)  # as a module, so that what watches it sees it
-            places, weights = cached[0, :-1].cpu(), outputs.gate_weights[0, :-1]
-            scores = self._scores(places, outputs.specialist_hidden_states[0, :-1], weights, labels[0, 1:])
+            states, weights, scales = (
+                None if output is None else output[0, :-1]
+                for output in (outputs.specialist_hidden_states, outputs.gate_weights, outputs.logit_scales)
+            )
+            scores = self._scores(cached[0, :-1].cpu(), states, weights, scales, labels[0, 1:])
             return scattered(labels[:, 1:] != -100, *scores)
 
         backbone.forward, fused.forward = read, forward
 
-    def _scores(self, places: Tensor, states: Tensor, weights: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    def _scores(
+        self, places: Tensor, states: Tensor, weights: Tensor, scales: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, ...]:
         if self.keep == "hidden":
-            own = states.split([c.hidden_size for c in self.fused.config.specialists], -1)
-            mixed, head = self.fused.model.mixed(own, weights), self.fused.lm_head.weight
-            return score_tokens(self.fused.config, mixed, weights, head, targets, gate_only=True)
+            config, head = self.fused.config, self.fused.lm_head.weight
+            mixed = self.fused.model.mixed(
+                states.split([c.hidden_size for c in config.specialists], -1), weights, scales
+            )
+            factors = head_factors(weights, scales) if config.fusion == "logits" else weights
+            return score_tokens(config, mixed, factors, head, targets, gate_only=True)
         kept = [self.cache.arrays[name][places].to(weights.device) for name in ADDED if name in self.cache.arrays]
         if self.keep == "top":
             log_probs = mixed_log_probs(weights, *kept)
@@ -278,6 +290,11 @@ class CachedGateTrainer(GateTrainer):
             for name in ("entropy", "mean_token_accuracy"):
                 self._metrics["train"].pop(name, None)
         super().log(logs, start_time)
+
+
+def _kept(config) -> tuple[str, ...]:
+    """What a cache can keep for a fused model, the default first: temperatures are learned from whole logits."""
+    return ("hidden",) if config.gate_calibration else KEPT[config.fusion]
 
 
 class _CachedRows:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.gate_base_ultrafuser import GateOutput
 from trainers.rendering import RenderingError, render_chat
 
 from .reports.colours import assign
@@ -63,9 +64,9 @@ class Speech(BaseStreamer):
         self.decoder = DecodeStream(skip_special_tokens=True)
         self.text, self.weights, self.prompt_read = "", [], False
 
-    def watch(self, gate, inputs, gate_weights: torch.Tensor) -> None:
+    def watch(self, gate, inputs, output: GateOutput) -> None:
         """To be called by the gate: the last position's weights are those of the token that comes next."""
-        self.weights.append(gate_weights[0, -1].float().cpu())
+        self.weights.append(output.weights[0, -1].float().cpu())
 
     def put(self, value: torch.Tensor) -> None:
         """Takes the prompt, which is passed over, and then every new token."""

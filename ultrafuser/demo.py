@@ -15,10 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.gate_base_ultrafuser import GateOutput
 
 from .chatting import Speech, followed, prompt_ids, speak
 from .guarding import LEAST_BYTES, Guard, refusal, replayed
@@ -69,10 +70,12 @@ def steered(gate: nn.Module, temperature: float = 1.0, bias: Sequence[float] = (
         yield
         return
 
-    def steer(gate, inputs, weights: Tensor) -> Tensor:
+    def steer(gate, inputs, output: GateOutput) -> GateOutput:
+        weights = output.weights
         # lower ones are as good as none, and could not be lifted by any bias
         scores = (weights.log() / temperature).clamp_min(LEAST_SCORE)
-        return (scores + torch.tensor(bias, dtype=weights.dtype, device=weights.device)).softmax(-1)
+        steered = (scores + torch.tensor(bias, dtype=weights.dtype, device=weights.device)).softmax(-1)
+        return output._replace(weights=steered)
 
     with followed(gate, steer):
         yield

@@ -65,7 +65,7 @@ def self_draft(
 
     # the prompt, by all: the first token, and who is heard most
     hidden_states = [reader.read(k, input_ids)[:, -1:] for k in range(reader.count)]
-    fused, gate_weights = model.model.weighed(hidden_states)
+    fused, (gate_weights, _) = model.model.weighed(hidden_states)
     scores = _scores(model.logits(fused, gate_weights), input_ids, 1, logits_processor)
     input_ids = torch.cat([input_ids, _choose(scores[:, 0], sample)], dim=-1)
     live = ~stopping_criteria(input_ids, None)
@@ -87,7 +87,7 @@ def self_draft(
             drafts, block, own = drafted[:, length:], drafted[:, :-1], {favourite: hidden}
         count = block.shape[1] - length + 1
         hidden_states = [own[k] if k in own else reader.read(k, block) for k in range(reader.count)]
-        fused, gate_weights = model.model.weighed([h[:, -count:] for h in hidden_states])
+        fused, (gate_weights, _) = model.model.weighed([h[:, -count:] for h in hidden_states])
         target = _scores(model.logits(fused, gate_weights), block, count, logits_processor)
         tokens, accepted = verified(drafts, proposed, target, sample, live)
         if own:

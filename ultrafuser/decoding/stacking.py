@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.configuration_ultrafuser import head_dim, specialist_layer_types
+from modeling_ultrafuser.gate_base_ultrafuser import head_factors
 from modeling_ultrafuser.outputs_ultrafuser import UltraFuserMixtureOutput, UltraFuserModelOutput
 
 
@@ -242,11 +243,15 @@ class StackedModel(nn.Module):
             hidden = layer.down(self.activation(gate) * up, onto=hidden)
         hidden = _rms_norm(hidden, self.norm, self.epsilon).view(-1, batch, seq, hidden.shape[-1])
 
-        gate_weights = self.fusion_gate(list(hidden))
-        hidden, output_class = hidden.permute(1, 2, 0, 3), UltraFuserMixtureOutput
+        weights, scales = self.fusion_gate(list(hidden))
+        hidden, factors, output_class = hidden.permute(1, 2, 0, 3), scales, UltraFuserMixtureOutput
         if self.fusion == "logits":
-            hidden, output_class = hidden * gate_weights.to(hidden.dtype)[..., None], UltraFuserModelOutput
-        return output_class(hidden.flatten(2), past_key_values=past_key_values, gate_weights=gate_weights)
+            factors, output_class = head_factors(weights, scales), UltraFuserModelOutput
+        if factors is not None:
+            hidden = hidden * factors.to(hidden.dtype)[..., None]
+        return output_class(
+            hidden.flatten(2), past_key_values=past_key_values, gate_weights=weights, logit_scales=scales
+        )
 
     def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of every specialist's angles. Shapes (specialists, batch, seq, 1, head_dim)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.gate_base_ultrafuser import Gate
+from modeling_ultrafuser.gate_base_ultrafuser import Gate, GateOutput
 from modeling_ultrafuser.gates_ultrafuser import GATES
 
 from .measuring import HeldOut, Scores
@@ -30,7 +30,7 @@ def ensemble(model: UltraFuserForCausalLM, gate: str | Gate, fusion: str = "logi
     config = copy.deepcopy(model.config)
     config.fusion = fusion
     if isinstance(gate, str):
-        config.gate = gate
+        config.gate, config.gate_calibration = gate, False
     with torch.device("meta"):
         other = UltraFuserForCausalLM(config)
     other.model.specialists, other.lm_head = model.model.specialists, model.lm_head
@@ -49,14 +49,14 @@ class RandomGate(Gate):
         super().__init__(config)
         self.rng = torch.Generator().manual_seed(seed)
 
-    def forward(self, hidden_states: list[Tensor]) -> Tensor:
+    def forward(self, hidden_states: list[Tensor]) -> GateOutput:
         shape = (*hidden_states[0].shape[:-1], self.num_specialists)
         drawn = torch.empty(shape).exponential_(generator=self.rng).to(hidden_states[0].device)
-        return drawn / drawn.sum(-1, keepdim=True)
+        return GateOutput(drawn / drawn.sum(-1, keepdim=True))
 
 
 class ShuffledGate(Gate):
-    """A control: a gate's own weights, dealt out among the tokens of each example at random.
+    """A control: a gate's own weights, dealt out among the tokens of each example at random. Scales stay.
 
     `lengths`, of shape (examples,), is set from outside where examples are padded: padding keeps its weights to itself.
     """
@@ -67,13 +67,13 @@ class ShuffledGate(Gate):
         super().__init__(config)
         self.gate, self.rng = gate, torch.Generator().manual_seed(seed)
 
-    def forward(self, hidden_states: list[Tensor]) -> Tensor:
-        weights = self.gate(hidden_states)
+    def forward(self, hidden_states: list[Tensor]) -> GateOutput:
+        weights, scales = self.gate(hidden_states)
         drawn = torch.rand(weights.shape[:2], generator=self.rng)
         if self.lengths is not None:
             drawn = drawn.masked_fill(torch.arange(drawn.shape[1]) >= self.lengths[:, None], 2.0)
         places = drawn.argsort(-1).to(weights.device)
-        return weights.gather(1, places[..., None].expand_as(weights))
+        return GateOutput(weights.gather(1, places[..., None].expand_as(weights)), scales)
 
 
 class RequestGate(Gate):
@@ -81,9 +81,9 @@ class RequestGate(Gate):
 
     weights: Tensor
 
-    def forward(self, hidden_states: list[Tensor]) -> Tensor:
+    def forward(self, hidden_states: list[Tensor]) -> GateOutput:
         weights = self.weights.to(hidden_states[0].device, torch.float32)
-        return weights[:, None].expand(-1, hidden_states[0].shape[1], -1)
+        return GateOutput(weights[:, None].expand(-1, hidden_states[0].shape[1], -1))
 
 
 def prompt_losses(specialists: Mapping[str, Scores], data: HeldOut) -> Tensor:
