@@ -279,7 +279,7 @@ def test_each_specialist_reads_its_own_view_and_its_own_padding(fusion, speciali
             alone = views[row : row + 1, k, masks[row, k] == 1]
             hidden.append(model.base_model(alone).last_hidden_state[:, -3:])
             logits.append(model(alone).logits[:, -3:])
-        weights = fused.model.fusion_gate(hidden)
+        weights = fused.model.fusion_gate(hidden).weights
         own = [words.softmax(-1) if fusion == "probabilities" else words for words in logits]
         total = sum(weights[..., k : k + 1] * words for k, words in enumerate(own))
         assert_same(outputs.gate_weights[row, -3:], weights[0])

@@ -233,7 +233,7 @@ def naive_greedy_of_views(fused, specialists, views, masks, steps=STEPS):
                 text = torch.cat([views[row, k, masks[row, k] == 1], torch.tensor(answer, dtype=torch.long)])[None]
                 hidden.append(model.base_model(text).last_hidden_state[:, -1:])
                 logits.append(model(text).logits[:, -1])
-            weights = fused.model.fusion_gate(hidden)[:, 0]
+            weights = fused.model.fusion_gate(hidden).weights[:, 0]
             if fused.config.fusion == "probabilities":
                 logits = [words.softmax(-1) for words in logits]
             answer.append(sum(weights[:, k : k + 1] * words for k, words in enumerate(logits)).argmax().item())

@@ -91,7 +91,7 @@ def test_gradients_are_those_of_the_formula(fusion, specialists):
     ids = torch.randint(3, 99, (2, 12))
 
     hidden = [backbone(ids).last_hidden_state for backbone in model.model.specialists.values()]
-    shares = model.model.fusion_gate(hidden).unbind(-1)
+    shares = model.model.fusion_gate(hidden).weights.unbind(-1)
     heads = model.lm_head.weight.split([h.shape[-1] for h in hidden], dim=1)
     own = [h @ head.T for h, head in zip(hidden, heads, strict=True)]
     if fusion == "probabilities":
