@@ -75,7 +75,7 @@ def test_what_is_pushed_is_what_was_there_and_nothing_else_goes(folder, commands
     assert "The licence of `text` is unknown" in done.said
     kept = {f.name for f in folder.iterdir()} & {f.name for f in server.tree("lab/whole")[1].iterdir()}
     sizes = sum((folder / name).stat().st_size for name in kept)
-    assert re.search(rf"{len(kept)} files, {pushing.decimal(sizes)}, to the public model 'lab/whole'", done.said)
+    assert re.search(rf"{len(kept)} files, {pushing.decimal(sizes)}, to the private model 'lab/whole'", done.said)
     missing = {f.name for f in folder.iterdir()} - kept
     assert missing == {
         *("training_args.bin", ".env", "model.safetensors.part", "notes.txt", "credentials.json", "checkpoint-2")
@@ -128,7 +128,10 @@ def test_a_branch_of_its_own_leaves_main_as_it_is(models, folder, commands, serv
 def test_private_is_private_or_nothing(folder, commands, server):
     assert "private model" in commands.run("push", folder, "lab/secret", "--private").said
     assert "lab/secret" in server.private
-    assert commands.run("push", folder, "lab/open").code == 0
+    assert commands.run("push", folder, "lab/new").code == 0
+    assert "lab/new" in server.private
+    assert "public model" in commands.run("push", folder, "lab/open", "--public").said
+    assert "lab/open" not in server.private
     commit = server.tree("lab/open")[0]
     done = commands.run("push", folder, "lab/open", "--private")
     assert done.code == 2
@@ -195,6 +198,30 @@ def _telling(folder):
     (folder / "README.md").write_text("Use my token hf_" + "a" * 34)
 
 
+def _linked(folder, name):
+    (folder.parent / "diary.txt").write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(folder.parent / "diary.txt")
+
+
+def _linked_folder(folder):
+    (folder.parent / "others").mkdir()
+    (folder / "modeling_ultrafuser.py").rename(folder.parent / "others" / "modeling_ultrafuser.py")
+    (folder / "modeling_ultrafuser.py").symlink_to("../others/modeling_ultrafuser.py")
+
+
+def _mapped(folder, reference):
+    (folder.parent / "secret.py").write_text("class Code: pass")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoX"] = reference
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _told_in_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt", "note": "ghp_" + "a" * 36})
+
+
 def _unsharded(folder):
     model = UltraFuserForCausalLM.from_pretrained(folder)
     model.save_pretrained(folder, max_shard_size="20KB")
@@ -216,6 +243,17 @@ def _unsharded(folder):
         (_pickled, r"only \['pytorch_model.bin'\]"),
         (_unnamed, r"lacks \['AutoConfig', 'AutoModelForCausalLM'\]"),
         (_telling, "looks like one: hf_aaa"),
+        (lambda folder: _linked(folder, "LICENSE"), "LICENSE' is a link to"),
+        (lambda folder: _linked(folder, "vocab.txt"), "vocab.txt' is a link to"),
+        (lambda folder: _linked(folder, "README.md"), "README.md' is a link to"),
+        (lambda folder: _linked(folder, "generation_config.json"), "generation_config.json' is a link to"),
+        (_linked_folder, "is a link to|lacks"),
+        (lambda folder: _mapped(folder, str(folder.parent / "secret") + ".Code"), "auto_map"),
+        (lambda folder: _mapped(folder, "../secret.Code"), "auto_map"),
+        (lambda folder: _mapped(folder, "somebody/else--secret.Code"), "auto_map"),
+        (lambda folder: _mapped(folder, ["folder/secret.Code", None]), "auto_map"),
+        (lambda folder: _mapped(folder, {"deeper": "secret.Code"}), "auto_map"),
+        (_told_in_weights, "looks like one: ghp_"),
     ],
 )
 def test_what_is_not_whole_or_gives_away_a_secret_is_refused(spoil, said, folder, monkeypatch):
@@ -224,6 +262,22 @@ def test_what_is_not_whole_or_gives_away_a_secret_is_refused(spoil, said, folder
     # a request would fail otherwise: tests are offline
     with pytest.raises(ValueError, match=said):
         pushing.push(folder, "lab/model")
+
+
+def test_where_specialists_lay_on_this_machine_is_not_sent(folder, commands, server):
+    home = "/home/somebody/private work/text"
+    records = {
+        "text": {"source": home, "commit": None, "problem": f"no card in {home}"},
+        "code": {"source": "lab/code", "commit": "abc", "licence": "mit"},
+    }
+    (folder / "specialists.json").write_text(json.dumps(records))
+    assert commands.run("push", folder, "lab/paths").code == 0
+    _, there = server.tree("lab/paths")
+    assert not [p for p in there.rglob("*") if p.is_file() and b"somebody" in p.read_bytes()]
+    sent = json.loads((there / "specialists.json").read_text())
+    assert sent["text"]["source"] == "text"
+    assert sent["code"] == records["code"]
+    assert json.loads((folder / "specialists.json").read_text()) == records
 
 
 def test_every_file_that_saving_writes_is_sent(models):

@@ -1,17 +1,21 @@
 """Both stages from the command line: what a recipe or flags say, and going on after a kill."""
 
 import json
+import pickle
 import shutil
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, conversations
+from trainers import GateStageConfig, GateTrainer
+from ultrafuser import training
 from ultrafuser.cli import app
 
 
@@ -118,3 +122,38 @@ def test_what_does_not_fit_is_refused_in_words(recipe, words, said, tmp_path, mo
     done = run("recipe.yaml", *words)
     assert done.exit_code == 2
     assert said in done.output
+
+
+def test_no_token_is_written_and_what_is_pushed_is_the_model(fused, tmp_path, monkeypatch):
+    token, sent = "hf_" + "S" * 34, []
+    out = tmp_path / "out"
+
+    def push(folder, repository, **options):
+        sent.append((folder, repository, options))
+        assert load_file(folder / "model.safetensors")
+
+    monkeypatch.setattr(training.pushing, "push", push)
+    more = ["--hub_token", token, "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2"]
+    done = run("--stage", "gate", *flags(fused, out), *more, "--push_to_hub", "true", "--hub_model_id", "me/model")
+    assert done.exit_code == 0, done.output
+    assert list(out.glob("checkpoint-*/training_args.bin"))
+    assert not [p for p in out.rglob("*") if p.is_file() and token.encode() in p.read_bytes()]
+    options = {"private": None, "revision": None, "token": token}
+    assert [(f, r, {k: o[k] for k in options}) for f, r, o in sent] == [(out, "me/model", options)]
+
+
+def test_a_trainer_neither_pushes_its_folder_nor_pickles_a_token(fused, tmp_path):
+    secret = "hf_" + "S" * 34
+    options = {"report_to": "none", "use_cpu": True, "bf16": False}
+    args = GateStageConfig(str(tmp_path / "a"), hub_token=secret, model_init_kwargs={"token": secret}, **options)
+    assert secret.encode() not in pickle.dumps(args)
+    assert args.hub_token == secret
+    assert pickle.loads(pickle.dumps(args)).learning_rate == args.learning_rate
+    done = run("--stage", "gate", *flags(fused, tmp_path / "b"), "--push_to_hub", "true")
+    assert done.exit_code == 2
+    assert "`hub_model_id` is None" in done.output
+    args = GateStageConfig(str(tmp_path / "c"), push_to_hub=True, **options)
+    with pytest.raises(ValueError, match="would send all that is in its output folder"):
+        GateTrainer(
+            str(fused), args, {"text": Dataset.from_list([{"text": "a"}]), "code": Dataset.from_list([{"text": "a"}])}
+        )

@@ -83,6 +83,15 @@ class StageConfig(SFTConfig):
     )
     gate_domain_steps: int = field(default=100, metadata={"help": "Steps over which `gate_domain` falls to 0."})
 
+    def __getstate__(self):
+        """What is pickled beside every checkpoint: everything but tokens."""
+        state = {k: None if k.endswith("_token") and isinstance(v, str) else v for k, v in self.__dict__.items()}
+        tokens = ("token", "use_auth_token")
+        return {
+            k: {name: x for name, x in v.items() if name not in tokens} if isinstance(v, dict) else v
+            for k, v in state.items()
+        }
+
     def __post_init__(self):
         super().__post_init__()
         if self.mix_unit not in MIX_UNITS:

@@ -619,6 +619,11 @@ def _check_terms(args: StageConfig, kwargs: dict) -> None:
         )
     if args.mix_importance and args.loss_type != "nll":
         raise ValueError(f"`mix_importance` weighs log-likelihoods, but loss_type={args.loss_type!r}. Use 'nll'.")
+    if args.push_to_hub:
+        raise ValueError(
+            "`push_to_hub` of a trainer would send all that is in its output folder, cached data and pickled arguments "
+            "included. Push the model when it is trained: `ultrafuser push FOLDER OWNER/NAME`."
+        )
     if args.auto_find_batch_size:
         raise ValueError(
             "`auto_find_batch_size` would change the batch size in mid-run, but draws are counted in batches. Lower "

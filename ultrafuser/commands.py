@@ -306,7 +306,10 @@ def demo(
 def push(
     folder: Folder,
     repo: Annotated[str, typer.Argument(help="owner/name on the Hub; made if it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="For its owner alone. Default: for all to see.")] = False,
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Who sees it. Default: its owner alone, if it is not there yet."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to push to. Default: main.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before much is sent, or files are replaced.")] = False,
 ) -> None:

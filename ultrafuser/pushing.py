@@ -16,7 +16,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from modeling_ultrafuser import UltraFuserForCausalLM
 
 from . import hub_card, licences
-from .folders import fused_config
+from .folders import INGREDIENTS, fused_config
+from .keys import SECRET
 from .loading import load_tokenizer
 
 
@@ -28,7 +29,6 @@ READ = (
     *("vocab.json", "vocab.txt", "merges.txt", "*.model"),
 )
 FOR_PEOPLE = (CARD, "LICENSE*", "NOTICE*")
-SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}|\bsk-[\w-]{32,}|-----BEGIN [A-Z ]*PRIVATE KEY-----")
 ASK_ABOVE = 1e9  # bytes
 
 
@@ -36,8 +36,9 @@ def push(
     folder: Path,
     repo_id: str,
     *,
-    private: bool = False,
+    private: bool | None = None,
     revision: str | None = None,
+    token: str | None = None,
     say: Callable[[str], None] = print,
     agree: Callable[[], bool] = lambda: True,
 ) -> str | None:
@@ -49,8 +50,10 @@ def push(
     Args:
         folder: Of the fused model. Gets a card if it has none.
         repo_id: "owner/name" on the Hub; made if it is not there.
-        private: Whether only its owner sees it, if it is made.
+        private: Whether only its owner sees it, if it is made. Default: only its owner does, and one that is there
+            stays as it is.
         revision: Branch to push to; made if it is not there. Default: main.
+        token: Of the Hub. Default: that of whoever is logged in.
         say: Called with a line about each thing that a user should know first.
         agree: Asked before much is sent, or files of an earlier model go. Nothing is sent unless it says yes.
 
@@ -62,12 +65,12 @@ def push(
             if the repository is there for all to see, but is to be private.
         OSError: If the Hub cannot be asked, or refuses.
     """
-    if get_token() is None:
+    if (token or get_token()) is None:
         raise ValueError(
             "Only somebody whom the Hub knows may push, but no token was found. Run `hf auth login`, or set HF_TOKEN."
         )
     files = whole_model(folder)
-    api = HfApi()
+    api = HfApi(token=token) if token else HfApi()
     there = _there(api, repo_id, revision)
     if private and there and not there.private:
         raise ValueError(
@@ -88,7 +91,8 @@ def push(
     old = [f.rfilename for f in there.siblings] if there else []
     stale = [f for f in old if _is_of_a_model(f) and f not in files]
     size = sum((folder / file).stat().st_size for file in files)
-    seen = "private" if private or (there and there.private) else "public"
+    hidden = there.private if there else private is not False
+    seen = "private" if hidden else "public"
     say(f"{len(files)} files, {decimal(size)}, to the {seen} model {repo_id!r}, in one commit.")
     if left := sorted(p.name for p in folder.iterdir() if not any(f.split("/")[0] == p.name for f in files)):
         say(f"Not sent: {', '.join(left)}.")
@@ -96,13 +100,13 @@ def push(
         say(f"Of the model that is there now, these go; its history keeps them: {', '.join(stale)}.")
     if (size > ASK_ABOVE or stale) and not agree():
         return None
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    api.create_repo(repo_id, private=hidden, exist_ok=True)
     if revision:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     # not `upload_folder`, which may make several commits, so that a kill could leave some of the files
     commit = api.create_commit(
         repo_id,
-        [*(CommitOperationDelete(f) for f in stale), *(CommitOperationAdd(f, folder / f) for f in files)],
+        [*(CommitOperationDelete(f) for f in stale), *(CommitOperationAdd(f, _content(folder / f)) for f in files)],
         commit_message="A fused model: weights, code, tokenizer and card",
         revision=revision,
         # what goes was found at this commit
@@ -138,8 +142,9 @@ def whole_model(folder: Path) -> list[str]:
         ) from error
     present = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     rest = sorted(f for f in present if _matches(f, (*READ, *FOR_PEOPLE)))
-    for file in (*code, *rest):
-        if found := SECRET.search((folder / file).read_bytes()):
+    for file in (*weights, *code, *rest):
+        _check_within(folder, file)
+        if found := SECRET.search(_words(folder / file)):
             raise ValueError(
                 f"Secrets are not for the Hub, but {str(folder / file)!r} holds what looks like one: "
                 f"{found[0][:6].decode()}... Take it out, and make a new one."
@@ -149,7 +154,12 @@ def whole_model(folder: Path) -> list[str]:
 
 def _code(folder: Path) -> list[str]:
     """The files that the configuration names as the model's code, and what they import."""
-    named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+    named = {}
+    for file in ("config.json", "tokenizer_config.json"):
+        if (folder / file).exists():
+            given = json.loads((folder / file).read_text(encoding="utf-8")).get("auto_map") or {}
+            _check_references(given, folder / file)
+            named |= given if file == "config.json" else {}
     missing = {"AutoConfig", "AutoModelForCausalLM"} - set(named)
     found = {f"{reference.split('.')[0]}.py" for reference in named.values()}
     try:
@@ -164,6 +174,47 @@ def _code(folder: Path) -> list[str]:
             f"Load it and save it again, which writes them."
         )
     return sorted(found)
+
+
+def _check_references(auto_map, file: Path) -> None:
+    """Refuses code that is not a file of the folder."""
+    references = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    for reference in (r for value in references for r in (value if isinstance(value, list) else [value]) if r):
+        if not isinstance(reference, str) or not re.fullmatch(r"[A-Za-z_]\w*\.[A-Za-z_]\w*", reference, re.ASCII):
+            raise ValueError(
+                f"A model's code lies beside it and is named as `module.Class`, so that nothing of elsewhere is sent or "
+                f"run, but `auto_map` in {str(file)!r} has {reference!r}. Load the model and save it again."
+            )
+
+
+def _check_within(folder: Path, file: str) -> None:
+    """Refuses a file that is a link, or lies behind one, to somewhere else."""
+    real = (folder / file).resolve()
+    if not real.is_relative_to(folder.resolve()) or not real.is_file():
+        raise ValueError(
+            f"Only what is in the folder is sent, but {str(folder / file)!r} is a link to {str(real)!r}. Put a copy in "
+            f"its place if it is for others to see, or remove it."
+        )
+
+
+def _words(path: Path) -> bytes:
+    """What of a file may be words of somebody: of weights, the header."""
+    if path.suffix != ".safetensors":
+        return path.read_bytes()
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
+def _content(path: Path) -> Path | bytes:
+    """What is sent of a file: where specialists lay on this machine is nobody's business."""
+    if path.name != INGREDIENTS:
+        return path
+    text = path.read_text(encoding="utf-8")
+    for record in json.loads(text).values():
+        source = str(record.get("source") or "")
+        if not record.get("commit") and source:
+            text = text.replace(json.dumps(source)[1:-1], json.dumps(Path(source).name)[1:-1])
+    return text.encode()
 
 
 def _weights(folder: Path) -> list[str]:

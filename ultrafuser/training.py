@@ -1,6 +1,7 @@
 """Both stages of training from a recipe: what `ultrafuser train` and the scripts in `examples/` do."""
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset
+from huggingface_hub import get_token
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -16,6 +18,7 @@ from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 from trainers import CachedGateTrainer, GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 from trainers.stages import last_complete_checkpoint
 
+from . import pushing
 from .checking import reading
 from .folders import read_ingredients, write_ingredients
 from .fusing import Fusion, described
@@ -130,6 +133,7 @@ def train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model
             f"the last checkpoint: `ultrafuser train --resume`, or --resume_from_checkpoint True; or choose another "
             f"output_dir."
         )
+    publish = _publishing(args)
     trainer_class, own = _trainer(fused, out, model_args)
     domains = load_domains(fused, args.dataset_text_field)
     ingredients = ingredients_of(fused, model_args)
@@ -145,8 +149,31 @@ def train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model
         tokenizer.save_pretrained(out)
         write_ingredients(out, ingredients)
     trainer.save_model(args.output_dir)
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    if publish and args.should_save:
+        publish()
+
+
+def _publishing(args: GateStageConfig | JointStageConfig) -> Callable[[], None] | None:
+    """What pushes the trained model, if that is asked for: as `ultrafuser push` does, once and at the end.
+
+    The library would send the whole output folder, its data and its arguments included, and keep the token in them.
+    """
+    token, args.hub_token = args.hub_token, None
+    if not args.push_to_hub:
+        return None
+    args.push_to_hub = False
+    repository = args.hub_model_id
+    if not repository or "/" not in repository:
+        raise ValueError(
+            f"A model is pushed to `owner/name`, but `hub_model_id` is {repository!r}. Give --hub_model_id owner/name, or "
+            f"push it afterwards: `ultrafuser push {args.output_dir} owner/name`."
+        )
+    if (token or get_token()) is None:
+        raise ValueError(
+            "Only somebody whom the Hub knows may push, but no token was found. Run `hf auth login`, or set HF_TOKEN."
+        )
+    options = {"private": args.hub_private_repo, "revision": args.hub_revision, "token": token}
+    return lambda: pushing.push(Path(args.output_dir), repository, **options, say=print_line) and None
 
 
 def _trainer(fused: FusedArguments, out: Path, model_args: ModelConfig) -> tuple[type, dict]:
