@@ -9,6 +9,7 @@ side by side, and `lm_head` holds the specialists' heads side by side.
 """
 
 import copy
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -521,6 +522,24 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
                 f"`prefill_chunk_size`."
             )
         return False
+
+    def generate(self, *args, streamer=None, **kwargs):
+        """Like the library's; and a streamer hears the end also where generating fails, so that nobody waits for ever."""
+        try:
+            return super().generate(*args, **kwargs, **({} if streamer is None else {"streamer": streamer}))
+        except BaseException:
+            if streamer is not None:
+                streamer.end()
+            raise
+
+    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer) -> dict:
+        # the library hands a function of one's own neither of these, even if it takes them
+        both = {"streamer": streamer, "tokenizer": kwargs.get("tokenizer")}
+        extracted = super()._extract_generation_mode_kwargs(
+            custom_generate, kwargs, synced_gpus, assistant_model, streamer
+        )
+        taken = inspect.signature(custom_generate).parameters if callable(custom_generate) else {}
+        return extracted | {key: value for key, value in both.items() if key in taken and value is not None}
 
     def _get_candidate_generator(self, *, input_ids: Tensor, model_kwargs: dict, **kwargs):
         # a draft model of any kind reads the ordinary input

@@ -4,10 +4,11 @@ import pytest
 import torch
 from scipy import stats
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import BaseStreamer, logits_process
 
 from tests.mixes import MIXES, fuse, prefer, prompt
-from tests.tiny import specialist
-from ultrafuser.decoding.drafting import _Reader, _said_before, self_draft, verified
+from tests.tiny import specialist, tokenizer
+from ultrafuser.decoding.drafting import STATELESS, _Reader, _said_before, self_draft, verified
 from ultrafuser.decoding.stacking import stack
 
 
@@ -229,3 +230,114 @@ def test_recurrent_specialists_are_refused():
     hybrid = specialist("qwen3_5_text", layer_types=types, linear_value_head_dim=8, **linear)
     with pytest.raises(ValueError, match="recurrent specialist cannot go back"):
         draft(fuse({"text": specialist(), "code": hybrid}), prompt(batch=1))
+
+
+# ---------------------------------------------------------------------------------------------- beside options
+
+
+def guided(ids, scores):
+    """A processor of one's own."""
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"guidance_scale": 1.7}, "UnbatchedClassifierFreeGuidance"),
+        ({"logits_processor": LogitsProcessorList([guided])}, "function"),
+        ({"prefix_allowed_tokens_fn": lambda _, text: [5, 6]}, "PrefixConstrained"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search"),
+        ({"force_words_ids": [[5]], "num_beams": 2}, "num_beams=2"),
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"token_type_ids": torch.zeros(1, 12, dtype=torch.long)}, "token_type_ids"),
+    ],
+)
+def test_what_drafts_would_change_is_refused_by_name(options, named):
+    fused, ids = fuse(MIXES["one family"]()), prompt(batch=1, length=12)
+    with pytest.raises(ValueError, match=named):
+        draft(fused, ids, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "encoder_repetition_penalty": 1.2},
+        {"bad_words_ids": [[5, 6], [7]], "sequence_bias": [[[9], 2.0]], "suppress_tokens": [8]},
+        {
+            "begin_suppress_tokens": [5],
+            "forced_eos_token_id": 2,
+            "exponential_decay_length_penalty": (3, 1.1),
+            "eos_token_id": 2,
+        },
+        {"renormalize_logits": True, "remove_invalid_values": True, "min_length": 20},
+        {"do_sample": True, "top_k": 1, "min_p": 0.1, "top_p": 0.9, "typical_p": 0.9, "epsilon_cutoff": 0.01},
+        {"prompt_lookup_num_tokens": 3},
+        {"max_time": 60.0},
+    ],
+)
+def test_options_beside_drafts_give_the_tokens_of_the_plain_way(options):
+    fused, ids = fuse(MIXES["one family"]()), prompt(batch=1)
+    assert torch.equal(draft(fused, ids, **options), generate(fused, ids, **options))
+
+
+def test_every_processor_that_drafts_pass_through_is_the_librarys():
+    known = {n for n in dir(logits_process) if n.endswith(("LogitsProcessor", "LogitsWarper")) or n in STATELESS}
+    short = {n.removesuffix("LogitsProcessor").removesuffix("LogitsWarper") for n in known}
+    assert STATELESS - {"TopH"} <= short  # which the oldest versions lack
+
+
+def test_a_text_ends_at_a_string():
+    fused, tok = fuse(MIXES["one family"]()), tokenizer()
+    ids = tok(["hello world"], return_tensors="pt").input_ids
+    plain = generate(fused, ids)
+    stop = {"stop_strings": [tok.decode(plain[0, ids.shape[1] + 4])], "tokenizer": tok}
+    expected = generate(fused, ids, **stop)
+    assert expected.shape[1] < plain.shape[1]
+    assert torch.equal(draft(fused, ids, **stop), expected)
+
+
+class Heard(BaseStreamer):
+    """Keeps what it hears."""
+
+    def __init__(self):
+        self.tokens, self.ends = [], 0
+
+    def put(self, value):
+        """Keeps tokens."""
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        """Counts ends."""
+        self.ends += 1
+
+
+def test_a_streamer_hears_every_token_and_the_end():
+    fused, ids, heard = fuse(MIXES["one family"]()), prompt(batch=1), Heard()
+    text = draft(fused, ids, streamer=heard)
+    assert (heard.tokens, heard.ends) == (text[0].tolist(), 1)
+
+
+@pytest.mark.parametrize("way", ["plain", "drafts", "beams"])
+def test_a_streamer_hears_the_end_when_generating_fails(way):
+    fused, ids, heard = fuse(MIXES["one family"]()), prompt(batch=1), Heard()
+    options = {"drafts": {"custom_generate": self_draft, "num_drafts": 0}, "beams": {"num_beams": 2}}.get(way, {})
+    if way == "plain":
+        fused.model.fusion_gate.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        generate(fused, ids, streamer=heard, **options)
+    assert heard.ends
+
+
+def test_a_function_of_ones_own_that_takes_no_streamer_runs_as_before():
+    fused, ids = fuse(MIXES["one family"]()), prompt(batch=1)
+
+    def at_once(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        return input_ids
+
+    assert torch.equal(generate(fused, ids, custom_generate=at_once, streamer=Heard()), ids)
+
+
+def test_a_stacked_model_refuses_continuous_batching_at_once():
+    stacked = stack(fuse({"text": specialist("llama", layers=1), "code": specialist("llama", layers=1)}))
+    with pytest.raises(ValueError, match="no paged cache.*unstack"):
+        stacked.generate_batch([[5, 6, 7]], generation_config=GenerationConfig(max_new_tokens=2))

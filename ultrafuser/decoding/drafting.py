@@ -13,9 +13,14 @@ import sys
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMode, logits_process
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.cache_ultrafuser import SpecialistCache
@@ -23,6 +28,13 @@ from modeling_ultrafuser.causal_ultrafuser import starts_over, switching_lengths
 from modeling_ultrafuser.configuration_ultrafuser import soft_cap
 
 
+# of the library's, those that only look at the text so far, so that what was drafted leaves no trace in them
+STATELESS = {
+    *("MinLength", "MinNewTokensLength", "RepetitionPenalty", "EncoderRepetitionPenalty", "NoRepeatNGram"),
+    *("EncoderNoRepeatNGram", "SequenceBias", "NoBadWords", "ForcedBOSToken", "ForcedEOSToken", "InfNanRemove"),
+    *("ExponentialDecayLengthPenalty", "LogitNormalization", "SuppressTokensAtBegin", "SuppressTokens"),
+    *("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta"),
+}
 REPEATED, GUESSES = 3, 8  # tokens that stood there before, and how many of those that followed are guessed to follow
 
 
@@ -34,6 +46,8 @@ def self_draft(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     num_drafts: int = 6,
+    streamer: BaseStreamer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **model_kwargs,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Decodes greedily or by sampling, from the very distribution of the plain way.
@@ -45,21 +59,24 @@ def self_draft(
     Greedy tokens are those of the plain way; in 16 bits two tokens that are almost alike may change places, because a
     block is summed in another order than its tokens one by one. Several texts keep one length: one specialist drafts for
     all of them, and a round ends where the first of them rejects. Whether it does is settled by what comes before, so
-    that each text is still drawn from its own distribution; but the more texts, the shorter the rounds. `generate` does
-    not hand its streamer on.
+    that each text is still drawn from its own distribution; but the more texts, the shorter the rounds.
 
     Args:
         num_drafts: How many tokens to draft in the first round. Two more after a round that was accepted as a whole;
             after any other the mean of what was drafted and what was accepted, at least 2. The drafter is chosen anew
             for each round.
+        streamer: Hears every token once it is certain.
+        tokenizer: Unused: `generate` makes criteria for stop strings with it.
 
     Returns:
         The prompts and their continuations, (batch, seq), or as `return_dict_in_generate` says, with the cache.
 
     Raises:
-        ValueError: If there are beams, or the specialists or the cache cannot go back to before a draft.
+        ValueError: If there are beams, or the specialists or the cache cannot go back to before a draft, or something
+            else is asked for that drafts would change.
     """
     _check(model, generation_config, num_drafts, model_kwargs)
+    _check_processors(logits_processor)
     reader = _Reader(model, model_kwargs)
     sample, padding = generation_config.do_sample, _padding(generation_config)
 
@@ -69,6 +86,8 @@ def self_draft(
     scores = _scores(model.logits(fused, gate_weights), input_ids, 1, logits_processor)
     input_ids = torch.cat([input_ids, _choose(scores[:, 0], sample)], dim=-1)
     live = ~stopping_criteria(input_ids, None)
+    if streamer is not None:
+        streamer.put(input_ids[:, -1].cpu())
 
     while live.any():
         length = input_ids.shape[1]
@@ -96,12 +115,16 @@ def self_draft(
         for column in tokens.T:  # a text may end within the block
             column = torch.where(live, column, padding)
             input_ids = torch.cat([input_ids, column[:, None]], dim=-1)
+            if streamer is not None:
+                streamer.put(column.cpu())
             live = live & ~stopping_criteria(input_ids, None)
             if not live.any():
                 break
         gate_weights = gate_weights[:, : input_ids.shape[1] - length]
         reader.forget(block.shape[1] - (input_ids.shape[1] - 1))
 
+    if streamer is not None:
+        streamer.end()
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=reader.cache)
     return input_ids
@@ -272,6 +295,11 @@ def _check(model, config: GenerationConfig, num_drafts: int, model_kwargs: dict)
         raise ValueError(
             f"Self-drafting follows one continuation of a text, but got num_beams={config.num_beams}. {plain}"
         )
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION):
+        raise ValueError(
+            f"Self-drafting decodes greedily or by sampling, but the settings say {mode.value!r}. {plain}"
+        )
     if not isinstance(num_drafts, int) or num_drafts < 1:
         raise ValueError(f"`num_drafts` counts tokens drafted in a round, at least 1, but it is {num_drafts!r}.")
     if model._is_stateful:
@@ -281,10 +309,29 @@ def _check(model, config: GenerationConfig, num_drafts: int, model_kwargs: dict)
         raise ValueError(
             f"Drafts need a cache that can go back, but got a {type(cache).__name__}. Leave `cache_implementation` out."
         )
-    views = [key for key in ("specialist_input_ids", "inputs_embeds") if model_kwargs.get(key) is not None]
+    views = [
+        key
+        for key in ("specialist_input_ids", "specialist_attention_mask", "inputs_embeds", "token_type_ids")
+        if model_kwargs.get(key) is not None
+    ]
     extra = [f for f in ("scores", "logits", "attentions", "hidden_states") if getattr(config, f"output_{f}")]
     if views or extra:
         raise ValueError(
             f"Self-drafting reads `input_ids` and returns tokens, but got {views + [f'output_{f}' for f in extra]}. "
             f"{plain}"
+        )
+
+
+def _check_processors(logits_processor: LogitsProcessorList) -> None:
+    others = [
+        type(p).__name__
+        for p in logits_processor
+        if type(p).__module__ != logits_process.__name__
+        or type(p).__name__.removesuffix("LogitsProcessor").removesuffix("LogitsWarper") not in STATELESS
+    ]
+    if others:
+        raise ValueError(
+            f"Scores of drafts pass through the logits processors, too, and what is rejected must leave no trace in them, "
+            f"but {others} may keep a state (guidance, watermarks, functions of your own). Decode without "
+            f"`custom_generate`."
         )

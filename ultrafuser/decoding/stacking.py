@@ -147,6 +147,13 @@ class StackedForCausalLM(UltraFuserForCausalLM):
         """Refused: a stacked model is for inference."""
         raise ValueError("A stacked model is for inference. Resize the ordinary one, and stack that.")
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: a stacked model keeps its specialists' keys and values side by side, which pages do not."""
+        raise ValueError(
+            "A stacked model has no paged cache, which `generate_batch` needs. Use `generate`, or the ordinary model: "
+            "`unstack(model).generate_batch(...)`."
+        )
+
     def create_masks_for_generate(
         self, config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
     ) -> Tensor | None:
