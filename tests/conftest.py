@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 
@@ -28,6 +29,20 @@ def browser():
         opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield opened
         opened.close()
+
+
+# with the order kept (`--no-loadscope-reorder`), two workers end together
+LONGEST = ("test_processes.py", "test_docs.py", "test_trainers.py", "test_examples.py", "test_quickstart.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+def pytest_collection_finish():
+    """Leaves what is imported out of garbage collection, of which every trainer does one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

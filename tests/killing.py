@@ -9,6 +9,7 @@ library that writes it by itself. Killed there, the file is left empty or half w
 now, from another thread.
 """
 
+import gc
 import io
 import json
 import os
@@ -189,6 +190,8 @@ def main():
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     _use_once()
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         answers, answer = os.pipe()
         pid = os.fork()

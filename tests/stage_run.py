@@ -9,6 +9,7 @@ every process kills itself, as hard as it can), `kill_saving` (the step whose ch
 folder: what was logged by step, mixes, draws and final weights.
 """
 
+import gc
 import json
 import os
 import re
@@ -194,6 +195,8 @@ def main():
     os.dup2(2, 1)
     # the library compiles its patterns where they are used first
     UltraFuserForCausalLM.from_specialists({name: specialist(layers=1) for name in "ab"})
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         failed = next(filter(None, map(spawn, json.loads(line))), None)
         print(json.dumps(failed), file=out, flush=True)
