@@ -7,6 +7,7 @@ page stops at its first error. `<!-- slow: why -->` above a block keeps it for -
 """
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -361,6 +362,9 @@ def main() -> None:
         judge = Server()
         stack.callback(judge.close)
         make_training_short()
+        # every trainer collects garbage, among all that is imported
+        gc.collect()
+        gc.freeze()
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]

@@ -130,8 +130,9 @@ def test_the_qwen_script_goes_from_the_check_to_a_trained_gate(rows, conversing)
 def test_the_qwen_script_says_what_check_says(tmp_path):
     said = (EXAMPLES / "qwen2.5.sh").read_text()
     recipe = (RECIPES / "joint_lora.yaml").read_text()
+    words = qwen_words(2000)  # of the vocabulary only the number of rows counts here
     for size, shape in {"1.5B": QWEN_1_5B, "7B": QWEN_7B}.items():
-        folders = qwen_trio(tmp_path / size, shape)
+        folders = qwen_trio(tmp_path / size, shape, words)
         numbers = judge({folder.name: (str(folder), None) for folder in folders}).numbers
         column = ["1.5B", "7B"].index(size)
         training = numbers["training"]
