@@ -158,6 +158,12 @@ def check_architecture(name: str, config: PreTrainedConfig, text_config: PreTrai
             f"A specialist must have attention layers with a key-value cache, because all specialists share one, but "
             f"{kind}, which keeps another kind of state. Use a transformer or a hybrid."
         )
+    unsaid = [field for field in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(text_config, field)]
+    if unsaid:
+        raise ValueError(
+            f"A specialist's configuration must say how many tokens it knows, how wide and how deep it is, because the "
+            f"fused model's follows from that, but {kind}, which does not say {unsaid}. Use another architecture."
+        )
     if hasattr(backbone_class(text_config), "_setup_cache"):
         raise ValueError(
             f"A specialist must keep all that it remembers of a text in a cache, because generation reorders and repeats "

@@ -4,6 +4,8 @@ import copy
 import keyword
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -160,7 +162,7 @@ class UltraFuserConfig(PreTrainedConfig):
         self.hidden_size = sum(c.hidden_size for c in backbones)
         self.num_hidden_layers = sum(c.num_hidden_layers for c in backbones)
         for field, read in (
-            ("num_attention_heads", lambda c: getattr(c, "num_attention_heads", None)),
+            ("num_attention_heads", num_attention_heads),
             ("num_key_value_heads", num_key_value_heads),
             ("head_dim", head_dim),
         ):
@@ -176,7 +178,11 @@ class UltraFuserConfig(PreTrainedConfig):
             ("sliding_window", "sliding_attention"),
             ("attention_chunk_size", "chunked_attention"),
         ):
-            sizes = [getattr(c, field, None) for c in configs if layer_type in specialist_layer_types(c)]
+            sizes = [
+                of_all_layers(c, partial(_field, name=field))
+                for c in configs
+                if layer_type in specialist_layer_types(c)
+            ]
             if sizes and common(sizes) is not None:
                 setattr(self, field, sizes[0])
         soft_caps = [soft_cap(c) for c in configs]
@@ -408,18 +414,45 @@ def attention_of_all(config: "UltraFuserConfig") -> str | None:
     return common(c._attn_implementation for c in config.backbones)
 
 
+def of_all_layers(config: PreTrainedConfig, read: Callable[[PreTrainedConfig], Any]):
+    """What is read of a configuration, or of all its layers alike; None where its layers differ, as Gemma 4's do."""
+    try:
+        return read(config)
+    except RuntimeError:  # how transformers refuses to say one thing of layers that differ
+        return common(read(layer) for layer in config.per_layer_config)
+
+
+def _field(config: PreTrainedConfig, name: str):
+    return getattr(config, name, None)
+
+
+def num_attention_heads(config: PreTrainedConfig) -> int | None:
+    """Heads of each layer; None where layers differ."""
+    return of_all_layers(config, partial(_field, name="num_attention_heads"))
+
+
 def num_key_value_heads(config: PreTrainedConfig) -> int | None:
-    """Key-value heads of each layer, whether or not the family writes them down."""
-    return getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    """Key-value heads of each layer, whether or not the family writes them down; None where layers differ."""
+    return of_all_layers(
+        config, lambda c: getattr(c, "num_key_value_heads", None) or getattr(c, "num_attention_heads", None)
+    )
 
 
 def head_dim(config: PreTrainedConfig) -> int | None:
-    """Width of one attention head, whether or not the family writes it down."""
-    heads = getattr(config, "num_attention_heads", None)
-    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+    """Width of one attention head, whether or not the family writes it down; None where layers differ."""
+
+    def read(c: PreTrainedConfig) -> int | None:
+        heads = getattr(c, "num_attention_heads", None)
+        return getattr(c, "head_dim", None) or (c.hidden_size // heads if heads else None)
+
+    return of_all_layers(config, read)
 
 
 def _intermediate_size(config: PreTrainedConfig) -> int:
-    size = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    size = (
+        of_all_layers(config, partial(_field, name="intermediate_size"))
+        or getattr(config, "n_inner", None)
+        or 4 * config.hidden_size
+    )
     # Gemma 3n writes one for each layer
     return max(size) if isinstance(size, list | tuple) else size

@@ -120,7 +120,7 @@ def fuse_specialists(
                 f"specialists; the {config.vocab_size - vocab_size} rows beyond it are dropped."
             )
         config.vocab_size = vocab_size
-        if config.pad_token_id is not None and config.pad_token_id >= vocab_size:
+        if (getattr(config, "pad_token_id", None) or 0) >= vocab_size:
             config.pad_token_id = None
     configs = list(text_configs.values())
     if adapters is not None:

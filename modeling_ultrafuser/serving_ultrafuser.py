@@ -8,6 +8,7 @@ from .configuration_ultrafuser import (
     attention_of_all,
     common,
     head_dim,
+    num_attention_heads,
     num_key_value_heads,
     specialist_layer_types,
 )
@@ -32,7 +33,7 @@ def check_servable_by_vllm(config: UltraFuserConfig) -> None:
     if config.fusion != "logits":
         refuse("computes logits with one linear head, which needs fusion='logits'", [config.fusion] * len(configs))
     for field, read in (
-        ("num_attention_heads", lambda c: getattr(c, "num_attention_heads", None)),
+        ("num_attention_heads", num_attention_heads),
         ("num_key_value_heads", num_key_value_heads),
         ("head_dim", head_dim),
     ):
@@ -106,7 +107,9 @@ def check_pageable(config: UltraFuserConfig) -> None:
     geometry = {
         name: {
             "layer_types": sorted(types[name]),
-            **{f: getattr(c, f, None) for f in ("num_key_value_heads", "num_attention_heads", "hidden_size")},
+            "num_key_value_heads": num_key_value_heads(c),
+            "num_attention_heads": num_attention_heads(c),
+            "head_dim": head_dim(c),
             **({"sliding_window": c.sliding_window} if "sliding_attention" in types[name] else {}),
         }
         for name, c in zip(config.specialist_names, config.specialists, strict=True)

@@ -158,8 +158,14 @@ def _model(name: str, source: Source) -> tuple[PreTrainedConfig, PreTrainedModel
             f"into it. Merge it first, `merge_and_unload()`, or move its files away."
         )
     kind = auto_class(name, config)
-    with torch.device("meta"):
-        model = kind.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(config)
+    except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"A specialist must be a model that transformers builds from its config.json, but it cannot build {name!r} "
+            f"({config.model_type!r}): {type(error).__name__}: {error}. Correct its config.json."
+        ) from error
     parts_of(name, model, config.get_text_config(decoder=True))
     return config, model
 
