@@ -312,7 +312,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
             # one made without a configuration adds layers as they come, in an order that only one model can have
             cache.layers = DynamicCache(config=self.config).layers
             cache.layer_class_to_replicate = None
-        refuse_cache_of_one_shape(self.config, cache, self.first_layers[:-1])
+        refuse_cache_of_one_shape(self.config, cache)
         return cache
 
 

@@ -1,15 +1,15 @@
 """A step of generation with a cache, of a specialist alone and within a fused model: both must come to the same."""
 
+import copy
 import inspect
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModel, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .cache_ultrafuser import SpecialistCache
 from .causal_ultrafuser import masks_for_generate
-from .checking_ultrafuser import backbone_class
 from .configuration_ultrafuser import UltraFuserConfig
 from .specialists_ultrafuser import run_each
 
@@ -22,7 +22,7 @@ def check_steps(config: UltraFuserConfig) -> None:
     """
     for k, (name, backbone_config) in enumerate(zip(config.specialist_names, config.backbones, strict=False)):
         with torch.device("meta"):
-            backbone = backbone_class(backbone_config)._from_config(backbone_config).eval()
+            backbone = AutoModel.from_config(copy.deepcopy(backbone_config)).eval()
             ids = torch.zeros((1, 4), dtype=torch.long)
             try:
                 step_within(DynamicCache, backbone, name, config, k, ids)

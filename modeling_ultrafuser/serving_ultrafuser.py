@@ -120,7 +120,7 @@ def check_pageable(config: UltraFuserConfig) -> None:
     )
 
 
-def refuse_cache_of_one_shape(config: UltraFuserConfig, cache: Cache, first_layers: list[int]) -> None:
+def refuse_cache_of_one_shape(config: UltraFuserConfig, cache: Cache) -> None:
     """Refuses keys and values of one shape for all layers, as PEFT's prefix tuning makes them, where shapes differ.
 
     Raises:
@@ -129,7 +129,7 @@ def refuse_cache_of_one_shape(config: UltraFuserConfig, cache: Cache, first_laye
     # these fields are absent where specialists differ
     if hasattr(config, "num_key_value_heads") and hasattr(config, "head_dim"):
         return
-    keys = [getattr(cache.layers[k], "keys", None) for k in first_layers]
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
     if any(k is None for k in keys) or common((k.shape[1], k.shape[3]) for k in keys if k.ndim == 4) is None:
         return
     geometry = {

@@ -1,5 +1,7 @@
 """What families keep on their causal classes has its effect in a fused model, or is refused by name."""
 
+import json
+
 import pytest
 import torch
 from transformers import (
@@ -376,3 +378,38 @@ def test_a_scale_that_is_computed_passes_the_check(tmp_path):
     found = judge({"text": (str(tmp_path), None), "code": (str(tmp_path), None)})
     assert not [f for f in found.findings if f.status == BLOCKS]
     assert UltraFuserConfig(specialist_names=["a", "b"], specialists=[mini().config] * 2).a.logits_scaling == 1.0
+
+
+def test_a_family_whose_layers_have_heads_of_two_widths_is_fused_and_saved(tmp_path):
+    types = ["sliding_attention", "full_attention"]
+    sizes = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0}
+    wide = specialist("gemma4_text", layer_types=types, head_dim=8, global_head_dim=16, sliding_window=6, **sizes)
+    fused = fuse({"text": wide, "code": specialist()})
+    assert not hasattr(fused.config, "head_dim")
+    expected = generate(fused, prompt(), use_cache=False)
+    assert torch.equal(generate(fused, prompt()), expected)
+    assert torch.equal(generate(fused, prompt(), cache_implementation="static"), expected)
+    fused.save_pretrained(tmp_path)
+    assert torch.equal(generate(unending(UltraFuserForCausalLM.from_pretrained(tmp_path)), prompt()), expected)
+    with pytest.raises(ValueError, match="one `head_dim` for all specialists"):
+        check_servable_by_vllm(fused.config)
+
+
+UNBUILDABLE = {
+    "says neither how wide nor how deep": ({"model_type": "blt"}, "does not say ['hidden_size', 'num_hidden_layers']"),
+    "no number of experts": ({"model_type": "dots1", "hidden_size": 32}, "it cannot build 'text' ('dots1')"),
+    "no head width": ({"model_type": "hunyuan_v1_dense", "hidden_size": 32}, "it cannot build 'text'"),
+}
+
+
+@pytest.mark.parametrize("case", UNBUILDABLE)
+def test_a_configuration_from_which_no_model_follows_ends_the_check_in_a_sentence(case, tmp_path):
+    written, words = UNBUILDABLE[case]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    found = judge({"text": (str(tmp_path), None), "code": (str(tmp_path), None)})
+    assert any(words in f.text for f in found.findings if f.status == BLOCKS), found.findings
+
+
+def test_a_family_without_a_padding_id_is_read():
+    with pytest.raises(ValueError, match="head must have no bias.*CodeGen"):
+        fuse({"text": specialist("codegen", n_embd=32, n_head=4, n_layer=1, rotary_dim=4), "code": specialist()})

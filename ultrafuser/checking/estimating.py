@@ -56,7 +56,7 @@ def size(model: PreTrainedModel, config, rows: int) -> Size:
         embedding=rows * hidden,
         head=rows * config.hidden_size,
         adapter=LORA_RANK * sum(m.in_features + m.out_features for m in linear),
-        tied=bool(model.config.tie_word_embeddings),
+        tied=bool(getattr(model.config, "tie_word_embeddings", False)),
     )
 
 
