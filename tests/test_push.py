@@ -267,7 +267,7 @@ def test_what_is_not_whole_or_gives_away_a_secret_is_refused(spoil, said, folder
 def test_where_specialists_lay_on_this_machine_is_not_sent(folder, commands, server):
     home = "/home/somebody/private work/text"
     records = {
-        "text": {"source": home, "commit": None, "problem": f"no card in {home}"},
+        "text": {"source": home, "commit": None, "problem": "its folder holds no README.md"},
         "code": {"source": "lab/code", "commit": "abc", "licence": "mit"},
     }
     (folder / "specialists.json").write_text(json.dumps(records))

@@ -46,7 +46,7 @@ from modeling_ultrafuser import UltraFuserConfig
 from ..keys import check_address
 from ..loading import load_config, load_tokenizer, refusing_code
 from ..provenance import provenance
-from . import local_tasks
+from . import local_tasks, sandbox
 
 
 class Suite(NamedTuple):
@@ -177,6 +177,9 @@ def run_suite(
         )
         command = _command(task, backend, arguments, settings[task], include, run_code)
         found[task] = _result(task, evaluated) | {"settings": settings[task], "command": command}
+        if any(manager.task_index[t].cfg.get("unsafe_code") for t in _leaves(task, manager)):
+            ours = task in local_tasks.NAMES
+            found[task]["sandbox"] = sandbox.confinement() if ours else "none: lm-eval runs the code itself"
         _write(out / f"{task}.json", found[task])
     return {task: found[task] for task in shots}
 
