@@ -19,7 +19,7 @@ from experiments import ledger
 
 
 ROOT = ledger.ROOT
-DOCUMENTS = ("README.md", "MODEL_CARD.md", "EXPERIMENTS.md", "docs/when-not.md")
+DOCUMENTS = ("README.md", "MODEL_CARD.md", "EXPERIMENTS.md", "docs/security.md", "docs/when-not.md")
 MARKED = re.compile(r"(<!-- (results/\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 DOMAINS = ("text", "code", "math")
 
@@ -213,6 +213,26 @@ def verbatim(path: Path) -> str:
     return f"```\n{path.read_text().rstrip()}\n```"
 
 
+def servers(path: Path) -> str:
+    """What became of clients and strangers at once, from `python -m tests.load`."""
+    found = files(path)[0]
+    rows = []
+    for command in ("serve", "demo"):
+        one = found[command]
+        memory = f"{one['memory before, MB']} to {one['memory after, MB']} MB"
+        rows.append([f"`{command}`", str(one["asked"]), str(one["answered as alone"]), memory])
+    threads = found["threads"]
+    right = threads["asked"] - threads["answered otherwise"]
+    rows.append([f"{threads['threads']} threads, {threads['ways']} ways", str(threads["asked"]), str(right), ""])
+    strangers = [[kind, str(count)] for kind, count in sorted(found["serve"]["strangers"].items())]
+    return "\n\n".join(
+        [
+            markdown(["", "asked", "answered as alone", "memory before and after"], rows),
+            markdown(["strangers beside `serve`'s clients", "times"], strangers),
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "losses": losses,
     "runs": runs,
@@ -227,6 +247,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tuned further beside the paper's": tuned_beside_paper,
     "cleaning": cleaning,
     "verbatim": verbatim,
+    "servers": servers,
 }
 
 

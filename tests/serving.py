@@ -2,10 +2,12 @@
 
 import http.client
 import json
+import re
 import socket
 import threading
 import time
 from contextlib import contextmanager
+from uuid import uuid4
 
 from ultrafuser.guarding import server
 
@@ -13,12 +15,17 @@ from ultrafuser.guarding import server
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
 
+def free_port():
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @contextmanager
 def running(app, host="127.0.0.1"):
     """The app behind our uvicorn. Its port."""
-    with socket.socket() as free:
-        free.bind((host, 0))
-        port = free.getsockname()[1]
+    port = free_port()
     served = server(app, host, port)
     thread = threading.Thread(target=served.run, daemon=True)
     thread.start()
@@ -79,3 +86,39 @@ def ended(connection, seconds=20):
     except ConnectionResetError:
         pass
     return True
+
+
+class Visitor:
+    """Asks as the page does, by hand."""
+
+    def __init__(self, port):
+        self.port, self.session = port, uuid4().hex
+        config = ask(port, "/config")[1]
+        # of the buttons and fields the one that takes the prompt
+        self.say = next(d["id"] for d in config["dependencies"] if len(d["inputs"]) > 3)
+
+    def join(self, prompt="2+2?", most=12, temperature=1.0, bias=(0.0, 0.0, 0.0)):
+        data = [prompt, None, most, temperature, *bias]
+        body = {
+            "data": data,
+            "fn_index": self.say,
+            "session_hash": self.session,
+            "trigger_id": None,
+            "event_data": None,
+        }
+        return ask(self.port, "/gradio_api/queue/join", body)
+
+    def listen(self):
+        """What is told until the question is answered, and what the last message says."""
+        events = ask(self.port, f"/gradio_api/queue/data?session_hash={self.session}")[1]
+        told = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line.startswith("data: ")]
+        return next(event for event in told if event["msg"] == "process_completed")
+
+    def asks(self, *arguments, **settings):
+        assert self.join(*arguments, **settings)[0] == 200
+        return self.listen()
+
+
+def said(event):
+    """The answer that a visitor sees, as HTML."""
+    return "".join(re.findall(r"<span style[^>]*>([^<]*)</span>", event["output"]["data"][2]))

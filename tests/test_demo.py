@@ -1,11 +1,9 @@
 """The demo: answers are `generate`'s, colours the gate's, and sliders steer one answer and leave the model alone."""
 
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from html import unescape
-from uuid import uuid4
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.gate_base_ultrafuser import GateOutput
 from tests import serving as http
 from tests.conftest import in_browser, stir_gate
-from tests.serving import running
+from tests.serving import Visitor, running, said
 from tests.test_chat import decoded, generated
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE
@@ -220,44 +218,9 @@ def test_without_a_chat_template_messages_are_continued_as_plain_text(browser, m
 # ----------------------------------------------------------------------------------------------- among strangers
 
 
-class Visitor:
-    """Asks as the page does, by hand."""
-
-    def __init__(self, port):
-        self.port, self.session = port, uuid4().hex
-        config = http.ask(port, "/config")[1]
-        # of the buttons and fields the one that takes the prompt
-        self.say = next(d["id"] for d in config["dependencies"] if len(d["inputs"]) > 3)
-
-    def join(self, prompt="2+2?", most=12, temperature=1.0, bias=(0.0, 0.0, 0.0)):
-        data = [prompt, None, most, temperature, *bias]
-        body = {
-            "data": data,
-            "fn_index": self.say,
-            "session_hash": self.session,
-            "trigger_id": None,
-            "event_data": None,
-        }
-        return http.ask(self.port, "/gradio_api/queue/join", body)
-
-    def listen(self):
-        """What is told until the question is answered, and what the last message says."""
-        events = http.ask(self.port, f"/gradio_api/queue/data?session_hash={self.session}")[1]
-        told = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line.startswith("data: ")]
-        return next(event for event in told if event["msg"] == "process_completed")
-
-    def asks(self, *arguments, **settings):
-        assert self.join(*arguments, **settings)[0] == 200
-        return self.listen()
-
-
 @pytest.fixture(scope="module")
 def port(served):
     return int(served.rstrip("/").rsplit(":", 1)[1])
-
-
-def said(event):
-    return "".join(re.findall(r"<span style[^>]*>([^<]*)</span>", event["output"]["data"][2]))
 
 
 def test_a_visitor_is_answered_as_generate_answers(port, model):

@@ -504,6 +504,6 @@ def test_a_port_that_is_taken_is_told(model):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        served = guarding.server(app(model), "127.0.0.1", taken.getsockname()[1])
-        with pytest.raises(SystemExit):
-            served.run()
+        number = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"Nothing can listen on port {number} of '127.0.0.1'"):
+            guarding.run(app(model), "127.0.0.1", number)

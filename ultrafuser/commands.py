@@ -291,7 +291,7 @@ def demo(
     """
     with _in_words():
         from . import demo as web
-        from .guarding import host_names, key_for, server
+        from .guarding import host_names, key_for, run
         from .reports import explaining
 
         key = key_for(host, key_variable, without_key)
@@ -299,7 +299,7 @@ def demo(
         settings = {"hosts": host_names(host, allow_host or ()), "origins": allow_origin or (), "key": key}
         page = web.application(*explaining.load(model), name, **settings)
         typer.echo(f"Open http://{host}:{port}. End it with Ctrl-C.")
-        server(page, host, port).run()
+        run(page, host, port)
 
 
 @app.command()

@@ -212,6 +212,19 @@ def server(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
     return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", **settings))
 
 
+def run(app: ASGIApp, host: str, port: int) -> None:
+    """Serves an app behind a `Guard` until it is stopped.
+
+    Raises:
+        OSError: If the address cannot be listened on.
+    """
+    try:
+        server(app, host, port).run()
+    except SystemExit as error:
+        # uvicorn has said why
+        raise OSError(f"Nothing can listen on port {port} of {host!r}. Choose another with --port.") from error
+
+
 def _cancelled(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()

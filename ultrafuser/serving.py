@@ -54,7 +54,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from trainers.rendering import RenderingError, render_chat
 
 from .folders import fused_config
-from .guarding import LEAST_BYTES, Guard, refusal, server
+from .guarding import LEAST_BYTES, Guard, refusal, run
 from .reports.explaining import load
 
 
@@ -99,7 +99,7 @@ class _Fields(BaseModel):
     # repeated tokens are divided by 1 + this
     frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
     stop: Short | Annotated[list[Short], Field(min_length=1, max_length=4)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)] | None = None
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     max_output_tokens: Tokens | None = None
@@ -165,8 +165,9 @@ class Asked:
         over: Set when nobody waits for the answer any more.
     """
 
-    def __init__(self, ids: list[int], seed: int | None):
-        self.ids, self.seed = ids, secrets.randbits(63) if seed is None else seed
+    def __init__(self):
+        self.ids: list[int] = []
+        self.seed = 0
         self.over = threading.Event()
 
 
@@ -279,9 +280,11 @@ class _OwnNumbers:
 
         class Before(LogitsProcessor):
             def __call__(self, input_ids, scores):
-                owner.turn.acquire()
-                owner.held = True
-                owner.random.set_rng_state(owner.state)
+                # where a draft is checked, several times before a token is drawn
+                if not owner.held:
+                    owner.turn.acquire()
+                    owner.held = True
+                    owner.random.set_rng_state(owner.state)
                 return scores
 
         class After(StoppingCriteria):
@@ -460,12 +463,9 @@ class Answering:
         request = Request(scope, receive)
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "A request is JSON: send the header `Content-Type: application/json`.")
-        data = await request.body()
-        body, ids, seed = await anyio.to_thread.run_sync(self._read, data, limiter=self.state.readers)
-        asked = Asked(ids, seed)
+        data, asked = await request.body(), Asked()
         _ASKED.set(asked)
-        # a name that the client chose could be another request's
-        answer = asyncio.ensure_future(self.handler.handle_request(body, str(uuid.uuid4())))
+        answer = asyncio.ensure_future(self._handled(data, asked))
         gone = asyncio.ensure_future(receive())
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -476,6 +476,14 @@ class Answering:
             asked.over.set()
             answer.cancel()
             gone.cancel()
+
+    async def _handled(self, data: bytes, asked: Asked) -> Response:
+        """What the handler makes of a request."""
+        reading = anyio.to_thread.run_sync(self._read, data, abandon_on_cancel=True, limiter=self.state.readers)
+        body, asked.ids, seed = await reading
+        asked.seed = secrets.randbits(63) if seed is None else seed
+        # a name that the client chose could be another request's
+        return await self.handler.handle_request(body, str(uuid.uuid4()))
 
     def _read(self, data: bytes) -> tuple[dict, list[int], int | None]:
         """A request's fields for the handler, its prompt, and its seed.
@@ -555,14 +563,14 @@ def serve(folder: str, host: str, port: int, key: str | None, loading: dict, **s
         settings: Of `application`.
 
     Raises:
-        OSError: If there is no such model.
+        OSError: If there is no such model, or the port is taken.
         ValueError: If it is a model of another kind, or has no tokenizer.
     """
     fused_config(folder)
     logging.set_verbosity_error()
     model, tokenizer = load(folder, **loading)
     app = application(model, tokenizer, folder, key=key, **settings)
-    server(app, host, port).run()
+    run(app, host, port)
 
 
 def _response(answer: asyncio.Future) -> Response:
