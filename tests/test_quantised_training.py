@@ -20,7 +20,8 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dty
 @pytest.fixture
 def folder(tmp_path):
     """A fused model whose layers are wide enough for blocks of 64 numbers, which 4-bit weights come in."""
-    model = UltraFuserForCausalLM.from_specialists({"text": specialist(hidden_size=64), "code": specialist(layers=1)})
+    specialists = {"text": specialist(hidden_size=64), "code": specialist(layers=1, hidden_size=64)}
+    model = UltraFuserForCausalLM.from_specialists(specialists)
     stir_gate(model)
     model.save_pretrained(tmp_path / "fused")
     return tmp_path / "fused"
