@@ -366,7 +366,9 @@ def test_a_merge_has_the_best_factor_and_one_copy_is_held_at_a_time(tunable, mon
     assert mean_loss(found, tunable.tune) == pytest.approx(min(losses), rel=1e-5)
 
 
-def test_a_second_run_measures_only_what_is_missing(comparison, tmp_path, monkeypatch):
+def test_a_second_run_measures_only_what_is_missing_and_takes_up_no_scores_of_another(
+    comparison, tmp_path, monkeypatch
+):
     first = compare(comparison, tmp_path, identity={"run": 1})
     (tmp_path / "scores" / "uniform_logits.safetensors").unlink()
     ran = []
@@ -378,12 +380,8 @@ def test_a_second_run_measures_only_what_is_missing(comparison, tmp_path, monkey
     for row in (*first["rows"], *second["rows"]):
         row["cost"].pop("speed"), row["cost"].pop("tokens_per_second")
     assert second == first
-
-
-def test_scores_of_another_run_are_not_taken_up(comparison, tmp_path):
-    compare(comparison, tmp_path, identity={"seed": 0})
-    with pytest.raises(ValueError, match=r"there \{'seed': 0\}, here \{'seed': 1\}"):
-        compare(comparison, tmp_path, identity={"seed": 1})
+    with pytest.raises(ValueError, match=r"there \{'run': 1\}, here \{'run': 2\}"):
+        compare(comparison, tmp_path, identity={"run": 2})
 
 
 def test_merges_that_do_not_apply_are_left_out_with_the_reason(fused, data, tmp_path):
