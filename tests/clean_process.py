@@ -156,6 +156,20 @@ def parts_can_stay_on_the_disk():
     _assert_equal_logits(model, "plain")
 
 
+def a_score_is_read_off_the_same_backbone():
+    import transformers
+
+    model = _load("plain", transformers.AutoModelForSequenceClassification, num_labels=1)
+    assert type(model).__module__.startswith("transformers_modules.")
+    assert model.score.weight.shape == (1, model.config.hidden_size)
+
+
+def a_tokenizer_loads_without_trust():
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(FOLDERS / "plain", trust_remote_code=False)("a").input_ids
+
+
 def a_folder_saved_again_loads_whole():
     from safetensors.torch import save_file
 

@@ -93,7 +93,7 @@ def test_a_saved_folder_holds_the_code_that_it_needs_and_no_more(folders):
     ours = {f.name for f in Path(sys.modules["modeling_ultrafuser"].__file__).parent.glob("*.py")}
     assert code == ours - {"__init__.py"}
     auto_map = json.loads((folders / "plain" / "config.json").read_text())["auto_map"]
-    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}
 
 
 def test_saved_tensors_are_the_specialists_and_one_head(folders):

@@ -224,6 +224,13 @@ def test_a_stage_does_not_resume_from_another_trainers_checkpoint(fused, tmp_pat
         trainer(GateTrainer, fused, tmp_path).train(str(tmp_path / "checkpoint-3"))
 
 
+def test_a_stage_does_not_resume_from_a_model_alone(fused, tmp_path):
+    trainer(GateTrainer, fused, tmp_path, save_strategy="steps", save_steps=3, save_only_model=True).train()
+    for checkpoint in (str(tmp_path / "checkpoint-3"), True):
+        with pytest.raises(ValueError, match="holds the model alone, as `save_only_model=True` asks for. Start"):
+            trainer(GateTrainer, fused, tmp_path, save_only_model=True).train(checkpoint)
+
+
 @BOTH
 def test_another_trainers_settings_are_refused(stage, fused, tmp_path):
     with pytest.raises(ValueError, match=f"reads its settings from a {stage.config_class.__name__}, but got a SFTCo"):

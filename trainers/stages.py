@@ -370,6 +370,8 @@ class _StageTrainer(SFTTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
+                for checkpoint in Path(self.args.output_dir).glob("checkpoint-*"):
+                    self._refuse_model_alone(checkpoint)
                 raise ValueError(
                     f"There is no complete checkpoint of a stage to resume from in {self.args.output_dir!r}. Check the "
                     f"folder, or begin anew with `train()`."
@@ -381,6 +383,7 @@ class _StageTrainer(SFTTrainer):
     def _load_state(self, checkpoint: str | os.PathLike) -> None:
         path = Path(checkpoint) / STATE_FILE
         if not path.exists():
+            self._refuse_model_alone(path.parent)
             raise ValueError(
                 f"A stage resumes from a checkpoint that it wrote itself, but {str(checkpoint)!r} has no {STATE_FILE}: "
                 f"it is another trainer's, or was cut off while being written. Choose another one, or start a new run "
@@ -398,6 +401,16 @@ class _StageTrainer(SFTTrainer):
         self.statistics.load_state_dict(state["statistics"], self.args.process_index, self.args.world_size)
         if self.controller is not None:
             self.controller.load_state_dict(state["controller"])
+
+    def _refuse_model_alone(self, checkpoint: Path) -> None:
+        # torch, FSDP and DeepSpeed call the optimizer's state differently
+        state = [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")]
+        if (checkpoint / TRAINER_STATE_NAME).exists() and not state:
+            raise ValueError(
+                f"A stage goes on with the state of its optimizer, but {str(checkpoint)!r} holds the model alone, as "
+                f"`save_only_model=True` asks for. Start a new run from its model: {type(self).__name__}"
+                f"({str(checkpoint)!r}, ...)."
+            )
 
     def _identity(self) -> dict:
         """What must be the same for a run to be continued."""
