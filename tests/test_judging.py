@@ -462,7 +462,7 @@ def test_two_runs_do_not_write_to_one_folder(serve, questions, tmp_path):
     other = threading.Thread(target=run, args=(questions, tmp_path / "out", server.endpoint()))
     other.start()
     inside.wait(10)
-    with pytest.raises(ValueError, match="Another run is writing"):
+    with pytest.raises(FileExistsError, match="another one is writing"):
         run(questions, tmp_path / "out", server.endpoint())
     leave.set()
     other.join()

@@ -116,7 +116,7 @@ def test_a_server_that_does_not_answer_is_told_before_anything_is_written(includ
 def test_a_result_says_what_was_scored_and_how(folder, include, tmp_path):
     out = tmp_path / "out"
     results = run_suite(folder, ["chosen", "written"], out, include=include, limit=3, dtype="float32")
-    assert sorted(file.name for file in out.iterdir()) == ["chosen.json", "written.json"]
+    assert sorted(file.name for file in out.glob("*.json")) == ["chosen.json", "written.json"]
     assert {task: json.loads((out / f"{task}.json").read_text()) for task in results} == results
     chosen = results["chosen"]
     accuracy = chosen["scores"]["chosen"]["acc,none"]

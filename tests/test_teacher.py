@@ -200,11 +200,6 @@ def test_a_journal_damaged_in_its_middle_is_refused_by_line(tmp_path):
         Journal(path)
 
 
-def test_two_runs_cannot_write_one_journal(tmp_path):
-    with Journal(tmp_path / "journal.jsonl"), pytest.raises(ValueError, match="is in use"):
-        Journal(tmp_path / "journal.jsonl")
-
-
 class Still(asyncio.SelectorEventLoop):
     """Whose clock stands."""
 

@@ -157,3 +157,31 @@ def test_a_trainer_neither_pushes_its_folder_nor_pickles_a_token(fused, tmp_path
         GateTrainer(
             str(fused), args, {"text": Dataset.from_list([{"text": "a"}]), "code": Dataset.from_list([{"text": "a"}])}
         )
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_run_that_ended_is_resumed_to_the_bit_that_it_ended_with(steps, fused, tmp_path):
+    out = tmp_path / "out"
+    # a rate that does not end at zero; after 3 steps an epoch is under way
+    words = ["--stage", "gate", *flags(fused, out), "--max-steps", steps, "--save_steps", 2]
+    words += ["--lr_scheduler_type", "constant", "--learning_rate", 0.01]
+    assert run(*words).exit_code == 0
+    whole, checkpoints = tensors(out), sorted(path.name for path in out.glob("checkpoint-*"))
+    assert run(*words, "--resume").exit_code == 0
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == checkpoints
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in tensors(out).items())
+    # killed between the last checkpoint and the model
+    for file in ("model.safetensors", "config.json"):
+        (out / file).unlink()
+    assert run(*words, "--resume").exit_code == 0
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in tensors(out).items())
+
+
+def test_weights_that_no_run_left_are_not_replaced(fused, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("years of work")
+    done = run("--stage", "gate", *flags(fused, out), "--max-steps", 1)
+    assert done.exit_code == 2
+    assert "holds 'model.safetensors', which `ultrafuser train` writes" in done.output
+    assert (out / "model.safetensors").read_text() == "years of work"

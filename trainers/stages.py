@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer, is_conversational
 
 from modeling_ultrafuser.adapters_ultrafuser import adapter_parameters
@@ -362,6 +363,8 @@ class _StageTrainer(SFTTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`. A stage resumes from its own checkpoints only; unfinished ones are passed over.
 
+        One that had ended is as it was when it ended: the library would take one more step.
+
         Raises:
             ValueError: If there is no checkpoint to resume from, or it is of another run.
         """
@@ -378,7 +381,13 @@ class _StageTrainer(SFTTrainer):
                 )
         if resume_from_checkpoint:
             self._load_state(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        except _EndedError:
+            self.is_in_train = False
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
+            return TrainOutput(self.state.global_step, 0.0, {})
 
     def _load_state(self, checkpoint: str | os.PathLike) -> None:
         path = Path(checkpoint) / STATE_FILE
@@ -644,6 +653,10 @@ def _check_terms(args: StageConfig, kwargs: dict) -> None:
         )
 
 
+class _EndedError(Exception):
+    """A stage that is resumed has no step left."""
+
+
 class _StageCallback(TrainerCallback):
     """Calls the stage at the moments it needs."""
 
@@ -651,6 +664,9 @@ class _StageCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # weights, optimizer and state are those of the checkpoint now
+        if state.global_step >= state.max_steps:
+            raise _EndedError
         if self.trainer.controller is not None:
             self.trainer.controller.begin()
 

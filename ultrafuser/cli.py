@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 import warnings
 from dataclasses import asdict
@@ -74,11 +73,6 @@ def quickstart(
 
     Example: ultrafuser quickstart --out /tmp/quickstart
     """
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        typer.echo(
-            f"Nothing is overwritten unasked, but {str(out)!r} is not empty. Use --out or --overwrite.", err=True
-        )
-        raise typer.Exit(2)
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     # bars for what takes long only: training
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
@@ -87,8 +81,11 @@ def quickstart(
     # heavy imports only once they are needed, so that --help answers at once
     from . import quickstart as module
 
-    shutil.rmtree(out, ignore_errors=True)
-    module.run(out, seed=seed)
+    try:
+        module.run(out, seed=seed, overwrite=overwrite)
+    except OSError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
 
 
 @app.command()
@@ -371,7 +368,7 @@ def data_make(
 
     try:
         report = make_set(read, out, plan.total["calls"], console)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         typer.echo(error, err=True)
         raise typer.Exit(2) from None
     for domain, kinds in report["records"].items():
@@ -443,19 +440,21 @@ def bench(
     Example: ultrafuser bench fused local --run-code --out bench/fused
     """
     from .evaluation import local_tasks, suites
+    from .writing import sole_writer
 
-    if "local" in tasks and include is None:
-        include = out / "tasks"
-        local_tasks.write(include, seed)
-    settings = {
-        "limit": limit,
-        "run_code": run_code,
-        "trust_remote_code": trust_remote_code,
-        "chat": chat,
-        "server": server,
-        "include": include,
-    }
     try:
+        if "local" in tasks and include is None:
+            include = out / "tasks"
+            with sole_writer(include, "bench", ["*"]):
+                local_tasks.write(include, seed)
+        settings = {
+            "limit": limit,
+            "run_code": run_code,
+            "trust_remote_code": trust_remote_code,
+            "chat": chat,
+            "server": server,
+            "include": include,
+        }
         results = suites.run_suite(model, tasks, out, **settings, batch_size=batch_size, dtype=dtype, seed=seed)
     except (OSError, ValueError) as error:
         typer.echo(str(error), err=True)

@@ -11,8 +11,9 @@ from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
 
 from . import licences
-from .evaluation.journal import digest
 from .folders import fused_config, read_ingredients
+from .provenance import digest
+from .writing import write_whole
 
 
 TEMPLATE = Path(__file__).parent / "hub_card.jinja"
@@ -93,7 +94,7 @@ def write_card(
         licence=metadata.license,
     )
     text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n\n"
-    path.write_text(f"{text}<!-- ultrafuser card {digest(text)} -->\n", encoding="utf-8")
+    write_whole(path, f"{text}<!-- ultrafuser card {digest(text)} -->\n")
     return warnings
 
 

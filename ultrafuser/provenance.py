@@ -1,5 +1,7 @@
 """Where a number comes from."""
 
+import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -39,3 +41,14 @@ def commit() -> str | None:
         return git("log", "-1", "--format=%h") + "+" * bool(git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def weights_digest(folder: Path) -> str | None:
+    """A fingerprint of a folder's files of weights, None without any: one trained on, or saved anew, has another."""
+    found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]
+    return digest(found) if found else None
+
+
+def digest(value) -> str:
+    """A short fingerprint of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,6 +1,7 @@
 """From nothing to a fused model in minutes: offline, on a CPU, on real text, through the code that real models take."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -32,8 +33,10 @@ from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTraine
 
 from .corpora import DOMAINS, documents, splits
 from .provenance import provenance
+from .writing import sole_writer, write_whole
 
 
+MADE = (*DOMAINS, "stage_one", "stage_two", "fused")  # folders
 LENGTH = 256  # tokens per training example
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 PROMPTS = {
@@ -70,18 +73,34 @@ class Schedule:
     joint_rate: float = 3e-4
 
 
-def run(out: Path, *, seed: int = 0, schedule: Schedule | None = None) -> dict[str, dict[str, float]]:
+def run(
+    out: Path, *, seed: int = 0, schedule: Schedule | None = None, overwrite: bool = False
+) -> dict[str, dict[str, float]]:
     """Makes three specialists, fuses them, trains both stages, saves, reloads elsewhere, and prints what came out.
 
     Args:
         out: Folder for the specialists (`out/text`, ...) and the fused model (`out/fused`).
         seed: Same seed, same numbers on the same machine.
         schedule: Training steps and learning rates.
+        overwrite: Replace what an earlier quickstart made there.
+
+    Raises:
+        FileExistsError: If there is something in `out` that is not to be replaced, or is not a quickstart's.
 
     Returns:
         Held-out loss in nats per token, by row of the printed table and domain.
     """
-    schedule = schedule or Schedule()
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(
+            f"Nothing is overwritten unasked, but {str(out)!r} is not empty. Use --out or --overwrite."
+        )
+    with sole_writer(out, "quickstart", ["*"]):
+        for name in MADE:
+            shutil.rmtree(out / name, ignore_errors=True)
+        return _run(out, seed, schedule or Schedule())
+
+
+def _run(out: Path, seed: int, schedule: Schedule) -> dict[str, dict[str, float]]:
     console = Console(highlight=False)
     began = time.monotonic()
     set_seed(seed)
@@ -123,7 +142,7 @@ def run(out: Path, *, seed: int = 0, schedule: Schedule | None = None) -> dict[s
     spoken = reload_elsewhere(fused, list(PROMPTS.values()))
     weights = mean_gate_weights(model, held_out)
     found = {"seed": seed, "schedule": asdict(schedule), **provenance(), "nats_per_token": rows}
-    (out / "results.json").write_text(json.dumps({**found, "mean_gate_weights": weights}, indent=2) + "\n")
+    write_whole(out / "results.json", json.dumps({**found, "mean_gate_weights": weights}, indent=2) + "\n")
     _print_outcome(console, rows, weights, spoken, fused, minutes=(time.monotonic() - began) / 60)
     return rows
 

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 from trainers import CachedGateTrainer, GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
-from trainers.stages import last_complete_checkpoint
+from trainers.stages import STATE_FILE, last_complete_checkpoint
 
 from . import pushing
 from .checking import reading
@@ -25,8 +26,15 @@ from .fusing import Fusion, described
 from .loading import load_model as load_any_model
 from .loading import load_tokenizer
 from .row_files import load
+from .writing import sole_writer
 
 
+# into the output folder, beside checkpoints
+WRITES = (
+    *("*.safetensors", "*.safetensors.index.json", "*_ultrafuser.py", "checkpoint-*", "cache", "training_args.bin"),
+    *("config.json", "generation_config.json", "specialists.json", "adapter_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 STAGES = {"gate": GateStageConfig, "joint": JointStageConfig}
 
 
@@ -133,6 +141,18 @@ def train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model
             f"the last checkpoint: `ultrafuser train --resume`, or --resume_from_checkpoint True; or choose another "
             f"output_dir."
         )
+    # of several processes one writes
+    writer = sole_writer(out, "train", WRITES, begun=_checkpoints(out)) if args.process_index == 0 else nullcontext()
+    with writer:
+        _train(fused, args, model_args)
+
+
+def _checkpoints(out: Path) -> list[str]:
+    return [path.parent.name for path in out.glob(f"checkpoint-*/{STATE_FILE}")]
+
+
+def _train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model_args: ModelConfig) -> None:
+    out, resume = Path(args.output_dir), args.resume_from_checkpoint
     publish = _publishing(args)
     trainer_class, own = _trainer(fused, out, model_args)
     domains = load_domains(fused, args.dataset_text_field)

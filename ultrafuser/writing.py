@@ -147,10 +147,10 @@ def sole_writer(
         out.mkdir(parents=True, exist_ok=True)
     with _locked(out / LOCK, out), _in_words(out):
         mark = out / BEGUN
-        commands = mark.read_text(encoding="utf-8").split() if mark.is_file() else []
+        commands = mark.read_text(encoding="utf-8").splitlines() if mark.is_file() else []
         if command not in commands:
             own = overwrite or any((out / file).exists() for file in begun)
-            if theirs := [] if own else sorted({p.name for pattern in writes for p in out.glob(pattern)}):
+            if theirs := [] if own else _present(out, writes):
                 raise FileExistsError(
                     f"Nothing is overwritten unasked, but {str(out)!r} holds {', '.join(map(repr, theirs[:5]))}, which "
                     f"`ultrafuser {command}` writes and has not written there. Choose another folder, or move "
@@ -158,6 +158,10 @@ def sole_writer(
                 )
             write_whole(mark, "".join(f"{name}\n" for name in (*commands, command)))
         yield
+
+
+def _present(out: Path, patterns: Iterable[str]) -> list[str]:
+    return sorted({path.name for pattern in patterns for path in out.glob(pattern)} - {LOCK, BEGUN})
 
 
 @contextmanager

@@ -9,14 +9,16 @@ import functools
 import itertools
 import json
 import multiprocessing
-import tempfile
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..writing import sole_writer, write_whole
 from . import filters
 from .arithmetic import wrong_arithmetic
 from .decontamination import contaminated
@@ -50,6 +52,7 @@ def clean(
     skip: Iterable[str] = (),
     processes: int = 1,
     overwrite: bool = False,
+    then: Iterable[Callable[[Path], dict]] = (),
 ) -> dict:
     """Writes `kept.jsonl`, `dropped.jsonl` and `cleaning.json` to a folder.
 
@@ -68,6 +71,8 @@ def clean(
         processes: For the filters of single records. With more than one, a script calls this under
             `if __name__ == "__main__":`, since processes begin by importing it.
         overwrite: Replace a cleaned set, once the new one is whole.
+        then: Filters that rank what is kept, as those of `ranking`, with the folder as their argument. Each returns the
+            report.
 
     Returns:
         What is in `cleaning.json`: numbers of records, kept and dropped, altogether, by filter and by domain.
@@ -79,10 +84,6 @@ def clean(
     """
     if unknown := set(skip) - {*FILTERS, *DUPLICATES}:
         raise ValueError(f"Filters are {[*FILTERS, *DUPLICATES]}, but to skip are {sorted(unknown)}.")
-    if (out / KEPT).exists() and not overwrite:
-        raise FileExistsError(
-            f"Nothing is overwritten unasked, but {str(out)!r} holds a cleaned set. Write elsewhere, or use overwrite."
-        )
     if "language" not in set(skip):
         filters.need_language_model()
     settings = {
@@ -92,9 +93,7 @@ def clean(
     }
     checks = {n: functools.partial(f, **settings.get(n, {})) for n, f in FILTERS.items() if n not in set(skip)}
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".cleaning-") as name:
-        folder = Path(name)
+    with _in_place(out, overwrite) as folder:
         with (
             DuplicateIndex(folder / "index.sqlite", near) as index,
             lines_file(folder / KEPT) as kept,
@@ -109,10 +108,32 @@ def clean(
                     write_dropped(dropped, row, *verdict, record)
                 else:
                     kept.write(json.dumps(record, ensure_ascii=False) + "\n")
-        for name in (KEPT, DROPPED):
-            (folder / name).replace(out / name)
-    report = {"filters": [*checks, *(name for name in DUPLICATES if name not in set(skip))], "domains": counts}
-    return write_report(out, report)
+        filters_used = [*checks, *(name for name in DUPLICATES if name not in set(skip))]
+        report = write_report(folder, {"filters": filters_used, "domains": counts})
+        for rank in then:
+            report = rank(folder)
+    return report
+
+
+@contextmanager
+def _in_place(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Gives a folder to write a cleaned set into, whose files are put into `out` once it is whole, the kept last."""
+    with sole_writer(out, "data clean", (KEPT, DROPPED, REPORT), overwrite=overwrite):
+        if (out / KEPT).exists() and not overwrite:
+            raise FileExistsError(
+                f"Nothing is overwritten unasked, but {str(out)!r} holds a cleaned set. Write elsewhere, or use "
+                f"overwrite."
+            )
+        folder = out / ".cleaning"
+        # of a run that was killed
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+            for name in (DROPPED, REPORT, KEPT):
+                (folder / name).replace(out / name)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_dropped(file, row: int, reason: str, why: str, record: dict) -> None:
@@ -129,7 +150,7 @@ def write_report(out: Path, report: dict) -> dict:
         "dropped": {name: total[name] for name in report["filters"]},
         **report,
     }
-    (out / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    write_whole(out / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
 

@@ -1,5 +1,6 @@
 """Commands `ultrafuser data clean`, `take-in`, `look` and `push`."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,10 @@ def clean(
         from . import cleaning, ranking
         from .decontamination import gram_hashes
 
+        then = [] if style_share is None else [lambda folder: ranking.keep_style(folder, style_share)]
+        if ifd_model is not None:
+            asked = functools.partial(_loaded, ifd_model, trust_remote_code)
+            then.append(lambda folder: ranking.keep_difficult(folder, *asked(), ifd_share))
         evaluation = {name: gram_hashes(texts) for name, texts in _evaluation_sets(against or [], split)}
         report = cleaning.clean(
             _records(records),
@@ -60,15 +65,8 @@ def clean(
             skip=skip or (),
             processes=processes,
             overwrite=overwrite,
+            then=then,
         )
-        if style_share is not None:
-            report = ranking.keep_style(out, style_share)
-        if ifd_model is not None:
-            from ..loading import load_model, load_tokenizer
-
-            model = load_model(ifd_model, dtype="auto", trust_remote_code=trust_remote_code)
-            tokenizer = load_tokenizer(ifd_model, trust_remote_code=trust_remote_code)
-            report = ranking.keep_difficult(out, model, tokenizer, ifd_share)
         typer.echo(f"{cleaning.table(report)}\n{out / cleaning.KEPT}; why the others went: {out / cleaning.DROPPED}")
 
 
@@ -165,6 +163,14 @@ def push(
         from .looking import push_to_hub
 
         typer.echo(push_to_hub(records, repo_id, card=card, private=not public, agree=agree) or "Nothing was sent.")
+
+
+def _loaded(name: str, trust_remote_code: bool) -> tuple:
+    """A model and its tokenizer."""
+    from ..loading import load_model, load_tokenizer
+
+    model = load_model(name, dtype="auto", trust_remote_code=trust_remote_code)
+    return model, load_tokenizer(name, trust_remote_code=trust_remote_code)
 
 
 def _records(names: list[str]) -> Iterator[dict]:

@@ -1,17 +1,14 @@
-"""What a teacher has said and been paid for, on disk before it is used, so that it is never asked for again."""
+"""What a teacher has said and been paid for, so that it is never asked for again."""
 
-import fcntl
 import hashlib
 import json
-import os
 from pathlib import Path
 
+from ..journal import LineFile
 
-class Journal:
-    """Replies by the key of their request, one JSON line each, only ever added to.
 
-    A line is on the disk when `add` returns. A last line that a killed process left half written is cut off when the
-    journal is opened. Only where each reply begins is held in memory. Use it as a context manager.
+class Journal(LineFile):
+    """Replies by the key of their request. Only where each begins is held in memory.
 
     Attributes:
         tokens_in: Prompt tokens of all replies.
@@ -22,61 +19,28 @@ class Journal:
         """Opens the journal, or begins one.
 
         Raises:
-            ValueError: If another process writes to it, or a line before the last is damaged.
+            ValueError: If a line before the last is damaged.
         """
-        self.path, self.tokens_in, self.tokens_out = path, 0, 0
+        self.tokens_in = self.tokens_out = 0
         self._places: dict[str, int] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b", buffering=0)
-        try:
-            self._read()
-        except BaseException:
-            self._file.close()
-            raise
+        super().__init__(path)
         self._reader = path.open("rb")
 
-    def _read(self) -> None:
+    def _take(self, entry: dict, place: int) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            key, tokens_in, tokens_out = entry["key"], entry["tokens_in"], entry["tokens_out"]
+        except KeyError as error:
             raise ValueError(
-                f"Two runs that write one journal would pay twice, but {str(self.path)!r} is in use. Wait for the "
-                f"other run, or end it."
+                f"Each line of {str(self.path)!r} is a reply with `key`, `tokens_in` and `tokens_out`, but one has "
+                f"{sorted(entry)}. Take that line out; its request will be made again."
             ) from error
-        end = 0
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    self._count(json.loads(line), end)
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"Each line of a journal is a reply, but line {number} of {str(self.path)!r} is damaged: "
-                        f"{line[:80]!r}. Take that line out; its request will be made again."
-                    ) from error
-                end += len(line)
-        os.truncate(self.path, end)
-        self._end = end
-
-    def _count(self, entry: dict, place: int) -> None:
-        self._places[entry["key"]] = place
-        self.tokens_in += entry["tokens_in"]
-        self.tokens_out += entry["tokens_out"]
+        self._places[key] = place
+        self.tokens_in += tokens(tokens_in) or 0
+        self.tokens_out += tokens(tokens_out) or 0
 
     def add(self, entry: dict) -> None:
         """Writes down a reply: a dict with `key`, `tokens_in`, `tokens_out` and whatever else is to be kept."""
-        line = json.dumps(entry).encode() + b"\n"
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError(f"The journal {str(self.path)!r} could be written in part only: is the disk full?")
-            os.fsync(self._file.fileno())
-        except OSError:
-            # what comes next must not run into half a line
-            os.ftruncate(self._file.fileno(), self._end)
-            raise
-        self._count(entry, self._end)
-        self._end += len(line)
+        self.write(entry)
 
     def get(self, key: str) -> dict:
         """The entry with this key."""
@@ -89,12 +53,14 @@ class Journal:
     def __len__(self) -> int:
         return len(self._places)
 
-    def __enter__(self) -> "Journal":
-        return self
-
     def __exit__(self, *_) -> None:
         self._reader.close()
-        self._file.close()
+        super().__exit__()
+
+
+def tokens(told) -> int | None:
+    """A server's count of tokens; None if it is none."""
+    return told if isinstance(told, int) and not isinstance(told, bool) and told >= 0 else None
 
 
 def request_key(*parts) -> str:

@@ -12,6 +12,7 @@ import jinja2
 from huggingface_hub import CommitOperationAdd, DatasetCard, DatasetCardData, HfApi
 from tqdm.auto import tqdm
 
+from ..writing import sole_writer, write_whole
 from .duplicates import DuplicateIndex, fingerprint
 
 
@@ -50,16 +51,19 @@ def look(
     Raises:
         ValueError: If there are no records.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with sole_writer(out, "data look", (PAGE, CARD, NUMBERS, "map.*")):
+        return _write(records, out, name, tokenizer, samples, points, seed)
+
+
+def _write(records: Iterable[dict], out: Path, name: str, tokenizer, samples: int, points: int, seed: int) -> dict:
     found, shown, mapped = _statistics(records, out, name, tokenizer, samples, points, random.Random(seed))
     figure = _map(mapped, out, seed) if len(mapped) >= 5 else ""
-    (out / NUMBERS).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    write_whole(out / NUMBERS, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((Path(__file__).parent / "looking.html").read_text(encoding="utf-8"))
     page = template.render(statistics=found, samples=shown, map=figure, quantiles=[f"{q:.0%}" for q in QUANTILES])
-    # half a surrogate pair is no text, but it does come
-    (out / PAGE).write_text(page, encoding="utf-8", errors="replace")
-    card(found, shown).save(out / CARD)
+    write_whole(out / PAGE, page)
+    write_whole(out / CARD, str(card(found, shown)))
     return found
 
 

@@ -38,6 +38,10 @@ NEEDED = {
     "turns": ("conversation",),
 }
 
+# what else is written beside the domains' files
+RESERVED = frozenset(("journal", "steps", "unfinished", "dataset", "report", "cache"))
+LONGEST_NAME = 100  # bytes
+
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(gt=0)]
@@ -189,6 +193,22 @@ class Recipe(_Part):
                 raise ValueError(
                     f"A domain's name is a file's name too: letters, digits, - and _. It is {name!r}. Rename it."
                 )
+            if len(name.encode()) > LONGEST_NAME:
+                raise ValueError(
+                    f"A domain's name is a file's name too, of {LONGEST_NAME} bytes at most, but {name[:20]!r}... has "
+                    f"{len(name.encode())}. Rename it."
+                )
+            if name.casefold() in RESERVED:
+                raise ValueError(
+                    f"Files of the made set have the names {sorted(RESERVED)}, so no domain has, but one is {name!r}. "
+                    f"Rename it."
+                )
+        alike = {name.casefold(): name for name in domains}
+        if twice := [name for name in domains if alike[name.casefold()] != name]:
+            raise ValueError(
+                f"Domains are files, and some disks tell no capital letter from a small one, but {twice[0]!r} and "
+                f"{alike[twice[0].casefold()]!r} are both there. Rename one."
+            )
         return domains
 
     @model_validator(mode="after")

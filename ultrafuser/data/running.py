@@ -12,10 +12,14 @@ from datasets import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from ..writing import sole_writer, whole_file, write_whole
 from .journal import Journal
 from .making import RECORDS, Maker, all_instructions, conversations
 from .recipe import Recipe
 from .teacher import Request, Teacher, cost
+
+
+JOURNAL = "journal.jsonl"
 
 
 def make_set(recipe: Recipe, out: Path, calls: int | None = None, console: Console | None = None) -> dict:
@@ -42,7 +46,8 @@ def make_set(recipe: Recipe, out: Path, calls: int | None = None, console: Conso
     bar = Progress(*columns, console=console, disable=not console.is_terminal)
     task = bar.add_task("", total=calls, spent="")
 
-    with Journal(out / "journal.jsonl") as journal, bar:
+    writes = (JOURNAL, "steps", "unfinished", "dataset", "report.json", *(f"{name}.jsonl" for name in recipe.domains))
+    with sole_writer(out, "data make", writes, begun=[JOURNAL]), Journal(out / JOURNAL) as journal, bar:
 
         def on_reply(request: Request) -> None:
             tokens = journal.tokens_in, journal.tokens_out
@@ -56,14 +61,13 @@ def make_set(recipe: Recipe, out: Path, calls: int | None = None, console: Conso
             )
             counts = _write_records(out, recipe, conversations(maker, rows) if rows else ())
             report = _report(maker, teacher, counts)
-    if counts:
-        (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if counts:
+            write_whole(out / "report.json", json.dumps(report, indent=2) + "\n")
     return report
 
 
 def _write_lines(path: Path, rows: Iterable[dict]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         file.writelines(map(_line, rows))
 
 

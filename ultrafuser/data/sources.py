@@ -5,13 +5,14 @@ has them: what trainers read is `messages` and `domain`.
 """
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from tqdm.auto import tqdm
+
+from ..writing import whole_file
 
 
 KEYS = ("messages", "domain", "topic", "source", "licence")
@@ -307,12 +308,9 @@ def lines_file(path: Path, mode: str = "w") -> TextIO:
 
 def write_records(records: Iterable[dict], path: Path) -> int:
     """Writes one JSON line per record, and tells how many; the file is there once it is whole."""
-    part = path.with_name(path.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     number = 0
-    with lines_file(part) as file:
+    with whole_file(path) as file:
         for record in tqdm(records, unit=" records", disable=None):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             number += 1
-    os.replace(part, path)
     return number

@@ -1,20 +1,20 @@
 """Asking the teacher: many requests under way at once, within its limits and the budget, each paid for once."""
 
 import asyncio
-import json
 from collections.abc import Callable
 from typing import NamedTuple
 
 import openai
 
 from ..keys import open_client, without_key
+from ..replies import NO_COMPLETION, bounded_client, reply_of
 from .journal import Journal, request_key
 from .recipe import Budget
 from .recipe import Teacher as TeacherSettings
 
 
 CHARACTERS_PER_TOKEN = 4  # of English prose; to foresee, and where a server does not tell
-REFUSALS_IN_A_ROW = 10  # then it is the server, or how it is asked
+REFUSALS_IN_A_ROW = 10  # or replies that are none: then it is the server, or how it is asked
 SECONDS_BETWEEN_TRIES = 0.5
 
 
@@ -78,6 +78,8 @@ class Teacher:
         self.settings, self.journal, self.budget, self.on_reply = settings, journal, budget or Budget(), on_reply
         self.stopped: str | None = None
         self.refused = self._refusals_in_a_row = 0
+        # given up, once another reply has shown that the server is not to blame
+        self._unread: list[dict] = []
         self._reserved = (0, 0)
         self._settled = asyncio.Condition()
         self._requests_pace = Pace(settings.requests_per_minute)
@@ -89,6 +91,7 @@ class Teacher:
             timeout=settings.timeout,
             # the client waits as long as Retry-After says, or twice as long each time
             max_retries=settings.retries,
+            http_client=bounded_client(settings.timeout),
         )
         self._loop = asyncio.new_event_loop()
 
@@ -162,26 +165,38 @@ class Teacher:
                 self.stopped = self._in_words(error)
                 return
             entry |= {"reply": None, "finish": self._said(error), "tokens_in": 0, "tokens_out": 0}
+        except _UnreadableError as error:
+            self._unread.append(entry | {"reply": None, "finish": str(error), "tokens_in": 0, "tokens_out": 0})
+            if len(self._unread) >= REFUSALS_IN_A_ROW:
+                self._unread.clear()
+                self.stopped = self.stopped or self._in_words(error)
+            return
         except openai.OpenAIError as error:
             self.stopped = self.stopped or self._in_words(error)
             return
         else:
             self._refusals_in_a_row = 0
+            while self._unread:
+                self.journal.add(self._unread.pop())
         self._tokens_pace.correct(entry["tokens_in"] + entry["tokens_out"] - foreseen)
         self.journal.add(entry)
         self.on_reply(request)
 
     async def _complete(self, request: Request) -> dict:
-        """The reply and its usage. What is no completion at all is asked for again, as a lost connection is."""
+        """The reply and its usage. What is no completion at all is asked for again, as a lost connection is.
+
+        Raises:
+            _UnreadableError: If it never was one.
+        """
         for tries_left in range(self.settings.retries, -1, -1):
             try:
                 completion = await self._client.chat.completions.create(
                     model=self.settings.model, messages=request.messages, extra_body=self._parameters(request)
                 )
                 return self._content(completion, request)
-            except (json.JSONDecodeError, AttributeError, TypeError, IndexError) as error:
+            except NO_COMPLETION as error:
                 if not tries_left:
-                    raise openai.OpenAIError(f"what came is no chat completion ({self._said(error)})") from error
+                    raise _UnreadableError(f"what came is no chat completion ({self._said(error)})") from error
                 await asyncio.sleep(SECONDS_BETWEEN_TRIES)
 
     async def _reserve(self, dearest: tuple[int, int]) -> bool:
@@ -259,11 +274,11 @@ class Teacher:
 
     def _content(self, completion, request: Request) -> dict:
         """What the journal keeps of a completion."""
-        choice, usage = completion.choices[0], completion.usage
-        text = without_key(choice.message.content or "", self._key_sent)
+        (text, finish), usage = reply_of(completion), getattr(completion, "usage", None)
+        text = without_key(text, self._key_sent)
         return {
             "reply": text,
-            "finish": choice.finish_reason,
+            "finish": finish,
             "tokens_in": _count(getattr(usage, "prompt_tokens", None), request.prompt_tokens()),
             "tokens_out": _count(getattr(usage, "completion_tokens", None), len(text) // CHARACTERS_PER_TOKEN),
         }
@@ -285,6 +300,10 @@ class Teacher:
     def __exit__(self, *_) -> None:
         self._loop.run_until_complete(self._close())
         self._loop.close()
+
+
+class _UnreadableError(openai.OpenAIError):
+    """What came, in all tries, is no reply."""
 
 
 class Pace:

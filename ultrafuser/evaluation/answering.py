@@ -1,8 +1,9 @@
 """Answers of a served model to questions of one or more turns, in a journal."""
 
 from collections.abc import Callable
+from functools import partial
 
-from .endpoint import Endpoint, for_all
+from .endpoint import BadReplyError, Endpoint, RefusedError, for_all
 from .journal import Journal
 from .questions import Question
 
@@ -24,7 +25,8 @@ async def answer_through(
     Args:
         endpoint: The model to be judged.
         questions: To answer.
-        journal: Gets `answer` and the server's `finish`.
+        journal: Gets `answer` and the server's `finish`. A question that only ever gets what is no reply, while others
+            are answered, has an empty answer, and says why as its `finish`.
         advance: Called after each answer.
 
     Raises:
@@ -36,11 +38,23 @@ async def answer_through(
 
     async with endpoint.connect() as ask:
 
-        async def work(question: Question) -> None:
+        async def work(question: Question, bad: Callable[[Exception], tuple[str, str]]) -> None:
             for turn in range(len(question.turns)):
                 if (question.id, turn) not in journal.rows:
-                    answer, finish = await ask(messages_of(question, turn, journal))
+                    try:
+                        answer, finish = await ask(messages_of(question, turn, journal))
+                    except (BadReplyError, RefusedError) as error:
+                        if (said := bad(error)) is None:
+                            return
+                        answer, finish = said
                     journal.add(question.id, turn, answer=answer.strip(), finish=finish)
                     advance()
 
-        await for_all(waiting, work, endpoint.concurrency)
+        failures: list[Exception] = []
+        await for_all(waiting, partial(work, bad=failures.append), endpoint.concurrency)
+        if failures and not journal.rows:
+            # it is not the questions
+            raise failures[0]
+        # the others are answered: what fails once more is given up
+        waiting = [q for q in waiting if any((q.id, t) not in journal.rows for t in range(len(q.turns)))]
+        await for_all(waiting, partial(work, bad=lambda error: ("", f"given up: {error}")), endpoint.concurrency)

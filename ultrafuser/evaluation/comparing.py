@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 
+from ..provenance import digest
+from ..writing import write_whole
 from .contenders import FUSED, Comparison, Measured, UntunedError, best_per_domain, contenders
 from .measuring import HeldOut, Scores
 from .merging import NotMergeableError
@@ -22,6 +24,7 @@ from .statistics import calibration_error, flips, interval, per_example, permuta
 
 
 MIXED = "mixed"  # items that need several domains at once: measured, but no part of the means
+SCORES = "scores"  # folder of what is finished
 BIN = 16  # tokens in each bin of the gate weights by position
 
 
@@ -56,10 +59,10 @@ def compare(
             )
         plan[name] = partial(_further, comparison, load)
     _check_identity(out, identity or {})
-    left_out = {}
+    files, left_out = _file_names(plan), {}
     for name in track(plan, "Comparing", transient=True):
         try:
-            comparison.found[name] = _kept(out / "scores" / f"{slug(name)}.safetensors", plan[name])
+            comparison.found[name] = _kept(out / SCORES / f"{files[name]}.safetensors", plan[name])
         except (NotMergeableError, UntunedError) as error:
             left_out[name] = str(error)
     return {
@@ -82,6 +85,15 @@ def _further(comparison: Comparison, load: Callable[[], PreTrainedModel]) -> Mea
 def slug(name: str) -> str:
     """A file name for a row's name."""
     return re.sub(r"\W+", "_", name).strip("_").lower()
+
+
+def _file_names(rows: Iterable[str]) -> dict[str, str]:
+    """A file name for each row: names that differ in case alone, or that are very long, have a fingerprint, too."""
+    names = {}
+    for row in rows:
+        name = slug(row)
+        names[row] = f"{name[:80]}_{digest(row)}" if name in names.values() or len(name) > 100 else name
+    return names
 
 
 def table_rows(comparison: Comparison) -> list[dict]:
@@ -160,7 +172,7 @@ def gate_statistics(model: UltraFuserForCausalLM, data: Mapping[str, HeldOut], b
 
 
 def _check_identity(out: Path, identity: dict) -> None:
-    file = out / "scores" / "run.json"
+    file = out / SCORES / "run.json"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, identity)
@@ -196,9 +208,7 @@ def _kept(file: Path, make: Callable[[], Measured]) -> Measured:
 
 def write_json(file: Path, content: dict) -> None:
     """Writes a file whole or not at all."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, file)
+    write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
 def _mean(values: list[float]) -> float:

@@ -1,7 +1,6 @@
 """Asking a model behind any OpenAI-compatible server, many requests at a time."""
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from urllib.parse import urlsplit
 import openai
 
 from ..keys import api_key, check_address, check_no_secrets, open_client, without_key
+from ..replies import NO_COMPLETION, bounded_client, reply_of, text_of
 
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -68,18 +68,20 @@ class Endpoint:
             EndpointError: If the server cannot be reached, does not know key or model, or still fails after all
                 retries, in words.
         """
-        async with open_client(self.url, self.key(), max_retries=self.retries, timeout=self.timeout) as client:
+        settings = {"max_retries": self.retries, "timeout": self.timeout, "http_client": bounded_client(self.timeout)}
+        async with open_client(self.url, self.key(), **settings) as client:
 
             async def ask(messages: list[dict]) -> tuple[str, str]:
+                messages = [{**message, "content": text_of(message["content"])} for message in messages]
                 try:
                     completion = await client.chat.completions.create(
                         model=self.model, messages=messages, extra_body=self.options
                     )
-                    choice = completion.choices[0]
-                    return without_key(choice.message.content or "", self.key()), choice.finish_reason or "unknown"
+                    text, finish = reply_of(completion)
+                    return text_of(without_key(text, self.key())), finish or "unknown"
                 except openai.BadRequestError as error:
                     raise RefusedError(self._in_words(error)) from error
-                except (json.JSONDecodeError, AttributeError, TypeError, IndexError) as error:
+                except NO_COMPLETION as error:
                     raise BadReplyError(f"{self.url} replied with something that is no chat completion.") from error
 
             try:
@@ -92,7 +94,7 @@ class Endpoint:
     async def _unknown_model(self, client: openai.AsyncOpenAI, error: openai.OpenAIError) -> str:
         try:
             known = [without_key(m, self.key()) for m in sorted([m.id async for m in client.models.list()])]
-        except (openai.OpenAIError, json.JSONDecodeError, AttributeError, TypeError):
+        except (openai.OpenAIError, *NO_COMPLETION):
             known = []
         there = f"It knows {known[:20]}." if known else "It does not list what it knows; check the address, too."
         return f"{self.url} does not know the model {self.model!r}. {there} It said: {self._said(error)}"

@@ -14,14 +14,17 @@ from transformers import PreTrainedTokenizerBase
 from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.tokenizing_ultrafuser import TOKENIZER_PROBE, load_tokenizer
 from trainers.rows import CHAT, PAIR, TEXT, TOKENS, form_of_row, names, problem
-from ultrafuser.provenance import provenance
+from ultrafuser.provenance import provenance, weights_digest
+from ultrafuser.writing import sole_writer
 
 from .. import loading
 from ..row_files import is_file, load_set, parse
-from .comparing import MIXED, compare, write_json
+from .comparing import MIXED, SCORES, compare, write_json
 from .contenders import FUSED, Comparison
-from .journal import weights_digest
 from .measuring import HeldOut, held_out
+
+
+WRITES = (SCORES, "results.json")
 
 
 def evaluate(
@@ -96,9 +99,10 @@ def evaluate(
     tuned = {d: _digest([x.input_ids, x.scored]) for d, x in tuning.items()}
     more = {name: partial(load, path) for name, path in (also or {}).items()}
     identity = {**asked, **weights, "data": tokens, "tune": tuned}
-    results = compare(comparison, out, more=more, identity=identity)
-    results = {**provenance(), "config": asked | limits, "prompt_tokens": prompt_tokens, **results}
-    write_json(out / "results.json", results)
+    with sole_writer(out, "evaluate", WRITES, begun=[f"{SCORES}/run.json"]):
+        results = compare(comparison, out, more=more, identity=identity)
+        results = {**provenance(), "config": asked | limits, "prompt_tokens": prompt_tokens, **results}
+        write_json(out / "results.json", results)
     return results
 
 

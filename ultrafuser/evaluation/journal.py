@@ -1,16 +1,12 @@
-"""A journal of finished work: what is in it is never done, or paid for, again."""
+"""Finished answers and judgements, with the settings that they were made with."""
 
-import hashlib
-import json
-import os
 from pathlib import Path
 
+from ..journal import LineFile, lines
 
-class Journal:
-    """JSON lines, each on the disk before the next piece of work is called finished.
 
-    The first line holds the settings that the work was done with. A line that a killed process left half written is
-    cut off. Use it as a context manager.
+class Journal(LineFile):
+    """Rows by `id` and `part`. The first line holds the settings that the work was done with.
 
     Attributes:
         rows: Finished rows by `id` and `part`, which is a turn or an order.
@@ -20,38 +16,25 @@ class Journal:
         """Opens the journal, or begins one.
 
         Raises:
-            ValueError: If it was begun with other settings, naming those that differ.
+            ValueError: If it was begun with other settings, naming those that differ, or is no journal.
         """
-        self.path, self.rows = path, {}
-        if path.exists():
-            content = path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if whole != content:
-                os.truncate(path, len(whole))
-        if path.exists() and path.stat().st_size:
-            found, self.rows = read_journal(path)
-            _check_settings(path, found, settings)
-            self._file = path.open("ab")
+        self.rows: dict[tuple[str, int], dict] = {}
+        self._settings: dict | None = None
+        super().__init__(path)
+        if self._settings is None:
+            self.write(settings)
         else:
-            self._file = path.open("ab")
-            self._write(settings)
+            _check_settings(path, self._settings, settings)
+
+    def _take(self, entry: dict, place: int) -> None:
+        if self._settings is None:
+            self._settings = entry
+        else:
+            self.rows[_place(self.path, entry)] = entry
 
     def add(self, id: str, part: int, **result) -> None:
         """Writes down a finished piece of work."""
-        row = {"id": id, "part": part, **result}
-        self._write(row)
-        self.rows[id, part] = row
-
-    def _write(self, row: dict) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._file.close()
+        self.write({"id": id, "part": part, **result})
 
 
 def read_journal(path: Path) -> tuple[dict, dict]:
@@ -60,11 +43,19 @@ def read_journal(path: Path) -> tuple[dict, dict]:
     Raises:
         ValueError: If the file is no journal.
     """
-    try:
-        settings, *rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-        return settings, {(row["id"], row["part"]): row for row in rows}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{str(path)!r} is no journal of answers or judgements: {error!r}.") from error
+    settings, *rows = [entry for _, _, entry in lines(path)] or [None]
+    if settings is None:
+        raise ValueError(f"{str(path)!r} is no journal of answers or judgements: it has no whole line.")
+    return settings, {_place(path, row): row for row in rows}
+
+
+def _place(path: Path, row: dict) -> tuple[str, int]:
+    if not isinstance(row.get("id"), str) or not isinstance(row.get("part"), int):
+        raise ValueError(
+            f"{str(path)!r} is no journal of answers or judgements: a row has the fields {sorted(row)}, and not `id` and "
+            f"`part`."
+        )
+    return row["id"], row["part"]
 
 
 def _check_settings(path: Path, found: dict, wanted: dict) -> None:
@@ -74,14 +65,3 @@ def _check_settings(path: Path, found: dict, wanted: dict) -> None:
             f"One journal holds work done with one set of settings, or its numbers would mean nothing, but "
             f"{str(path)!r} was begun with others ({changes}). Choose another folder, or delete that file."
         )
-
-
-def weights_digest(folder: Path) -> str | None:
-    """A fingerprint of a folder's files of weights, None without any: one trained on, or saved anew, has another."""
-    found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]
-    return digest(found) if found else None
-
-
-def digest(value) -> str:
-    """A short fingerprint of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -7,18 +7,18 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from string import Template
 
-from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..provenance import digest, weights_digest
+from ..writing import sole_writer, write_whole
 from .answering import answer_through
 from .endpoint import BadReplyError, Endpoint, EndpointError, RefusedError, for_all
-from .journal import Journal, digest, read_journal, weights_digest
+from .journal import Journal, read_journal
 from .judge_scores import grading_scores, pairwise_scores
 from .questions import Question, load_questions
 
@@ -26,6 +26,7 @@ from .questions import Question, load_questions
 PROMPTS = Path(__file__).parent / "prompts"
 METHODS = ("pairwise", "grading")
 USUAL_METHODS = {"alpaca_eval": "pairwise", "alpaca_eval_2": "pairwise", "mt_bench": "grading"}
+ANSWERS, JUDGEMENTS, RESULTS = "answers.jsonl", "judgements.jsonl", "results.json"
 ATTEMPTS = 3  # to get a verdict out of the judge
 # the verdict, alone in the last line but for a word such as "Verdict:": what is quoted further up is none
 _VERDICT = r"[^\[\]\w]*(?:\w+[^\[\]\w]+){{0,2}}\[\[({})\]\]\W*"
@@ -90,7 +91,7 @@ def run(
     templates = _templates(prompts, method)
     judge.key()
 
-    with _alone(out), _progress() as progress:
+    with sole_writer(out, "judge", (ANSWERS, JUDGEMENTS, RESULTS), begun=[ANSWERS]), _progress() as progress:
         try:
             answers, cut = _answer(model, asked, settings, judge, out, batch_size, progress)
             if method == "pairwise":
@@ -117,7 +118,7 @@ def run(
         "answers_cut": cut,
         **scores,
     }
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_whole(out / RESULTS, json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -172,7 +173,7 @@ def _answer(
 ) -> tuple[dict[str, list[str]], int]:
     """Answers by question, and how many were cut."""
     turns = [(q.id, t) for q in questions for t in range(len(q.turns))]
-    with Journal(out / "answers.jsonl", settings) as journal:
+    with Journal(out / ANSWERS, settings) as journal:
         advance = _bar(progress, "answers", len(turns), len(journal.rows))
         if len(journal.rows) < len(turns):
             # generating takes long, and is for nothing if the judge then does not answer
@@ -251,7 +252,7 @@ def _templates(folder: Path, method: str) -> dict[str, Template]:
 def _judge(judge: Endpoint, method: str, items: list[tuple[str, int, str]], out: Path, progress: Progress) -> dict:
     """The judge's verdict on each item, None where it gave none, by question and part."""
     settings = {"method": method, "judge": judge.model, "options": judge.options, "prompts": digest(items)}
-    with Journal(out / "judgements.jsonl", settings) as journal:
+    with Journal(out / JUDGEMENTS, settings) as journal:
         advance = _bar(progress, "judgements", len(items), len(journal.rows))
         waiting = [item for item in items if item[:2] not in journal.rows]
 
@@ -292,17 +293,6 @@ async def _verdict(ask: Callable, prompt: str, method: str) -> dict:
             {"role": "user", "content": REMINDERS[method]},
         ]
     return {"verdict": None, "replies": replies}
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keeps two runs from paying for the same work."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise ValueError(f"Another run is writing to {str(out)!r}. Wait for it, or choose another folder.") from error
 
 
 def _progress() -> Progress:

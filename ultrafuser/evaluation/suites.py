@@ -46,6 +46,7 @@ from modeling_ultrafuser import UltraFuserConfig
 from ..keys import check_address
 from ..loading import load_config, load_tokenizer, refusing_code
 from ..provenance import provenance
+from ..writing import sole_writer, write_whole
 from . import local_tasks, sandbox
 
 
@@ -151,36 +152,36 @@ def run_suite(
     found = {task: read for task in shots if (read := _finished(out / f"{task}.json", settings[task]))}
     backend, arguments = _server(folder, server) if server else _weights(folder, dtype, trust_remote_code)
     run_with = arguments | ({} if server else {"trust_remote_code": trust_remote_code})
-    out.mkdir(parents=True, exist_ok=True)
     if run_code:
         # `code_eval` asks once more
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
 
     model = None
-    for task, number in shots.items():
-        if task in found:
-            continue
-        model = model or get_model(backend)(**run_with, batch_size=batch_size, **_device(backend))
-        evaluated = simple_evaluate(
-            model,
-            tasks=[task],
-            task_manager=manager,
-            num_fewshot=number,
-            batch_size=batch_size,
-            limit=limit,
-            apply_chat_template=chat,
-            confirm_run_unsafe_code=run_code,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
-        command = _command(task, backend, arguments, settings[task], include, run_code)
-        found[task] = _result(task, evaluated) | {"settings": settings[task], "command": command}
-        if any(manager.task_index[t].cfg.get("unsafe_code") for t in _leaves(task, manager)):
-            ours = task in local_tasks.NAMES
-            found[task]["sandbox"] = sandbox.confinement() if ours else "none: lm-eval runs the code itself"
-        _write(out / f"{task}.json", found[task])
+    with sole_writer(out, "bench", [f"{task}.json" for task in shots if task not in found]):
+        for task, number in shots.items():
+            if task in found:
+                continue
+            model = model or get_model(backend)(**run_with, batch_size=batch_size, **_device(backend))
+            evaluated = simple_evaluate(
+                model,
+                tasks=[task],
+                task_manager=manager,
+                num_fewshot=number,
+                batch_size=batch_size,
+                limit=limit,
+                apply_chat_template=chat,
+                confirm_run_unsafe_code=run_code,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+            command = _command(task, backend, arguments, settings[task], include, run_code)
+            found[task] = _result(task, evaluated) | {"settings": settings[task], "command": command}
+            if any(manager.task_index[t].cfg.get("unsafe_code") for t in _leaves(task, manager)):
+                ours = task in local_tasks.NAMES
+                found[task]["sandbox"] = sandbox.confinement() if ours else "none: lm-eval runs the code itself"
+            write_whole(out / f"{task}.json", json.dumps(found[task], indent=2) + "\n")
     return {task: found[task] for task in shots}
 
 
@@ -287,6 +288,11 @@ def _finished(file: Path, settings: dict) -> dict[str, Any] | None:
     if not file.exists():
         return None
     result = json.loads(file.read_text())
+    if not isinstance(result, dict) or not isinstance(result.get("settings"), dict):
+        raise ValueError(
+            f"Nothing is overwritten unasked, but {str(file)!r} is there and no result of a benchmark. Use another "
+            f"`out`, or move it away."
+        )
     differing = {k: (result["settings"].get(k), v) for k, v in settings.items() if result["settings"].get(k) != v}
     if differing:
         raise ValueError(
@@ -344,10 +350,3 @@ def _result(task: str, evaluated: dict[str, Any]) -> dict[str, Any]:
     result = {"task": task, "scores": scores} | provenance()
     result["versions"] |= {"lm_eval": evaluated["lm_eval_version"], "tasks": evaluated["versions"]}
     return result | {"samples": {name: number["effective"] for name, number in evaluated["n-samples"].items()}}
-
-
-def _write(file: Path, content: dict) -> None:
-    # whole or not at all
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(file)

@@ -13,6 +13,7 @@ from ..corpora import DOMAINS, documents, splits
 from ..evaluation.comparing import gate_statistics
 from ..evaluation.measuring import held_out
 from ..provenance import versions
+from ..writing import sole_writer, write_whole
 from .charts import (
     draw_differences,
     draw_gate_by_domain,
@@ -56,6 +57,12 @@ class Account:
 }
 PROMPTS = {"What the model goes on to say": "Solve 3*x + 5 = 47 for x.\n"}
 NEW_TOKENS = 60
+PAGE = "index.html"
+# pictures have a name and an ending each
+WRITES = (
+    PAGE,
+    *(f"{name}.*" for name in ("differences", "rows", "radar", "gate_*", "training_loss", "mix_*", "text_*")),
+)
 
 
 def report(
@@ -102,27 +109,27 @@ def report(
     trained_on = [domain for run in (training or {}).values() for domain in run["domains"]]
     colours = assign([*specialists, *gate.get("mean_weights", ()), *trained_on])
 
-    found = [
-        *_comparison_figures(out, rows, colours),
-        *_gate_figures(out, gate, specialists, colours),
-        *_training_figures(out, training or {}, colours),
-    ]
     texts = _texts(*fused, examples) if fused else {}
-    for number, tokens in enumerate(texts.values()):
-        # for places that show no web page, such as a README
-        save(out / f"text_{number}", draw_tokens, tokens, colours)
-    page = render(
-        f"Fused from {', '.join(specialists[:-1])} and {specialists[-1]}",
-        facts=facts,
-        rows=rows,
-        left_out=results.get("left_out"),
-        figures=found,
-        texts=texts,
-        colours={name: colours[name] for name in specialists},
-    )
-    file = out / "index.html"
-    file.write_text(page, encoding="utf-8")
-    return file
+    with sole_writer(out, "report", WRITES):
+        found = [
+            *_comparison_figures(out, rows, colours),
+            *_gate_figures(out, gate, specialists, colours),
+            *_training_figures(out, training or {}, colours),
+        ]
+        for number, tokens in enumerate(texts.values()):
+            # for places that show no web page, such as a README
+            save(out / f"text_{number}", draw_tokens, tokens, colours)
+        page = render(
+            f"Fused from {', '.join(specialists[:-1])} and {specialists[-1]}",
+            facts=facts,
+            rows=rows,
+            left_out=results.get("left_out"),
+            figures=found,
+            texts=texts,
+            colours={name: colours[name] for name in specialists},
+        )
+        write_whole(out / PAGE, page)
+    return out / PAGE
 
 
 # of a results file, in the order in which the page shows them
