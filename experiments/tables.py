@@ -19,7 +19,14 @@ from experiments import ledger
 
 
 ROOT = ledger.ROOT
-DOCUMENTS = ("README.md", "MODEL_CARD.md", "EXPERIMENTS.md", "docs/security.md", "docs/when-not.md")
+DOCUMENTS = (
+    "README.md",
+    "MODEL_CARD.md",
+    "EXPERIMENTS.md",
+    "docs/families.md",
+    "docs/security.md",
+    "docs/when-not.md",
+)
 MARKED = re.compile(r"(<!-- (results/\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 DOMAINS = ("text", "code", "math")
 
@@ -208,6 +215,39 @@ def cleaning(path: Path) -> str:
     return "\n\n".join([markdown(["", "records", "found"], [*plants, wrong]), markdown(heads, rows)])
 
 
+def families_fused(path: Path) -> str:
+    """How every use of every family that can be fused ends, with itself and with Llama."""
+    found = {f: its for f, its in files(path)[0]["families"].items() if isinstance(its.get("itself"), dict)}
+    uses = list(next(iter(found.values()))["itself"])
+    rows = []
+    for family, its in found.items():
+        pairs = [its[pair] for pair in ("itself", "Llama") if isinstance(its[pair], dict)]
+        cells = [[_ENDINGS[pair[use].partition(":")[0]] for pair in pairs] for use in uses]
+        rows.append([f"`{family}`", *(" / ".join(dict.fromkeys(both)) for both in cells)])
+    return markdown(["family", *uses], rows)
+
+
+_ENDINGS = {"right": "✓", "as alone": "as alone", "refused": "refused", "wrong": "wrong"}
+
+
+def families_refused(path: Path) -> str:
+    """The sentence that refuses a family."""
+    found = files(path)[0]["families"].items()
+    told = {f: its["itself"] for f, its in found if isinstance(its.get("itself"), str)}
+    return markdown(["family", "what is said"], [[f"`{f}`", _cell(said)] for f, said in told.items()])
+
+
+def families_not_built(path: Path) -> str:
+    """Why a family was not tried."""
+    found = files(path)[0]["families"].items()
+    told = {f: its["not tiny"] for f, its in found if "not tiny" in its}
+    return markdown(["family", "why"], [[f"`{f}`", _cell(said)] for f, said in told.items()])
+
+
+def _cell(text: str) -> str:
+    return f"`` {text.removeprefix('refused: ').replace('|', '¦')} ``"
+
+
 def verbatim(path: Path) -> str:
     """What a command printed."""
     return f"```\n{path.read_text().rstrip()}\n```"
@@ -246,6 +286,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gate weights beside the paper's": weights_beside_paper,
     "tuned further beside the paper's": tuned_beside_paper,
     "cleaning": cleaning,
+    "families that are fused": families_fused,
+    "families that are refused": families_refused,
+    "families that were not built": families_not_built,
     "verbatim": verbatim,
     "servers": servers,
 }
