@@ -1,5 +1,7 @@
 """The specialists' token embeddings as one module, for code that knows one input embedding."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,10 @@ class TokenEmbeddings(nn.ModuleDict):
     register_forward_pre_hook = _on_each("register_forward_pre_hook")
     register_full_backward_hook = _on_each("register_full_backward_hook")
     register_full_backward_pre_hook = _on_each("register_full_backward_pre_hook")
+
+    def children(self) -> Iterator[nn.Module]:
+        """None, so that FSDP, which shards a module with its children, shards them where they are called."""
+        return iter(())
 
     @property
     def neftune_noise_alpha(self) -> float:

@@ -406,3 +406,10 @@ def test_ia3_changes_every_specialist(tmp_path):
     model = get_peft_model(pair(), config)
     trained = {n.split("specialists.")[1].split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {"text", "code"}
+
+
+def test_what_shards_a_module_with_its_children_finds_none_in_the_one_embedding(fused):
+    # FSDP gathers parameters where their module is called, and this one never is; vLLM looks through `modules()`
+    embedding = fused.get_input_embeddings()
+    assert list(embedding.children()) == []
+    assert sum(isinstance(m, nn.Embedding) for m in embedding.modules()) == 3
