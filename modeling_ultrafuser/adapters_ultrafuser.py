@@ -10,10 +10,31 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.pytorch_utils import Conv1D
 
 from .cache_ultrafuser import SpecialistCache
 from .specialists_ultrafuser import positions_of, run
+
+
+# what PEFT adapts as x W^T; the second keeps W transposed
+LINEAR = (nn.Linear, Conv1D)
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """Width of what a linear layer returns, and of what it reads."""
+    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+
+
+class Rows:
+    """How many rows the layer that is running reads, for its parts that read tokens end to end."""
+
+    count: int | None = None
+
+    def note(self, layer, arguments) -> None:
+        """Hook of a layer that is about to run, be it a second time, in the backward pass."""
+        self.count = len(arguments[0])
 
 
 class AdaptedLinear(nn.Module):
@@ -26,30 +47,45 @@ class AdaptedLinear(nn.Module):
         base_layer: The base's. It stays a layer of its own, so that quantisers find it.
         specialists: How many.
         rank: The highest among the adapters.
+        rows: Of the base that it is a part of.
     """
 
-    def __init__(self, base_layer: nn.Linear, specialists: int, rank: int):
+    def __init__(self, base_layer: nn.Module, specialists: int, rank: int, rows: Rows):
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer, self.rows = base_layer, rows
+        out_features, in_features = linear_shape(base_layer)
         like = {"device": base_layer.weight.device, "dtype": base_layer.weight.dtype}
-        self.lora_A = nn.Parameter(torch.zeros(specialists, rank, base_layer.in_features, **like))
+        self.lora_A = nn.Parameter(torch.zeros(specialists, rank, in_features, **like))
         # rank first, unlike in PEFT: a processor multiplies few rows by it faster
-        self.lora_B = nn.Parameter(torch.zeros(specialists, rank, base_layer.out_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(specialists, rank, out_features, **like))
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The base's, which some families ask their layers for."""
+        return self.base_layer.weight
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Shapes (batch * specialists, seq, in) to (batch * specialists, seq, out)."""
+        """Shapes (batch * specialists, ..., in) to (batch * specialists, ..., out); or all tokens end to end, (-1, in)."""
         output = self.base_layer(hidden_states)
-        rows, seq, _ = hidden_states.shape
-        specialists = len(self.lora_A)
+        specialists, shape = len(self.lora_A), output.shape
+        rows = len(hidden_states) if hidden_states.ndim > 2 else self.rows.count
+        if not rows or rows % specialists or (hidden_states.ndim == 2 and len(hidden_states) % rows):
+            raise ValueError(
+                f"Adapters of one base are rows of one batch, but a layer of it reads tokens of shape "
+                f"{tuple(hidden_states.shape)}, which does not tell the rows of {specialists} specialists apart. Merge "
+                f"each adapter into its base, and fuse whole models."
+            )
+        hidden_states, output = (t.reshape(rows, -1, t.shape[-1]) for t in (hidden_states, output))
+        seq = hidden_states.shape[1]
         if rows == specialists:
-            return torch.baddbmm(output, torch.bmm(hidden_states, self.lora_A.mT), self.lora_B)
+            return torch.baddbmm(output, torch.bmm(hidden_states, self.lora_A.mT), self.lora_B).view(shape)
         own = hidden_states.unflatten(0, (-1, specialists)).transpose(0, 1).flatten(1, 2)
         change = torch.bmm(torch.bmm(own, self.lora_A.mT), self.lora_B)
         change = change.unflatten(1, (-1, seq)).transpose(0, 1)
-        return (output.unflatten(0, (-1, specialists)) + change).flatten(0, 1)
+        return (output.unflatten(0, (-1, specialists)) + change).view(shape)
 
     @torch.no_grad()
-    def merged(self, k: int) -> nn.Linear:
+    def merged(self, k: int) -> nn.Module:
         """Specialist k's own linear layer, a copy."""
         weight, bias = self.base_layer.weight, self.base_layer.bias
         if type(weight.data) is not Tensor or not weight.is_floating_point():
@@ -57,11 +93,16 @@ class AdaptedLinear(nn.Module):
                 "An adapter is merged into the plain weights of its base, but those of this model are quantised. Load "
                 "it without `quantization_config` first."
             )
-        with torch.device("meta"):
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        if type(self.base_layer) is nn.Linear:
+            with torch.device("meta"):
+                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        else:
+            linear = copy.deepcopy(self.base_layer)
         # rounded once, at the end
         own = weight.float() if weight.element_size() < 4 else weight
         change = self.lora_B[k].T.to(own.dtype) @ self.lora_A[k].to(own.dtype)
+        if isinstance(linear, Conv1D):
+            change = change.T
         linear.weight = nn.Parameter((own + change).to(weight.dtype))
         if bias is not None:
             linear.bias = nn.Parameter(bias.detach().clone())
@@ -75,16 +116,20 @@ def add_adapters(base: PreTrainedModel, config) -> None:
         ValueError: If it has no such layers.
     """
     targets = set(config.adapters["target_modules"])
-    chosen = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in targets]
+    chosen = [n for n, m in base.named_modules() if isinstance(m, LINEAR) and n.rpartition(".")[2] in targets]
     missing = targets - {n.rpartition(".")[2] for n in chosen}
     if missing:
         raise ValueError(
             f"Adapters are on linear layers of the base, but {type(base).__name__} has none of the name "
             f"{sorted(missing)}. Correct `adapters` in the configuration, or fuse merged models."
         )
+    rows = Rows()
+    for module in base.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.register_forward_pre_hook(rows.note)
     for name in chosen:
         owner, _, leaf = name.rpartition(".")
-        layer = AdaptedLinear(base.get_submodule(name), len(config.specialists), config.adapters["rank"])
+        layer = AdaptedLinear(base.get_submodule(name), len(config.specialists), config.adapters["rank"], rows)
         setattr(base.get_submodule(owner), leaf, layer)
     # they speak of the base's layers as they were
     base._tp_plan = base._ep_plan = {}

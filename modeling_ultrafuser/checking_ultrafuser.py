@@ -65,6 +65,13 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
             raise ValueError(_quantised(name, "a quantised model in memory"))
         if source.config.model_type == UltraFuserConfig.model_type:
             raise ValueError(_already_fused(name, source.config.specialist_names))
+        if any(type(module).__module__.startswith("peft.") for module in source.modules()):
+            raise ValueError(
+                f"A specialist in memory is a plain model, but {name!r} ({type(source).__name__}) has an adapter of PEFT on "
+                f"its layers. Save the adapter, `save_pretrained(FOLDER)`, and pass that folder, because LoRA adapters of "
+                f"one base are fused from their folders; or merge it, `merge_and_unload()` of a PEFT model, or take it "
+                f"off, `delete_adapter(...)`."
+            )
         return source.config
     if not isinstance(source, str | os.PathLike):
         raise TypeError(

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from .checking_ultrafuser import (
 )
 from .configuration_ultrafuser import SCALE_FIELDS, UltraFuserConfig, soft_cap
 from .gates_ultrafuser import GATES
-from .lora_ultrafuser import adaptable, adapted_state, layout, probe_rows, read_adapters, read_parts
+from .lora_ultrafuser import about_base, adaptable, adapted_state, layout, probe_rows, read_adapters, read_parts
 from .probing_ultrafuser import check_steps, step_alone, step_within
 from .specialists_ultrafuser import BASE
 from .tokenizing_ultrafuser import (
@@ -51,6 +51,7 @@ def fuse_specialists(
     revisions: dict[str, str] | None = None,
     device_map=None,
     attn_implementation: str | None = None,
+    base: str | os.PathLike | None = None,
     **hub_kwargs,
 ) -> PreTrainedModel:
     """Builds a fused model out of specialists. Reached as `UltraFuserForCausalLM.from_specialists`.
@@ -72,6 +73,8 @@ def fuse_specialists(
         revisions: Name to branch, tag or commit of its Hub repository. Pin commits for results to be repeatable.
         device_map: Where the fused model goes, as for `from_pretrained`.
         attn_implementation: As for `from_pretrained`; reaches every specialist.
+        base: Where the base of specialists that are adapters is, if it is not where they say: its plain weights instead
+            of quantised ones, or its new place.
         **hub_kwargs: `token`, `cache_dir` and `local_files_only`, as for `from_pretrained`.
 
     Returns:
@@ -102,10 +105,11 @@ def fuse_specialists(
     # names, their number and the choices are refused before anything is read
     UltraFuserConfig(specialist_names=names, specialists=[_PLACEHOLDER] * len(names), **choices)
 
-    adapters, whole, place = read_adapters(specialists, hub), specialists, hub
+    adapters, whole, place = read_adapters(specialists, hub, base), specialists, hub
     if adapters is not None:
         whole, place = {BASE: adapters.base}, {BASE: {**hub_kwargs, "revision": adapters.revision}}
-    sources = {name: own_config(name, s, **place[name]) for name, s in whole.items()}
+    with nullcontext() if adapters is None else about_base(adapters):
+        sources = {name: own_config(name, s, **place[name]) for name, s in whole.items()}
     text_configs = {name: copy.deepcopy(c.get_text_config(decoder=True)) for name, c in sources.items()}
     for name, config in text_configs.items():
         check_architecture(name, sources[name], config)
@@ -130,7 +134,9 @@ def fuse_specialists(
     check_saving(config)
     check_steps(config)
     check_names(config)
-    tokenizers = {n: load_tokenizer(s, **hub[n]) for n, s in specialists.items() if not isinstance(s, PreTrainedModel)}
+    tokenizers = {
+        n: load_tokenizer(s, base, **hub[n]) for n, s in specialists.items() if not isinstance(s, PreTrainedModel)
+    }
     for name in [n for n, t in tokenizers.items() if t is None]:
         print_line(f"{name}: its folder holds no tokenizer, so nothing checks that its token ids mean the same.")
         del tokenizers[name]

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
-from .adapters_ultrafuser import AdaptedLinear, merged_backbone, run_as_rows
+from .adapters_ultrafuser import LINEAR, AdaptedLinear, linear_shape, merged_backbone, run_as_rows
 from .specialists_ultrafuser import BASE
 
 
@@ -22,6 +24,7 @@ MERGE_FIRST = (
     "merge each into its base, `AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()` and "
     "`.save_pretrained(...)`, and fuse whole models"
 )
+SAY_BASE = "Say where it is with `base=`, on the command line `--base`"
 
 # fields of a LoRA configuration that say where and how large it is, or how it was trained
 _PLAIN_FIELDS = {
@@ -29,6 +32,8 @@ _PLAIN_FIELDS = {
     *("base_model_name_or_path", "revision"),
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "bias", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core"),
+    # PEFT sets it by itself for layers that keep their weight transposed
+    "fan_in_fan_out",
     *("loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
 # starts that leave the base's weights as they are
@@ -50,13 +55,18 @@ class Adapters:
     configs: dict[str, dict | None]
 
 
-def read_adapters(specialists: dict, hub: dict[str, dict]) -> Adapters | None:
+def read_adapters(specialists: dict, hub: dict[str, dict], base: str | os.PathLike | None = None) -> Adapters | None:
     """What adapters say of themselves, or None if all specialists are whole models.
+
+    Args:
+        specialists: Name to Hub id or folder.
+        hub: Of each, how it is fetched.
+        base: Where their base is, if not where they say.
 
     Raises:
         ValueError: If adapters and models are mixed, or adapters are of different bases, or are more than LoRA.
     """
-    return common_base(specialists, {name: adapter_config(s, **hub[name]) for name, s in specialists.items()})
+    return common_base(specialists, {name: adapter_config(s, **hub[name]) for name, s in specialists.items()}, base)
 
 
 def adapter_config(source, **hub) -> dict | None:
@@ -73,32 +83,44 @@ def adapter_config(source, **hub) -> dict | None:
     return None
 
 
-def common_base(specialists: dict, configs: dict[str, dict | None]) -> Adapters | None:
+def common_base(
+    specialists: dict, configs: dict[str, dict | None], given: str | os.PathLike | None = None
+) -> Adapters | None:
     """The one base of all adapters, or None if there are none.
 
     Args:
         specialists: Name to Hub id or folder.
         configs: Each one's adapter configuration, or None.
+        given: Where their base is, if not where they say.
 
     Raises:
         ValueError: If adapters and models are mixed, or adapters are of different bases, or are more than LoRA.
     """
     bases = {n: (c.get("base_model_name_or_path"), c.get("revision") or "main") for n, c in configs.items() if c}
     if not bases:
+        if given is not None:
+            raise ValueError(
+                f"`base` is of specialists that are adapters of it, but {list(specialists)} are whole models. Leave it out."
+            )
         return None
+    if given is not None:
+        bases = dict.fromkeys(bases, (os.fspath(given), "main"))
     first = next(iter(bases))
     base, revision = bases[first]
     rule = (
         f"Specialists are whole models, or LoRA adapters of one base, but {first!r} holds only an adapter, of {base!r}"
     )
-    way_out = f"Fuse adapters of one base, with that base itself among them if you like; or {MERGE_FIRST}."
+    way_out = (
+        f"Fuse adapters of one base, with that base itself among them if you like. Is it one base under several names? "
+        f"{SAY_BASE}; or {MERGE_FIRST}."
+    )
     for name, source in specialists.items():
         if configs[name] is None and not _same_place(source, base):
             what = repr(os.fspath(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
             raise ValueError(f"{rule}, and {name!r} ({what}) is a whole model, and not that base. {way_out}")
     if not base:
         raise ValueError(
-            f"An adapter says which base it is of, but `base_model_name_or_path` of {first!r} is {base!r}. Fill it in, or "
+            f"An adapter says which base it is of, but `base_model_name_or_path` of {first!r} is {base!r}. {SAY_BASE}; or "
             f"{MERGE_FIRST}."
         )
     for name, (other, at) in bases.items():
@@ -106,6 +128,22 @@ def common_base(specialists: dict, configs: dict[str, dict | None]) -> Adapters 
             raise ValueError(f"{rule} at {revision!r}, and {name!r} one of {other!r} at {at!r}. {way_out}")
         check_adapter(name, configs[name])
     return Adapters(base, revision, configs)
+
+
+@contextmanager
+def about_base(adapters: Adapters) -> Iterator[None]:
+    """Says of what is refused of a base whose base it is, and what can be done about it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        of = " and ".join(repr(name) for name, config in adapters.configs.items() if config)
+        reason = str(error).partition(". ")[0].removesuffix(".")
+        # by which name its tensors are kept is no word of the user's
+        reason = reason.replace(f"specialist {BASE!r}", "base").replace(repr(BASE), "it")
+        raise (OSError if isinstance(error, OSError) else ValueError)(
+            f"Adapters are fused on the plain weights of their base, but that of {of}, {adapters.base!r}, is refused: "
+            f"{reason[:1].lower()}{reason[1:]}. {SAY_BASE}, if its plain weights are elsewhere."
+        ) from error
 
 
 def _same_place(one, other) -> bool:
@@ -155,8 +193,8 @@ def read_tensors(name: str, source: str, **hub) -> dict[str, Tensor]:
 def adaptable(model: PreTrainedModel, backbone_type: type) -> dict[str, tuple[str, torch.Size]]:
     """Linear layers of a base's backbone: name in its own model to name in the backbone, and shape."""
     prefix, backbone = next((n, m) for n, m in model.named_modules() if type(m) is backbone_type)
-    linear = ((n, m) for n, m in backbone.named_modules() if type(m) is nn.Linear)
-    return {f"{prefix}.{n}" if prefix else n: (n, m.weight.shape) for n, m in linear}
+    linear = ((n, torch.Size(linear_shape(m))) for n, m in backbone.named_modules() if isinstance(m, LINEAR))
+    return {f"{prefix}.{n}" if prefix else n: (n, shape) for n, shape in linear}
 
 
 def read_parts(

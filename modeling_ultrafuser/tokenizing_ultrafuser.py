@@ -51,6 +51,7 @@ def common_tokenizer(
     chat_template: str | None = None,
     revisions: dict[str, str] | None = None,
     vocab_size: int | None = None,
+    base: str | os.PathLike | None = None,
     **hub_kwargs,
 ) -> PreTrainedTokenizerBase:
     """The one tokenizer of a fused model, with its chat template.
@@ -60,6 +61,7 @@ def common_tokenizer(
         chat_template: Whose chat template to take, by specialist name. Needed only if they differ.
         revisions: Name to branch, tag or commit of its Hub repository.
         vocab_size: Rows of the fused head. Default: any.
+        base: Where the base of specialists that are adapters is, if it is not where they say.
         **hub_kwargs: `token`, `cache_dir` and `local_files_only`, as for `from_pretrained`.
 
     Returns:
@@ -70,7 +72,8 @@ def common_tokenizer(
     """
     hub = {n: {**hub_kwargs, "revision": (revisions or {}).get(n) or "main"} for n in specialists}
     tokenizers = {
-        n: s if isinstance(s, PreTrainedTokenizerBase) else load_tokenizer(s, **hub[n]) for n, s in specialists.items()
+        n: s if isinstance(s, PreTrainedTokenizerBase) else load_tokenizer(s, base, **hub[n])
+        for n, s in specialists.items()
     }
     missing = [n for n, t in tokenizers.items() if t is None]
     if missing:
@@ -102,11 +105,12 @@ def common_tokenizer(
     return tokenizer
 
 
-def load_tokenizer(source, **hub) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(source, base=None, **hub) -> PreTrainedTokenizerBase | None:
     """A specialist's tokenizer, or None if its folder holds none. That of an adapter without one is its base's."""
     adapter = adapter_config(source, **hub)
     if adapter is not None and not _has_tokenizer(source, **hub):
-        source, hub = adapter["base_model_name_or_path"], {**hub, "revision": adapter.get("revision") or "main"}
+        revision = adapter.get("revision") if base is None else None
+        source, hub = base or adapter["base_model_name_or_path"], {**hub, "revision": revision or "main"}
     if os.path.isdir(source) and not _has_tokenizer(source):
         return None
     # not None, which asks on the standard input

@@ -13,11 +13,19 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, StaticCache, TorchAoConfig, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DynamicCache,
+    StaticCache,
+    TorchAoConfig,
+    set_seed,
+)
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
-from modeling_ultrafuser.adapters_ultrafuser import AdaptedLinear
+from modeling_ultrafuser.adapters_ultrafuser import AdaptedLinear, Rows
 from modeling_ultrafuser.serving_ultrafuser import check_pageable, check_servable_by_vllm
 from tests.conftest import stir_gate
 from tests.hub_server import COMMIT, HubServer
@@ -636,3 +644,170 @@ def test_what_runs_specialists_one_by_one_is_refused(models):
         models[0].generate(prompt(batch=1), custom_generate=self_draft, max_new_tokens=2)
     with pytest.raises(ValueError, match="rows of one batch.*cu_seq_lens_q"):
         models[0](prompt(), cu_seq_lens_q=torch.tensor([0, 9]))
+
+
+# ---------------------------------------------------------------------------------- every linear layer that PEFT adapts
+
+
+SMALL = {
+    **{"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2},
+    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+}
+FAMILIES = {
+    # weights kept transposed
+    "gpt2": (
+        ["c_attn", "c_fc", "c_proj"],
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, **dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], 0.0)},
+    ),
+    # all tokens of a batch end to end
+    "opt": (["q_proj", "fc1", "fc2"], {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}),
+    # a linear layer of its own class
+    "falcon": (["query_key_value", "dense", "dense_h_to_4h"], {}),
+    # experts that all tokens share, end to end
+    "qwen2_moe": (
+        ["q_proj", "up_proj", "shared_expert_gate"],
+        {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 32},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_run_on_every_linear_layer_that_peft_adapts(family, tmp_path):
+    targets, fields = FAMILIES[family]
+    folders, merged = {}, {}
+    set_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL, **fields)).save_pretrained(
+        tmp_path / "base"
+    )
+    for rank, name in enumerate(("text", "code"), start=3):
+        config = LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+        model.save_pretrained(tmp_path / name)
+        folders[name], merged[name] = tmp_path / name, model.merge_and_unload().eval()
+    fused, expected = (UltraFuserForCausalLM.from_specialists(given) for given in (folders, merged))
+    stir_gate(fused)
+    expected.model.fusion_gate.load_state_dict(fused.model.fusion_gate.state_dict())
+    ids = prompt()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fused.specialist("code")(ids).logits, merged["code"](ids).logits)
+    texts = [m.generate(ids, max_new_tokens=8, do_sample=False) for m in (fused, expected)]
+    assert torch.equal(*texts)
+    # two batches of other sizes before their gradients, which run the layers once more
+    fused.gradient_checkpointing_enable()
+    fused.train()
+    losses = [fused(part, labels=part).loss for part in (ids, ids[:1])]
+    again = fused(ids, labels=ids).loss
+    losses[0].backward()
+    first = {name: p.grad.clone() for name, p in fused.named_parameters() if p.grad is not None}
+    fused.zero_grad()
+    again.backward()
+    for name, p in fused.named_parameters():
+        if name in first:
+            torch.testing.assert_close(p.grad, first[name])
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 8), (6, 5, 2, 8), (6, 3, 5, 4, 8), (30, 8)])
+@pytest.mark.parametrize("subclass", [False, True])
+def test_a_layer_adapts_inputs_of_any_rank(shape, subclass):
+    class Own(nn.Linear):
+        def forward(self, hidden_states):
+            return hidden_states @ self.weight.T + self.bias
+
+    set_seed(0)
+    rows = Rows()
+    rows.count = 6
+    layer = AdaptedLinear((Own if subclass else nn.Linear)(8, 7), 3, 2, rows)
+    nn.init.normal_(layer.lora_A), nn.init.normal_(layer.lora_B)
+    hidden = torch.randn(shape)
+    found = layer(hidden)
+    merged = [layer.merged(k) for k in range(3)]
+    assert all(type(m) is type(layer.base_layer) for m in merged)
+    for row, (own, result) in enumerate(zip(hidden.view(6, -1, 8), found.view(6, -1, 7), strict=True)):
+        torch.testing.assert_close(result, merged[row % 3](own))
+    assert found.shape == (*shape[:-1], 7)
+
+
+def test_tokens_that_do_not_tell_their_rows_are_refused():
+    rows = Rows()
+    rows.count = 6
+    layer = AdaptedLinear(nn.Linear(8, 7), 3, 2, rows)
+    for shape in ((29, 8), (4, 5, 8)):
+        with pytest.raises(ValueError, match="does not tell the rows of 3 specialists apart"):
+            layer(torch.randn(shape))
+
+
+# ---------------------------------------------------------------------------------- where the base is
+
+
+def base_of(sources):
+    return json.loads(Path(sources["text"], "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_a_base_that_has_moved_can_be_said(sources, tmp_path):
+    folders = {}
+    for name in ("text", "code"):
+        folders[name] = shutil.copytree(sources[name], tmp_path / name)
+        file = folders[name] / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": f"lab/{name}-4bit"}))
+    with pytest.raises(ValueError, match="(?s)one base.*lab/code-4bit.*--base"):
+        UltraFuserForCausalLM.from_specialists(folders)
+    base = base_of(sources)
+    fused = UltraFuserForCausalLM.from_specialists(folders, base=base)
+    expected = UltraFuserForCausalLM.from_specialists({name: sources[name] for name in folders})
+    ids = prompt()
+    with torch.no_grad():
+        assert torch.equal(fused(ids).logits, expected(ids).logits)
+    found = CliRunner().invoke(app, ["check", *(f"{n}={f}" for n, f in folders.items()), "--base", str(base)])
+    assert found.exit_code == 0, found.output
+    given = [f"{n}={f}" for n, f in folders.items()]
+    done = CliRunner().invoke(app, ["fuse", *given, "--base", str(base), "--out", str(tmp_path / "fused")])
+    assert done.exit_code == 0, done.output
+    referred = ["refer", str(tmp_path / "fused"), "--out", str(tmp_path / "refs"), "--base", str(base)]
+    assert CliRunner().invoke(app, referred).exit_code == 0
+    rebuilt = ["fuse", str(tmp_path / "refs" / "refs.yaml"), "--out", str(tmp_path / "again")]
+    assert CliRunner().invoke(app, rebuilt).exit_code == 0
+
+
+@pytest.mark.parametrize("fault", ["quantised", "gone"])
+def test_a_base_that_does_not_do_is_named_as_the_user_named_it(fault, sources, tmp_path):
+    base = shutil.copytree(base_of(sources), tmp_path / "their-model")
+    folders = {}
+    for name in ("text", "code"):
+        folders[name] = shutil.copytree(sources[name], tmp_path / name)
+        file = folders[name] / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}))
+    if fault == "gone":
+        shutil.rmtree(base)
+    else:
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(
+            json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}})
+        )
+    words = {"gone": "could not be read", "quantised": "with quantised weights"}[fault]
+    with pytest.raises((ValueError, OSError), match=f"of 'text' and 'code', '.*their-model', .*{words}") as error:
+        UltraFuserForCausalLM.from_specialists(folders)
+    assert "`base=`" in str(error.value)
+    assert "'base'" not in str(error.value)
+    shown = CliRunner().invoke(app, ["check", *(f"{n}={f}" for n, f in folders.items())])
+    assert shown.exit_code == 2
+    assert "their-model" in shown.output
+    assert "--base" in shown.output
+    assert "'base'" not in shown.output
+
+
+def test_a_base_of_whole_models_is_refused(sources):
+    with pytest.raises(ValueError, match="are whole models. Leave it out"):
+        UltraFuserForCausalLM.from_specialists({"a": base_of(sources), "b": base_of(sources)}, base=base_of(sources))
+
+
+@pytest.mark.parametrize("way", ["add_adapter", "peft"])
+def test_a_model_in_memory_with_an_adapter_on_it_is_refused_for_that(way):
+    model, config = specialist(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    if way == "peft":
+        model = get_peft_model(model, config).get_base_model()
+    else:
+        model.add_adapter(config)
+    with pytest.raises(ValueError, match=r"'x' \(LlamaForCausalLM\) has an adapter of PEFT on its layers"):
+        UltraFuserForCausalLM.from_specialists({"x": model, "y": specialist()})

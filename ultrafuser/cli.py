@@ -95,6 +95,7 @@ def check(
     ],
     dtype: Annotated[str, typer.Option(help="Of the fused model. Default: what all specialists share.")] = "auto",
     fusion: Annotated[str, typer.Option(help="logits or probabilities.")] = "logits",
+    base: Annotated[str | None, typer.Option(help="Of adapters, if it is not where they say.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything in JSON, for programs.")] = False,
 ) -> None:
     """Do these models fit together, and what would fusing them take? Reads no weights. Exit status 2 if they do not.
@@ -108,7 +109,7 @@ def check(
 
     disable_progress_bars()
     try:
-        judgement = judging.judge(reading.parse(specialists), dtype=dtype, fusion=fusion)
+        judgement = judging.judge(reading.parse(specialists), dtype=dtype, fusion=fusion, base=base)
     except ValueError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from error

@@ -41,6 +41,7 @@ def fuse(
         str | None, typer.Option(help="Name of the specialist whose chat template to take.")
     ] = None,
     revision: Annotated[list[str] | None, typer.Option(help="NAME=COMMIT, branch or tag; may be given again.")] = None,
+    base: Annotated[str | None, typer.Option(help="Of adapters, if it is not where they say.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its sizes; load no weights.")] = False,
 ) -> None:
     """Fuse specialists into one model's folder. Its new gate weighs all alike: train it next.
@@ -52,6 +53,7 @@ def fuse(
 
         given = {
             "specialist_revisions": pairs(revision or [], "--revision") or None,
+            "base": base,
             "chat_template": chat_template,
             "gate": gate,
             "fusion": fusion,
@@ -99,6 +101,7 @@ def refer(
     specialists: Annotated[
         list[str] | None, typer.Option(help="NAME=ID, NAME=ID@COMMIT or NAME=FOLDER, if the folder does not say.")
     ] = None,
+    base: Annotated[str | None, typer.Option(help="Of adapters, if it is not where they say.")] = None,
 ) -> None:
     """Write a fused model without its specialists: the gate, and where they are. `ultrafuser fuse` makes it whole again.
 
@@ -107,7 +110,7 @@ def refer(
     with _in_words():
         from . import referring
 
-        referring.refer(folder, out, specialists=specialists, say=typer.echo)
+        referring.refer(folder, out, specialists=specialists, base=base, say=typer.echo)
     size = sum(path.stat().st_size for path in out.iterdir())
     typer.echo(
         f"Wrote {str(out)!r}, {size:,} bytes. To have the whole model again: ultrafuser fuse {out / referring.RECIPE} "

@@ -33,6 +33,9 @@ class Fusion:
     chat_template: str | None = field(default=None, metadata={"help": "Whose chat template to take, if they differ."})
     gate: str = field(default="mlp", metadata={"help": "Kind of gate, when fusing: mlp, linear, constant."})
     fusion: str = field(default="logits", metadata={"help": "What is mixed, when fusing: logits or probabilities."})
+    base: str | None = field(
+        default=None, metadata={"help": "Where the base of specialists that are adapters is, if not where they say."}
+    )
 
 
 def load_recipe(path: Path) -> tuple[Fusion, dict[str, str]]:
@@ -71,7 +74,7 @@ def plan(recipe: Fusion, dtype: str = "auto") -> Judgement:
     # refuses unknown choices
     UltraFuserConfig(gate=recipe.gate, fusion=recipe.fusion)
     locations = {name: (location, revisions.get(name)) for name, location in specialists.items()}
-    return judge(locations, dtype=dtype, fusion=recipe.fusion)
+    return judge(locations, dtype=dtype, fusion=recipe.fusion, base=recipe.base)
 
 
 def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str], None] = print) -> None:
@@ -95,7 +98,12 @@ def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str],
         sources = judgement.sources
         say("fusing")
         model = UltraFuserForCausalLM.from_specialists(
-            recipe.specialists, gate=recipe.gate, fusion=recipe.fusion, dtype=dtype, revisions=commits(sources)
+            recipe.specialists,
+            gate=recipe.gate,
+            fusion=recipe.fusion,
+            dtype=dtype,
+            revisions=commits(sources),
+            base=recipe.base,
         )
         say("writing")
         save_fused(folder, model, tokenizer, {n: described(recipe.specialists[n], s) for n, s in sources.items()})
@@ -123,6 +131,7 @@ def fetch(
         chat_template=recipe.chat_template,
         revisions=revisions,
         vocab_size=judgement.numbers["vocab_size"],
+        base=recipe.base,
     )
     free = shutil.disk_usage(folder).free
     if free < size:

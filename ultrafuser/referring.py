@@ -47,6 +47,7 @@ class Reference:
         sha256: Of the files beside `refs.yaml`, by name.
         specialist_sha256: Of the files that are read of each specialist, by name.
         base_sha256: Of those that are read of their base, where specialists are adapters of one.
+        base: Where that is, if it is not where they say.
     """
 
     specialists: dict[str, str]
@@ -55,10 +56,16 @@ class Reference:
     sha256: dict[str, str] = field(default_factory=dict)
     specialist_sha256: dict[str, dict[str, str]] = field(default_factory=dict)
     base_sha256: dict[str, str] = field(default_factory=dict)
+    base: str | None = None
 
 
 def refer(
-    folder: Path, out: Path, *, specialists: list[str] | None = None, say: Callable[[str], None] = print
+    folder: Path,
+    out: Path,
+    *,
+    specialists: list[str] | None = None,
+    base: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> None:
     """Writes the reference recipe of a fused folder whose specialists are untouched.
 
@@ -66,6 +73,7 @@ def refer(
         folder: Of the fused model. It is not changed.
         out: The folder to write. There must be nothing in it.
         specialists: NAME=ID, NAME=ID@COMMIT or NAME=FOLDER of each, if the folder does not say where they come from.
+        base: Where the base of specialists that are adapters is, if it is not where they say.
         say: Called with a line about each step.
 
     Raises:
@@ -75,6 +83,7 @@ def refer(
     """
     config = fused_config(folder)
     reference = _origins(folder, config, specialists)
+    reference.base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
     with new_folder(out) as part:
         judgement = plan(_recipe(reference, config), _dtype(config))
         reference.specialist_revisions = commits(judgement.sources)
@@ -161,7 +170,9 @@ def as_recipe(file: Path, reference: Reference) -> tuple[Fusion, str]:
 def _recipe(reference: Reference, config: UltraFuserConfig) -> Fusion:
     # without a choice, templates that differ are refused; whatever this one is, the tokenizer's own is put in its place
     template = reference.chat_template or next(iter(reference.specialists))
-    return Fusion(reference.specialists, reference.specialist_revisions, template, config.gate, config.fusion)
+    return Fusion(
+        reference.specialists, reference.specialist_revisions, template, config.gate, config.fusion, reference.base
+    )
 
 
 def _dtype(config: UltraFuserConfig) -> str:
@@ -210,6 +221,7 @@ def _fused(reference: Reference, config: UltraFuserConfig) -> UltraFuserForCausa
         gate_hidden_size=config.gate_hidden_size,
         dtype=_dtype(config),
         revisions=reference.specialist_revisions,
+        base=reference.base,
     )
 
 
@@ -255,14 +267,15 @@ def _keep_tokenizer(folder: Path, part: Path, reference: Reference) -> None:
         return
     revisions = reference.specialist_revisions
     for name, place in reference.specialists.items():
-        own = load_tokenizer(place, revision=revisions.get(name) or "main")
+        own = load_tokenizer(place, reference.base, revision=revisions.get(name) or "main")
         if own is not None and own.chat_template == tokenizer.chat_template:
             reference.chat_template = name
             break
     with tempfile.TemporaryDirectory() as made:
         choice = reference.chat_template or next(iter(reference.specialists))
         rows = fused_config(folder).vocab_size
-        common = common_tokenizer(reference.specialists, chat_template=choice, revisions=revisions, vocab_size=rows)
+        own = {"revisions": revisions, "base": reference.base}
+        common = common_tokenizer(reference.specialists, chat_template=choice, vocab_size=rows, **own)
         _with_template(common, reference).save_pretrained(made)
         for file in TOKENIZER:
             given, own = Path(made, file), folder / file

@@ -239,12 +239,12 @@ def load_model(
                 "A saved fused model is quantised while it is read, but `load_in_4bit` or `load_in_8bit` came with "
                 "`specialists:`, which are fused now. Fuse them into a folder first: `ultrafuser fuse`."
             )
-        revisions = fused.specialist_revisions
+        own = {"revisions": fused.specialist_revisions, "base": fused.base}
         fusing = UltraFuserForCausalLM.from_specialists(
-            fused.specialists, gate=fused.gate, fusion=fused.fusion, revisions=revisions, **shared
+            fused.specialists, gate=fused.gate, fusion=fused.fusion, **own, **shared
         )
         words = {"chat_template": fused.chat_template, "vocab_size": fusing.config.vocab_size}
-        return fusing, common_tokenizer(fused.specialists, revisions=revisions, **words)
+        return fusing, common_tokenizer(fused.specialists, **own, **words)
     shared |= {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
     shared |= {} if quantised is None else {"quantization_config": quantised}
     folder = model.model_name_or_path

@@ -3,7 +3,8 @@
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from logging.handlers import BufferingHandler
 
 import psutil
@@ -24,7 +25,7 @@ from modeling_ultrafuser.checking_ultrafuser import (
     own_config,
     parts_of,
 )
-from modeling_ultrafuser.lora_ultrafuser import WEIGHTS_FILE, adaptable, common_base, layout, pairs
+from modeling_ultrafuser.lora_ultrafuser import WEIGHTS_FILE, about_base, adaptable, common_base, layout, pairs
 from modeling_ultrafuser.probing_ultrafuser import check_steps
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
 from modeling_ultrafuser.specialists_ultrafuser import BASE
@@ -43,6 +44,7 @@ def judge(
     *,
     dtype: str = "auto",
     fusion: str = "logits",
+    base: str | None = None,
 ) -> Judgement:
     """Says whether specialists can be fused, from what there is beside their weights.
 
@@ -53,6 +55,7 @@ def judge(
         specialists: Name to folder or Hub id, and revision or None.
         dtype: Of the fused model; "auto" takes what all share.
         fusion: "logits" or "probabilities".
+        base: Where the base of specialists that are adapters is, if it is not where they say.
     """
     found = Judgement()
     configs, models = {}, {}
@@ -60,10 +63,11 @@ def judge(
         with found.refusals("access"):
             found.sources[name] = read(name, location, revision)
     whole = {n: s for n, s in found.sources.items() if s.adapter is None}
-    if len(whole) < len(found.sources):
-        whole = _judge_base(found, specialists)
+    about = nullcontext
+    if len(whole) < len(found.sources) or base is not None:
+        whole, about = _judge_base(found, specialists, base)
     for name, source in whole.items():
-        with found.refusals("model"):
+        with found.refusals("model"), about():
             configs[name], models[name] = _model(name, source)
             _judge_files(found, name, source, configs[name], models[name])
     parts = None
@@ -115,15 +119,16 @@ def judge(
     return found
 
 
-def _judge_base(found: Judgement, specialists: dict[str, tuple[str, str | None]]) -> dict[str, Source]:
-    """Reads the one base of all adapters, and returns it by its name; nothing if there is no such base."""
+def _judge_base(found: Judgement, specialists: dict[str, tuple[str, str | None]], base: str | None):
+    """Reads the one base of all adapters, and returns it by its name, and what says whose it is; nothing if it is not."""
     with found.refusals("model"):
         sources = found.sources.items()
-        adapters = common_base({n: specialists[n][0] for n, _ in sources}, {n: s.adapter for n, s in sources})
-        with found.refusals("access"):
+        adapters = common_base({n: specialists[n][0] for n, _ in sources}, {n: s.adapter for n, s in sources}, base)
+        about = partial(about_base, adapters)
+        with found.refusals("access"), about():
             found.base = read(BASE, adapters.base, adapters.revision)
-            return {BASE: found.base}
-    return {}
+            return {BASE: found.base}, about
+    return {}, nullcontext
 
 
 def _judge_adapters(found: Judgement, config: PreTrainedConfig, base: PreTrainedModel) -> dict[str, dict]:
