@@ -24,6 +24,8 @@ from transformers.utils import cached_file
 
 from .causal_ultrafuser import check_causal_class
 from .configuration_ultrafuser import UltraFuserConfig, refuse_ambiguous_names
+from .gguf_ultrafuser import check_gguf, gguf_arguments, is_gguf
+from .specialists_ultrafuser import is_plain
 
 
 DTYPE_RULE = (
@@ -61,8 +63,10 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def own_config(name: str, source, **hub) -> PreTrainedConfig:
     """The specialist's configuration, or a sentence saying why this is no specialist."""
     if isinstance(source, PreTrainedModel):
-        if getattr(source, "quantization_method", None) is not None or getattr(source, "hf_quantizer", None):
-            raise ValueError(_quantised(name, "a quantised model in memory"))
+        # one that was read from a quantised file may be plain since
+        weights = (*source.parameters(), *(b for b in source.buffers() if b.ndim > 1))
+        if getattr(source, "hf_quantizer", None) is not None and not all(map(is_plain, weights)):
+            raise ValueError(_quantised(name, "a quantised model in memory", source.config))
         if source.config.model_type == UltraFuserConfig.model_type:
             raise ValueError(_already_fused(name, source.config.specialist_names))
         if any(type(module).__module__.startswith("peft.") for module in source.modules()):
@@ -72,7 +76,10 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
                 f"one base are fused from their folders; or merge it, `merge_and_unload()` of a PEFT model, or take it "
                 f"off, `delete_adapter(...)`."
             )
-        return source.config
+        config = copy.deepcopy(source.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return config
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
             f"A specialist is a Hub id, a local folder or a transformers model, but {name!r} is a "
@@ -80,8 +87,13 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
             f"LoRA adapters of one base are fused from their folders."
         )
     source = os.fspath(source)
+    if is_gguf(source):
+        return _gguf_config(name, source)
     if os.path.isfile(source):
-        raise ValueError(f"A specialist is a folder or a Hub id, but {name!r} is the file {source!r}.")
+        raise ValueError(
+            f"A specialist is a folder or a Hub id, but {name!r} is the file {source!r}. Pass the folder that "
+            f"holds it; of files alone GGUF is read."
+        )
     try:
         found = cached_file(source, "config.json", **hub)
     except OSError as error:
@@ -91,7 +103,7 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
     raw, _ = PreTrainedConfig.get_config_dict(os.path.dirname(found))
     model_type = raw.get("model_type")
     if raw.get("quantization_config"):
-        raise ValueError(_quantised(name, repr(source)))
+        raise ValueError(_quantised(name, repr(source), raw))
     if model_type == UltraFuserConfig.model_type:
         raise ValueError(_already_fused(name, raw.get("specialist_names")))
     if model_type not in CONFIG_MAPPING:
@@ -105,11 +117,47 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
 
 
-def _quantised(name: str, what: str) -> str:
+def _gguf_config(name: str, source: str) -> PreTrainedConfig:
+    check_gguf(name, source)
+    folder, arguments = gguf_arguments(source)
+    try:
+        config = AutoConfig.from_pretrained(folder, **arguments)
+    # the package checks little of what it reads
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].removesuffix(".")
+        raise ValueError(
+            f"The GGUF file {source!r} of {name!r} cannot be read: {reason}. It is broken, or of an architecture that "
+            f"transformers does not read from GGUF: fuse the folder that it was made from."
+        ) from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+# methods whose configuration can undo them while a model is read
+_DEQUANTISE = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+
+
+def _quantised(name: str, what: str, config) -> str:
+    written = (
+        config.get("quantization_config") if isinstance(config, dict) else getattr(config, "quantization_config", None)
+    )
+    written = written if isinstance(written, dict) else getattr(written, "to_dict", dict)()
+    method = str(getattr(written.get("quant_method"), "value", written.get("quant_method")))
+    way_out = (
+        "Fuse the unquantised model and quantise the result: `from_pretrained(..., quantization_config=...)`. Where there "
+        "is no unquantised one, load it, make it plain if its method can, `model.dequantize()`, save it, and fuse that."
+    )
+    if method in _DEQUANTISE:
+        way_out = (
+            f"Make them plain once, and fuse that folder: `AutoModelForCausalLM.from_pretrained(ID, quantization_config="
+            f"{_DEQUANTISE[method]}(dequantize=True)).save_pretrained(FOLDER)`, and its tokenizer beside it."
+        )
+    elif method == "gguf":
+        way_out = "Pass the file itself, NAME=FOLDER/FILE.gguf, which is dequantised while it is read."
     return (
         f"A specialist must have plain weights, because its head becomes columns of one matrix, but {name!r} is "
-        f"{what} with quantised weights. Fuse the unquantised model and quantise the result: "
-        f"`from_pretrained(..., quantization_config=...)`."
+        f"{what} with quantised weights. {way_out}"
     )
 
 

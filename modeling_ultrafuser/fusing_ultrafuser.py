@@ -25,6 +25,7 @@ from .checking_ultrafuser import (
 )
 from .configuration_ultrafuser import SCALE_FIELDS, UltraFuserConfig, soft_cap
 from .gates_ultrafuser import GATES
+from .gguf_ultrafuser import dequantised, gguf_arguments, is_gguf
 from .lora_ultrafuser import about_base, adaptable, adapted_state, layout, probe_rows, read_adapters, read_parts
 from .probing_ultrafuser import check_steps, step_alone, step_within
 from .specialists_ultrafuser import BASE
@@ -215,13 +216,21 @@ def _load(name: str, source, config: PreTrainedConfig, dtype: torch.dtype | None
         # loading keeps in float32 what `.to(dtype)` would round, or has rounded, such as rotary frequencies
         with _no_bars():
             loaded = type(source).from_pretrained(
-                None, config=copy.deepcopy(source.config), state_dict=source.state_dict(), dtype=dtype or source.dtype
+                None, config=copy.deepcopy(config), state_dict=source.state_dict(), dtype=dtype or source.dtype
             )
         loaded.generation_config = source.generation_config
         return loaded.to(source.device)
+    dtype = "auto" if dtype is None else dtype
+    if is_gguf(source):
+        # no type is written in it that all its weights have
+        dtype = torch.float32 if dtype == "auto" else dtype
+        folder, file = gguf_arguments(source)
+        model = auto_class(name, config).from_pretrained(folder, **file, **dequantised(), dtype=dtype)
+        model.config = config
+        return model
     try:
         return auto_class(name, config).from_pretrained(
-            source, config=config, dtype="auto" if dtype is None else dtype, use_safetensors=True, **hub
+            source, config=config, dtype=dtype, use_safetensors=True, **hub
         )
     except OSError as error:
         raise OSError(

@@ -16,6 +16,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
 from .adapters_ultrafuser import LINEAR, AdaptedLinear, linear_shape, merged_backbone, run_as_rows
+from .gguf_ultrafuser import is_gguf
 from .specialists_ultrafuser import BASE
 
 
@@ -71,7 +72,7 @@ def read_adapters(specialists: dict, hub: dict[str, dict], base: str | os.PathLi
 
 def adapter_config(source, **hub) -> dict | None:
     """The configuration of the adapter in a folder or repository, or None if it holds no adapter alone."""
-    if not isinstance(source, str | os.PathLike):
+    if not isinstance(source, str | os.PathLike) or is_gguf(source):
         return None
     for file in ("config.json", CONFIG_FILE):
         try:

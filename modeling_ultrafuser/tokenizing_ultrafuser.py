@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, logging
 
+from .gguf_ultrafuser import gguf_arguments, is_gguf
 from .lora_ultrafuser import adapter_config
 
 
@@ -107,6 +108,19 @@ def common_tokenizer(
 
 def load_tokenizer(source, base=None, **hub) -> PreTrainedTokenizerBase | None:
     """A specialist's tokenizer, or None if its folder holds none. That of an adapter without one is its base's."""
+    if is_gguf(source):
+        # one beside the file is as its makers wrote it
+        folder, file = gguf_arguments(source)
+        try:
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, **({} if _has_tokenizer(folder) else file)
+            )
+        # what is in a file is converted, and may be of any kind
+        except Exception as error:
+            raise ValueError(
+                f"The tokenizer of {os.fspath(source)!r} cannot be read ({type(error).__name__}: {error}). Save the one "
+                f"that it was made from beside the file."
+            ) from error
     adapter = adapter_config(source, **hub)
     if adapter is not None and not _has_tokenizer(source, **hub):
         revision = adapter.get("revision") if base is None else None
@@ -247,6 +261,8 @@ def own_generation_config(source, config: PreTrainedConfig, **hub) -> Generation
     """What a specialist's own model would have, without loading it."""
     if isinstance(source, PreTrainedModel):
         return getattr(source, "generation_config", None)
+    if is_gguf(source):
+        return GenerationConfig.from_model_config(config)
     try:
         return GenerationConfig.from_pretrained(source, **hub)
     except OSError:

@@ -208,7 +208,7 @@ def _origins(folder: Path, config: UltraFuserConfig, specialists: list[str] | No
             f"`--specialists NAME=ID` for each."
         )
     # a folder must be found from wherever the recipe is read
-    places = {n: str(Path(place).resolve()) if Path(place).is_dir() else place for n, (place, _) in found.items()}
+    places = {n: str(Path(place).resolve()) if Path(place).exists() else place for n, (place, _) in found.items()}
     return Reference(places, {n: revision for n, (_, revision) in found.items() if revision})
 
 
@@ -291,13 +291,15 @@ def _with_template(tokenizer: PreTrainedTokenizerBase, reference: Reference) -> 
 
 def _hashes(source: Source) -> dict[str, str]:
     """SHA-256 of what is read of a specialist, or of a base, by file."""
-    read = ("config.json", "adapter_config.json", *TOKENIZER, *source.weights.files_metadata)
+    # a GGUF file is all there is of its specialist
+    weights = source.sizes if source.weights is None else source.weights.files_metadata
+    read = ("config.json", "adapter_config.json", *TOKENIZER, *weights)
     return {file: sha256(_path(source, file)) for file in read if file in source.sizes}
 
 
 def _path(source: Source, file: str) -> Path:
     """Where a file of a specialist is on this machine."""
     # offline, a repository is read from its folder in the Hub's cache
-    if Path(source.location).is_dir():
-        return Path(source.location, file)
+    if Path(source.location).exists():
+        return source.folder / file
     return Path(hf_hub_download(source.location, file, revision=source.commit))

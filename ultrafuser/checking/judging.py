@@ -82,7 +82,8 @@ def judge(
     rows = min(c.vocab_size for c in texts.values())
     chosen = _judge_dtype(found, configs, dtype)
     judge_tokenizers(found, readable, texts, rows)
-    judge_templates(found, readable)
+    with found.refusals("chat template"):
+        judge_templates(found, readable)
     _judge_positions(found, texts)
     _judge_generation(found, {n: found.base or s for n, s in readable.items()}, configs, rows)
     _judge_licences(found, {n: found.sources[n] for n in texts} | ({THEIR_BASE: found.base} if found.base else {}))
@@ -209,7 +210,7 @@ def _judge_dtype(found: Judgement, configs: dict[str, PreTrainedConfig], dtype: 
         # where no configuration says it, the first specialist's files do
         first = found.sources[next(iter(configs))]
         chosen = as_dtype(dtype) if dtype != "auto" else common_dtype({}, configs) or _stored_dtype(first)
-        found.note("dtype", FITS, f"{str(chosen).removeprefix('torch.')}.")
+        found.note("dtype", FITS, f"{str(chosen or torch.float32).removeprefix('torch.')}.")
         return chosen
     return None
 

@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata
 
 from modeling_ultrafuser.configuration_ultrafuser import validate_specialist_names
+from modeling_ultrafuser.gguf_ultrafuser import check_gguf, is_gguf
 from modeling_ultrafuser.lora_ultrafuser import CONFIG_FILE, WEIGHTS_FILE
 
 
@@ -133,6 +134,10 @@ def read(name: str, location: str, revision: str | None = None) -> Source:
         OSError: If there is nothing, or it may not be read.
         ValueError: If it is a file.
     """
+    if is_gguf(location):
+        check_gguf(name, location)
+        file = Path(location)
+        return Source(location, file.parent, sizes={file.name: file.stat().st_size})
     if os.path.isfile(location):
         raise ValueError(
             f"A specialist is a folder or a Hub id, but {name!r} is the file {location!r}. Pass the folder that holds it."

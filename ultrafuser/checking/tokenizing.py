@@ -2,6 +2,7 @@
 
 import json
 
+from modeling_ultrafuser.gguf_ultrafuser import is_gguf
 from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer, tokenizer_notes, widest_usable_tokenizer
 
 from .findings import FITS, WARNING, Judgement, each
@@ -117,5 +118,7 @@ def judge_templates(found: Judgement, sources: dict[str, Source]) -> None:
 
 
 def _template(source: Source) -> str | None:
+    if is_gguf(source.location):
+        return load_tokenizer(source.location).chat_template
     path = source.folder / "chat_template.jinja"
     return path.read_text(encoding="utf-8") if path.exists() else _tokenizer_config(source).get("chat_template")
