@@ -273,8 +273,16 @@ def servers(path: Path) -> str:
     )
 
 
+def damaged(path: Path) -> str:
+    """What became of files that were damaged at random, by kind."""
+    counts = json.loads(path.read_text())["counts"]
+    heads = ["", "mutations", *next(iter(counts.values()))]
+    return markdown(heads, [[k, f"{sum(c.values()):,}", *(f"{n:,}" for n in c.values())] for k, c in counts.items()])
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "losses": losses,
+    "damaged": damaged,
     "runs": runs,
     "runs and time": partial(runs, time=relative_time),
     "runs, worst domain and time": partial(runs, **{"worst to stage one": worst_gain, "time": relative_time}),

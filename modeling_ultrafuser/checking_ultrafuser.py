@@ -3,11 +3,15 @@
 import copy
 import inspect
 import json
+import logging
 import os
+import re
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -20,11 +24,22 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import cached_file
+from transformers.utils import logging as hf_logging
 
 from .causal_ultrafuser import check_causal_class
 from .configuration_ultrafuser import UltraFuserConfig, refuse_ambiguous_names
 from .gguf_ultrafuser import check_gguf, gguf_arguments, is_gguf
+from .reading_ultrafuser import (
+    FLOATS,
+    check_config,
+    check_folder,
+    in_words,
+    read_headers,
+    read_json,
+    weight_files,
+)
 from .specialists_ultrafuser import is_plain
 
 
@@ -32,6 +47,8 @@ DTYPE_RULE = (
     "All specialists of a fused model have one dtype, because one head multiplies all their hidden states, but they "
     "are {}. Choose one: dtype=torch.bfloat16, say."
 )
+
+MOST_NUMBERS_MADE_UP = 1 << 28
 
 
 def common_dtype(specialists: dict, configs: dict[str, PreTrainedConfig]) -> torch.dtype | None:
@@ -100,13 +117,15 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
         raise _unreadable(name, source, error, **hub) from error
     if found is None:  # a local folder without it
         raise _unreadable(name, source, **hub)
-    raw, _ = PreTrainedConfig.get_config_dict(os.path.dirname(found))
+    folder = os.path.dirname(found)
+    check_folder(folder)
+    raw = read_json(found)
     model_type = raw.get("model_type")
     if raw.get("quantization_config"):
         raise ValueError(_quantised(name, repr(source), raw))
     if model_type == UltraFuserConfig.model_type:
         raise ValueError(_already_fused(name, raw.get("specialist_names")))
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         needs_code = bool(raw.get("auto_map"))
         reason = "needs remote code of its own, which is never run here" if needs_code else "is unknown"
         raise ValueError(
@@ -114,7 +133,8 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
             f"of type {model_type!r}, which {reason}. Convert it to a native architecture, or upgrade transformers if "
             f"a newer version knows it."
         )
-    return AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
+    with in_words(f"The configuration of {name!r}", source):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
 
 
 def _gguf_config(name: str, source: str) -> PreTrainedConfig:
@@ -289,6 +309,166 @@ def _plain(config: PreTrainedConfig) -> dict:
 
 # what saving itself writes
 _OF_THE_FILE = ("transformers_version", "_name_or_path", "architectures", "dtype", "auto_map")
+
+
+def empty_model(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """A specialist's model without any numbers."""
+    with in_words(f"The configuration of {name!r}", config.name_or_path), torch.device("meta"):
+        return auto_class(name, config).from_config(copy.deepcopy(config))
+
+
+def check_weights(
+    name: str, config: PreTrainedConfig, header: dict[str, tuple[str, tuple[int, ...]]]
+) -> PreTrainedModel:
+    """Refuses files that do not hold exactly the tensors that a configuration asks for. Reads no numbers.
+
+    Args:
+        name: Of the specialist.
+        config: Its own.
+        header: Type and shape of each tensor in its files.
+
+    Returns:
+        The specialist's model without any numbers.
+
+    Raises:
+        ValueError: Naming the first tensor that is missing, left over, or of another shape or type.
+    """
+    layers = [getattr(c, "num_hidden_layers", None) or 0 for c in (config, config.get_text_config(decoder=True))]
+    if max(layers) > len(header):
+        raise ValueError(
+            f"A layer has one tensor at least, but {name!r} has {max(layers):,} layers by its config.json, and "
+            f"{len(header)} tensors in its files. Correct its config.json, or download both again."
+        )
+    model = empty_model(name, config)
+    with in_words(f"The configuration of {name!r}", config.name_or_path):
+        model.config.validate()  # or saving would refuse it
+        refuse_other_tensors(repr(name), *_odd_tensors(type(model).from_pretrained, model, header))
+    return model
+
+
+def check_fused(load: Callable, cls: type[PreTrainedModel], source: str | os.PathLike, **hub) -> None:
+    """Refuses a fused model's folder that does not hold exactly the tensors that its config.json asks for.
+
+    What the folder holds beside them is passed over if it is the head of a class that this one is not: of the causal
+    language model, or a head for values as TRL saves it. What such a class has and the folder has not is its own matter.
+
+    Args:
+        load: The library's `from_pretrained` of that class.
+        cls: Of the model that is to be loaded.
+        source: Hub id or folder.
+        **hub: As for `from_pretrained`.
+
+    Raises:
+        ValueError: Naming the first tensor that is missing, left over, or of another shape or type.
+        OSError: If there is nothing.
+    """
+    file = cached_file(source, "config.json", **{**hub, "_raise_exceptions_for_missing_entries": False})
+    if file is None:  # the library says so
+        return
+    check_folder(os.path.dirname(file))
+    files = weight_files(source, **hub)
+    raw = read_json(file)
+    if files is None or raw.get("quantization_config") or is_deepspeed_zero3_enabled():
+        return
+    header = read_headers(files)
+    check_config(file, len(header))
+    with in_words("The fused model's configuration", source):
+        config = cls.config_class.from_pretrained(os.path.dirname(file))
+        with torch.device("meta"):
+            model = cls(config)
+        # or saving would refuse it
+        for own in (model.config, *model.config.specialists):
+            own.validate()
+        missing, left_over, *rest = _odd_tensors(load, model, header)
+    ours = re.compile(r"(^|\.)(specialists|fusion_gate|lm_head)\.")
+    passed = re.compile(r"^v_head\." if hasattr(model, "lm_head") else r"^(v_head|lm_head)\.")
+    missing, left_over = {k for k in missing if ours.search(k)}, {k for k in left_over if not passed.search(k)}
+    refuse_other_tensors(f"the fused model {os.fspath(source)!r}", missing, left_over, *rest)
+
+
+def _odd_tensors(
+    load: Callable, model: PreTrainedModel, header: dict[str, tuple[str, tuple[int, ...]]]
+) -> tuple[set[str], set[str], set[tuple], dict[str, str]]:
+    """What files lack of a model, what they have no place for, other shapes, and those that are no floating point."""
+
+    def loaded(state: dict[str, Tensor]) -> dict:
+        # loading translates names as the families need, so it is loading that says which tensors have a place
+        config = copy.deepcopy(model.config)
+        options = {"device_map": "meta", "dtype": torch.float32, "ignore_mismatched_sizes": True}
+        with quiet_loading():
+            return load(None, config=config, state_dict=state, output_loading_info=True, **options)[1]
+
+    made_up = sum(b.numel() for b in model.buffers())
+    if made_up > MOST_NUMBERS_MADE_UP:
+        raise ValueError(
+            f"What is computed from a configuration, such as rotary frequencies, is small beside the weights, but this one "
+            f"asks for {made_up:,} numbers. Correct its config.json."
+        )
+    state = empty_tensors(header)
+    info = loaded(state)
+    missing, others = info["missing_keys"], {key: dtype for key, (dtype, _) in header.items() if dtype not in FLOATS}
+    if others:
+        numbers = {n for n, t in model.state_dict().items() if t.is_floating_point()}
+        without = loaded({k: t for k, t in state.items() if k not in others})
+        # one of several experts that lie in one tensor is missing from its shape
+        missing = missing | numbers & {*without["missing_keys"], *(key for key, _, _ in without["mismatched_keys"])}
+    return missing, info["unexpected_keys"], info["mismatched_keys"], others
+
+
+def empty_tensors(header: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """Tensors of the shapes that files have, without any numbers; whatever is no floating point as integers."""
+    return {
+        key: torch.empty(shape, device="meta", dtype=torch.float32 if dtype in FLOATS else torch.int32)
+        for key, (dtype, shape) in header.items()
+    }
+
+
+def refuse_other_tensors(
+    what: str, missing: set[str], left_over: set[str], mismatched: set[tuple], others: dict[str, str] | None = None
+) -> None:
+    """Refuses files whose tensors are not the model's.
+
+    Args:
+        what: Is loaded, in a word or two.
+        missing: Names of tensors that the configuration asks for and no file holds.
+        left_over: Names of tensors in the files that have no place.
+        mismatched: Name, shape in the files and shape by the configuration.
+        others: Those in the files that are no floating point numbers, with their types.
+
+    Raises:
+        ValueError: Naming the first of each.
+    """
+    told = [
+        f"`{key}` has shape {tuple(saved)} in its files and {tuple(own)} by its config.json"
+        for key, saved, own in sorted(mismatched)[:1]
+    ]
+    if others and missing:
+        key = min(missing & others.keys(), default=min(others))
+        told.append(f"`{key}` is {others[key]} in its files, which are no floating point numbers")
+    elif missing:
+        told.append(f"{len(missing)} are missing, such as `{min(missing)}`")
+    if left_over:
+        told.append(f"{len(left_over)} have no place in the model, such as `{min(left_over)}`")
+    if told:
+        raise ValueError(
+            f"A model's files must hold exactly the tensors that its configuration asks for, because others would be made "
+            f"up or dropped, but of {what} {'; '.join(told)}. Correct its config.json, or download both again."
+        )
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' bars and its report of what was not there: what is wrong is said by an error."""
+    shown, logger = hf_logging.is_progress_bar_enabled(), logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    hf_logging.disable_progress_bar()
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -40,6 +40,7 @@ RESERVED_NAMES = {
     *vars(GenerationConfig()),  # which a saved configuration must not have
     # read and checked on any configuration
     *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "mlp_layer_types", "mtp_layer_types"),
+    *("shared", "default_theta"),
 }
 
 
@@ -110,6 +111,18 @@ class UltraFuserConfig(PreTrainedConfig):
                 kwargs.pop(derived, None)
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "UltraFuserConfig":
+        """Like the library's, and refuses specialists that are no list of names and of configurations."""
+        names, configs = (config_dict.get(field) or [] for field in ("specialist_names", "specialists"))
+        lists = isinstance(names, list | tuple) and isinstance(configs, list | tuple)
+        if not lists or not all(isinstance(c, dict | PreTrainedConfig) for c in configs):
+            raise ValueError(
+                f"A fused model's configuration holds a list of names and a list of configurations, but it holds "
+                f"{str(names)[:100]!r} and {str(configs)[:100]!r}. Load it as it was saved."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     # written to config.json for readers that do not run this code, recomputed whenever it is read back
     _DERIVED = (
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -126,7 +139,7 @@ class UltraFuserConfig(PreTrainedConfig):
             )
         for field, choices in (("gate", GATES), ("fusion", FUSION_NAMES)):
             value = getattr(self, field)
-            if value not in choices:
+            if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"Unknown {field} {value!r}. Choose one of {list(choices)}.")
         if not isinstance(self.gate_calibration, bool):
             raise ValueError(f"`gate_calibration` is {self.gate_calibration!r}, but it must be true or false.")
@@ -321,7 +334,7 @@ def _as_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
         )
     config = dict(config)
     model_type = config.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"A specialist must be of an architecture that transformers itself contains, because its own remote code "
             f"is never run, but `model_type` is {model_type!r}. Upgrade transformers if the architecture is newer "
@@ -345,7 +358,7 @@ def validate_specialist_names(names: list[str]) -> None:
     """
     for name in names:
         usable = isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is not None
-        reserved = not usable or keyword.iskeyword(name) or name in RESERVED_NAMES or hasattr(PreTrainedConfig, name)
+        reserved = not usable or keyword.iskeyword(name) or name in RESERVED_NAMES or hasattr(UltraFuserConfig, name)
         if (
             not usable
             or reserved

@@ -19,7 +19,9 @@ from .checking_ultrafuser import (
     check_architecture,
     check_names,
     check_saving,
+    check_weights,
     common_dtype,
+    empty_model,
     own_config,
     parts_of,
 )
@@ -28,6 +30,7 @@ from .gates_ultrafuser import GATES
 from .gguf_ultrafuser import dequantised, gguf_arguments, is_gguf
 from .lora_ultrafuser import about_base, adaptable, adapted_state, layout, probe_rows, read_adapters, read_parts
 from .probing_ultrafuser import check_steps, step_alone, step_within
+from .reading_ultrafuser import in_words, read_headers, weight_files
 from .specialists_ultrafuser import BASE
 from .tokenizing_ultrafuser import (
     load_tokenizer,
@@ -200,9 +203,7 @@ def fuse_specialists(
 
 def _adaptable(config: PreTrainedConfig, text_config: PreTrainedConfig) -> dict[str, tuple[str, torch.Size]]:
     """Linear layers of a base that adapters can be on, from its configuration."""
-    with torch.device("meta"):
-        model = auto_class(BASE, config).from_config(copy.deepcopy(config))
-    return adaptable(model, backbone_class(text_config))
+    return adaptable(empty_model(BASE, config), backbone_class(text_config))
 
 
 _PLACEHOLDER = AutoConfig.for_model("llama")
@@ -225,19 +226,21 @@ def _load(name: str, source, config: PreTrainedConfig, dtype: torch.dtype | None
         # no type is written in it that all its weights have
         dtype = torch.float32 if dtype == "auto" else dtype
         folder, file = gguf_arguments(source)
-        model = auto_class(name, config).from_pretrained(folder, **file, **dequantised(), dtype=dtype)
+        with in_words(f"The specialist {name!r}", source):
+            model = auto_class(name, config).from_pretrained(folder, **file, **dequantised(), dtype=dtype)
         model.config = config
         return model
-    try:
+    files = weight_files(source, **hub)
+    if files is None:
+        raise OSError(
+            f"The weights of {name!r} could not be read from {os.fspath(source)!r}. Only the safetensors format is "
+            f"read, because others can run code; load and save the model once to convert it."
+        )
+    check_weights(name, config, read_headers(files))
+    with in_words(f"The specialist {name!r}", source):
         return auto_class(name, config).from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, **hub
         )
-    except OSError as error:
-        raise OSError(
-            f"The weights of {name!r} could not be read from {os.fspath(source)!r}. Only the safetensors format is "
-            f"read, because others can run code; load and save the model once to convert it. "
-            f"Transformers said: {str(error).splitlines()[0]}"
-        ) from error
 
 
 @contextmanager
@@ -285,11 +288,24 @@ def _probe(
         f"cannot do, so the fused model would not speak as it does"
     )
 
+    odd = next((n for n, p in model.named_parameters() if not _is_finite(p)), None)
+    if odd is not None:
+        raise ValueError(
+            f"A specialist's weights must be finite numbers, because one that is not makes all that it is added to "
+            f"meaningless, but `{odd}` of {name!r} holds others. Download it again, or leave it out."
+        )
     was_training = model.training
     model.eval()
     ids = (torch.arange(1, 17, device=model.device) * 7919 % rows)[None]
-    own = model(input_ids=ids, use_cache=False).logits[..., :rows].float()
-    changed = model(input_ids=torch.cat([ids[:, :-1], ids[:, :1]], dim=-1), use_cache=False).logits[..., :rows].float()
+    with in_words(f"The configuration of {name!r}", model.name_or_path):
+        own = model(input_ids=ids, use_cache=False).logits[..., :rows].float()
+        other = torch.cat([ids[:, :-1], ids[:, :1]], dim=-1)
+        if not own.isfinite().all():
+            raise ValueError(
+                f"A specialist must speak in finite numbers, but on a probe {name!r} gives others. Its config.json is not the "
+                f"one that it was trained with, or its weights are damaged: download both again."
+            )
+        changed = model(input_ids=other, use_cache=False).logits[..., :rows].float()
     if not torch.allclose(own[:, :-1], changed[:, :-1], rtol=1e-3, atol=1e-3 * own.abs().max().item()):
         raise ValueError(
             f"A specialist must be a decoder, which predicts each token from those before it, but in {name!r} "
@@ -334,6 +350,11 @@ def _probe(
             )
     model.train(was_training)
     return {k: t.cpu() for k, t in state.items()}, (columns if scale == 1.0 else columns * scale).cpu()
+
+
+def _is_finite(weight: Tensor) -> bool:
+    # without a copy of its size
+    return weight.numel() == 0 or all(torch.isfinite(end) for end in torch.aminmax(weight.detach()))
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -1,13 +1,11 @@
 """LoRA adapters as PEFT saves them: which base they are of, what of them is fused, and their tensors side by side."""
 
-import json
 import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from transformers.utils import cached_file
 
 from .adapters_ultrafuser import LINEAR, AdaptedLinear, linear_shape, merged_backbone, run_as_rows
 from .gguf_ultrafuser import is_gguf
+from .reading_ultrafuser import in_words, read_header, read_json
 from .specialists_ultrafuser import BASE
 
 
@@ -37,6 +36,16 @@ _PLAIN_FIELDS = {
     "fan_in_fan_out",
     *("loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }
+_KINDS = {
+    "base_model_name_or_path": str | None,
+    "revision": str | None,
+    "r": int,
+    "lora_alpha": int | float,
+    "alpha_pattern": dict | None,
+    "rank_pattern": dict | None,
+}
+MOST_REPETITIONS = 3
+_UNBOUNDED = re.compile(r"\)[*+{]|\(\?|\\[0-9]")
 # starts that leave the base's weights as they are
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -80,7 +89,7 @@ def adapter_config(source, **hub) -> dict | None:
         except OSError:
             continue
         if found is not None:
-            return None if file == "config.json" else json.loads(Path(found).read_text(encoding="utf-8"))
+            return None if file == "config.json" else read_json(found)
     return None
 
 
@@ -97,7 +106,9 @@ def common_base(
     Raises:
         ValueError: If adapters and models are mixed, or adapters are of different bases, or are more than LoRA.
     """
-    bases = {n: (c.get("base_model_name_or_path"), c.get("revision") or "main") for n, c in configs.items() if c}
+    bases = {
+        n: (c.get("base_model_name_or_path"), c.get("revision") or "main") for n, c in configs.items() if c is not None
+    }
     if not bases:
         if given is not None:
             raise ValueError(
@@ -161,9 +172,27 @@ def check_adapter(name: str, config: dict) -> None:
     Raises:
         ValueError: Naming the first setting that makes it more.
     """
+    for field, kinds in _KINDS.items():
+        value = config.get(field)
+        if (
+            not isinstance(value, kinds)
+            or isinstance(value, bool)
+            or (field == "lora_alpha" and not math.isfinite(value))
+        ):
+            raise _odd(name, field, value)
+    for field in ("target_modules", "exclude_modules"):
+        value = config.get(field)
+        if not isinstance(value, str | list | None) or (
+            isinstance(value, list) and not all(isinstance(v, str) for v in value)
+        ):
+            raise _odd(name, field, value)
+    for field in ("alpha_pattern", "rank_pattern"):
+        for pattern, value in (config.get(field) or {}).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise _odd(name, field, {pattern: value})
     more = {key: value for key, value in config.items() if key not in _PLAIN_FIELDS and value}
     for key, plain in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("init_lora_weights", _PLAIN_STARTS)):
-        if config.get(key) not in plain:
+        if not any(config.get(key) == p for p in plain):
             more[key] = config.get(key)
     if more:
         key, value = next(iter(more.items()))
@@ -171,6 +200,13 @@ def check_adapter(name: str, config: dict) -> None:
             f"An adapter is fused if it adds pairs of matrices to linear layers and does nothing else (LoRA), but "
             f"{name!r} has {key}={value!r}. Train it without, or {MERGE_FIRST}."
         )
+
+
+def _odd(name: str, field: str, value) -> ValueError:
+    return ValueError(
+        f"An adapter's {CONFIG_FILE} is as PEFT writes it, but in that of {name!r} `{field}` is {str(value)[:200]!r}. Fetch "
+        f"it again, or {MERGE_FIRST}."
+    )
 
 
 def read_tensors(name: str, source: str, **hub) -> dict[str, Tensor]:
@@ -188,7 +224,9 @@ def read_tensors(name: str, source: str, **hub) -> dict[str, Tensor]:
             f"The adapter {name!r} ({os.fspath(source)!r}) holds no {WEIGHTS_FILE}. Only the safetensors format is read, "
             f"because others can run code; load and save it once with PEFT to convert it."
         )
-    return load_state_dict(file)
+    read_header(file)
+    with in_words(f"The adapter {name!r}", source):
+        return load_state_dict(file)
 
 
 def adaptable(model: PreTrainedModel, backbone_type: type) -> dict[str, tuple[str, torch.Size]]:
@@ -237,21 +275,90 @@ def pairs(
     result = {}
     for module, two in found.items():
         (layer, shape), a, b = linear[module], two.get("A"), two.get("B")
-        if a is None or b is None or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
+        ranks = {config["r"], *(config.get("rank_pattern") or {}).values()}
+        if (
+            a is None
+            or b is None
+            or {a.ndim, b.ndim} != {2}
+            or (b.shape[0], a.shape[1]) != shape
+            or a.shape[0] != b.shape[1]
+        ):
             shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
             raise ValueError(
                 f"An adapter's matrices fit the layer of its base, but those of {name!r} for `{module}`, which is "
                 f"{tuple(shape)}, have shapes {shapes}. It is of another base, or not whole: download it again."
             )
+        if len(a) not in ranks or not (a.is_floating_point() and b.is_floating_point()):
+            raise ValueError(
+                f"An adapter's matrices are floating point numbers of the rank that its {CONFIG_FILE} says, {sorted(ranks)}, "
+                f"but those of {name!r} for `{module}` are {a.dtype} of rank {len(a)}. Download it again."
+            )
+        if not a.is_meta and not all(torch.isfinite(t).all() for t in (a, b)):
+            raise ValueError(
+                f"An adapter's matrices must be finite numbers, but those of {name!r} for `{module}` hold others. Download "
+                f"it again, or leave it out."
+            )
+        _check_target(name, config, module)
         wide = b.to(torch.promote_types(b.dtype, torch.float32))
         result[layer] = (a, (wide * _scale(config, module, len(a))).T)
     return result
 
 
+def _check_target(name: str, config: dict, module: str) -> None:
+    """Refuses a layer that the adapter's configuration leaves out, whose matrices PEFT would not use.
+
+    Raises:
+        ValueError: Naming the field and the layer.
+    """
+    for field, wanted in (("target_modules", True), ("exclude_modules", False)):
+        value = config.get(field)
+        if value is None or value == [] or value == "all-linear":
+            continue
+        if isinstance(value, str):
+            named = _is_named(module, value, field, whole=True)
+        else:
+            named = any(module == leaf or module.endswith(f".{leaf}") for leaf in value)
+        if named != wanted:
+            raise ValueError(
+                f"An adapter's files hold matrices of just the layers that its {CONFIG_FILE} names, but by `{field}` of "
+                f"{name!r} `{module}` is none of them. Download it again, or {MERGE_FIRST}."
+            )
+
+
 def _scale(config: dict, module: str, rank: int) -> float:
-    own = (config.get("alpha_pattern") or {}).items()
-    alpha = next((a for pattern, a in own if re.match(rf"(.*\.)?({pattern})$", module)), config["lora_alpha"])
+    alpha = config["lora_alpha"]
+    for pattern, own in (config.get("alpha_pattern") or {}).items():
+        if _is_named(module, pattern):
+            alpha = own
+            break
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _is_named(module: str, pattern: str, field: str = "alpha_pattern", whole: bool = False) -> bool:
+    """Whether a layer is one that a pattern of a LoRA configuration means, as PEFT reads it.
+
+    Args:
+        module: Name of the layer.
+        pattern: A regular expression.
+        field: Where it stands.
+        whole: Whether it means the whole name, not the end of one.
+
+    Raises:
+        ValueError: If it is no regular expression, or one that can take for ever on a name.
+    """
+    reason = None
+    # time grows with the power of repetitions, and without a bound if one repeats another
+    if _UNBOUNDED.search(pattern) or len(re.findall(r"[*+?{]", pattern)) > MOST_REPETITIONS:
+        reason = f"repeats a group, or more than {MOST_REPETITIONS} times, which can take for ever"
+    else:
+        try:
+            return re.fullmatch(pattern if whole else rf"(.*\.)?({pattern})$", module) is not None
+        except (re.error, RecursionError, OverflowError) as error:
+            reason = f"is none: {error}"
+    raise ValueError(
+        f"`{field}` of an adapter names layers by regular expressions, but {pattern[:100]!r} {reason}. Write the names "
+        f"of layers in its place, or {MERGE_FIRST}."
+    )
 
 
 def layout(adapters: dict[str, dict[str, tuple[Tensor, Tensor]]]) -> dict:

@@ -31,6 +31,7 @@ from .causal_ultrafuser import (
     switching_lengths,
     tokens_before_switch,
 )
+from .checking_ultrafuser import check_fused
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all, soft_cap
 from .embeddings_ultrafuser import TokenEmbeddings
 from .fusing_ultrafuser import fuse_specialists
@@ -38,6 +39,7 @@ from .gate_base_ultrafuser import Gate, GateOutput, head_factors
 from .gates_ultrafuser import GATES
 from .outputs_ultrafuser import UltraFuserCausalLMOutput, UltraFuserMixtureOutput, UltraFuserModelOutput
 from .peft_ultrafuser import check_adapters
+from .reading_ultrafuser import HUB_OPTIONS, in_words
 from .serving_ultrafuser import check_pageable, check_servable_by_vllm, refuse_cache_of_one_shape
 from .specialists_ultrafuser import (
     BASE,
@@ -91,6 +93,20 @@ class UltraFuserPreTrainedModel(PreTrainedModel):
             module.init_weights()
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Like the library's, and refuses a folder that is damaged, or that is not what its own config.json says.
+
+        Raises:
+            ValueError: Naming the file or the tensor, before anything large is allocated.
+        """
+        source = pretrained_model_name_or_path
+        if source is not None and not kwargs.keys() & {"gguf_file", "variant"}:
+            hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
+            check_fused(super().from_pretrained, cls, source, **hub)
+        with in_words("The fused model", source or "in memory"):
+            return super().from_pretrained(source, *args, **kwargs)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         # the library's last step before it reports, with a table of shapes or a mere warning

@@ -2,8 +2,10 @@
 
 import copy
 import itertools
+import json
 import os
 import re
+from typing import Any
 
 from transformers import (
     AutoTokenizer,
@@ -12,10 +14,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 from transformers.utils import cached_file, logging
 
 from .gguf_ultrafuser import gguf_arguments, is_gguf
 from .lora_ultrafuser import adapter_config
+from .reading_ultrafuser import check_folder, in_words
 
 
 logger = logging.get_logger(__name__)
@@ -24,7 +28,14 @@ logger = logging.get_logger(__name__)
 # text that tells tokenizers apart which share a vocabulary but split differently
 TOKENIZER_PROBE = (
     "def f(x_1):\n    return x_1 ** 2  # naïve 12345 + 6.7e-8\n\tThe Café’s “answer” is 42%. 日本語 🙂 <s> [INST]"
+    "  The quick brown fox jumps over the lazy dog; it wasn't THEIR unbelievable re-examination of 1,048,576 ½ km.\r\n\n\n"
+    '#include <stdio.h>\nint main(void) { for (int i = 0; i < 10; ++i) printf("%d\\t", i); return 0; }   \n'
+    "\\frac{a^2+b^2}{2} \\geq ab, \\forall x\\in\\mathbb{R}: f'(x)=0 https://example.org/?q=a&b=c\n"
+    "Größe, e\u0301tude, ﬁnally, Ⅷ, Привет, мир! مرحبا नमस्ते 안녕하세요 你好，世界。 \u00a0\u2003\u200b👩‍🔬\x00\ufffd"
 )
+# parts of a tokenizer that decide which text is which ids, and what its file says of them that does not
+_PARTS = ("model", "normalizer", "pre_tokenizer", "decoder")
+_OFFSETS = {"trim_offsets"}
 
 
 # names that makers of vocabularies give to rows for tokens to come: <|reserved_special_token_0|>, <unused7>, [control_8]
@@ -82,7 +93,7 @@ def common_tokenizer(
             f"Every specialist must come with its tokenizer, but {missing} have none. Save it beside them."
         )
     tokenizer = copy.deepcopy(widest_usable_tokenizer(tokenizers, vocab_size or 1 << 62))
-    templates = {n: t.chat_template for n, t in tokenizers.items()}
+    templates = {n: t.chat_template or None for n, t in tokenizers.items()}
     if chat_template is not None:
         if chat_template not in templates:
             raise ValueError(
@@ -127,8 +138,14 @@ def load_tokenizer(source, base=None, **hub) -> PreTrainedTokenizerBase | None:
         source, hub = base or adapter["base_model_name_or_path"], {**hub, "revision": revision or "main"}
     if os.path.isdir(source) and not _has_tokenizer(source):
         return None
-    # not None, which asks on the standard input
-    return AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **hub})
+    if os.path.isdir(source):
+        check_folder(source)
+    with in_words("The tokenizer", source):
+        # not None, which asks on the standard input
+        tokenizer = AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **hub})
+        # some settings are first read when it is used
+        tokenizer.decode(tokenizer.encode(TOKENIZER_PROBE), skip_special_tokens=True)
+        return tokenizer
 
 
 def _has_tokenizer(source, **hub) -> bool:
@@ -180,6 +197,20 @@ def widest_usable_tokenizer(
             raise ValueError(
                 f"{rule}, but the added token {token!r} has the id {places[token]} in {first!r} and {i} in {name!r}. "
                 f"Leave one of the two out."
+            )
+        cut = [
+            t for n, m in ((first, name), (name, first)) for t in added[n] - added[m] if t in tokenizers[m].get_vocab()
+        ]
+        if cut:
+            raise ValueError(
+                f"{rule}, but {name!r} splits text differently from {first!r} although the vocabularies are equal: only one "
+                f"of the two cuts {min(cut)!r} out of every text, as an added token. Take it out of its added tokens."
+            )
+        parts = [_parts(tokenizers[n], set(a.values()) & set(b.values())) for n in (first, name)]
+        if odd := [part for part in parts[0] if part in parts[1] and parts[0][part] != parts[1][part]]:
+            raise ValueError(
+                f"{rule}, but {name!r} splits text differently from {first!r} although the vocabularies are equal: their "
+                f"tokenizers differ in {odd[0]}. Fuse specialists trained from one base model."
             )
         probe = TOKENIZER_PROBE
         for token in only_some.values():
@@ -257,16 +288,47 @@ def _some(tokens: list[str]) -> str:
     return ", ".join(map(repr, tokens[:8])) + (f" and {len(tokens) - 8} more" if len(tokens) > 8 else "")
 
 
+def _parts(tokenizer: PreTrainedTokenizerBase, common: set[str]) -> dict[str, Any]:
+    """What decides how a tokenizer splits text: its parts by name, of the model only what makes tokens of both.
+
+    Empty for a tokenizer that neither is one of the `tokenizers` library nor can be turned into one.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        try:
+            backend = convert_slow_tokenizer(tokenizer)
+        except Exception:  # noqa: BLE001, of every kind
+            return {}
+    parts = {part: _without_offsets(json.loads(backend.to_str()).get(part)) for part in _PARTS}
+    model = parts.pop("model") or {}
+    vocabulary = model.pop("vocab", {})
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ", 1)) for m in model.pop("merges", None) or []]
+    parts["merges"] = [pair for pair in merges if "".join(pair) in common]
+    # of a unigram model each token has a score
+    parts["scores"] = {t: s for t, s in vocabulary if t in common} if isinstance(vocabulary, list) else {}
+    # where tokens that are not known go to is a number in some, and numbers are compared already
+    return {**parts, **{key: value for key, value in model.items() if key != "unk_id"}}
+
+
+def _without_offsets(part):
+    if isinstance(part, list):
+        return [_without_offsets(p) for p in part]
+    if isinstance(part, dict):
+        return {key: _without_offsets(value) for key, value in part.items() if key not in _OFFSETS}
+    return part
+
+
 def own_generation_config(source, config: PreTrainedConfig, **hub) -> GenerationConfig | None:
     """What a specialist's own model would have, without loading it."""
     if isinstance(source, PreTrainedModel):
         return getattr(source, "generation_config", None)
     if is_gguf(source):
         return GenerationConfig.from_model_config(config)
-    try:
-        return GenerationConfig.from_pretrained(source, **hub)
-    except OSError:
-        return GenerationConfig.from_model_config(config)
+    with in_words("The settings of generation", source):
+        try:
+            return GenerationConfig.from_pretrained(source, **hub)
+        except OSError:
+            return GenerationConfig.from_model_config(config)
 
 
 def merged_generation_config(configs: dict[str, GenerationConfig | None], vocab_size: int) -> GenerationConfig:

@@ -257,7 +257,7 @@ CASES = {
     "empty folder": (only_files, False, "no config.json"),
     "a file": (lambda f: small(f) / "model.safetensors", False, "is the file"),
     "adapter": (lambda f: only_files(f, adapter_config='{"peft_type": "LORA"}'), False, "only an adapter"),
-    "adapter beside a model": (adapted, False, "holds an adapter beside it"),
+    "adapter beside a model": (adapted, False, "holds one plain model"),
     "quantised": (lambda f: edited(f, quantization_config={"quant_method": "awq"}), False, "quantised"),
     "remote code": (lambda f: edited(f, model_type="novel", auto_map={"AutoConfig": "x.Y"}), False, "never run here"),
     "unknown": (lambda f: edited(f, model_type="novel"), False, "is unknown"),

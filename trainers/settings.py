@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 from trl import SFTConfig
@@ -94,6 +95,15 @@ class StageConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        # a recipe's values come as they stand there
+        for name, kind in StageConfig.__annotations__.items():
+            value, kinds = getattr(self, name), get_args(kind) or (kind,)
+            if not set(kinds) <= {str, int, float, bool, type(None)}:
+                continue
+            kinds = (*kinds, int) if float in kinds else kinds
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                what = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
+                raise ValueError(f"`{name}` must be {what}, but is {str(value)[:100]!r}. Correct it.")
         if self.mix_unit not in MIX_UNITS:
             raise ValueError(f"`mix_unit` must be one of {MIX_UNITS}, but is {self.mix_unit!r}.")
         if self.mix_reward is not None and self.mix_reward not in REWARDS:

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
-from modeling_ultrafuser.checking_ultrafuser import own_config
+from modeling_ultrafuser.checking_ultrafuser import own_config, refuse_other_tensors
 from modeling_ultrafuser.gate_base_ultrafuser import columns_of_others
 
 from .checking import reading
-from .folders import fused_config, read_ingredients, save_fused
+from .folders import fused_config, read_ingredients, read_tokenizer, save_fused
 from .fusing import described
-from .loading import load_tokenizer
 from .writing import new_folder
 
 
@@ -35,7 +34,7 @@ def add(folder: Path, name: str, source: str, out: Path, *, revision: str | None
     with new_folder(out) as part:
         config = fused_config(folder)
         first, rows = config.specialist_names[0], config.vocab_size
-        tokenizer = load_tokenizer(folder)
+        tokenizer = read_tokenizer(folder)
         read = reading.read(name, source, revision)
         # token ids must mean the same to it; the chat template stays
         both, revisions = {first: tokenizer, name: source}, {name: read.revision}
@@ -50,14 +49,14 @@ def remove(folder: Path, name: str, out: Path) -> None:
         _check_name(fused_config(folder), name)
         model = remove_specialist(UltraFuserForCausalLM.from_pretrained(folder), name)
         ingredients = {n: i for n, i in read_ingredients(folder).items() if n != name}
-        save_fused(part, model, load_tokenizer(folder), ingredients)
+        save_fused(part, model, read_tokenizer(folder), ingredients)
 
 
 def take_out(folder: Path, name: str, out: Path) -> None:
     """Writes one specialist of a fused folder as an ordinary model's folder, with the fused model's tokenizer."""
     with new_folder(out) as part:
         _check_name(fused_config(folder), name)
-        load_tokenizer(folder).save_pretrained(part)
+        read_tokenizer(folder).save_pretrained(part)
         UltraFuserForCausalLM.from_pretrained(folder).specialist(name).save_pretrained(part)
 
 
@@ -150,9 +149,9 @@ def add_specialist(
     state |= {k: t for k, t in pair.state_dict().items() if k.startswith(f"{BACKBONE}{name}.")}
     state[HEAD] = torch.cat([state[HEAD], pair.lm_head.weight.detach()[:, -newcomer.hidden_size :]], dim=1)
     gate = model.model.fusion_gate.with_one_more(name, new_config)
-    built = _built(model, new_config, state, gate)
-    built.generation_config = pair.generation_config
-    return built
+    edited = _built(model, new_config, state, gate)
+    edited.generation_config = pair.generation_config
+    return edited
 
 
 def _check_name(config: UltraFuserConfig, name: str) -> None:
@@ -172,11 +171,19 @@ def _config(model: UltraFuserForCausalLM, names: list[str], specialists: list, g
 def _built(
     model: UltraFuserForCausalLM, config: UltraFuserConfig, state: dict[str, Tensor], gate: dict[str, Tensor]
 ) -> UltraFuserForCausalLM:
-    state |= {f"{GATE}{key}": tensor for key, tensor in gate.items()}
-    built, info = UltraFuserForCausalLM.from_pretrained(
-        None, config=config, state_dict=state, dtype=model.dtype, output_loading_info=True
+    edited = built(config, state | {f"{GATE}{key}": tensor for key, tensor in gate.items()}, model.dtype)
+    edited.generation_config = model.generation_config
+    return edited
+
+
+def built(config: UltraFuserConfig, state: dict[str, Tensor], dtype: torch.dtype | str) -> UltraFuserForCausalLM:
+    """A fused model of these tensors and no others.
+
+    Raises:
+        ValueError: Naming a tensor that is missing or left over.
+    """
+    model, info = UltraFuserForCausalLM.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
-    if info["missing_keys"] or info["unexpected_keys"]:
-        raise RuntimeError(f"The edited model's tensors do not fit it: {info}. This is a defect: please report it.")
-    built.generation_config = model.generation_config
-    return built.eval()
+    refuse_other_tensors("the model", info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    return model.eval()

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import yaml
 from huggingface_hub import snapshot_download
 from rich.filesize import decimal
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +17,7 @@ from .checking.judging import judge
 from .checking.reading import Source
 from .folders import save_fused
 from .writing import new_folder
+from .yaml_files import read_yaml
 
 
 @dataclass
@@ -37,6 +37,28 @@ class Fusion:
         default=None, metadata={"help": "Where the base of specialists that are adapters is, if not where they say."}
     )
 
+    def __post_init__(self):
+        for name in ("specialists", "specialist_revisions"):
+            check_words(name, getattr(self, name) or {})
+        for name in ("chat_template", "gate", "fusion", "base"):
+            value = getattr(self, name)
+            if not isinstance(value, str | None):
+                raise ValueError(f"`{name}` of a recipe is a word, but it is {str(value)[:200]!r}. Correct it.")
+
+
+def check_words(field: str, value) -> None:
+    """Refuses what is no dict from words to words.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    pairs = value.items() if isinstance(value, dict) else [(None, None)]
+    if not all(isinstance(word, str) and word for pair in pairs for word in pair):
+        raise ValueError(
+            f"`{field}` of a recipe says `name: word` for each, but it is {str(value)[:200]!r}. Correct it; put what "
+            f"looks like a number into quotes."
+        )
+
 
 def load_recipe(path: Path) -> tuple[Fusion, dict[str, str]]:
     """Reads a YAML file that says what to fuse, and may say `dtype` and `out` too.
@@ -48,7 +70,7 @@ def load_recipe(path: Path) -> tuple[Fusion, dict[str, str]]:
         ValueError: If it holds something else.
         OSError: If it cannot be read.
     """
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    raw = read_yaml(path)
     known = [f.name for f in fields(Fusion)]
     unknown = sorted(set(raw) - {*known, "dtype", "out"}) if isinstance(raw, dict) else [type(raw).__name__]
     if unknown:
@@ -56,7 +78,9 @@ def load_recipe(path: Path) -> tuple[Fusion, dict[str, str]]:
             f"A recipe for fusing has the fields {[*known, 'dtype', 'out']}, but {str(path)!r} has {unknown}. Recipes "
             f"for training are for `ultrafuser train`, which fuses first."
         )
-    return Fusion(**{k: v for k, v in raw.items() if k in known}), {k: raw[k] for k in ("dtype", "out") if k in raw}
+    rest = {k: raw[k] for k in ("dtype", "out") if k in raw}
+    check_words("dtype and out", rest)
+    return Fusion(**{k: v for k, v in raw.items() if k in known}), rest
 
 
 def plan(recipe: Fusion, dtype: str = "auto") -> Judgement:
@@ -142,7 +166,7 @@ def fetch(
     for k, (name, source) in enumerate(sources.items(), start=1):
         say(f"{name} ({k} of {len(sources)}): {recipe.specialists[name]}")
         if source.download:
-            snapshot_download(source.location, revision=source.commit, allow_patterns=[*source.weights.files_metadata])
+            snapshot_download(source.location, revision=source.commit, allow_patterns=[*source.weights])
     if judgement.base is not None:
         say(f"their base: {judgement.base.location}")
     return judgement, tokenizer

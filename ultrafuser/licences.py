@@ -5,9 +5,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-from huggingface_hub import hf_hub_download, metadata_load
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from modeling_ultrafuser.reading_ultrafuser import check_file
+
+from .yaml_files import MOST_BYTES, parse_yaml
 
 
 # what asks for no more than attribution, by the Hub's identifiers
@@ -85,14 +89,18 @@ def read_ingredient(name: str, source: str | None) -> Ingredient:
             f"which is neither."
         )
     try:
-        data = metadata_load(card) or {}
-    except (ValueError, yaml.YAMLError) as error:
+        check_file(card, MOST_BYTES)
+        block = REGEX_YAML_BLOCK.search(Path(card).read_text(encoding="utf-8"))
+        data = parse_yaml(block[2], card) if block else {}
+        if not isinstance(data or {}, dict):
+            raise ValueError(f"it is a {type(data).__name__}")
+    except ValueError as error:
         return Ingredient(name, model, problem=f"the metadata of its card is malformed ({str(error).splitlines()[0]})")
-    licence = data.get("license")
+    licence, *more = ((data or {}).get(field) for field in ("license", "license_name", "license_link"))
     if licence is None:
         return Ingredient(name, model, problem="its card states no licence")
-    licence = ", ".join(licence) if isinstance(licence, list) else str(licence)
-    return Ingredient(name, model, licence, data.get("license_name"), data.get("license_link"))
+    licence = ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence)
+    return Ingredient(name, model, licence, *(None if text is None else str(text) for text in more))
 
 
 def common_licence(ingredients: list[Ingredient]) -> dict[str, str]:

@@ -4,6 +4,7 @@ A fused model loads with this package's own code, whatever lies in its folder. C
 only where the user asked for it.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 # so that fused models load with this package's code
 import modeling_ultrafuser  # noqa: F401
+from modeling_ultrafuser.reading_ultrafuser import check_folder, in_words
 
 
 def load_config(source: str | Path, *, trust_remote_code: bool = False, **hub):
@@ -38,7 +40,9 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, **set
 
 
 def _load(load: Callable, source: str | Path, trust_remote_code: bool, settings: dict):
-    with refusing_code(source):
+    if os.path.isdir(source):
+        check_folder(source)
+    with in_words("The model or tokenizer", source), refusing_code(source):
         # not None, which asks on the standard input, where a prompt that is piped in may say yes
         return load(source, trust_remote_code=trust_remote_code, **settings)
 

@@ -10,10 +10,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 from rich.filesize import decimal
-from safetensors import SafetensorError
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.reading_ultrafuser import UnreadableFileError
 
 from . import hub_card, licences
 from .folders import INGREDIENTS, fused_config
@@ -127,7 +127,7 @@ def whole_model(folder: Path) -> list[str]:
     code, weights = _code(folder), _weights(folder)
     try:
         _, found = UltraFuserForCausalLM.from_pretrained(folder, device_map="meta", output_loading_info=True)
-    except (SafetensorError, OSError) as error:
+    except (UnreadableFileError, OSError) as error:
         raise ValueError(
             f"Only a whole model is pushed, but the weights in {str(folder)!r} cannot be read: {error}. Save it again."
         ) from error

@@ -5,10 +5,11 @@ recipe holds what cannot: the gate, the configuration, and a file `refs.yaml` wi
 SHA-256 of what is read of them.
 """
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -18,15 +19,19 @@ from huggingface_hub.utils.sha import sha_fileobj
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
+from modeling_ultrafuser.checking_ultrafuser import refuse_other_tensors
+from modeling_ultrafuser.reading_ultrafuser import check_file, read_header
 from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer
 
 from .checking.reading import Source, parse
-from .editing import BACKBONE, GATE, HEAD
+from .editing import BACKBONE, GATE, HEAD, built
 from .folders import fused_config, read_ingredients, save_fused
-from .fusing import Fusion, commits, described, fetch, plan
+from .fusing import Fusion, check_words, commits, described, fetch, plan
 from .writing import new_folder
+from .yaml_files import read_yaml
 
 
 RECIPE, GATE_FILE = "refs.yaml", "gate.safetensors"
@@ -34,6 +39,8 @@ TOKENIZER = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
+# what is read of the files beside the recipe
+BESIDE = ("config.json", "generation_config.json", GATE_FILE, *TOKENIZER)
 
 
 @dataclass
@@ -120,17 +127,22 @@ def rebuild(file: Path, reference: Reference, out: Path, *, say: Callable[[str],
         OSError: If a specialist cannot be read, or the disk is too small.
     """
     here, config = file.parent, fused_config(file.parent)
+    reference = _in_order(reference, config)
     with new_folder(out) as part:
         judgement, tokenizer = fetch(_recipe(reference, config), part, dtype=_dtype(config), say=say)
         sources = judgement.sources
         say("reading SHA-256")
-        pairs = [(sources[name], files) for name, files in reference.specialist_sha256.items()]
-        for source, files in [*pairs, (judgement.base, reference.base_sha256)]:
+        pairs = [(sources[name], reference.specialist_sha256[name]) for name in reference.specialists]
+        if judgement.base is not None:
+            pairs.append((judgement.base, reference.base_sha256))
+        for source, files in pairs:
+            _check_pinned(source.location, _read_of(source), files)
             for name, expected in files.items():
                 _check(_path(source, name), expected)
         say("fusing")
-        state = _fused(reference, config).state_dict() | load_file(here / GATE_FILE)
-        model = UltraFuserForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=_dtype(config))
+        state = _fused(reference, config).state_dict()
+        state |= _read_gate(here / GATE_FILE, {k: t for k, t in state.items() if k.startswith(GATE)})
+        model = built(config, state, _dtype(config))
         model.generation_config = GenerationConfig.from_pretrained(here)
         say("writing")
         ingredients = {n: described(reference.specialists[n], s) for n, s in sources.items()}
@@ -146,7 +158,7 @@ def read(file: Path) -> Reference | None:
         ValueError: If it has fields that are unknown, or a file is another one.
         OSError: If it cannot be read.
     """
-    raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    raw = read_yaml(file)
     if not isinstance(raw, dict) or "specialist_sha256" not in raw:
         return None
     known = [f.name for f in fields(Reference)]
@@ -155,16 +167,96 @@ def read(file: Path) -> Reference | None:
             f"A reference recipe has the fields {known}, but {str(file)!r} has {sorted(set(raw) - {*known})}, too. "
             f"Have it written anew: `ultrafuser refer FUSED`."
         )
-    reference = Reference(**raw)
+    reference = _checked(Reference(**{"specialists": None, **raw}))
+    _check_pinned(file.parent, [path.name for path in file.parent.iterdir() if path.name in BESIDE], reference.sha256)
     for name, expected in reference.sha256.items():
         _check(file.with_name(name), expected)
     return reference
 
 
+def _checked(reference: Reference) -> Reference:
+    """The same, once its fields are of the right kinds and name files of one folder each.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    hashes = {"sha256": reference.sha256, "base_sha256": reference.base_sha256}
+    check_words("specialists", reference.specialists)
+    check_words("specialist_revisions", reference.specialist_revisions)
+    for name, files in (
+        reference.specialist_sha256.items() if isinstance(reference.specialist_sha256, dict) else [("", 0)]
+    ):
+        hashes[f"specialist_sha256 of {name!r}"] = files
+    for field_name, files in hashes.items():
+        check_words(field_name, files)
+        if odd := [name for name in files if name in (".", "..") or re.search(r"[/\\\0]", name)]:
+            raise ValueError(
+                f"A reference recipe pins files of the folders that it names, but `{field_name}` names {odd[0]!r}. Have it "
+                f"written anew: `ultrafuser refer FUSED`."
+            )
+    if set(reference.specialist_sha256) != set(reference.specialists):
+        raise ValueError(
+            f"A reference recipe pins the files of every specialist, but it names {sorted(reference.specialists)} and pins "
+            f"files of {sorted(reference.specialist_sha256)}. Have it written anew: `ultrafuser refer FUSED`."
+        )
+    for field_name in ("chat_template", "base"):
+        value = getattr(reference, field_name)
+        if not isinstance(value, str | None):
+            raise ValueError(
+                f"`{field_name}` of a reference recipe is a name, but it is {str(value)[:200]!r}. Correct it."
+            )
+    return reference
+
+
+def _in_order(reference: Reference, config: UltraFuserConfig) -> Reference:
+    """The same with its specialists in the order of the gate's columns, which the order of a file's keys is not.
+
+    Raises:
+        ValueError: If it names others than the configuration.
+    """
+    names = config.specialist_names
+    if set(reference.specialists) != set(names):
+        raise ValueError(
+            f"A reference recipe names the specialists of the configuration beside it, but it names "
+            f"{sorted(reference.specialists)}, and config.json {sorted(names)}. Have it written anew: `ultrafuser refer FUSED`."
+        )
+    return replace(reference, specialists={name: reference.specialists[name] for name in names})
+
+
+def _check_pinned(folder, read: list[str], pinned: dict[str, str]) -> None:
+    if loose := sorted(set(read) - set(pinned)):
+        raise ValueError(
+            f"A reference recipe pins every file that is read, but of {str(folder)!r} it pins {sorted(pinned)} and not "
+            f"{loose[0]!r}. Take that file away, or have the recipe written anew: `ultrafuser refer FUSED`."
+        )
+
+
+def _read_gate(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gate's tensors, if the file holds just those.
+
+    Raises:
+        ValueError: Naming one that is missing, left over, or of another shape or type.
+    """
+    header = read_header(path)
+    shapes = {key: tuple(tensor.shape) for key, tensor in expected.items()}
+    refuse_other_tensors(
+        f"the gate {str(path)!r}",
+        shapes.keys() - header.keys(),
+        header.keys() - shapes.keys(),
+        {(key, header[key][1], shape) for key, shape in shapes.items() if key in header and header[key][1] != shape},
+    )
+    found = load_file(path)
+    if odd := next((key for key, tensor in found.items() if tensor.dtype != expected[key].dtype), None):
+        raise ValueError(
+            f"A gate's tensors are {expected[odd].dtype}, but `{odd}` of {str(path)!r} is {found[odd].dtype}."
+        )
+    return found
+
+
 def as_recipe(file: Path, reference: Reference) -> tuple[Fusion, str]:
     """The recipe and the dtype of the same model with a new gate."""
     config = fused_config(file.parent)
-    return _recipe(reference, config), _dtype(config)
+    return _recipe(_in_order(reference, config), config), _dtype(config)
 
 
 def _recipe(reference: Reference, config: UltraFuserConfig) -> Fusion:
@@ -186,6 +278,8 @@ def sha256(path: Path) -> str:
 
 
 def _check(path: Path, expected: str) -> None:
+    if path.exists():
+        check_file(path)
     found = sha256(path) if path.exists() else None
     if found != expected:
         is_other = f"has the SHA-256 {found} instead of {expected}" if found else "is not there"
@@ -291,10 +385,15 @@ def _with_template(tokenizer: PreTrainedTokenizerBase, reference: Reference) -> 
 
 def _hashes(source: Source) -> dict[str, str]:
     """SHA-256 of what is read of a specialist, or of a base, by file."""
+    return {file: sha256(_path(source, file)) for file in _read_of(source)}
+
+
+def _read_of(source: Source) -> list[str]:
+    """Names of the files that fusing reads of a specialist."""
+    read = ("config.json", "generation_config.json", "adapter_config.json", SAFE_WEIGHTS_INDEX_NAME, *TOKENIZER)
     # a GGUF file is all there is of its specialist
-    weights = source.sizes if source.weights is None else source.weights.files_metadata
-    read = ("config.json", "adapter_config.json", *TOKENIZER, *weights)
-    return {file: sha256(_path(source, file)) for file in read if file in source.sizes}
+    weights = source.sizes if source.weights is None else source.weights
+    return list(dict.fromkeys(file for file in (*read, *weights) if file in source.sizes))
 
 
 def _path(source: Source, file: str) -> Path:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
 from huggingface_hub import get_token
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
+from modeling_ultrafuser.reading_ultrafuser import in_words
 from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 from trainers import CachedGateTrainer, GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 from trainers.stages import STATE_FILE, last_complete_checkpoint
@@ -27,6 +27,7 @@ from .loading import load_model as load_any_model
 from .loading import load_tokenizer
 from .row_files import load
 from .writing import sole_writer
+from .yaml_files import read_yaml
 
 
 # into the output folder, beside checkpoints
@@ -79,13 +80,13 @@ def parse(
         ValueError: If a field is unknown, or nobody says which stage.
         OSError: If the recipe cannot be read.
     """
-    written = {} if recipe is None else yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    written = {} if recipe is None else read_yaml(recipe)
     if not isinstance(written, dict):
         raise ValueError(
             f"A recipe says `field: value` in YAML, but {str(recipe)!r} holds a {type(written).__name__}."
         )
     stage = stage or written.get("stage")
-    if stage not in STAGES:
+    if not isinstance(stage, str) or stage not in STAGES:
         raise ValueError(f"A stage is one of {list(STAGES)}, but got {stage!r}. Say it: --stage gate, say.")
     trusted = any(word.startswith(("--trust_remote_code", "--trust-remote-code")) for word in arguments)
     _check_asks_for_nothing_more(recipe, arguments)
@@ -94,7 +95,10 @@ def parse(
         # TRL's defaults are for a GPU, and refuse a machine without one
         parser.set_defaults(use_cpu=True, bf16=False)
     config = [] if recipe is None else ["--config", str(recipe)]
-    fused, args, model, unknown = parser.parse_args_and_config([*config, *arguments], return_remaining_strings=True)
+    with in_words("The settings", recipe or "the command line"):
+        fused, args, model, unknown = parser.parse_args_and_config(
+            [*config, *arguments], return_remaining_strings=True
+        )
     if unknown:
         known = [f"--{setting.name}" for part in (fused, args, model) for setting in fields(part)]
         near = difflib.get_close_matches(unknown[0], known, n=3)
@@ -111,7 +115,7 @@ def parse(
 def _check_asks_for_nothing_more(recipe: Path | None, arguments: list[str]) -> None:
     # TRL would set it
     path = recipe or (arguments[arguments.index("--config") + 1] if "--config" in arguments[:-1] else None)
-    written = {} if path is None else yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    written = {} if path is None else read_yaml(path)
     if isinstance(written, dict) and "env" in written:
         raise ValueError(
             f"A recipe says what to train and how, and sets no environment variables, because these decide which code "
@@ -267,6 +271,13 @@ def load_domains(fused: FusedArguments, text_field: str = "text") -> Dataset | d
     """
     if not fused.domains:
         raise ValueError("Training draws from domains, but the recipe has none. Add `domains:`, a dataset for each.")
-    if isinstance(fused.domains.get("path"), str):
+    one = isinstance(fused.domains, dict) and isinstance(fused.domains.get("path"), str)
+    places = [fused.domains] if one else list(fused.domains.values()) if isinstance(fused.domains, dict) else [None]
+    if odd := [p for p in places if not isinstance(p, dict) or not isinstance(p.get("path"), str)]:
+        raise ValueError(
+            f"`domains` says for each domain where its data are, {{math: {{path: ..., split: train}}}}, but one is "
+            f"{str(odd[0])[:200]!r}. Correct it."
+        )
+    if one:
         return load(fused.domains, text_field=text_field)
     return {name: load(arguments, name, text_field=text_field) for name, arguments in fused.domains.items()}

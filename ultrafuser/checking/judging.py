@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -16,12 +18,14 @@ from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.causal_ultrafuser import check_head_dtype
 from modeling_ultrafuser.checking_ultrafuser import (
     as_dtype,
-    auto_class,
     backbone_class,
     check_architecture,
     check_names,
     check_saving,
+    check_weights,
     common_dtype,
+    empty_model,
+    empty_tensors,
     own_config,
     parts_of,
 )
@@ -68,12 +72,15 @@ def judge(
         whole, about = _judge_base(found, specialists, base)
     for name, source in whole.items():
         with found.refusals("model"), about():
-            configs[name], models[name] = _model(name, source)
-            _judge_files(found, name, source, configs[name], models[name])
+            config = _config(name, source)
+            model = _judge_weights(found, name, source, config)
+            _judge_parts(found, name, source, config)
+            if model is not None:
+                configs[name], models[name] = config, model
     parts = None
     if found.base is not None and models:
         parts = _judge_adapters(found, configs[BASE], models[BASE])
-        configs, models = (dict.fromkeys(specialists, part[BASE]) for part in (configs, models))
+        configs, models = (dict.fromkeys(found.sources, part[BASE]) for part in (configs, models))
     texts = {n: copy.deepcopy(c.get_text_config(decoder=True)) for n, c in configs.items()}
     if not texts:
         return found
@@ -137,13 +144,12 @@ def _judge_adapters(found: Judgement, config: PreTrainedConfig, base: PreTrained
     linear, parts = adaptable(base, backbone_class(config.get_text_config(decoder=True))), {}
     for name, source in found.sources.items():
         if source.problem:
-            _judge_files(found, name, source, config, base)
+            _judge_problem(found, name, source)
             continue
         adapter, parts[name] = source.adapter, {}
         if adapter is not None:
-            headers = source.weights.files_metadata[WEIGHTS_FILE].tensors
-            with found.refusals("weights"), torch.device("meta"):
-                parts[name] = pairs(name, adapter, {k: torch.empty(t.shape) for k, t in headers.items()}, linear)
+            with found.refusals("weights"):
+                parts[name] = pairs(name, adapter, empty_tensors(source.weights[WEIGHTS_FILE]), linear)
     ranks = {n: max((len(a) for a, _ in own.values()), default=0) for n, own in parts.items()}
     text = f"one base, {found.base.location}, for all: LoRA of rank {each(ranks)}."
     found.note("adapters", FITS, text)
@@ -154,55 +160,41 @@ def _speaking(source: Source, base: Source | None) -> Source:
     return base if base is not None and "tokenizer_config.json" not in source.sizes else source
 
 
-def _model(name: str, source: Source) -> tuple[PreTrainedConfig, PreTrainedModel]:
-    """A specialist's configuration, and its model without any numbers."""
+def _config(name: str, source: Source) -> PreTrainedConfig:
     config = own_config(name, source.location, revision=source.revision)
     check_architecture(name, config, config.get_text_config(decoder=True))
-    if "adapter_config.json" in source.sizes:
-        raise ValueError(
-            f"A specialist must be a plain model, but {name!r} holds an adapter beside it, which transformers would put "
-            f"into it. Merge it first, `merge_and_unload()`, or move its files away."
-        )
-    kind = auto_class(name, config)
-    try:
-        with torch.device("meta"):
-            model = kind.from_config(config)
-    except (TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"A specialist must be a model that transformers builds from its config.json, but it cannot build {name!r} "
-            f"({config.model_type!r}): {type(error).__name__}: {error}. Correct its config.json."
-        ) from error
-    parts_of(name, model, config.get_text_config(decoder=True))
-    return config, model
+    return config
 
 
-def _judge_files(found: Judgement, name: str, source: Source, config: PreTrainedConfig, model: PreTrainedModel):
+def _judge_weights(found: Judgement, name: str, source: Source, config: PreTrainedConfig) -> PreTrainedModel | None:
+    """A specialist's model without any numbers, and whether its files hold just what it asks for; None if they do not."""
+    if source.problem:
+        _judge_problem(found, name, source)
+    model = None
+    with found.refusals("weights"):
+        model = check_weights(name, config, source.header) if source.weights else empty_model(name, config)
+    if model is not None:
+        parts_of(name, model, config.get_text_config(decoder=True))
+    return model
+
+
+def _judge_problem(found: Judgement, name: str, source: Source) -> None:
+    found.note(
+        "weights",
+        BLOCKS,
+        f"{name}: {source.problem}. Only whole safetensors are read, because other formats can run code.",
+        "Download it again, or load and save the model once to convert it.",
+    )
+
+
+def _judge_parts(found: Judgement, name: str, source: Source, config: PreTrainedConfig) -> None:
     if source.commit:
         gated = "; gated, and open to your token" if source.gated else ""
         found.note("access", FITS, f"{name}: {source.location} at commit {source.commit}{gated}.")
-    if source.problem:
-        found.note(
-            "weights",
-            BLOCKS,
-            f"{name}: {source.problem}. Only whole safetensors are read, because other formats can run code.",
-            "Download it again, or load and save the model once to convert it.",
-        )
-    elif source.weights:
-        _judge_shapes(found, name, source, model)
     text = config.get_text_config(decoder=True)
     if text is not config:
         what = f"{name}: of {config.model_type!r} only the text part, {text.model_type!r}, is fused; it will not see."
         found.note("architecture", WARNING, what, "Nothing to do, unless you need images.")
-
-
-def _judge_shapes(found: Judgement, name: str, source: Source, model: PreTrainedModel) -> None:
-    saved = {k: tuple(t.shape) for h in source.weights.files_metadata.values() for k, t in h.tensors.items()}
-    expected = {k: tuple(p.shape) for k, p in model.named_parameters()}
-    # names that only loading translates are passed over
-    odd = next((k for k, shape in expected.items() if saved.get(k, shape) != shape), None)
-    if odd:
-        text = f"{name}: `{odd}` has shape {saved[odd]} in its files and {expected[odd]} by its config.json."
-        found.note("weights", BLOCKS, text, "Correct its config.json, or download both again.")
 
 
 def _judge_dtype(found: Judgement, configs: dict[str, PreTrainedConfig], dtype: str) -> torch.dtype | None:
@@ -216,7 +208,9 @@ def _judge_dtype(found: Judgement, configs: dict[str, PreTrainedConfig], dtype: 
 
 
 def _stored_dtype(source: Source) -> torch.dtype | None:
-    counts = source.weights.parameter_count if source.weights else {}
+    counts = Counter()
+    for dtype, shape in source.header.values():
+        counts[dtype] += math.prod(shape)
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     return dtypes.get(max(counts, key=counts.get, default=None))
 

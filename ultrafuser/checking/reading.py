@@ -1,25 +1,20 @@
 """What there is of a specialist beside its weights: its small files, and the headers of its safetensors."""
 
-import json
 import os
 import re
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from huggingface_hub import (
     HfApi,
-    get_local_safetensors_metadata,
     get_safetensors_metadata,
     get_token,
     hf_hub_download,
-    parse_local_safetensors_file_metadata,
     parse_safetensors_file_metadata,
     snapshot_download,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
@@ -27,13 +22,21 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    SafetensorsParsingError,
 )
-from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata
+from huggingface_hub.utils import SafetensorsFileMetadata
 
 from modeling_ultrafuser.configuration_ultrafuser import validate_specialist_names
 from modeling_ultrafuser.gguf_ultrafuser import check_gguf, is_gguf
 from modeling_ultrafuser.lora_ultrafuser import CONFIG_FILE, WEIGHTS_FILE
+from modeling_ultrafuser.reading_ultrafuser import (
+    UnreadableFileError,
+    check_folder,
+    checked_header,
+    in_words,
+    read_header,
+    read_json,
+    weight_files,
+)
 
 
 # what is read whole; every file is some kilobytes
@@ -54,7 +57,7 @@ class Source:
         gated: Whether the Hub asks for its terms to be accepted.
         sizes: Of its files in bytes, by name.
         hashes: Of the contents of its files, by name; empty for a folder.
-        weights: Headers of its safetensors; None if they could not be read.
+        weights: Of each of its safetensors files, type and shape of each tensor; None if they could not be read.
         problem: Why they could not.
     """
 
@@ -64,7 +67,7 @@ class Source:
     gated: bool = False
     sizes: dict[str, int] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
-    weights: SafetensorsRepoMetadata | None = None
+    weights: dict[str, dict[str, tuple[str, tuple[int, ...]]]] | None = None
     problem: str | None = None
 
     @property
@@ -72,7 +75,12 @@ class Source:
         """The configuration of the adapter that it is; None if it is a whole model."""
         if CONFIG_FILE not in self.sizes or "config.json" in self.sizes:
             return None
-        return json.loads((self.folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return read_json(self.folder / CONFIG_FILE)
+
+    @property
+    def header(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of each tensor of all its files."""
+        return {key: about for tensors in (self.weights or {}).values() for key, about in tensors.items()}
 
     @property
     def revision(self) -> str:
@@ -84,8 +92,8 @@ class Source:
         """Bytes of weights that are still to be downloaded."""
         if not self.hashes or self.weights is None:
             return 0
-        cached = (try_to_load_from_cache(self.location, f, revision=self.commit) for f in self.weights.files_metadata)
-        pairs = zip(self.weights.files_metadata, cached, strict=True)
+        cached = (try_to_load_from_cache(self.location, f, revision=self.commit) for f in self.weights)
+        pairs = zip(self.weights, cached, strict=True)
         return sum(self.sizes.get(file, 0) for file, path in pairs if not isinstance(path, str))
 
 
@@ -160,12 +168,16 @@ def read(name: str, location: str, revision: str | None = None) -> Source:
 
 
 def _read_folder(location: str, folder: Path) -> Source:
+    check_folder(folder)
     source = Source(location, folder)
     source.sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-    if source.adapter is None:
-        _read_headers(source, lambda: get_local_safetensors_metadata(folder))
-    else:
-        _read_headers(source, lambda: _of_one_file(parse_local_safetensors_file_metadata(folder / WEIGHTS_FILE)))
+
+    def headers() -> dict:
+        if source.adapter is not None:
+            return {WEIGHTS_FILE: read_header(folder / WEIGHTS_FILE)}
+        return {os.path.basename(path): read_header(path) for path in weight_files(folder) or ()}
+
+    _read_weights(source, headers)
     return source
 
 
@@ -174,36 +186,40 @@ def _read_hub(location: str, revision: str | None) -> Source:
     files = {file.rfilename: file for file in info.siblings}
     small = [hf_hub_download(location, file, revision=info.sha) for file in SMALL if file in files]
     source = Source(location, Path(small[0]).parent if small else Path(), info.sha, bool(info.gated))
+    if small:
+        check_folder(source.folder)
     source.sizes = {file: about.size for file, about in files.items()}
     # a large file's blob is a pointer, which says less than its own hash
     source.hashes = {file: about.lfs.sha256 if about.lfs else about.blob_id for file, about in files.items()}
-    if source.adapter is None:
-        _read_headers(source, lambda: get_safetensors_metadata(location, revision=info.sha))
-    else:
-        parse = partial(parse_safetensors_file_metadata, location, WEIGHTS_FILE, revision=info.sha)
-        _read_headers(source, lambda: _of_one_file(parse()))
+
+    def headers() -> dict:
+        if source.adapter is not None:
+            return {WEIGHTS_FILE: checked(parse_safetensors_file_metadata(location, WEIGHTS_FILE, revision=info.sha))}
+        found = get_safetensors_metadata(location, revision=info.sha).files_metadata
+        return {file: checked(about, file) for file, about in found.items()}
+
+    def checked(about: SafetensorsFileMetadata, file: str = WEIGHTS_FILE) -> dict:
+        tensors, end = checked_header({key: vars(tensor) for key, tensor in about.tensors.items()}, file)
+        if source.sizes.get(file, end) < end:
+            raise UnreadableFileError(f"{file!r} has {source.sizes[file]} bytes of more than {end}: a broken download")
+        return tensors
+
+    _read_weights(source, headers)
     return source
 
 
-def _of_one_file(header: SafetensorsFileMetadata) -> SafetensorsRepoMetadata:
-    """An adapter's headers, as those of a model are."""
-    names = dict.fromkeys(header.tensors, WEIGHTS_FILE)
-    return SafetensorsRepoMetadata(None, sharded=False, weight_map=names, files_metadata={WEIGHTS_FILE: header})
-
-
-def _read_headers(source: Source, read_them) -> None:
+def _read_weights(source: Source, headers) -> None:
     try:
-        source.weights = read_them()
+        with in_words("The weights", source.location):
+            source.weights = headers() or None
     except NotASafetensorsRepoError:
+        pass
+    except (OSError, UnreadableFileError) as error:
+        source.problem = f"it is not whole ({str(error).splitlines()[0]})"
+        return
+    if source.weights is None:
         found = sorted(f for f in source.sizes if f.endswith((".bin", ".pt", ".pth", ".gguf", ".safetensors")))[:3]
         source.problem = f"it holds no model.safetensors, only {found}" if found else "it holds no weights"
-    except (SafetensorsParsingError, FileNotFoundError, EntryNotFoundError) as error:
-        source.problem = f"it is not whole ({str(error).splitlines()[0]})"
-    else:
-        for file, header in source.weights.files_metadata.items():
-            end = max((tensor.data_offsets[1] for tensor in header.tensors.values()), default=0)
-            if source.sizes.get(file, end) < end:
-                source.problem = f"{file!r} has {source.sizes[file]} bytes of more than {end}: a broken download"
 
 
 def _denied(name: str, location: str, revision: str | None, error: Exception) -> str:

@@ -3,6 +3,7 @@
 import json
 
 from modeling_ultrafuser.gguf_ultrafuser import is_gguf
+from modeling_ultrafuser.reading_ultrafuser import read_json
 from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer, tokenizer_notes, widest_usable_tokenizer
 
 from .findings import FITS, WARNING, Judgement, each
@@ -79,6 +80,8 @@ def _highest_id_from_hashes(sources: dict[str, Source]) -> int | None:
     if len(prints) > 1 or None in prints:
         return None
     added = _tokenizer_config(next(iter(sources.values()))).get("added_tokens_decoder") or {}
+    if not isinstance(added, dict) or not all(key.isdigit() for key in added):
+        return None
     highest = max(map(int, added), default=0)
     # tokens that were added to a vocabulary have the ids behind it; control tokens within it, the ids at its start
     return highest if highest > 1000 else None
@@ -100,12 +103,12 @@ def _tokenizer_config(source: Source) -> dict:
 
 def _json(source: Source, file: str) -> dict:
     path = source.folder / file
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def judge_templates(found: Judgement, sources: dict[str, Source]) -> None:
     """Notes whether one chat template is right for all."""
-    templates = {n: _template(s) for n, s in sources.items()}
+    templates = {n: _template(s) or None for n, s in sources.items()}
     with_one = [n for n, t in templates.items() if t]
     if len({repr(t) for t in templates.values()}) > 1:
         text = f"they differ, and a fused model has one ({', '.join(with_one)} have one)."

@@ -4,12 +4,12 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trainers.rendering import RenderingError, placeholders
 
 from ..keys import api_key, check_address, check_no_secrets
+from ..yaml_files import read_yaml
 
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -41,9 +41,11 @@ NEEDED = {
 # what else is written beside the domains' files
 RESERVED = frozenset(("journal", "steps", "unfinished", "dataset", "report", "cache"))
 LONGEST_NAME = 100  # bytes
+# each list is in the requests that make it longer
+MOST_IN_A_LIST = 10_000
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, le=10**7)]
+Positive = Annotated[int, Field(ge=1, le=10**7)]
 Amount = Annotated[float, Field(gt=0)]
 
 
@@ -111,7 +113,7 @@ class Budget(_Part):
     teacher without `max_tokens`, can.
     """
 
-    tokens: Positive | None = None
+    tokens: Annotated[int, Field(ge=1)] | None = None
     """Of prompts and replies together."""
     money: Amount | None = None
     """In the unit of the teacher's prices."""
@@ -160,6 +162,17 @@ class Domain(_Part):
             raise ValueError(
                 f"Every topic has a sub-topic and every sub-topic an instruction, but meta_topics={self.meta_topics}, "
                 f"sub_topics={self.sub_topics} and instructions={self.instructions}. Let them grow in this order."
+            )
+        longest = max(
+            self.meta_topics,
+            self.sub_topics // self.meta_topics,
+            self.instructions // self.sub_topics,
+            *(self.strong, self.weak, self.turns, self.skills.number if self.skills else 0),
+        )
+        if longest > MOST_IN_A_LIST:
+            raise ValueError(
+                f"A list is made by requests that hold what it has so far, so it has at most {MOST_IN_A_LIST:,} items, but "
+                f"one of a domain would have {longest:,}. Ask for more sub-topics, or for less."
             )
         return self
 
@@ -236,12 +249,9 @@ def load_recipe(path: str | Path) -> Recipe:
         ValueError: With every mistake, by the name of its place.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"A recipe is a YAML file, but {str(path)!r} cannot be read as one: {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
-        raise ValueError(f"A recipe is a YAML file of keys and values, but {str(path)!r} is {content!r}.")
+        raise ValueError(f"A recipe is a YAML file of keys and values, but {str(path)!r} is {str(content)[:100]!r}.")
     if isinstance(content.get("prompts"), str):
         content["prompts"] = path.parent / content["prompts"]
     try:

@@ -7,8 +7,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
+from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer
 
-from ..loading import load_config, load_tokenizer
+from ..loading import load_config, refusing_code
 
 
 FUSED = "fused"
@@ -76,13 +77,13 @@ def load(folder: str, **settings) -> tuple[UltraFuserForCausalLM, PreTrainedToke
             f"Only a fused model has a gate to look at, but {folder!r} is of type {config.model_type!r}. Pass a folder "
             f"that `UltraFuserForCausalLM.save_pretrained` wrote."
         )
-    try:
+    with refusing_code(folder):
         tokenizer = load_tokenizer(folder)
-    except (OSError, ValueError) as error:
+    if tokenizer is None:
         raise ValueError(
             f"Tokens are needed to show who speaks, but {folder!r} holds no tokenizer. Save that of a specialist there: "
             f"`common_tokenizer(specialists).save_pretrained({folder!r})`."
-        ) from error
+        )
     model = UltraFuserForCausalLM.from_pretrained(folder, **settings).eval()
     if "device_map" not in settings:
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,361 @@
+"""Files that others wrote, read with limits: what is wrong with one is said in a sentence that names it."""
+
+import json
+import math
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+
+# what is read whole, in bytes; configurations are some kilobytes, indices and vocabularies some megabytes
+MOST_BYTES = {"tokenizer.json": 1 << 28, "vocab.json": 1 << 26, SAFE_WEIGHTS_INDEX_NAME: 1 << 26}
+MOST_BYTES_OF_OTHERS = 1 << 23
+MOST_BYTES_OF_A_HEADER = 1 << 26
+MOST_NESTED = 64
+MOST_LAYERS = 10_000
+JSON_FILES = (
+    *("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "specialists.json", SAFE_WEIGHTS_INDEX_NAME),
+)
+TEXT_FILES = ("chat_template.jinja", "merges.txt", "README.md")
+
+# arguments of `from_pretrained` that say where to read
+HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+_LAYERS = re.compile(r"num_(\w+_)?layers|n_layers?|(en|de)coder_layers")
+# a folder of such files is loaded in place of its model.safetensors
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+
+class UnreadableFileError(ValueError):
+    """A file of somebody's that cannot be read, or that says what cannot be."""
+
+
+@contextmanager
+def in_words(what: str, source) -> Iterator[None]:
+    """Turns whatever a library raises while it reads a file into a sentence that names the file.
+
+    What already is a sentence stays: errors of the operating system and of the Hub, and what this package raises. A
+    mistake in this package stays, too.
+
+    Raises:
+        UnreadableFileError: In place of whatever else is raised inside.
+    """
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except (Exception, RecursionError) as error:
+        if _is_ours(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = f"{type(error).__name__}: {' '.join(lines)[:300]}".removesuffix(": ")
+        raise UnreadableFileError(
+            f"{what} ({os.fspath(source)!r}) cannot be read: {said.removesuffix('.')}. A file is damaged, or says what "
+            f"cannot be: fetch it again."
+        ) from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    # with remote code the package's name is another one
+    return module.endswith("_ultrafuser") or module.split(".")[0] in ("trainers", "ultrafuser")
+
+
+def check_file(path: str | os.PathLike, most: int | None = None) -> None:
+    """Refuses what is no ordinary file, or is larger than it can be.
+
+    Raises:
+        UnreadableFileError: Naming it.
+        OSError: If it is not there.
+    """
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise UnreadableFileError(
+            f"Only ordinary files are read, because a pipe or a device need not end, but {os.fspath(path)!r} is "
+            f"something else. Put a file in its place."
+        )
+    if most is not None and about.st_size > most:
+        raise UnreadableFileError(
+            f"A file of this kind has at most {most:,} bytes, but {os.fspath(path)!r} has {about.st_size:,}. It is another "
+            f"file, or damaged: fetch it again."
+        )
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+        UnreadableFileError: If it holds anything else, or is too large, or too deeply nested.
+        OSError: If it is not there.
+    """
+    check_file(path, MOST_BYTES.get(os.path.basename(path), MOST_BYTES_OF_OTHERS))
+    with open(path, "rb") as file:
+        return _parsed(file.read(), path)
+
+
+def _parsed(text: bytes, path: str | os.PathLike) -> dict:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UnreadableFileError(
+            f"{os.fspath(path)!r} must hold JSON, but does not: {reason}. It is damaged: fetch it again."
+        ) from error
+    if not isinstance(found, dict):
+        raise UnreadableFileError(
+            f"{os.fspath(path)!r} must hold an object in JSON, but holds a {type(found).__name__}. Fetch it again."
+        )
+    _check_nesting(found, path)
+    return found
+
+
+def _check_nesting(value, path: str | os.PathLike) -> None:
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MOST_NESTED:
+            raise UnreadableFileError(
+                f"JSON is read to {MOST_NESTED} levels, but {os.fspath(path)!r} is nested more deeply. Fetch it again."
+            )
+        values = (v for found in level for v in (found.values() if isinstance(found, dict) else found))
+        level = [v for v in values if isinstance(v, dict | list)]
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Refuses a model's folder in which something can't be read, or would be read in place of the model.
+
+    Raises:
+        UnreadableFileError: Naming the file.
+        OSError: If the folder cannot be read.
+    """
+    files = sorted(os.listdir(folder))
+    for name in files:
+        path = os.path.join(folder, name)
+        if os.path.exists(path) and not os.path.isdir(path):
+            check_file(path, MOST_BYTES_OF_OTHERS if name in TEXT_FILES else None)
+        if name in JSON_FILES:
+            found = read_json(path)
+        if name in ("config.json", "generation_config.json"):
+            _check_kinds(found, path)
+    if "config.json" not in files:
+        return
+    check_config(os.path.join(folder, "config.json"))
+    whole = SAFE_WEIGHTS_NAME in files or SAFE_WEIGHTS_INDEX_NAME in files
+    instead = [n for n in files if n == "adapter_config.json" or (whole and _DISTRIBUTED.fullmatch(n))]
+    if instead:
+        raise UnreadableFileError(
+            f"A model's folder holds one plain model, but {os.fspath(folder)!r} holds {instead[0]!r}, too, which "
+            f"transformers would put into it or load in its place. Move that away; or merge an adapter first, "
+            f"`merge_and_unload()`."
+        )
+
+
+def _check_kinds(found: dict, path: str | os.PathLike) -> None:
+    """Refuses settings of generation of the wrong kind, which are read first when a text is generated."""
+
+    def number(value) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    def ids(value) -> bool:
+        return all(map(ids, value)) if isinstance(value, list) else type(value) is int
+
+    def words(value) -> bool:
+        return all(isinstance(v, str) for v in value) if isinstance(value, list) else isinstance(value, str)
+
+    for key, value in found.items():
+        for pattern, fits, what in (
+            (
+                r"(bos|eos|pad|decoder_start|forced_bos|forced_eos)_token_id",
+                ids,
+                "a token's number, or a list of such",
+            ),
+            (r"(begin_)?suppress_tokens|bad_words_ids|force_words_ids", ids, "a list of tokens' numbers"),
+            (r"architectures|stop_strings", words, "a list of words"),
+            (
+                r"(max|min)_(length|new_tokens)|num_(beams|beam_groups|return_sequences)|top_[hkp]|min_p|typical_p",
+                number,
+                "a number",
+            ),
+            (
+                r"temperature|(repetition|length|diversity|encoder_repetition)_penalty|(epsilon|eta)_cutoff",
+                number,
+                "a number",
+            ),
+            (r"(encoder_)?no_repeat_ngram_size|guidance_scale|max_time|penalty_alpha", number, "a number"),
+            (
+                r"do_sample|use_cache|output_\w+|remove_invalid_values|renormalize_logits",
+                lambda v: isinstance(v, bool),
+                "true or false",
+            ),
+        ):
+            if re.fullmatch(pattern, key) and value is not None and not fits(value):
+                raise UnreadableFileError(
+                    f"`{key}` is {what}, but in {os.fspath(path)!r} it is {str(value)[:100]!r}. Correct it."
+                )
+
+
+def check_config(path: str | os.PathLike, tensors: int | None = None) -> dict:
+    """Reads a configuration, and refuses numbers of layers that nothing could have.
+
+    Args:
+        path: Of config.json.
+        tensors: How many there are in the model's files: every layer has one at least.
+
+    Raises:
+        UnreadableFileError: Naming the field.
+    """
+    raw = read_json(path)
+    for field in ("transformers_weights", "configuration_files"):
+        if field in raw:
+            raise UnreadableFileError(
+                f"A model is read from config.json and {SAFE_WEIGHTS_NAME}, but `{field}` of {os.fspath(path)!r} names "
+                f"other files, {str(raw[field])[:200]!r}. Take the field out, and rename the files."
+            )
+    most = MOST_LAYERS if tensors is None else tensors
+    why = "none has so many" if tensors is None else f"the files hold {tensors} tensors in all"
+    level = [raw]
+    while level:
+        for found in level:
+            for key, value in found.items() if isinstance(found, dict) else ():
+                if key == "max_position_embeddings" and value is not None and not (type(value) is int and value > 0):
+                    raise UnreadableFileError(
+                        f"The longest context is a positive number of tokens, but `{key}` of {os.fspath(path)!r} is "
+                        f"{str(value)[:40]!r}. Correct it."
+                    )
+                if not _LAYERS.fullmatch(str(key)) or value is None or isinstance(value, list | dict):
+                    continue
+                if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+                    raise UnreadableFileError(
+                        f"A number of layers is a whole number, and {why}, but `{key}` of {os.fspath(path)!r} is "
+                        f"{str(value)[:40]!r}. Correct it, or fetch the file again."
+                    )
+        values = (v for found in level for v in (found.values() if isinstance(found, dict) else found))
+        level = [v for v in values if isinstance(v, dict | list)]
+    return raw
+
+
+def weight_files(source: str | os.PathLike, **hub) -> list[str] | None:
+    """A model's safetensors on this machine, downloaded if need be; None if it has none.
+
+    Raises:
+        UnreadableFileError: If the index of several files names one that is none of the folder's.
+        OSError: If one is not there.
+    """
+    optional = {"_raise_exceptions_for_missing_entries": False, **hub}
+    if (one := cached_file(source, SAFE_WEIGHTS_NAME, **optional)) is not None:
+        return [one]
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **optional)
+    if index is None:
+        return None
+    return [cached_file(source, name, **hub) for name in sorted(set(read_index(index).values()))]
+
+
+def read_index(path: str | os.PathLike) -> dict[str, str]:
+    """Which tensor is in which file, by the index of several.
+
+    Raises:
+        UnreadableFileError: If it says anything else.
+    """
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UnreadableFileError(
+            f"An index says in its `weight_map` which tensor is in which file, but {os.fspath(path)!r} does not. Fetch "
+            f"it again."
+        )
+    for name in names.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0.][^/\\\0]*\.safetensors", name):
+            raise UnreadableFileError(
+                f"An index names safetensors files of its own folder, but {os.fspath(path)!r} names {str(name)[:200]!r}. "
+                f"Put the file there, and its plain name in the index."
+            )
+    return names
+
+
+def read_header(path: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each tensor of a safetensors file, once it is known that all of them are in it.
+
+    Raises:
+        UnreadableFileError: If the file is cut off, too long, or damaged.
+        OSError: If it is not there.
+    """
+    check_file(path)
+    with open(path, "rb") as file:
+        size, start = os.fstat(file.fileno()).st_size, file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(MOST_BYTES_OF_A_HEADER, size - 8):
+            raise _damaged(path, f"its header should have {length:,} bytes, and the file has {size:,}")
+        header = _parsed(file.read(length), path)
+    header.pop("__metadata__", None)
+    found, end = checked_header(header, path)
+    if end != size - 8 - length:
+        raise _damaged(
+            path, f"its tensors take {end:,} bytes, and the file has {size - 8 - length:,}: a broken download"
+        )
+    return found
+
+
+def checked_header(header: dict, path: str | os.PathLike) -> tuple[dict[str, tuple[str, tuple[int, ...]]], int]:
+    """Type and shape of each tensor, and the bytes that all take, from what the header of a safetensors file says.
+
+    Raises:
+        UnreadableFileError: If tensors overlap, leave gaps, or are of a size or type that cannot be.
+    """
+    spans, found = [], {}
+    for key, about in header.items():
+        about = about if isinstance(about, dict) else {}
+        dtype, shape, span = (about.get(field) for field in ("dtype", "shape", "data_offsets"))
+        lists = isinstance(shape, list) and isinstance(span, list | tuple) and len(span) == 2
+        whole = lists and all(type(n) is int and 0 <= n < 1 << 50 for n in (*shape, *span))
+        if not isinstance(dtype, str) or dtype not in BITS or not whole or len(shape) > 8:
+            raise _damaged(path, f"of `{key[:200]}` it says {str(about)[:200]}")
+        if span[1] - span[0] != (math.prod(shape) * BITS[dtype] + 7) // 8:
+            raise _damaged(path, f"`{key[:200]}`, {dtype} of shape {shape}, has {span[1] - span[0]} bytes")
+        spans.append(tuple(span))
+        found[key] = dtype, tuple(shape)
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise _damaged(path, f"a tensor starts at byte {start:,}, where the one before it ends at {end:,}")
+        end = stop
+    return found, end
+
+
+def read_headers(files: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The same of a model's files.
+
+    Raises:
+        UnreadableFileError: If one is damaged, or two hold a tensor of one name.
+    """
+    found, where = {}, {}
+    for path in files:
+        header = read_header(path)
+        if twice := sorted(found.keys() & header.keys()):
+            raise _damaged(path, f"`{twice[0]}` is in {os.path.basename(where[twice[0]])!r}, too")
+        found |= header
+        where |= dict.fromkeys(header, path)
+    return found
+
+
+def _damaged(path: str | os.PathLike, why: str) -> UnreadableFileError:
+    return UnreadableFileError(
+        f"A safetensors file is read only if it is whole, but {os.fspath(path)!r} is not: {why}. Fetch it again."
+    )
