@@ -17,6 +17,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.gate_base_ultrafuser import GateOutput
 from trainers.rendering import RenderingError, render_chat
 
+from .plain import plain
 from .reports.colours import assign
 from .reports.terminal import speaker_style
 
@@ -162,7 +163,7 @@ class Chat:
             elif line == "/who":
                 self.console.print(self.who())
             elif line.startswith("/"):
-                self.console.print(f"There is no {line.split()[0]}. {COMMANDS}")
+                self.console.print(Text(plain(f"There is no {line.split()[0]}. {COMMANDS}")))
             elif line:
                 self.answer(line)
 
@@ -177,7 +178,7 @@ class Chat:
         try:
             speak(self.model, prompt_ids(self.tokenizer, said), speech, self.max_new_tokens)
         except ValueError as error:
-            self.console.print(f"{error} Begin anew with /reset.")
+            self.console.print(Text(f"{plain(error)} Begin anew with /reset."))
             return ""
         except KeyboardInterrupt:
             pass
@@ -199,7 +200,7 @@ class Chat:
         weight, leader = weights.max(-1)
         style = speaker_style(self.colours[self.names[leader]], weight.item(), len(self.names))
         text = Text()
-        for line in piece.splitlines(keepends=True):
+        for line in plain(piece).splitlines(keepends=True):
             # a line's end without a style, or colour would fill the rest of the line
             body = line.rstrip("\n")
             text.append(body, style)

@@ -13,6 +13,7 @@ import typer
 from .commands import app as commands
 from .commands import pairs
 from .data.commands import app as data_commands
+from .plain import echo
 
 
 # of the package, by the command that needs it
@@ -84,7 +85,7 @@ def quickstart(
     try:
         module.run(out, seed=seed, overwrite=overwrite)
     except OSError as error:
-        typer.echo(str(error), err=True)
+        echo(str(error), err=True)
         raise typer.Exit(2) from error
 
 
@@ -103,20 +104,20 @@ def check(
     Example: ultrafuser check Qwen/Qwen2.5-7B-Instruct Qwen/Qwen2.5-Coder-7B-Instruct Qwen/Qwen2.5-Math-7B-Instruct
     """
     from huggingface_hub.utils import disable_progress_bars
-    from rich.console import Console
 
     from .checking import findings, judging, reading, showing
+    from .plain import Console
 
     disable_progress_bars()
     try:
         judgement = judging.judge(reading.parse(specialists), dtype=dtype, fusion=fusion, base=base)
     except ValueError as error:
-        typer.echo(str(error), err=True)
+        echo(str(error), err=True)
         raise typer.Exit(2) from error
     if as_json:
-        typer.echo(json.dumps(showing.as_dict(judgement), indent=1))
+        echo(json.dumps(showing.as_dict(judgement), indent=1))
     else:
-        showing.show(judgement, Console(highlight=False))
+        showing.show(judgement, Console())
     if judgement.verdict == findings.BLOCKS:
         raise typer.Exit(2)
 
@@ -141,10 +142,10 @@ def evaluate(
 
     Example: ultrafuser evaluate fused --data text=text.jsonl --data code=code.jsonl --out evaluated
     """
-    from rich.console import Console
     from transformers.utils import logging
 
     from .evaluation import evaluating
+    from .plain import Console
 
     logging.disable_progress_bar()
     try:
@@ -162,9 +163,9 @@ def evaluate(
             seed=seed,
         )
     except (OSError, ValueError) as error:
-        typer.echo(str(error), err=True)
+        echo(str(error), err=True)
         raise typer.Exit(2) from error
-    console = Console(highlight=False)
+    console = Console()
     console.print(*evaluating.tables(results), evaluating.verdict(results), *evaluating.left_out(results), sep="\n")
 
 
@@ -191,11 +192,11 @@ def card(
             folder, results=results or [], specialists=sources, data=data or [], repo=repo, overwrite=overwrite
         )
     except (ValueError, OSError) as error:
-        typer.echo(str(error), err=True)
+        echo(str(error), err=True)
         raise typer.Exit(2) from error
     for warning in warnings:
-        typer.echo(f"Warning: {warning}", err=True)
-    typer.echo(f"Wrote {folder / 'README.md'}.")
+        echo(f"Warning: {warning}", err=True)
+    echo(f"Wrote {folder / 'README.md'}.")
 
 
 @app.command()
@@ -225,11 +226,10 @@ def judge(
 
     Example: ultrafuser judge fused --questions mt_bench --judge gpt-4.1 --out judged
     """
-    from rich.console import Console
-
     from .evaluation import judging
     from .evaluation.endpoint import Endpoint, EndpointError
     from .keys import described
+    from .plain import Console
 
     try:
         options = dict(json.loads(judge_options))
@@ -240,7 +240,7 @@ def judge(
         judging_by = Endpoint(judge, judge_url, judge_key_variable, options, **shared)
         answering = Endpoint(model, url, key_variable, **shared) if url else model
         for endpoint in (judging_by, answering) if url else (judging_by,):
-            typer.echo(f"Asked: {endpoint.model!r} at {described(endpoint.url, endpoint.variable)}.", err=True)
+            echo(f"Asked: {endpoint.model!r} at {described(endpoint.url, endpoint.variable)}.", err=True)
         results = judging.run(
             answering,
             questions=questions,
@@ -256,7 +256,7 @@ def judge(
             batch_size=batch_size,
         )
     except (EndpointError, ValueError, OSError) as error:
-        typer.echo(str(error), err=True)
+        echo(str(error), err=True)
         raise typer.Exit(2) from error
     Console().print(judging.table(results))
 
@@ -280,10 +280,10 @@ def explain(
     try:
         tokens = explaining.explain(*explaining.load(model), text, generate=generate)
     except (OSError, ValueError) as error:
-        typer.echo(str(error), err=True)
+        echo(str(error), err=True)
         raise typer.Exit(2) from error
     if as_json:
-        typer.echo(json.dumps([asdict(token) for token in tokens], indent=1))
+        echo(json.dumps([asdict(token) for token in tokens], indent=1))
     else:
         terminal.print_tokens(tokens)
 
@@ -316,9 +316,9 @@ def report(
             seed=seed,
         )
     except (OSError, ValueError) as error:
-        typer.echo(str(error), err=True)
+        echo(str(error), err=True)
         raise typer.Exit(2) from error
-    typer.echo(f"Open {page}")
+    echo(f"Open {page}")
 
 
 @data.command("plan")
@@ -327,7 +327,7 @@ def data_plan(recipe: Annotated[Path, typer.Argument(help="YAML file that says w
 
     Example: ultrafuser data plan examples/recipes/ultrachat.yaml
     """
-    from rich.console import Console
+    from .plain import Console
 
     _planned(recipe, Console())
 
@@ -345,7 +345,7 @@ def data_make(
 
     Example: ultrafuser data make examples/recipes/ultrachat_tiny.yaml --out ultrachat
     """
-    from rich.console import Console
+    from .plain import Console
 
     console = Console(stderr=True)
     read, plan = _planned(recipe, console, key_variable)
@@ -353,7 +353,7 @@ def data_make(
     if named and key_variable is None:
         # who wrote the recipe chose the server: the user chooses what it gets
         if not (console.is_terminal and sys.stdin.isatty()):
-            typer.echo(
+            echo(
                 f"A recipe does not choose alone which secret goes to which server, but this one sends what {named} "
                 f"holds to {read.teacher.base_url}. If that is right: --key-variable {named}.",
                 err=True,
@@ -362,7 +362,7 @@ def data_make(
         typer.confirm(f"Send what {named} holds to {read.teacher.base_url}?", abort=True, err=True)
     if not yes and (plan.total["calls"] > 1000 or plan.money > 1):
         if not console.is_terminal:
-            typer.echo("More than 1,000 calls, or a cost of more than 1, need a yes. Add --yes.", err=True)
+            echo("More than 1,000 calls, or a cost of more than 1, need a yes. Add --yes.", err=True)
             raise typer.Exit(2)
         typer.confirm("Make it?", abort=True, err=True)
     from .data.running import make_set
@@ -370,7 +370,7 @@ def data_make(
     try:
         report = make_set(read, out, plan.total["calls"], console)
     except (OSError, ValueError) as error:
-        typer.echo(error, err=True)
+        echo(error, err=True)
         raise typer.Exit(2) from None
     for domain, kinds in report["records"].items():
         console.print(f"{domain}: {sum(kinds.values()):,} conversations")
@@ -381,7 +381,7 @@ def data_make(
         f"{report['replies']:,} replies, {report['refused']:,} refusals, {spent}: {out / 'dataset'}", soft_wrap=True
     )
     if report["stopped"] or not report["records"]:
-        typer.echo(report["stopped"] or f"No reply could be used; {out}/journal.jsonl holds them all.", err=True)
+        echo(report["stopped"] or f"No reply could be used; {out}/journal.jsonl holds them all.", err=True)
         raise typer.Exit(1)
 
 
@@ -400,7 +400,7 @@ def _planned(recipe: Path, console, key_variable: str | None = None):
             )
         plan = Plan(read)
     except (ValueError, OSError) as error:
-        typer.echo(error, err=True)
+        echo(error, err=True)
         raise typer.Exit(2) from None
     console.print(plan.table())
     console.print(plan.assumptions(), highlight=False)
@@ -458,15 +458,15 @@ def bench(
         }
         results = suites.run_suite(model, tasks, out, **settings, batch_size=batch_size, dtype=dtype, seed=seed)
     except (OSError, ValueError) as error:
-        typer.echo(str(error), err=True)
+        echo(str(error), err=True)
         raise typer.Exit(2) from error
     for result in results.values():
         for task, scores in result["scores"].items():
             for metric, score in scores.items():
                 stderr = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
-                typer.echo(f"{task:40} {metric:30} {score['value']:.4f}{stderr}")
+                echo(f"{task:40} {metric:30} {score['value']:.4f}{stderr}")
     for group, mean in suites.mmlu_means(results).items():
-        typer.echo(f"{'MMLU, ' + group:40} {'mean over subjects':30} {mean:.4f}")
+        echo(f"{'MMLU, ' + group:40} {'mean over subjects':30} {mean:.4f}")
 
 
 def main() -> None:
@@ -476,5 +476,5 @@ def main() -> None:
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(sys.argv[1])
         way = f" In UltraFuser's sources: pip install -c constraints.txt -e '.[{extra}]'" if extra else ""
-        typer.echo(f"`ultrafuser {sys.argv[1]}` needs {error.name!r}, which is not installed.{way}", err=True)
+        echo(f"`ultrafuser {sys.argv[1]}` needs {error.name!r}, which is not installed.{way}", err=True)
         raise SystemExit(2) from error

@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from .plain import echo
+
 
 app = typer.Typer()
 Folder = Annotated[Path, typer.Argument(help="Folder of a fused model.")]
@@ -80,10 +82,10 @@ def fuse(
             raise typer.BadParameter("say which folder to write: --out, or `out` in the recipe.")
         out = out or Path(rest["out"])
         if reference:
-            referring.rebuild(Path(what[0]), reference, out, say=typer.echo)
+            referring.rebuild(Path(what[0]), reference, out, say=echo)
         else:
-            fusing.fuse(recipe, out, dtype=dtype, say=typer.echo)
-    typer.echo(f"Wrote {str(out)!r}. To load it:\n\n{_loading(out)}")
+            fusing.fuse(recipe, out, dtype=dtype, say=echo)
+    echo(f"Wrote {str(out)!r}. To load it:\n\n{_loading(out)}")
 
 
 def _loading(out: Path | str, revision: str | None = None) -> str:
@@ -110,9 +112,9 @@ def refer(
     with _in_words():
         from . import referring
 
-        referring.refer(folder, out, specialists=specialists, base=base, say=typer.echo)
+        referring.refer(folder, out, specialists=specialists, base=base, say=echo)
     size = sum(path.stat().st_size for path in out.iterdir())
-    typer.echo(
+    echo(
         f"Wrote {str(out)!r}, {size:,} bytes. To have the whole model again: ultrafuser fuse {out / referring.RECIPE} "
         f"--out FOLDER"
     )
@@ -128,7 +130,7 @@ def specialist(folder: Folder, name: Annotated[str, typer.Argument(help="Of the 
         from . import editing
 
         editing.take_out(folder, name, out)
-    typer.echo(f"Wrote {str(out)!r}, which loads with AutoModelForCausalLM and needs no code of ours.")
+    echo(f"Wrote {str(out)!r}, which loads with AutoModelForCausalLM and needs no code of ours.")
 
 
 @app.command()
@@ -147,7 +149,7 @@ def add(
 
         [(name, source)] = pairs([newcomer], "The argument").items()
         editing.add(folder, name, source, out, revision=revision)
-    typer.echo(f"Wrote {str(out)!r}. Nothing has shown its gate yet when {name!r} is right: train it.")
+    echo(f"Wrote {str(out)!r}. Nothing has shown its gate yet when {name!r} is right: train it.")
 
 
 @app.command()
@@ -160,7 +162,7 @@ def remove(folder: Folder, name: Annotated[str, typer.Argument(help="Of the spec
         from . import editing
 
         editing.remove(folder, name, out)
-    typer.echo(f"Wrote {str(out)!r}.")
+    echo(f"Wrote {str(out)!r}.")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -194,9 +196,9 @@ def train(
         fused, args, model_args = _stage(stage, words, model, data, out, max_steps)
         if resume:
             args.resume_from_checkpoint = training.last_complete_checkpoint(args.output_dir)
-            typer.echo(f"Going on from {args.resume_from_checkpoint or 'the beginning: there is no checkpoint'}.")
+            echo(f"Going on from {args.resume_from_checkpoint or 'the beginning: there is no checkpoint'}.")
         training.train(fused, args, model_args)
-    typer.echo(f"Wrote {args.output_dir!r}. Is it worth it? `ultrafuser evaluate {args.output_dir} --help`.")
+    echo(f"Wrote {args.output_dir!r}. Is it worth it? `ultrafuser evaluate {args.output_dir} --help`.")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -217,14 +219,13 @@ def gates(
     Example: ultrafuser gates --model fused --data text=text.jsonl --data code=code.jsonl --gate mlp:64 --gate linear --out gated
     """
     with _in_words():
-        from rich.console import Console
-
         from . import gates as comparing
+        from .plain import Console
 
         fused, args, model_args = _stage("gate", words, model, data, out, max_steps)
         fits = comparing.compare(fused, args, model_args, gate, seeds=seeds, say=Console(stderr=True).print)
         _console().print(comparing.table(fits))
-    typer.echo(f"Wrote the model with the best one, {fits[0].gate!r}, to {str(out or args.output_dir)!r}.")
+    echo(f"Wrote the model with the best one, {fits[0].gate!r}, to {str(out or args.output_dir)!r}.")
 
 
 @app.command()
@@ -250,8 +251,8 @@ def speed(
         )
         _console().print(speeding.table(fused, alone, found))
     for way, reason in found.left_out.items():
-        typer.echo(f"Not {way}: {reason}")
-    typer.echo(
+        echo(f"Not {way}: {reason}")
+    echo(
         f"In Python, the fastest: model, options = ultrafuser.decoding.choosing.decoder(model, {found.fastest!r}); "
         f"model.generate(**inputs, **options)"
     )
@@ -301,7 +302,7 @@ def demo(
         name = Path(model).resolve().name if Path(model).exists() else model
         settings = {"hosts": host_names(host, allow_host or ()), "origins": allow_origin or (), "key": key}
         page = web.application(*explaining.load(model), name, **settings)
-        typer.echo(f"Open http://{host}:{port}. End it with Ctrl-C.")
+        echo(f"Open http://{host}:{port}. End it with Ctrl-C.")
         run(page, host, port)
 
 
@@ -333,11 +334,11 @@ def push(
 
         # of the look at the weights, which is quick; what takes long is the upload
         logging.disable_progress_bar()
-        commit = run(folder, repo, private=private, revision=revision, say=typer.echo, agree=agree)
+        commit = run(folder, repo, private=private, revision=revision, say=echo, agree=agree)
     if commit is None:
-        typer.echo("Nothing was sent.")
+        echo("Nothing was sent.")
         raise typer.Exit(1)
-    typer.echo(f"{commit}\nTo load it:\n\n{_loading(repo, revision)}")
+    echo(f"{commit}\nTo load it:\n\n{_loading(repo, revision)}")
 
 
 @app.command()
@@ -427,11 +428,11 @@ def _in_words() -> Iterator[None]:
         # `cli.main` says which extra brings it
         raise
     except (OSError, ValueError, ImportError) as error:
-        typer.echo(str(error), err=True)
+        echo(str(error), err=True)
         raise typer.Exit(2) from error
 
 
 def _console():
-    from rich.console import Console
+    from .plain import Console
 
-    return Console(highlight=False)
+    return Console()

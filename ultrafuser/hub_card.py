@@ -12,11 +12,13 @@ from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
 
 from . import licences
 from .folders import fused_config, read_ingredients
+from .plain import markdown
 from .provenance import digest
 from .writing import write_whole
 
 
 TEMPLATE = Path(__file__).parent / "hub_card.jinja"
+LINK = re.compile(r"https://[\w./#?=&%~:+-]+", re.ASCII)
 FUSED = "fused"  # the fused model's row in a comparison
 
 
@@ -90,7 +92,7 @@ def write_card(
         data=data,
         comparisons=[_comparison(r) for r in comparisons],
         judgements=[_judgement(r) for r in judgements],
-        warnings=warnings,
+        warnings=[markdown(warning) for warning in warnings],
         licence=metadata.license,
     )
     text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n\n"
@@ -150,14 +152,14 @@ def _size(folder: Path) -> str:
 
 def _described(ingredient: licences.Ingredient, config) -> dict:
     model = ingredient.model
-    stated = ingredient.stated
+    stated = markdown(ingredient.stated)
     return {
         "name": ingredient.name,
         "model": f"[{model}](https://huggingface.co/{model})" if model else "not on the Hub, or not stated",
         "architecture": config.model_type,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
-        "licence": f"[{stated}]({ingredient.link})" if str(ingredient.link).startswith("https://") else stated,
+        "licence": f"[{stated}]({ingredient.link})" if LINK.fullmatch(str(ingredient.link)) else stated,
     }
 
 
@@ -233,18 +235,18 @@ def _comparison(results: dict) -> dict:
         low, high = row["mean_interval"]
         losses = [f"{row['loss'][d]:.3f}" for d in domains]
         mean = f"{row['mean']:.3f} ({low:.3f} to {high:.3f})"
-        name = f"**{row['name']}**" if row["name"] == FUSED else row["name"]
+        name = f"**{row['name']}**" if row["name"] == FUSED else markdown(row["name"])
         lines.append([name, *losses, mean])
     gate = results["gate"]
     names = results["specialists"]
     weights = [
-        [domain, *(f"{share[n]:.2f}" for n in names), f"{gate['entropy'][domain]:.2f}"]
+        [markdown(domain), *(f"{share[n]:.2f}" for n in names), f"{gate['entropy'][domain]:.2f}"]
         for domain, share in gate["mean_weights"].items()
     ]
     made_with = {key: results[key] for key in ("seed", "commit", "machine") if key in results}
     made_with |= results.get("versions", {})
     return {
-        "table": _table(["", *domains, "mean"], lines),
+        "table": _table(["", *map(markdown, domains), "mean"], lines),
         "words": _ahead(rows),
         "gate": _table(["on", *names, "entropy"], weights),
         "made_with": "Measured with " + ", ".join(f"{key} {value}" for key, value in made_with.items()) + ".",
@@ -259,7 +261,7 @@ def _ahead(rows: list[dict]) -> str:
             low, high = (-end for end in reversed(row["difference_interval"]))
             sure = "" if low > 0 else "; this may be chance, because the interval holds 0"
             sentences.append(
-                f"*{row['name']}* beats the fused model by {-row['difference']:.3f} nats per token "
+                f"*{markdown(row['name'])}* beats the fused model by {-row['difference']:.3f} nats per token "
                 f"(95 % interval {low:.3f} to {high:.3f}{sure})."
             )
     return " ".join(sentences) or "No other row beats the fused model."
@@ -268,9 +270,10 @@ def _ahead(rows: list[dict]) -> str:
 def _judgement(results: dict) -> str:
     pairwise = results["method"] == "pairwise"
     value, ends = results["win_rate" if pairwise else "score"], results["interval"]
+    judge = markdown(results["judge"])
     source = results["questions"] if "@" in results["questions"] else Path(results["questions"]).stem
     if value is None:
-        return f"{results['judge']} gave no verdict on the answers to {source}."
+        return f"{judge} gave no verdict on the answers to {markdown(source)}."
     if pairwise:
         value, ends = value * 100, ends and [100 * end for end in ends]
         what = f"preferred this model's answers in {value:.1f} % of the questions"
@@ -278,4 +281,4 @@ def _judgement(results: dict) -> str:
         what = f"gave this model's answers {value:.2f} of 10 on average"
     sure = f" (95 % interval {ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
     unjudged = f" {results['unjudged']} had no verdict and are left out." if results["unjudged"] else ""
-    return f"{results['judge']} {what}{sure}, on {source}.{unjudged}"
+    return f"{judge} {what}{sure}, on {markdown(source)}.{unjudged}"

@@ -9,6 +9,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from ..plain import plain
 from .findings import BLOCKS, FITS, WARNING, Judgement
 
 
@@ -23,21 +24,21 @@ VERDICTS = {
 def show(judgement: Judgement, console: Console) -> None:
     """Prints what was found, what fusing would take, and the verdict; in plain lines where nobody watches."""
     # where nobody watches a line stays one line, so that other programs can read it
-    plain = not console.is_terminal
+    piped = not console.is_terminal
     table = Table(box=None, pad_edge=False, header_style="")
     for column in ("", "", "found", "what to do"):
         table.add_column(column, overflow="fold")
     # the worst first
     for finding in sorted(judgement.findings, key=lambda f: list(STYLES).index(f.status), reverse=True):
-        words = (finding.status, finding.about, finding.text, finding.fix)
-        if plain:
+        words = (finding.status, *(plain(w) if w else w for w in (finding.about, finding.text, finding.fix)))
+        if piped:
             console.print(Text("  ".join(filter(None, words))), soft_wrap=True)
         else:
             table.add_row(Text(finding.status, STYLES[finding.status]), *map(Text, words[1:]))
-    if not plain:
+    if not piped:
         console.print(table, "")
     for what, number in _numbers(judgement):
-        console.print(Text(f"{what:26} {number}"), soft_wrap=plain)
+        console.print(Text(plain(f"{what:26} {number}")), soft_wrap=piped)
     console.print(Text(VERDICTS[judgement.verdict], STYLES[judgement.verdict]))
 
 

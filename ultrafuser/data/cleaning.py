@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..plain import plain
 from ..writing import sole_writer, write_whole
 from . import filters
 from .arithmetic import wrong_arithmetic
@@ -157,7 +158,7 @@ def write_report(out: Path, report: dict) -> dict:
 def table(report: dict) -> str:
     """The report as lines of text: one for each filter, one column for each domain."""
     domains = report["domains"]
-    rows = [("", *domains, "all")]
+    rows = [("", *map(plain, domains), "all")]
     rows += [
         (
             name,

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ..plain import echo
+
 
 app = typer.Typer()
 Inputs = Annotated[list[str], typer.Argument(help="Files of records, or folders or Hub sets in this schema.")]
@@ -67,7 +69,7 @@ def clean(
             overwrite=overwrite,
             then=then,
         )
-        typer.echo(f"{cleaning.table(report)}\n{out / cleaning.KEPT}; why the others went: {out / cleaning.DROPPED}")
+        echo(f"{cleaning.table(report)}\n{out / cleaning.KEPT}; why the others went: {out / cleaning.DROPPED}")
 
 
 @app.command()
@@ -109,12 +111,12 @@ def take_in(
 
         def report(message: str) -> None:
             malformed.append(message)
-            typer.echo(message, err=True)
+            echo(message, err=True)
 
         on_malformed = report if skip_malformed else None
         rows = sources.take_in(name, columns=columns, files=files, on_malformed=on_malformed, **options)
         number = sources.write_records(itertools.islice(rows, limit), out)
-    typer.echo(f"{number:,} records, {len(malformed):,} malformed rows left out: {out}")
+    echo(f"{number:,} records, {len(malformed):,} malformed rows left out: {out}")
 
 
 @app.command()
@@ -139,7 +141,7 @@ def look(
 
             loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
         looking.look(_records(records), out, name=name, tokenizer=loaded, seed=seed)
-    typer.echo(out / looking.PAGE)
+    echo(out / looking.PAGE)
 
 
 @app.command()
@@ -156,13 +158,13 @@ def push(
     """
 
     def agree(what: str) -> bool:
-        typer.echo(what)
+        echo(what)
         return yes or typer.confirm("Push?")
 
     with _in_words():
         from .looking import push_to_hub
 
-        typer.echo(push_to_hub(records, repo_id, card=card, private=not public, agree=agree) or "Nothing was sent.")
+        echo(push_to_hub(records, repo_id, card=card, private=not public, agree=agree) or "Nothing was sent.")
 
 
 def _loaded(name: str, trust_remote_code: bool) -> tuple:
@@ -205,5 +207,5 @@ def _in_words() -> Iterator[None]:
         # `cli.main` says which extra brings it
         raise
     except (ValueError, OSError, ImportError) as error:
-        typer.echo(error, err=True)
+        echo(error, err=True)
         raise typer.Exit(2) from None

@@ -12,6 +12,7 @@ import jinja2
 from huggingface_hub import CommitOperationAdd, DatasetCard, DatasetCardData, HfApi
 from tqdm.auto import tqdm
 
+from ..plain import markdown, plain
 from ..writing import sole_writer, write_whole
 from .duplicates import DuplicateIndex, fingerprint
 
@@ -162,18 +163,18 @@ def card(statistics: dict, samples: dict[str, list[dict]]) -> DatasetCard:
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train.jsonl"}]}],
     )
     rows = [
-        f"| {_cell(domain)} | {count} | {len(statistics['topics'][domain])} | {statistics['lengths'][domain]['mean']} |"
+        f"| {markdown(domain)} | {count} | {len(statistics['topics'][domain])} | {statistics['lengths'][domain]['mean']} |"
         for domain, count in statistics["domains"].items()
     ]
-    sources = [f"| {_cell(source)} | {count} |" for source, count in statistics["sources"].items()]
-    sample = json.dumps(next(iter(samples.values()))[0], indent=2, ensure_ascii=False)
+    sources = [f"| {markdown(source)} | {count} |" for source, count in statistics["sources"].items()]
+    sample = plain(json.dumps(next(iter(samples.values()))[0], indent=2, ensure_ascii=False))
     # a fence that no text of the sample can end
     fence = "`" * (max(map(len, re.findall("`+", sample)), default=0) + 3)
     return DatasetCard(
         "\n".join(
             [
                 f"---\n{data.to_yaml()}\n---\n",
-                f"# {statistics['name']}\n",
+                f"# {markdown(statistics['name'])}\n",
                 "Instruction data by domain, each record a conversation with the set that it comes from and its licence.\n",
                 f"| domain | records | topics | mean {statistics['length_in']} |\n|---|---:|---:|---:|",
                 *rows,
@@ -188,10 +189,6 @@ def card(statistics: dict, samples: dict[str, list[dict]]) -> DatasetCard:
             ]
         )
     )
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def push_to_hub(

@@ -1,17 +1,17 @@
 """Who speaks, in a terminal."""
 
-from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from ..plain import Console, plain
 from .colours import assign, blend, strength, text_on
 from .explaining import FUSED, Token, leaders, mean_weights
 
 
 def print_tokens(tokens: list[Token], console: Console | None = None) -> None:
     """Prints a text coloured by who speaks; where there are no colours, a table of its tokens."""
-    console = console or Console(highlight=False)
+    console = console or Console()
     if console.color_system is None:
         # wide enough for any line, so that other programs can read it
         console.width = 10_000
@@ -36,10 +36,10 @@ def token_table(tokens: list[Token]) -> Table:
         table.add_column(column, justify="left" if column == "token" else "right", no_wrap=True)
     table.add_column("likeliest (fused)", no_wrap=True)
     for token in tokens:
-        likeliest = "  ".join(f"{c.text!r} {c.probability:.2f}" for c in token.candidates.get(FUSED, ()))
+        likeliest = "  ".join(f"{plain(c.text)!r} {c.probability:.2f}" for c in token.candidates.get(FUSED, ()))
         weights = [f"{w:.3f}" for w in token.weights.values()] or [""] * len(names)
         probabilities = [f"{token.probabilities[n]:.3f}" if token.probabilities else "" for n in (FUSED, *names)]
-        table.add_row(*map(Text, (repr(token.text), *weights, *probabilities, likeliest)))
+        table.add_row(*map(Text, (repr(plain(token.text)), *weights, *probabilities, likeliest)))
     return table
 
 
@@ -47,10 +47,10 @@ def _coloured(tokens: list[Token], colours: dict[str, str]) -> Text:
     text = Text()
     for token, leader in zip(tokens, leaders(tokens), strict=True):
         if leader is None:
-            text.append(token.text, "dim")
+            text.append(plain(token.text), "dim")
         else:
             style = speaker_style(colours[leader], token.weights[leader], len(colours))
-            *lines, rest = token.text.split("\n")
+            *lines, rest = plain(token.text).split("\n")
             for line in lines:
                 # the line's end itself stays without a style, or colour would fill the rest of the line
                 text.append(line + "⏎", style).append("\n")
