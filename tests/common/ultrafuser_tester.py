@@ -61,7 +61,8 @@ class TwoLlamasTester(LlamaTester):
     """Two specialists of one layer each: the tests want two layers, and an entry more for the embeddings of each."""
 
     base_model_class, causal_lm_class, config_class = UltraFuserModel, UltraFuserForCausalLM, UltraFuserConfig
-    expected_num_hidden_layers = 4
+    # two for each specialist, and what the head reads
+    expected_num_hidden_layers = 5
 
     def specialists(self):
         return [backbone(), backbone(intermediate_size=41)]
