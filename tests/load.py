@@ -66,7 +66,7 @@ def run(rounds: int, bodies: int = 10) -> dict[str, dict]:
         found = {}
         for name, one in {
             "serve": lambda: serve(model, work, rounds, bodies),
-            "demo": lambda: demo(model, work, max(1, rounds // 5)),
+            "demo": lambda: demo(model, work, max(1, rounds // 2)),
             "threads": lambda: threads(model, max(1, rounds // 2)),
         }.items():
             found[name] = one()
