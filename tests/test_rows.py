@@ -274,6 +274,7 @@ GOOD_LINE = b'{"text": "a"}\n'
         ("code.jsonl.gz", gzip.compress(GOOD_LINE * 2)),
         ("code.json", b'[\n {"text": "a"},\n {"text": "a"}\n]\n'),
     ],
+    ids=["a byte order mark", "blank lines", "zipped", "a list"],
 )
 def test_files_are_read_whatever_stands_around_their_rows(name, content, tmp_path):
     assert load(arguments_of(str(raw(tmp_path, content, name))), "code")["text"][:] == ["a", "a"]
