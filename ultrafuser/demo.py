@@ -29,7 +29,7 @@ from .reports.colours import assign, strength
 LARGEST_BIAS, LEAST_SCORE = 30.0, -20.0  # in nats; the one lifts the other above whoever leads
 Pieces = list[tuple[str, list[float]]]  # of an answer, with the gate weights of each
 AT_ONCE, WAITING = 32, 64  # answers that are generated, and questions that wait for it
-LISTEN_SECONDS = 5.0  # in which who asks must begin to listen
+LISTEN_SECONDS = 15.0  # in which who asks must begin to listen
 REMEMBERED_SECONDS = 3600  # of a conversation that does not go on
 # what the page asks for, by the beginning of the path
 ASKED_FOR = {
