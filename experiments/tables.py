@@ -280,6 +280,16 @@ def damaged(path: Path) -> str:
     return markdown(heads, [[k, f"{sum(c.values()):,}", *(f"{n:,}" for n in c.values())] for k, c in counts.items()])
 
 
+def durability(path: Path) -> str:
+    """Kills and full disks that each command came through, from `python -m tests.durability`."""
+    rows = []
+    for command, one in files(path)[0]["commands"].items():
+        disks = one["disks"]
+        cells = [f"{one['survived']} of {one['kills']}", f"{disks['in_a_sentence']} of {disks['full']}"]
+        rows.append([f"`{command}`", *cells, f"{disks['same_with_room']} of {len(disks['sizes'])}"])
+    return markdown(["", "kills survived", "full disks told in a sentence", "the same with room again"], rows)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "losses": losses,
     "damaged": damaged,
@@ -299,6 +309,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "families that were not built": families_not_built,
     "verbatim": verbatim,
     "servers": servers,
+    "durability": durability,
 }
 
 
