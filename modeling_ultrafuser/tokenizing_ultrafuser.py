@@ -213,7 +213,8 @@ def widest_usable_tokenizer(
                 f"tokenizers differ in {odd[0]}. Fuse specialists trained from one base model."
             )
         probe = TOKENIZER_PROBE
-        for token in only_some.values():
+        lost = [t for n in (first, name) for t, i in tokenizers[n].get_vocab().items() if i >= vocab_size]
+        for token in [*only_some.values(), *lost]:
             # tokens of blanks alone would cut ordinary text otherwise
             probe = probe.replace(token, "") if token.strip() else probe
         ours, theirs = (tokenizers[n].encode(probe, add_special_tokens=False) for n in (first, name))

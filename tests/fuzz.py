@@ -178,9 +178,9 @@ def damaged_tree(dice: random.Random, tree):
         elif how == 4 and isinstance(value, int | float):
             owner[last] = dice.choice((value + 1, value - 1, value * 2, -value, str(value), [value], value * 1000))
         elif how == 5:
-            for _ in range(dice.choice((3, 200, 20_000))):
+            for _ in range(dice.choice((3, 70, 200))):
                 value = [value]
-            owner[last] = value if dice.random() < 0.2 else str(value)[:100]
+            owner[last] = value
         elif how == 6:
             owner[last] = copy.deepcopy(dice.choice([v for p in places if (v := _at(tree, p)) is not tree]))
         else:
