@@ -43,6 +43,7 @@ NOT_RUN = {
     "mkdocs": "test_docs.py builds the site",
     "vllm": "an environment of its own: tests/vllm",
     "accelerate": "several GPUs: test_processes.py has two processes",
+    "python tests/families.py": "an hour: test_families.py has a few families",
     "python -m benchmarks.rivals": "minutes: test_benchmarks.py has the smallest sizes",
     "python -m benchmarks.growth": "minutes: test_benchmarks.py has the smallest sizes",
     "python -m benchmarks.serving": "minutes: test_benchmarks.py has the smallest sizes",
@@ -155,7 +156,7 @@ def parse(words: list[str]) -> None:
             assert set(extras.split(",")) <= set(setup["options.extras_require"]), extras
         assert "-c" not in rest or Path(rest[rest.index("-c") + 1]).is_file()
     elif program == "python":
-        assert find_spec(rest[1]), rest
+        assert find_spec(rest[1]) if rest[0] == "-m" else (ROOT / rest[0]).is_file(), rest
     elif program == "vllm":
         known = (ROOT / "tests/vllm/run.py").read_text()
         assert all(f'"{word}"' in known for word in rest if word.startswith("-")), rest
