@@ -359,6 +359,8 @@ def test_a_quantised_folder_is_refused(fuse_without_loading, tmp_path):
 def test_a_quantised_model_in_memory_is_refused(fuse_without_loading):
     model = specialist(layers=1, hidden_size=16)
     model.hf_quantizer = object()
+    weight = model.lm_head.weight
+    model.lm_head.weight = torch.nn.Parameter((100 * weight).to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=saying("plain weights", "'other'", "quantised model in memory")):
         fuse_without_loading(model)
 
