@@ -91,10 +91,14 @@ def test_a_recipe_does_not_choose_which_secret_goes_to_its_server(tmp_path, monk
 def test_another_services_secret_is_not_sent_even_where_the_user_names_it(variable, tmp_path, monkeypatch):
     monkeypatch.setenv(variable, SECRET_KEY)
     with TeacherServer() as server:
-        done = make(tmp_path, server.url, "--key-variable", variable)
-    assert done.exit_code == 2
-    assert f"{variable} is for" in done.output
-    assert SECRET_KEY not in done.output
+        for done in (
+            make(tmp_path, server.url, "--key-variable", variable),
+            make(tmp_path, server.url, teacher__api_key_variable=variable),
+        ):
+            assert done.exit_code == 2
+            assert f"{variable} is for" in done.output
+            assert "If that is right" not in done.output
+            assert SECRET_KEY not in done.output
     assert server.bodies == []
 
 

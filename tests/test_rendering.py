@@ -78,6 +78,8 @@ def test_a_prompt_needs_all_its_placeholders_and_says_which():
     with pytest.raises(RenderingError, match="expected token 'end of print statement'") as caught:
         placeholders("first\n{{ a b }}")
     assert caught.value.line == 2
+    with pytest.raises(RenderingError, match="access to attribute '__class__' of 'str' object is unsafe$"):
+        render_prompt("{{ description.__class__ }}", {"description": "d"})
 
 
 @pytest.mark.parametrize("escape", ESCAPES.values(), ids=ESCAPES)

@@ -22,14 +22,14 @@ MEMORY = 2**30  # bytes of the process's address space
 
 
 class RenderingError(ValueError):
-    """A template that cannot be rendered, and why.
+    """A template that cannot be rendered, and why, without a full stop.
 
     Attributes:
         line: Of the template, where it is no valid one; otherwise None.
     """
 
     def __init__(self, message: str, line: int | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message.rstrip("."))
         self.line = line
 
 

@@ -349,6 +349,11 @@ def data_make(
 
     console = Console(stderr=True)
     read, plan = _planned(recipe, console, key_variable)
+    try:
+        read.teacher.api_key()
+    except ValueError as error:
+        echo(error, err=True)
+        raise typer.Exit(2) from None
     named = read.teacher.api_key_variable
     if named and key_variable is None:
         # who wrote the recipe chose the server: the user chooses what it gets

@@ -309,7 +309,7 @@ def _template(step: str, file: Path) -> str:
         used = placeholders(text)
     except RenderingError as error:
         where = f" line {error.line}" if error.line else ""
-        raise ValueError(f"Prompts are Jinja templates, but {str(file)!r}{where}: {error}") from error
+        raise ValueError(f"Prompts are Jinja templates, but {str(file)!r}{where}: {error}.") from error
     for name in sorted(used - set(PLACEHOLDERS)):
         close = difflib.get_close_matches(name, PLACEHOLDERS, n=1)
         hint = f"Did you mean {{{{ {close[0]} }}}}?" if close else f"There are {list(PLACEHOLDERS)}."
