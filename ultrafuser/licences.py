@@ -94,8 +94,9 @@ def read_ingredient(name: str, source: str | None) -> Ingredient:
         data = parse_yaml(block[2], card) if block else {}
         if not isinstance(data or {}, dict):
             raise ValueError(f"it is a {type(data).__name__}")
-    except ValueError as error:
-        return Ingredient(name, model, problem=f"the metadata of its card is malformed ({str(error).splitlines()[0]})")
+    except ValueError:
+        # its own words would bring a path of this machine into a card
+        return Ingredient(name, model, problem="the metadata of its card is malformed: it is no YAML mapping")
     licence, *more = ((data or {}).get(field) for field in ("license", "license_name", "license_link"))
     if licence is None:
         return Ingredient(name, model, problem="its card states no licence")
