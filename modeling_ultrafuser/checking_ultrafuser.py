@@ -63,10 +63,17 @@ def common_dtype(specialists: dict, configs: dict[str, PreTrainedConfig]) -> tor
 
 def check_names(config: UltraFuserConfig) -> None:
     """Refuses names of specialists that are words in the paths of their modules, or fields of their configurations."""
-    with torch.device("meta"):
-        backbones = [AutoModel.from_config(copy.deepcopy(c)) for c in config.backbones]
-    parts = {part for b in backbones for path, _ in b.named_parameters() for part in path.split(".")}
+    parts = {part for b in empty_backbones(config) for path, _ in b.named_parameters() for part in path.split(".")}
     refuse_ambiguous_names(config.specialist_names, config.backbones, parts)
+
+
+def empty_backbones(config: UltraFuserConfig) -> list[PreTrainedModel]:
+    """The backbones of a fused model without any numbers."""
+    backbones = []
+    for name, c in zip(config.specialist_names, config.backbones, strict=False):
+        with in_words(f"The configuration of {name!r}", c.name_or_path), torch.device("meta"):
+            backbones.append(AutoModel.from_config(copy.deepcopy(c)))
+    return backbones
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

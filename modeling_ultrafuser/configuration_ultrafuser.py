@@ -310,6 +310,8 @@ def _as_backbone_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
     """A copy that describes the backbone alone: its head is a part of the wide head, scaled and never tied."""
     config = copy.deepcopy(_as_config(config).get_text_config(decoder=True))
     config.tie_word_embeddings = False
+    # or the library's own causal models cannot read their backbone's output
+    config.return_dict = True
     for field in SCALE_FIELDS:
         if getattr(config, field, None) is None:
             continue

@@ -298,14 +298,14 @@ def _probe(
     model.eval()
     ids = (torch.arange(1, 17, device=model.device) * 7919 % rows)[None]
     with in_words(f"The configuration of {name!r}", model.name_or_path):
-        own = model(input_ids=ids, use_cache=False).logits[..., :rows].float()
+        own = model(input_ids=ids, use_cache=False, return_dict=True).logits[..., :rows].float()
         other = torch.cat([ids[:, :-1], ids[:, :1]], dim=-1)
         if not own.isfinite().all():
             raise ValueError(
                 f"A specialist must speak in finite numbers, but on a probe {name!r} gives others. Its config.json is not the "
                 f"one that it was trained with, or its weights are damaged: download both again."
             )
-        changed = model(input_ids=other, use_cache=False).logits[..., :rows].float()
+        changed = model(input_ids=other, use_cache=False, return_dict=True).logits[..., :rows].float()
     if not torch.allclose(own[:, :-1], changed[:, :-1], rtol=1e-3, atol=1e-3 * own.abs().max().item()):
         raise ValueError(
             f"A specialist must be a decoder, which predicts each token from those before it, but in {name!r} "
@@ -320,7 +320,7 @@ def _probe(
             f"other shapes in its backbone. It cannot be fused."
         ) from error
     rebuilt.to(model.device)
-    hidden = rebuilt(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = rebuilt(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
     linear = F.linear(hidden, columns).float()
     tolerance = _tolerance(model.dtype)
     cap = soft_cap(text_config)

@@ -44,6 +44,8 @@ _KINDS = {
     "alpha_pattern": dict | None,
     "rank_pattern": dict | None,
 }
+# one of a kind, or a list of them
+_LISTS = {"target_modules": str, "exclude_modules": str, "layers_to_transform": int, "layers_pattern": str}
 MOST_REPETITIONS = 3
 _UNBOUNDED = re.compile(r"\)[*+{]|\(\?|\\[0-9]")
 # starts that leave the base's weights as they are
@@ -180,10 +182,10 @@ def check_adapter(name: str, config: dict) -> None:
             or (field == "lora_alpha" and not math.isfinite(value))
         ):
             raise _odd(name, field, value)
-    for field in ("target_modules", "exclude_modules"):
+    for field, kind in _LISTS.items():
         value = config.get(field)
-        if not isinstance(value, str | list | None) or (
-            isinstance(value, list) and not all(isinstance(v, str) for v in value)
+        if not isinstance(value, kind | list | None) or (
+            isinstance(value, list) and not all(isinstance(v, kind) for v in value)
         ):
             raise _odd(name, field, value)
     for field in ("alpha_pattern", "rank_pattern"):
@@ -310,19 +312,32 @@ def _check_target(name: str, config: dict, module: str) -> None:
     Raises:
         ValueError: Naming the field and the layer.
     """
-    for field, wanted in (("target_modules", True), ("exclude_modules", False)):
+    for field, wanted in (("target_modules", True), ("exclude_modules", False), ("layers_to_transform", True)):
         value = config.get(field)
-        if value is None or value == [] or value == "all-linear":
+        if value == "all-linear":
             continue
-        if isinstance(value, str):
+        if field == "layers_to_transform":
+            named = _is_in_layers(module, config)
+        elif isinstance(value, str):
             named = _is_named(module, value, field, whole=True)
         else:
-            named = any(module == leaf or module.endswith(f".{leaf}") for leaf in value)
+            # PEFT has names of its own for a family if there are none, and writes them down when it saves
+            named = any(module == leaf or module.endswith(f".{leaf}") for leaf in value or ())
         if named != wanted:
             raise ValueError(
                 f"An adapter's files hold matrices of just the layers that its {CONFIG_FILE} names, but by `{field}` of "
                 f"{name!r} `{module}` is none of them. Download it again, or {MERGE_FIRST}."
             )
+
+
+def _is_in_layers(module: str, config: dict) -> bool:
+    """Whether a module is in one of the layers that a LoRA configuration chooses by number, as PEFT reads it."""
+    chosen, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or []
+    if chosen is None or chosen == [] or module in (config.get("target_modules") or ()):
+        return True
+    around = "|".join(map(re.escape, [patterns] if isinstance(patterns, str) else patterns)) or "[^.]*"
+    number = re.match(rf"(?:^|.*?\.)(?:{around})\.(\d+)\.", module)
+    return number is not None and int(number[1]) in ([chosen] if isinstance(chosen, int) else chosen)
 
 
 def _scale(config: dict, module: str, rank: int) -> float:
@@ -405,7 +420,7 @@ def probe_rows(model: PreTrainedModel, tolerance: float) -> None:
     ids = (torch.arange(1, 17, device=model.device) * 7919 % model.config.vocab_size).view(2, 8)
     outputs = run_as_rows(base, len(names), ids, None, None, None, use_cache=False)
     for k, name in enumerate(names):
-        own = merged_backbone(base, k)(input_ids=ids, use_cache=False).last_hidden_state.float()
+        own = merged_backbone(base, k)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state.float()
         difference = (outputs[k].last_hidden_state.float() - own).abs().max()
         if not difference <= tolerance * own.abs().max().clamp(min=1e-6):
             raise ValueError(

@@ -1,15 +1,15 @@
 """A step of generation with a cache, of a specialist alone and within a fused model: both must come to the same."""
 
-import copy
 import inspect
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .cache_ultrafuser import SpecialistCache
 from .causal_ultrafuser import masks_for_generate
+from .checking_ultrafuser import empty_backbones
 from .configuration_ultrafuser import UltraFuserConfig
 from .specialists_ultrafuser import run_each
 
@@ -20,12 +20,11 @@ def check_steps(config: UltraFuserConfig) -> None:
     Raises:
         ValueError: Naming the first such specialist and what it says.
     """
-    for k, (name, backbone_config) in enumerate(zip(config.specialist_names, config.backbones, strict=False)):
+    for k, (name, backbone) in enumerate(zip(config.specialist_names, empty_backbones(config), strict=False)):
         with torch.device("meta"):
-            backbone = AutoModel.from_config(copy.deepcopy(backbone_config)).eval()
             ids = torch.zeros((1, 4), dtype=torch.long)
             try:
-                step_within(DynamicCache, backbone, name, config, k, ids)
+                step_within(DynamicCache, backbone.eval(), name, config, k, ids)
             except ValueError as error:
                 # what depends on numbers is left to the probe
                 faults = ValueError | TypeError | AttributeError | KeyError | IndexError
@@ -59,7 +58,7 @@ def step_alone(kind: type[Cache], model: PreTrainedModel, ids: Tensor) -> Tensor
                 is_first_iteration=new is None,
                 use_cache=True,
             )
-            logits = model(**{key: value for key, value in inputs.items() if everything or key in takes}).logits
+            logits = model(**{key: value for key, value in inputs.items() if everything or key in takes})[0]
     except Exception:  # whatever keeps it from running alone is not what fusing does to it
         return None
     return logits[:, -1] if logits.isfinite().all() else None

@@ -329,6 +329,12 @@ def test_a_missing_file_is_named_with_its_domain(tmp_path):
         load(arguments_of(str(tmp_path / "gone.jsonl")), "code")
 
 
+@pytest.mark.parametrize("arguments", [{"path": ""}, {"path": 5}, {"path": "json", "data_files": [[]]}], ids=str)
+def test_arguments_that_load_dataset_trips_over_are_refused_in_a_sentence(arguments):
+    with pytest.raises((ValueError, OSError), match=r"The rows of domain 'code', .* cannot be read"):
+        load(arguments, "code")
+
+
 def test_what_load_dataset_says_is_said_of_a_domain(tmp_path):
     file = raw(tmp_path, b"a,b\n1\n", "code.csv")
     arguments = {"path": "csv", "data_files": str(file), "split": "nowhere"}

@@ -125,6 +125,10 @@ def config(**fields):
     return edited("config.json", lambda c: c.update(fields))
 
 
+def rotary(**fields):
+    return edited("config.json", lambda c: c["rope_parameters"].update(fields))
+
+
 Q = "model.layers.0.self_attn.q_proj.weight"
 # what a specialist's folder may be, and what is said of it
 SPECIALISTS = {
@@ -171,6 +175,8 @@ SPECIALISTS = {
     "vocabulary as a word": (config(vocab_size="304"), "vocab_size"),
     "no heads": (config(num_attention_heads=0), "cannot be read"),
     "an activation that is none": (config(hidden_act="fast"), "cannot be read"),
+    "a rotary base that is a list": (rotary(rope_theta=[1e4]), "cannot be read"),
+    "a rotary kind that is a number": (rotary(rope_type=2), "cannot be read"),
     "an odd type": (config(dtype="float99"), "cannot be read"),
     "an odd architecture": (config(architectures=[{}]), "a list of words"),
     "an odd end": (edited("generation_config.json", lambda c: c.update(eos_token_id=[None])), "a token's number"),
@@ -333,6 +339,18 @@ def test_a_class_with_a_head_of_its_own_gets_a_new_one(zoo, tmp_path):
     assert again.score.weight.equal(scored.score.weight)
 
 
+@pytest.mark.parametrize("value", [False, None])
+def test_a_configuration_that_asks_for_tuples_changes_nothing_but_the_type_of_outputs(value, zoo, tmp_path):
+    given = copied(zoo, "fused", tmp_path)
+    edited("config.json", lambda c: [part.update(return_dict=value) for part in (c, *c["specialists"])])(given)
+    words = ("hello there", "--json")
+    assert said(0, "explain", given, *words) == said(0, "explain", zoo / "fused", *words)
+    model, expected = (UltraFuserForCausalLM.from_pretrained(folder) for folder in (given, zoo / "fused"))
+    assert model(IDS)[0].equal(expected(IDS).logits)
+    assert isinstance(model(IDS), tuple)
+    assert model.specialist("code")(IDS).logits.equal(expected.specialist("code")(IDS).logits)
+
+
 def test_sizes_that_differ_on_purpose_are_the_users_choice(zoo):
     other = UltraFuserForCausalLM.from_pretrained(zoo / "fused").config
     other.vocab_size = 310
@@ -362,6 +380,11 @@ ADAPTERS = {
     "another rank": ({"r": 3}, "of the rank"),
     "a base that is a number": ({"base_model_name_or_path": 5}, "adapter"),
     "another layer": ({"target_modules": ["v_proj"]}, "target_modules"),
+    "layers by no name": ({"target_modules": None}, "target_modules"),
+    "no layers": ({"target_modules": []}, "target_modules"),
+    "one layer by its number": ({"layers_to_transform": [0]}, "layers_to_transform"),
+    "layers of another list": ({"layers_to_transform": [0, 1], "layers_pattern": "h"}, "layers_to_transform"),
+    "a layer by a word": ({"layers_to_transform": "0"}, "as PEFT writes it"),
     "a layer left out": ({"exclude_modules": ["q_proj"]}, "exclude_modules"),
     "a target that takes for ever": ({"target_modules": "(.*.*)*=$"}, "repeats a group"),
 }

@@ -67,7 +67,7 @@ def add_chunked_head(model: PreTrainedModel) -> None:
         if not fused_lm_head or (self.config.fusion == "logits" and _is_for_trl(self.get_output_embeddings())):
             return theirs(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         kwargs.pop("num_items_in_batch", None)
-        outputs = self.model(*args, **kwargs | {"use_cache": False})
+        outputs = self.model(*args, **kwargs | {"use_cache": False, "return_dict": True})
         head = self.get_output_embeddings().weight
         targets = labels[:, 1:].to(head.device)
         mask = targets != -100

@@ -215,7 +215,7 @@ class CachedGateTrainer(GateTrainer):
         labels = batch.pop("labels")[:, 1:]
         mask = labels != -100
         with watching(self.fused, own=True) as seen, self.accelerator.autocast():
-            self.fused.model(**batch, use_cache=False)
+            self.fused.model(**batch, use_cache=False, return_dict=True)
             states, targets = [h[:, :-1][mask] for h in seen["hidden_states"]], labels[mask]
             said = {"targets": targets, "states": torch.cat(states, -1)}
             weight = self.fused.lm_head.weight

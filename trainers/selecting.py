@@ -176,7 +176,7 @@ def _mean_losses(model: PreTrainedModel, pairs: list[tuple[list[int], list[int]]
     ids = pad_sequence([torch.tensor(context + response) for context, response in pairs], batch_first=True)
     labels = [torch.tensor([-100] * len(context) + response) for context, response in pairs]
     labels = pad_sequence(labels, batch_first=True, padding_value=-100)[:, 1:]
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1]
+    logits = model(input_ids=ids.to(model.device), use_cache=False, return_dict=True).logits[:, :-1]
     labels = labels.to(logits.device)
     counted = labels != -100
     losses = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Json, List, Value, load_dataset
-from datasets.exceptions import DatasetsError
 
 from trainers.domains import check_kind
 from trainers.rows import (
@@ -87,7 +86,7 @@ def load_set(arguments: dict[str, Any], whose: str) -> Any:
     """
     try:
         return load_dataset(**arguments)
-    except (DatasetsError, ValueError, OSError, TypeError, StopIteration) as error:
+    except Exception as error:  # whatever the library makes of arguments that it cannot follow
         cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise (OSError if isinstance(error, OSError) else ValueError)(
             f"The rows of {whose}, {arguments}, cannot be read: {cause[0]} Look at the files, or correct the arguments of "

@@ -150,7 +150,7 @@ def score(
         if before is not None:
             before(rows)
         ids, mask = data.input_ids[rows].to(model.device), data.attention_mask[rows].to(model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True).logits[:, :-1].float()
         log_probabilities = logits.log_softmax(-1)
         losses = -log_probabilities.gather(-1, ids[:, 1:, None]).squeeze(-1)
         confidence, guess = log_probabilities.max(-1)
@@ -177,7 +177,7 @@ def cost(
         row is read; `bytes` of weights; `cache_bytes_per_token`; `tokens_per_second` of one request, the median; and
         `speed`, the median of its ratios to the reference.
     """
-    cache = model(input_ids=prompt.to(model.device), use_cache=True).past_key_values
+    cache = model(input_ids=prompt.to(model.device), use_cache=True, return_dict=True).past_key_values
     # recurrent layers keep a state of one size, whatever the length, and no keys
     kept = [t for layer in cache.layers if hasattr(layer, "keys") for t in (layer.keys, layer.values)]
     seconds, ratios = [], []

@@ -123,7 +123,7 @@ def explain(
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         settings = {"max_new_tokens": generate, "do_sample": False, "pad_token_id": pad, "tokenizer": tokenizer}
         ids = model.generate(ids, attention_mask=mask, **settings)
-    outputs = model(input_ids=ids, use_cache=False)
+    outputs = model(input_ids=ids, use_cache=False, return_dict=True)
     gate_weights, logits = outputs.gate_weights[0, :-1].tolist(), outputs.logits
     del outputs
 
@@ -136,7 +136,7 @@ def explain(
     _add_predictions(tokens, FUSED, logits, ids, tokenizer, candidates)
     del logits
     for name in names:
-        logits = model.specialist(name)(input_ids=ids, use_cache=False).logits
+        logits = model.specialist(name)(input_ids=ids, use_cache=False, return_dict=True).logits
         _add_predictions(tokens, name, logits, ids, tokenizer, candidates)
     return tokens
 
