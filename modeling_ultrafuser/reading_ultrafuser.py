@@ -60,8 +60,9 @@ def in_words(what: str, source) -> Iterator[None]:
         yield
     except (OSError, ImportError):
         raise
-    except (Exception, RecursionError) as error:
-        if _is_ours(error):
+    except BaseException as error:
+        # a panic in Rust is no Exception
+        if _is_ours(error) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         said = f"{type(error).__name__}: {' '.join(lines)[:300]}".removesuffix(": ")

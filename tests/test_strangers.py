@@ -197,6 +197,7 @@ SPECIALISTS = {
         edited("tokenizer_config.json", lambda c: c.update(model_max_length="x")),
         "The tokenizer",
     ),
+    "a merge to no token": (edited("tokenizer.json", lambda t: t["model"]["vocab"].pop("Ġbrown")), "The tokenizer"),
     "other merges": (edited("tokenizer.json", lambda t: t["model"]["merges"].pop()), "differ in merges"),
     "another normaliser": (
         edited("tokenizer.json", lambda t: t.update(normalizer={"type": "NFKC"})),
