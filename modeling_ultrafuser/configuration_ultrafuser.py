@@ -109,6 +109,9 @@ class UltraFuserConfig(PreTrainedConfig):
             self._derive_fields()
             for derived in self._DERIVED:
                 kwargs.pop(derived, None)
+        # written anew when it is saved, and the library cannot write into another kind
+        if not isinstance(kwargs.get("auto_map"), dict):
+            kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
 
     @classmethod

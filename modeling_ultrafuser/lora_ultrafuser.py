@@ -192,7 +192,8 @@ def check_adapter(name: str, config: dict) -> None:
         for pattern, value in (config.get(field) or {}).items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise _odd(name, field, {pattern: value})
-    more = {key: value for key, value in config.items() if key not in _PLAIN_FIELDS and value}
+    # settings of a method that are empty choose it, too
+    more = {k: v for k, v in config.items() if k not in _PLAIN_FIELDS and (v or v == {})}
     for key, plain in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("init_lora_weights", _PLAIN_STARTS)):
         if not any(config.get(key) == p for p in plain):
             more[key] = config.get(key)

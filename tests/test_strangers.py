@@ -340,6 +340,15 @@ def test_a_class_with_a_head_of_its_own_gets_a_new_one(zoo, tmp_path):
     assert again.score.weight.equal(scored.score.weight)
 
 
+@pytest.mark.parametrize("value", [[], "x", None])
+def test_a_fused_folder_is_saved_again_whatever_it_says_of_its_code(value, zoo, tmp_path):
+    given = copied(zoo, "fused", tmp_path)
+    config(auto_map=value)(given)
+    UltraFuserForCausalLM.from_pretrained(given).save_pretrained(tmp_path / "again")
+    written = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "again", zoo / "fused")]
+    assert written[0]["auto_map"] == written[1]["auto_map"]
+
+
 @pytest.mark.parametrize("value", [False, None])
 def test_a_configuration_that_asks_for_tuples_changes_nothing_but_the_type_of_outputs(value, zoo, tmp_path):
     given = copied(zoo, "fused", tmp_path)
@@ -386,6 +395,7 @@ ADAPTERS = {
     "one layer by its number": ({"layers_to_transform": [0]}, "layers_to_transform"),
     "layers of another list": ({"layers_to_transform": [0, 1], "layers_pattern": "h"}, "layers_to_transform"),
     "a layer by a word": ({"layers_to_transform": "0"}, "as PEFT writes it"),
+    "another method without settings": ({"kasa_config": {}}, "kasa_config"),
     "a layer left out": ({"exclude_modules": ["q_proj"]}, "exclude_modules"),
     "a target that takes for ever": ({"target_modules": "(.*.*)*=$"}, "repeats a group"),
 }
