@@ -181,7 +181,8 @@ def test_a_checkpoint_of_the_trainer_loads_where_our_packages_are_not_installed(
     sft(fused, tmp_path, save_strategy="steps", save_steps=3)
     checkpoint = tmp_path / "checkpoint-3"
     config = json.loads((checkpoint / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    classes = {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}
+    assert set(config["auto_map"]) == classes
     for reference in config["auto_map"].values():
         module, _, name = reference.partition(".")
         assert re.search(rf"^class {name}\b", (checkpoint / f"{module}.py").read_text(), re.MULTILINE)
