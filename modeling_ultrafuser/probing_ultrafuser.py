@@ -58,7 +58,8 @@ def step_alone(kind: type[Cache], model: PreTrainedModel, ids: Tensor) -> Tensor
                 is_first_iteration=new is None,
                 use_cache=True,
             )
-            logits = model(**{key: value for key, value in inputs.items() if everything or key in takes})[0]
+            inputs = {key: value for key, value in inputs.items() if everything or key in takes}
+            logits = model(**inputs | {"return_dict": True}).logits
     except Exception:  # whatever keeps it from running alone is not what fusing does to it
         return None
     return logits[:, -1] if logits.isfinite().all() else None

@@ -98,7 +98,10 @@ def _check_ours(part: Path, out: Path) -> None:
 
 
 def _is_empty(folder: Path) -> bool:
-    return not any(folder.iterdir())
+    try:
+        return not any(folder.iterdir())
+    except FileNotFoundError:  # another process has put it in place since
+        return True
 
 
 def _take_away(out: Path) -> None:
