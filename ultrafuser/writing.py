@@ -88,9 +88,12 @@ def _check_free(out: Path) -> None:
 
 def _check_ours(part: Path, out: Path) -> None:
     """Refuses to write into what may be somebody else's, or would lead elsewhere."""
-    if not os.path.lexists(part):
+    try:
+        plain = not os.path.lexists(part) or (part.is_dir() and not part.is_symlink() and not part.is_mount())
+        ours = plain and ((part / LOCK).is_file() or _is_empty(part))
+    except FileNotFoundError:  # another process has put it in place meanwhile
         return
-    if part.is_symlink() or not part.is_dir() or part.is_mount() or not ((part / LOCK).is_file() or _is_empty(part)):
+    if not ours:
         raise FileExistsError(
             f"{str(out)!r} is written as {str(part)!r} until it is whole, but that is there already, and no earlier run "
             f"left it. Move it away, or choose another folder to write."
@@ -98,10 +101,7 @@ def _check_ours(part: Path, out: Path) -> None:
 
 
 def _is_empty(folder: Path) -> bool:
-    try:
-        return not any(folder.iterdir())
-    except FileNotFoundError:  # another process has put it in place since
-        return True
+    return not os.path.lexists(folder) or not any(folder.iterdir())
 
 
 def _take_away(out: Path) -> None:
