@@ -105,6 +105,9 @@ class UltraFuserPreTrainedModel(PreTrainedModel):
         if source is not None and not kwargs.keys() & {"gguf_file", "variant"}:
             hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
             check_fused(super().from_pretrained, cls, source, **hub)
+        if torch.get_default_device().type == "meta":
+            # the caller's mistake and no file's, which the library tells
+            return super().from_pretrained(source, *args, **kwargs)
         with in_words("The fused model", source or "in memory"):
             return super().from_pretrained(source, *args, **kwargs)
 

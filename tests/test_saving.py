@@ -144,3 +144,9 @@ def test_a_folder_in_a_format_that_this_code_does_not_know_is_refused(version, f
     (tmp_path / "config.json").write_text(json.dumps(config | {"format_version": version, "gate": "oracle"}))
     with pytest.raises(ValueError, match=f"up to format 1, but .* format {version!r}.*Upgrade with `pip install -U"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_loading_onto_the_meta_device_is_told_as_the_library_tells_it_and_blames_no_file(tmp_path):
+    UltraFuserForCausalLM.from_specialists({"text": specialist(), "code": specialist()}).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="meta device context"), torch.device("meta"):
+        UltraFuserForCausalLM.from_pretrained(tmp_path)
