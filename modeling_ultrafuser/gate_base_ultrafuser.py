@@ -44,10 +44,12 @@ class Gate(nn.Module):
     Attributes:
         has_width: Whether it has a hidden layer, `gate_hidden_size` wide.
         can_calibrate: Whether it can also predict temperatures.
+        dropout: Probability with which training hides each number of the hidden states: the trainers set it.
     """
 
     has_width = False
     can_calibrate = False
+    dropout = 0.0
 
     def __init__(self, config):
         super().__init__()
@@ -73,7 +75,7 @@ class Gate(nn.Module):
             hidden_states: Each specialist's last hidden state, after its final norm. Shapes (batch, seq, hidden).
         """
         with torch.autocast(device_type=hidden_states[0].device.type, enabled=False):
-            scores = self.scores([h.float() for h in hidden_states])
+            scores = self.scores([F.dropout(h.float(), self.dropout, self.training) for h in hidden_states])
             weights = (scores[..., : self.num_specialists] / self.temperature).softmax(-1)
             if self.num_outputs == self.num_specialists:
                 return GateOutput(weights)

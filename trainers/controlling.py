@@ -91,7 +91,7 @@ class MixController:
         new = guarded(
             self.policy.update(self.smoothing.update(rewards), mix),
             floor=self.args.mix_floor,
-            epochs=effective_epochs(trainer.sampler.counts(step), trainer.sizes),
+            epochs=effective_epochs(trainer.sampler.counts(step), trainer.sizes)[: len(trainer.domains)],
             max_epochs=np.inf if self.args.mix_max_epochs is None else self.args.mix_max_epochs,
         )
         self._check_same_everywhere(new)
@@ -142,7 +142,9 @@ class MixController:
         target = None if self.args.mix_target is None else self.trainer.domains.index(self.args.mix_target)
         if self.from_batches:
             found = self.trainer.statistics.since("mix", self.trainer.accelerator)
-            losses, own = found.nll / found.tokens, found.own_nll / found.tokens
+            # mixed examples, counted last, are of no domain
+            nll, own_nll, tokens = (n[: len(self.trainer.domains)] for n in (found.nll, found.own_nll, found.tokens))
+            losses, own = nll / tokens, own_nll / tokens
             # of all the tokens together: a batch's examples are not told apart
             rewards = (
                 losses
@@ -168,7 +170,7 @@ class MixController:
     def _choose_pool(self) -> list[int]:
         """Places of the pool's examples in the training set, domain after domain in turn."""
         rng, members = random.Random(self.args.seed), self.trainer.sampler.members
-        chosen = [rng.sample(m, min(self.args.mix_probe, len(m))) for m in members]
+        chosen = [rng.sample(m, min(self.args.mix_probe, len(m))) for m in members[: len(self.trainer.domains)]]
         longest = max(map(len, chosen))
         return [c[i] for i in range(longest) for c in chosen if i < len(c)]
 

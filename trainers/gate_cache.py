@@ -148,7 +148,7 @@ class CachedGateTrainer(GateTrainer):
         self.cache = GateCache(cache, identity, counts, self._fields(dtype))
         # from here on an example is the place of its row
         self.train_dataset = Dataset.from_dict({"row": range(len(counts)), "domain": list(self.rows["domain"])})
-        self.data_collator = _CachedRows(self.data_collator, self.cache, self.domains)
+        self.data_collator = _CachedRows(self.data_collator, self.cache, self.drawn)
         self._answer_from_cache()
 
     def _check(self) -> None:

@@ -11,7 +11,7 @@ def gate_terms(args, weights: Tensor, domain: Tensor, own: list[int | None], las
         args: `gate_entropy`, `gate_balance`, `gate_domain` and `gate_domain_steps` are read.
         weights: Gate weights. Shape (batch, seq, specialists).
         domain: Domain of each token. Shape (batch, seq).
-        own: Place of each domain's own specialist. Length: domains.
+        own: Place of each domain's own specialist. Length: domains; mixed examples, counted behind them, have none.
         last_mean: Mean gate weights over the last optimizer step's whole batch. Shape (specialists,).
         step: Optimizer steps done.
 
@@ -27,7 +27,7 @@ def gate_terms(args, weights: Tensor, domain: Tensor, own: list[int | None], las
         number, mean = weights.shape[-1], last_mean.to(weights)
         terms = terms + args.gate_balance * number * (2 * weights @ mean - mean @ mean)
     if args.gate_domain and step < args.gate_domain_steps:
-        of_own = torch.tensor(own, device=weights.device)[domain]
+        of_own = torch.tensor([*own, 0], device=weights.device)[domain]
         nll = -weights.gather(-1, of_own[..., None])[..., 0].clamp(min=1e-12).log()
-        terms = terms + args.gate_domain * (1 - step / args.gate_domain_steps) * nll
+        terms = terms + args.gate_domain * (1 - step / args.gate_domain_steps) * nll * (domain < len(own))
     return terms

@@ -23,14 +23,20 @@ class DomainSampler(Sampler[int]):
     Args:
         domains: Domain of each example. Length: number of examples.
         batch_size: Examples per optimizer step.
-        mix: Share of each domain, in alphabetical order of their names. Default: equal shares.
+        mix: Share of each domain, in the order of `names`. Default: equal shares.
         seed: Same seed, same draws. All processes must use the same one.
+        names: Order of the domains in the mix. Default: alphabetical.
     """
 
     def __init__(
-        self, domains: Sequence[str], batch_size: int, mix: Sequence[float] | np.ndarray | None = None, seed: int = 0
+        self,
+        domains: Sequence[str],
+        batch_size: int,
+        mix: Sequence[float] | np.ndarray | None = None,
+        seed: int = 0,
+        names: Sequence[str] | None = None,
     ):
-        self.names = sorted(set(domains))
+        self.names = sorted(set(domains)) if names is None else list(names)
         self.members = [[i for i, d in enumerate(domains) if d == name] for name in self.names]
         self.batch_size = batch_size
         self.seed = seed

@@ -48,6 +48,13 @@ class StageConfig(SFTConfig):
     mix_weights: dict | str | None = field(
         default=None, metadata={"help": "For mix='fixed': domain to weight, on any scale."}
     )
+    mixed_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of every batch that changes the domain on the way: pieces of the domains' rows, end to end, "
+            "which teach the gate to follow such changes."
+        },
+    )
     mix_unit: str = field(
         default="example", metadata={"help": "What a share of the mix counts: example, token, or supervised (tokens)."}
     )
@@ -73,6 +80,10 @@ class StageConfig(SFTConfig):
     mix_shadow: bool = field(default=False, metadata={"help": "Learn and log the mix, and draw as if it were not."})
     mix_importance: bool = field(
         default=False, metadata={"help": "Weigh losses so that all domains count alike, however often each is drawn."}
+    )
+    gate_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Probability with which training hides each number that the gate reads of hidden states."},
     )
     gate_entropy: float = field(default=0.0, metadata={"help": "Times the gate's entropy in nats, added to the loss."})
     gate_balance: float = field(
@@ -106,6 +117,13 @@ class StageConfig(SFTConfig):
                 raise ValueError(f"`{name}` must be {what}, but is {str(value)[:100]!r}. Correct it.")
         if self.mix_unit not in MIX_UNITS:
             raise ValueError(f"`mix_unit` must be one of {MIX_UNITS}, but is {self.mix_unit!r}.")
+        if not 0 <= self.mixed_share < 1:
+            raise ValueError(
+                f"`mixed_share` is a share of every batch and leaves room for the domains, so it must be at least 0 and "
+                f"below 1, but is {self.mixed_share}."
+            )
+        if not 0 <= self.gate_dropout < 1:
+            raise ValueError(f"`gate_dropout` is a probability below 1, but is {self.gate_dropout}.")
         if self.mix_reward is not None and self.mix_reward not in REWARDS:
             raise ValueError(f"`mix_reward` must be one of {sorted(REWARDS)} or None, but is {self.mix_reward!r}.")
         if self.mix_policy not in POLICIES:

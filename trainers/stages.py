@@ -30,6 +30,7 @@ from .chunked import add_chunked_head
 from .controlling import MixController
 from .domains import DomainCollator, Losses, by_domain, filled, readable, together
 from .losses import gate_terms
+from .mixed import MIXED, mixed_examples, with_share
 from .mixing import effective_epochs, importance_weights, static_mix
 from .sampling import DomainSampler
 from .serial import SerialBackward
@@ -86,6 +87,13 @@ class _StageTrainer(SFTTrainer):
             )
         parts, self.vocab_size = by_domain(train_dataset), model.config.vocab_size
         self.domains = sorted(parts)
+        if args.mixed_share and MIXED in self.domains:
+            raise ValueError(
+                f"Mixed examples are counted as a domain {MIXED!r}, but there is one of that name already. Rename it, or set "
+                f"mixed_share=0."
+            )
+        # what batches are drawn from
+        self.drawn = [*self.domains, MIXED] if args.mixed_share else self.domains
         self.own_specialists = [
             model.config.specialist_names.index(d) if d in model.config.specialist_names else None
             for d in self.domains
@@ -118,23 +126,26 @@ class _StageTrainer(SFTTrainer):
                 "With fusion='probabilities' the loss reads the head a part at a time, and ZeRO-3 gathers it only where "
                 "a whole layer runs. Train with FSDP2, or with ZeRO-2."
             )
+        self.fused.model.fusion_gate.dropout = args.gate_dropout
         add_chunked_head(self.fused)
         keep_head_whole(self.fused)
-        self.data_collator = DomainCollator(self.data_collator, self.domains)
+        self.data_collator = DomainCollator(self.data_collator, self.drawn)
         self.sizes = np.bincount(
-            [self.domains.index(d) for d in self.train_dataset["domain"]], minlength=len(self.domains)
+            [self.drawn.index(d) for d in self.train_dataset["domain"]], minlength=len(self.drawn)
         )
         if not self.sizes.all():
             raise ValueError(
                 f"Every domain needs examples with a supervised token, but nothing is left of "
-                f"{[d for d, n in zip(self.domains, self.sizes, strict=True) if not n]} once prompts are masked and "
+                f"{[d for d, n in zip(self.drawn, self.sizes, strict=True) if not n]} once prompts are masked and "
                 f"examples cut to `max_length={args.max_length}`. Look at the rows, or raise `max_length`."
             )
         self._lengths = self._mean_lengths(args.mix_unit)
         weights = [(args.mix_weights or {}).get(d, 0.0) for d in self.domains] if args.mix == "fixed" else None
         if set(args.mix_weights or {}) - set(self.domains):
             raise ValueError(f"`mix_weights` names {sorted(args.mix_weights)}, but the domains are {self.domains}.")
-        self.prior = static_mix(args.mix, self.sizes, temperature=args.mix_temperature, weights=weights)
+        self.prior = static_mix(
+            args.mix, self.sizes[: len(self.domains)], temperature=args.mix_temperature, weights=weights
+        )
         self._begin()
         self.add_callback(_StageCallback(self))
 
@@ -142,8 +153,8 @@ class _StageTrainer(SFTTrainer):
         """What a run moves, as it is before the first step."""
         args, places = self.args, self.train_dataset["domain"]
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.sampler = DomainSampler(places, batch_size, self.in_examples(self.prior), seed=args.seed)
-        self.statistics = Statistics(len(self.domains), len(self.fused.config.specialist_names))
+        self.sampler = DomainSampler(places, batch_size, self.in_examples(self.prior), args.seed, self.drawn)
+        self.statistics = Statistics(len(self.drawn), len(self.fused.config.specialist_names))
         self.controller = MixController(self) if args.mix_reward is not None else None
         self._warned: set[str] = set()
 
@@ -159,7 +170,9 @@ class _StageTrainer(SFTTrainer):
     def _given(self, parts: dict[str, Dataset], dataset, args: StageConfig) -> Dataset:
         """What TRL is given: all rows if it takes them as they are, or else one domain, in whose place all are prepared."""
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            return dataset if isinstance(dataset, Dataset) else together(parts)
+            if args.mixed_share:
+                parts = {**parts, MIXED: mixed_examples(parts, args.mixed_share, args.seed)}
+            return dataset if isinstance(dataset, Dataset) and not args.mixed_share else together(parts)
         # TRL looks at the first row for assistants
         self._parts, first = parts, next(iter(parts.values()))
         conversations = (p for p in parts.values() if args.assistant_only_loss and is_conversational(p[0]))
@@ -177,8 +190,10 @@ class _StageTrainer(SFTTrainer):
             parts = by_domain(dataset)
         else:
             return self._prepare_rows(dataset, dataset_name, *settings)
-        parts = {name: self._prepare_rows(parts[name], f"domain {name!r}", *settings) for name in sorted(parts)}
-        return together(parts)
+        prepared = {name: self._prepare_rows(parts[name], f"domain {name!r}", *settings) for name in sorted(parts)}
+        if dataset is self._stand_in and args.mixed_share:
+            prepared[MIXED] = mixed_examples(prepared, args.mixed_share, args.seed)
+        return together(prepared)
 
     def _prepare_rows(self, rows: Dataset, whose: str, processing_class, args, packing, formatting_func) -> Dataset:
         """TRL's preparation of one form of rows, and a line on what it leaves out."""
@@ -230,14 +245,17 @@ class _StageTrainer(SFTTrainer):
                 f"{self.train_dataset.column_names}. Use mix_unit='example'."
             )
         for row in self.train_dataset:
+            if row["domain"] == MIXED and self.args.mixed_share:
+                continue
             counted = row[column] if unit == "token" else [i for i in row[column] if i != -100]
             lengths[self.domains.index(row["domain"])].append(len(counted))
         return np.array([np.mean(n) for n in lengths])
 
     def in_examples(self, mix: np.ndarray) -> np.ndarray:
-        """A mix counted in `mix_unit` as one counted in examples, which is what is drawn. Shape (domains,)."""
+        """A mix counted in `mix_unit` as one counted in examples, which is what is drawn. Shape (drawn,)."""
         shares = mix / self._lengths
-        return shares / shares.sum()
+        shares = shares / shares.sum()
+        return with_share(shares, self.args.mixed_share) if self.args.mixed_share else shares
 
     # ---- loss and what is watched on the way
 
@@ -263,7 +281,7 @@ class _StageTrainer(SFTTrainer):
         step = self.state.global_step
         if self.args.mix_importance:
             weights = importance_weights(self.controller.mix_at(step) if self.controller else self.prior)
-            weights = torch.tensor(weights, device=domain.device, dtype=scores.log_probs.dtype)
+            weights = torch.tensor([*weights, 1.0], device=domain.device, dtype=scores.log_probs.dtype)
             extra = extra - (weights[domain] - 1) * scores.log_probs
         extra = extra + gate_terms(
             self.args, gate_weights, domain, self.own_specialists, self.statistics.last_mean, step
@@ -315,7 +333,7 @@ class _StageTrainer(SFTTrainer):
         mix = self.sampler.mix(max(step - 1, 0))
         names = self.fused.config.specialist_names
         metrics = {}
-        for d, domain in enumerate(self.domains):
+        for d, domain in enumerate(self.drawn):
             tokens = found.tokens[d]
             metrics |= {f"tokens/{domain}": tokens, f"epochs/{domain}": epochs[d], f"mix/{domain}": mix[d]}
             if tokens:
@@ -335,7 +353,7 @@ class _StageTrainer(SFTTrainer):
         if silent and found.tokens.sum():
             raise ValueError(
                 f"Every domain's batches must hold supervised tokens, but since the last log "
-                f"{[self.domains[d] for d in silent]} held none: all its labels are -100. Look at its rows, at the chat "
+                f"{[self.drawn[d] for d in silent]} held none: all its labels are -100. Look at its rows, at the chat "
                 f"template's generation marks, and at `max_length`."
             )
         shares = found.gate.sum(0) / max(found.tokens.sum(), 1)
@@ -398,9 +416,10 @@ class _StageTrainer(SFTTrainer):
                 f"it is another trainer's, or was cut off while being written. Choose another one, or start a new run "
                 f"from its model."
             )
-        state = json.loads(path.read_text())
+        # older checkpoints are of runs without mixed examples
+        state = {"mixed_share": 0.0, **json.loads(path.read_text())}
         for key, own in self._identity().items():
-            if state[key] != own:
+            if state.get(key) != own:
                 raise ValueError(
                     f"A stage resumes what it began, because optimizer, schedule and draws belong together, but {key} "
                     f"is {state[key]!r} in {str(checkpoint)!r} and {own!r} here. Start a new run from its model: "
@@ -430,6 +449,7 @@ class _StageTrainer(SFTTrainer):
             "batch_size": self.sampler.batch_size,
             "seed": self.args.seed,
             "prior": self.prior.tolist(),
+            "mixed_share": self.args.mixed_share,
             "mix_reward": self.args.mix_reward,
             "mix_policy": self.args.mix_policy,
         }
