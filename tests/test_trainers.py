@@ -382,7 +382,7 @@ def test_the_loss_in_chunks_is_the_models_own(fusion, stage, specialists, tmp_pa
     for name, parameter in model.named_parameters():
         own_gradients[name], parameter.grad = parameter.grad, None
     model.train()
-    run._warned = set()
+    run.warned = set()
     chunked = run.compute_loss(model, dict(batch))
     chunked.backward()
     assert chunked.item() == pytest.approx(loss.item(), rel=1e-6)

@@ -7,9 +7,9 @@ _MODULES = {
     "CachedGateTrainer": "gate_cache",
     "DomainSampler": "sampling",
     "GateStageConfig": "settings",
-    "GateTrainer": "stages",
+    "GateTrainer": "gate_stage",
     "JointStageConfig": "settings",
-    "JointTrainer": "stages",
+    "JointTrainer": "joint_stage",
 }
 __all__ = [*_MODULES]
 

@@ -33,7 +33,7 @@ from modeling_ultrafuser.outputs_ultrafuser import UltraFuserMixtureOutput
 from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 
 from .chunked import CHUNK, CHUNK_ELSEWHERE, scattered, score_tokens, specialist_log_probs
-from .stages import GateTrainer
+from .gate_stage import GateTrainer
 from .top_tokens import TOP, mixed_log_probs, summarised, terms
 from .watching import watching
 

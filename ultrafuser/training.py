@@ -17,7 +17,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.reading_ultrafuser import in_words
 from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 from trainers import CachedGateTrainer, GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
-from trainers.stages import STATE_FILE, last_complete_checkpoint
+from trainers.resuming import STATE_FILE, last_complete_checkpoint
 
 from . import pushing
 from .checking import reading

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from trainers.stages import STATE_FILE
+from trainers.resuming import STATE_FILE
 
 from ..corpora import DOMAINS, documents, splits
 from ..evaluation.comparing import gate_statistics

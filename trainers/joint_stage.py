@@ -1,0 +1,129 @@
+"""Stage two: gate and specialists together."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modeling_ultrafuser.adapters_ultrafuser import adapter_parameters
+
+from .serial import SerialBackward
+from .settings import JointStageConfig, scaled_rate
+from .stage_base import StageTrainer, specialist_size
+
+
+class JointTrainer(StageTrainer):
+    """Stage two: trains the gate and the specialists together, from where stage one ended.
+
+    With `peft_config` the specialists learn through adapters and only those and the gate move. So it is where the
+    specialists are adapters of one base: base and head stay as they are.
+    """
+
+    config_class = JointStageConfig
+    stage = "joint"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not all(self._trained) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"`train_specialists={self.args.train_specialists}` keeps columns of the wide head as they are, which "
+                f"takes a whole head, but FSDP and DeepSpeed give each process a part. Train all, or use DDP."
+            )
+        if self.serial is not None and (self.args.world_size > 1 or self.is_fsdp_enabled):
+            raise ValueError(
+                "`one_specialist_at_a_time` is for one process, because several exchange the gradients of all "
+                f"specialists at once and hold them until then, but this is one of {self.args.world_size}. Leave it out, "
+                "and shard with FSDP2 where memory is short."
+            )
+
+    def _begin(self) -> None:
+        super()._begin()
+        serial = self.args.one_specialist_at_a_time
+        self.serial = SerialBackward(self.model, self.fused, self.args.max_grad_norm) if serial else None
+
+    def _choose_parameters(self, model: PreTrainedModel, args: JointStageConfig, peft_config) -> None:
+        names = model.config.specialist_names
+        chosen = names if args.train_specialists is None else args.train_specialists
+        if not set(chosen) <= set(names) or not chosen:
+            raise ValueError(f"`train_specialists` must name some of {names}, but is {args.train_specialists}.")
+        if peft_config is None:
+            model.requires_grad_(True)
+        self._trained = [n in chosen for n in names]
+        if model.config.adapters is not None:
+            if peft_config is not None or args.one_specialist_at_a_time:
+                raise ValueError(
+                    f"Specialists that are adapters of one base learn through those, all in one pass, so "
+                    f"{'`peft_config`' if peft_config is not None else '`one_specialist_at_a_time`'} is for specialists "
+                    f"that are models of their own. Leave it out."
+                )
+            model.requires_grad_(False)
+            for parameter in (*adapter_parameters(model), *model.model.fusion_gate.parameters()):
+                parameter.requires_grad_(True)
+        if peft_config is not None:
+            if args.train_specialists is not None:
+                raise ValueError(
+                    "`train_specialists` and `peft_config` both choose what moves. Name the specialists in the adapter: "
+                    "target_modules=r'.*specialists\\.code\\..*(q_proj|v_proj)'."
+                )
+            saved = set(peft_config.modules_to_save or [])
+            if model.config.gate != "uniform":
+                peft_config.modules_to_save = sorted(saved | {"fusion_gate"})
+        elif set(chosen) != set(names):
+            if model.config.adapters is None:
+                for name in set(names) - set(chosen):
+                    model.model.specialists[name].requires_grad_(False)
+            for parameter, dim, places in _kept_parts(model, self._trained):
+                parameter.register_hook(partial(_without, dim=dim, places=places))
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As every stage's, and parts of parameters that are not trained stay as they are, whatever it does to them."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created and not all(self._trained):
+            kept, before = _kept_parts(self.fused, self._trained), []
+
+            @torch.no_grad()
+            def put_back(*_):
+                # weight decay moves what has no gradient too
+                for parameter, dim, places in reversed(kept):
+                    parameter.index_copy_(dim, places.to(parameter.device), before.pop())
+
+            def keep(*_):
+                before.extend(p.detach().index_select(dim, places.to(p.device)) for p, dim, places in kept)
+
+            optimizer.register_step_pre_hook(keep)
+            optimizer.register_step_post_hook(put_back)
+        return optimizer
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        """As TRL's; one specialist at a time it updates the parameters too, and leaves the optimizer nothing to do."""
+        if self.serial is None:
+            return super().training_step(*args, **kwargs)
+        with self.serial.cut():
+            loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self.serial.finish(self.optimizer)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As every stage's, with the gradient norm from before the gradients went."""
+        if self.serial is not None and "grad_norm" in logs:
+            logs["grad_norm"] = self.serial.grad_norm
+        super().log(logs, start_time)
+
+    def default_learning_rate(self, model: PreTrainedModel) -> float:
+        return scaled_rate(specialist_size(model), 3e-4)
+
+
+def _kept_parts(model: PreTrainedModel, trained: list[bool]) -> list[tuple[nn.Parameter, int, Tensor]]:
+    """What specialists that are not trained have of parameters in which all have a part: dimension, and places in it."""
+    kept = ~torch.tensor(trained)
+    if model.config.adapters is not None:
+        return [(parameter, 0, kept.nonzero()[:, 0]) for parameter in adapter_parameters(model)]
+    sizes = torch.tensor([c.hidden_size for c in model.config.specialists])
+    return [(model.lm_head.weight, 1, torch.repeat_interleave(kept, sizes).nonzero()[:, 0])]
+
+
+def _without(gradient: Tensor, dim: int, places: Tensor) -> Tensor:
+    return gradient.index_fill(dim, places.to(gradient.device), 0)

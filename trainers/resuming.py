@@ -1,0 +1,97 @@
+"""What a stage writes into its checkpoints, and when it may go on from one."""
+
+import json
+import os
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+
+STATE_FILE = "ultrafuser_stage.json"
+
+
+class EndedError(Exception):
+    """A stage that is resumed has no step left."""
+
+
+def identity(trainer) -> dict:
+    """What must be the same for a stage to be continued."""
+    return {
+        "stage": trainer.stage,
+        "domains": trainer.domains,
+        "sizes": trainer.sizes.tolist(),
+        "batch_size": trainer.sampler.batch_size,
+        "seed": trainer.args.seed,
+        "prior": trainer.prior.tolist(),
+        "mixed_share": trainer.args.mixed_share,
+        "mix_reward": trainer.args.mix_reward,
+        "mix_policy": trainer.args.mix_policy,
+    }
+
+
+def write_state(trainer, folder: str | os.PathLike) -> None:
+    """Writes what a stage knows into a checkpoint. All processes call it; one writes."""
+    statistics = trainer.statistics.state_dict(trainer.accelerator)
+    if trainer.args.should_save:
+        controller = None if trainer.controller is None else trainer.controller.state_dict()
+        state = {
+            **identity(trainer),
+            "mixes": trainer.sampler.mixes,
+            "statistics": statistics,
+            "controller": controller,
+        }
+        (Path(folder) / STATE_FILE).write_text(json.dumps(state))
+
+
+def load_state(trainer, checkpoint: str | os.PathLike) -> None:
+    """Continues from what `write_state` wrote.
+
+    Raises:
+        ValueError: If it is another trainer's checkpoint, or another run's.
+    """
+    path = Path(checkpoint) / STATE_FILE
+    if not path.exists():
+        refuse_model_alone(path.parent, type(trainer).__name__)
+        raise ValueError(
+            f"A stage resumes from a checkpoint that it wrote itself, but {str(checkpoint)!r} has no {STATE_FILE}: "
+            f"it is another trainer's, or was cut off while being written. Choose another one, or start a new run "
+            f"from its model."
+        )
+    # older checkpoints are of runs without mixed examples
+    state = {"mixed_share": 0.0, **json.loads(path.read_text())}
+    for key, own in identity(trainer).items():
+        if state.get(key) != own:
+            raise ValueError(
+                f"A stage resumes what it began, because optimizer, schedule and draws belong together, but {key} "
+                f"is {state[key]!r} in {str(checkpoint)!r} and {own!r} here. Start a new run from its model: "
+                f"{type(trainer).__name__}({str(checkpoint)!r}, ...)."
+            )
+    trainer.sampler.restore(state["mixes"])
+    trainer.statistics.load_state_dict(state["statistics"], trainer.args.process_index, trainer.args.world_size)
+    if trainer.controller is not None:
+        trainer.controller.load_state_dict(state["controller"])
+
+
+def refuse_model_alone(checkpoint: Path, trainer_name: str) -> None:
+    """Raises a ValueError where a checkpoint holds the model and no state of the optimizer."""
+    # torch, FSDP and DeepSpeed call the optimizer's state differently
+    state = [*checkpoint.glob("optimizer*"), *checkpoint.glob("global_step*")]
+    if (checkpoint / TRAINER_STATE_NAME).exists() and not state:
+        raise ValueError(
+            f"A stage goes on with the state of its optimizer, but {str(checkpoint)!r} holds the model alone, as "
+            f"`save_only_model=True` asks for. Start a new run from its model: {trainer_name}"
+            f"({str(checkpoint)!r}, ...)."
+        )
+
+
+def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The last checkpoint of a stage that was written to its end, or None if there is none."""
+    found = [p.parent for p in Path(folder).glob(f"checkpoint-*/{STATE_FILE}")]
+    for checkpoint in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        try:
+            # the library writes it last
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+            return str(checkpoint)
+        except (OSError, json.JSONDecodeError):
+            continue
+    return None
