@@ -1,5 +1,6 @@
 """One key-value cache for all specialists: the library's own, with a window onto it for each specialist."""
 
+import torch
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
@@ -50,3 +51,22 @@ class _PagedWindow(PagedAttentionCache):
 
     def __getattr__(self, name: str):
         return getattr(self.__dict__["cache"], name)
+
+
+def paged_record() -> PagedAttentionCache:
+    """A stand-in for the paged cache that serves one text, and remembers in `written` what each layer put in."""
+    record = object.__new__(_PagedRecord)
+    record.__dict__["written"] = {}
+    return record
+
+
+class _PagedRecord(PagedAttentionCache):
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        before = self.written.setdefault(layer_idx, [])
+        before.append((key_states, value_states))
+        keys, values = (torch.cat(states, dim=2) for states in zip(*before, strict=True))
+        return keys, values
+
+    # the library's frees memory
+    def __del__(self):
+        pass

@@ -268,6 +268,12 @@ def parts_of(name: str, model: PreTrainedModel, config: PreTrainedConfig) -> tup
             f"A specialist must be a backbone followed by a linear head, but {kind} holds "
             f"no {backbone_type.__name__} or no output embeddings. It cannot be fused."
         )
+    embedding, rows = backbone.get_input_embeddings().weight, backbone.config.vocab_size
+    if embedding.shape[0] != rows:
+        raise ValueError(
+            f"A specialist must know as many tokens as it says, because rows beyond the common vocabulary are cut, but the "
+            f"embedding of {kind} has {embedding.shape[0]} rows and its vocabulary {rows}. It cannot be fused."
+        )
     if getattr(head, "bias", None) is not None:
         raise ValueError(
             f"A specialist's head must have no bias, because a bias could not be weighed by the gate inside one "

@@ -27,8 +27,11 @@ AUTO_MAP = {
 # layers that keep keys and values of every token, or of those in a window, and nothing else
 CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
-# families that multiply or divide their logits by one number keep it here (Granite, Cohere, Falcon-H1, ...)
-SCALE_FIELDS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+# families that multiply or divide their logits by one number keep it here (Granite, Cohere, Falcon-H1, Inkling, ...)
+SCALE_FIELDS = (
+    *("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier"),
+    "logits_mup_width_multiplier",
+)
 
 # words that transformers looks up on every configuration, or that other code would take for a part of the model
 RESERVED_NAMES = {
@@ -307,6 +310,11 @@ class UltraFuserConfig(PreTrainedConfig):
         # vLLM asks for `AutoModel`, which saving the causal language model alone would leave out
         output["auto_map"] = AUTO_MAP
         return output
+
+
+def spoken_rows(config: PreTrainedConfig) -> int:
+    """How many tokens a specialist gives logits to; some pad their vocabulary beyond that."""
+    return min(config.vocab_size, getattr(config, "unpadded_vocab_size", None) or config.vocab_size)
 
 
 def _as_backbone_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:

@@ -25,7 +25,7 @@ from .checking_ultrafuser import (
     own_config,
     parts_of,
 )
-from .configuration_ultrafuser import SCALE_FIELDS, UltraFuserConfig, soft_cap
+from .configuration_ultrafuser import SCALE_FIELDS, UltraFuserConfig, soft_cap, spoken_rows
 from .gates_ultrafuser import GATES
 from .gguf_ultrafuser import dequantised, gguf_arguments, is_gguf
 from .lora_ultrafuser import about_base, adaptable, adapted_state, layout, probe_rows, read_adapters, read_parts
@@ -119,7 +119,7 @@ def fuse_specialists(
         check_architecture(name, sources[name], config)
         if not isinstance(whole[name], PreTrainedModel):
             auto_class(name, sources[name])
-    vocab_size = min(c.vocab_size for c in text_configs.values())
+    vocab_size = min(spoken_rows(c) for c in text_configs.values())
     dtype = common_dtype(whole, sources) if dtype == "auto" else as_dtype(dtype)
     for name, config in text_configs.items():
         if config.vocab_size > vocab_size:

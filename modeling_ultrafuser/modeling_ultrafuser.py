@@ -39,8 +39,9 @@ from .gate_base_ultrafuser import Gate, GateOutput, head_factors
 from .gates_ultrafuser import GATES
 from .outputs_ultrafuser import UltraFuserCausalLMOutput, UltraFuserMixtureOutput, UltraFuserModelOutput
 from .peft_ultrafuser import check_adapters
+from .probing_ultrafuser import check_pages
 from .reading_ultrafuser import HUB_OPTIONS, in_words
-from .serving_ultrafuser import check_pageable, check_servable_by_vllm, refuse_cache_of_one_shape
+from .serving_ultrafuser import check_answered, check_pageable, check_servable_by_vllm, refuse_cache_of_one_shape
 from .specialists_ultrafuser import (
     BASE,
     Specialists,
@@ -590,10 +591,21 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         """Like the library's, and refuses what one paged cache cannot hold before anything starts.
 
         Raises:
-            ValueError: If the specialists' attention geometry differs.
+            ValueError: If the specialists' attention geometry differs, or one does not use the paged cache.
         """
         check_pageable(self.config)
+        check_pages(self.config, self.model.specialists)
         return super().init_continuous_batching(*args, **kwargs)
+
+    def generate_batch(self, inputs, *args, **kwargs) -> dict:
+        """Like the library's, which leaves out or cuts short in silence what went wrong.
+
+        Raises:
+            RuntimeError: If a prompt has no whole answer, with the reason.
+        """
+        answers = super().generate_batch(inputs, *args, **kwargs)
+        check_answered(len(inputs), answers)
+        return answers
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs) -> dict:
         """Attention masks for static caches, made in advance for every specialist, as one flat dict.

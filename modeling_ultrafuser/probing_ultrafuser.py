@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .cache_ultrafuser import SpecialistCache
+from .cache_ultrafuser import SpecialistCache, paged_record
 from .causal_ultrafuser import masks_for_generate
 from .checking_ultrafuser import empty_backbones
-from .configuration_ultrafuser import UltraFuserConfig
+from .configuration_ultrafuser import UltraFuserConfig, specialist_layer_types
 from .specialists_ultrafuser import run_each
 
 
@@ -30,6 +30,60 @@ def check_steps(config: UltraFuserConfig) -> None:
                 faults = ValueError | TypeError | AttributeError | KeyError | IndexError
                 if isinstance(error.__cause__, faults) and "meta" not in str(error):
                     raise
+
+
+@torch.no_grad()
+def check_pages(config: UltraFuserConfig, specialists: dict[str, PreTrainedModel]) -> None:
+    """Refuses specialists whose attention does not use the paged cache of continuous batching.
+
+    The library asks no family whether it does. One that does not answers as if every token were the first, or not at all.
+
+    Args:
+        config: Of the fused model.
+        specialists: Backbones by name.
+
+    Raises:
+        ValueError: Naming the first such specialist and what it does instead.
+    """
+    # masks by kind of layer, as the library makes them for all specialists
+    kinds = {kind for c in config.specialists for kind in specialist_layer_types(c)}
+    for name, backbone in specialists.items():
+        attention, record = backbone.config._attn_implementation, paged_record()
+        backbone.set_attn_implementation("sdpa" if attention == "sdpa" else "paged|eager")
+        try:
+            for start, end in ((0, 3), (3, 5)):
+                mask = torch.zeros((1, 1, end - start, end), dtype=backbone.dtype, device=backbone.device)
+                positions = torch.arange(start, end, device=backbone.device)[None]
+                inputs = (positions, dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask, positions, None)
+                layers = [0, backbone.config.num_hidden_layers]
+                run_each({name: backbone}, layers, *inputs, cache=record, use_cache=False)
+            odd = _not_as_paged(record.written, layers[1], config)
+        except Exception as error:
+            odd = f"ends in {type(error).__name__}: {' '.join(str(error).split())[:200].removesuffix('.')}"
+        finally:
+            backbone.set_attn_implementation(attention)
+        if odd:
+            raise ValueError(
+                f"Continuous batching keeps keys and values in pages, into which attention of every layer must put those of "
+                f"each token once, but {name!r} ({backbone.config.model_type!r}) {odd}. Use `generate` for this model."
+            )
+
+
+def _not_as_paged(written: dict[int, list], layers: int, config: UltraFuserConfig) -> str | None:
+    missing = [layer for layer in range(layers) if layer not in written]
+    if missing:
+        return f"puts in none in its layers {missing[:3]}"
+    for layer, steps in written.items():
+        if len(steps) != 2:
+            return f"puts them in {len(steps) / 2:g} times in its layer {layer}"
+        shapes = [(states.shape[1], states.shape[-1]) for states in steps[0]]
+        if shapes != [(config.num_key_value_heads, config.head_dim)] * 2:
+            (keys, wide), (values, deep) = shapes
+            return (
+                f"puts in keys of {keys} x {wide} and values of {values} x {deep} numbers where there is room for "
+                f"{config.num_key_value_heads} x {config.head_dim} of each"
+            )
+    return None
 
 
 def step_alone(kind: type[Cache], model: PreTrainedModel, ids: Tensor) -> Tensor | None:

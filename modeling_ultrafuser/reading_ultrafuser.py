@@ -247,7 +247,7 @@ def check_config(path: str | os.PathLike, tensors: int | None = None) -> dict:
                 if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
                     raise UnreadableFileError(
                         f"A number of layers is a whole number, and {why}, but `{key}` of {os.fspath(path)!r} is "
-                        f"{str(value)[:40]!r}. Correct it, or fetch the file again."
+                        f"{repr(value)[:40]}. Correct it, or fetch the file again."
                     )
         values = (v for found in level for v in (found.values() if isinstance(found, dict) else found))
         level = [v for v in values if isinstance(v, dict | list)]

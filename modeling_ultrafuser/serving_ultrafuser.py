@@ -120,6 +120,22 @@ def check_pageable(config: UltraFuserConfig) -> None:
     )
 
 
+def check_answered(prompts: int, answers: dict) -> None:
+    """Refuses to pass off what continuous batching did not finish as its answers.
+
+    Raises:
+        RuntimeError: With the number of prompts without a whole answer, and what the first ended with.
+    """
+    failed = [a.error for a in answers.values() if a.error is not None]
+    if failed or len(answers) < prompts:
+        reason = failed[0] if failed else "its worker stopped"
+        raise RuntimeError(
+            f"Continuous batching failed for {len(failed) or prompts - len(answers)} of {max(prompts, len(answers))} prompts: "
+            f"{str(reason).strip().removesuffix('.')}. Its answers would be cut short, so none are returned. Pass a "
+            f"`continuous_batching_config` with more room if that is the reason, or use `generate`."
+        )
+
+
 def refuse_cache_of_one_shape(config: UltraFuserConfig, cache: Cache) -> None:
     """Refuses keys and values of one shape for all layers, as PEFT's prefix tuning makes them, where shapes differ.
 

@@ -14,7 +14,7 @@ from huggingface_hub import get_local_safetensors_metadata
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GPTJConfig, MambaConfig, PhiConfig, set_seed
+from transformers import AutoModelForCausalLM, GPTJConfig, MambaConfig, MoshiConfig, PhiConfig, set_seed
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
@@ -33,7 +33,7 @@ from tests.stand_ins import (
     write_holes,
 )
 from tests.test_bad_input import classifier, edit_config, encoder, encoder_decoder, headless, save, vision
-from tests.test_fusing import gemma3, llava
+from tests.test_fusing import gemma3, inkling, llava
 from tests.tiny import specialist, tokenizer
 from ultrafuser.checking.findings import Judgement
 from ultrafuser.checking.judging import judge
@@ -250,6 +250,8 @@ def fused(folder):
 TINY = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1}
 PHI = PhiConfig(**TINY, intermediate_size=16, num_attention_heads=2)
 GPT_J = GPTJConfig(vocab_size=99, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, eos_token_id=2)
+# its embedding has a row more than its head, and its backbone no head at all
+MOSHI = MoshiConfig(**TINY, num_attention_heads=2, ffn_dim=32, num_codebooks=2)
 # a folder beside a good one, whether they can be fused, and what is said
 CASES = {
     "equal": (small, True, ""),
@@ -270,6 +272,7 @@ CASES = {
     "no attention": (other(MambaConfig(**TINY, state_size=4)), False, "key-value cache"),
     "head with a bias": (other(PHI), False, "must have no bias"),
     "another head with a bias": (other(GPT_J), False, "must have no bias"),
+    "a row beyond the vocabulary": (other(MOSHI), False, "100 rows and its vocabulary 99"),
     "vision and text": (lambda f: save(gemma3(), f), True, "only the text part, 'gemma3_text'"),
     "vision around a llama": (lambda f: save(llava(), f), True, "only the text part, 'llama', is fused"),
     "pickle": (lambda f: with_file(f, lambda w: w.rename(w.with_name("pytorch_model.bin"))), False, "other formats"),
@@ -296,6 +299,8 @@ CASES = {
     "other end": (lambda f: small(f, eos_token_id=3), True, "the text ends at any"),
     "scaled logits": (lambda f: small(f, "granite", logits_scaling=4.0), True, "granite"),
     "other family": (lambda f: small(f, "gpt_neox"), True, "gpt_neox"),
+    "scaled states": (lambda f: save(inkling(), f), True, "inkling_text"),
+    "padded rows": (lambda f: save(inkling(vocab_size=104, unpadded_vocab_size=99), f), True, "cut to 99 rows"),
 }
 
 

@@ -271,6 +271,28 @@ SCALED = {
 }
 
 
+def inkling(**fields):
+    """A mixture of experts that divides its last hidden states, and may pad its vocabulary."""
+    sizes = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "d_rel": 4}
+    window = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 4, "sliding_window_size": 8}
+    return specialist("inkling_text", layers=1, hidden_size=16, **sizes | window | fields)
+
+
+@pytest.mark.parametrize("rows", [99, 97])
+def test_states_that_are_divided_and_rows_that_pad_a_vocabulary_are_made_even(rows, two, lines, tmp_path):
+    padded = inkling(logits_mup_width_multiplier=3.0, vocab_size=104, unpadded_vocab_size=rows)
+    # without a tokenizer, which would know more than 97 tokens
+    plain = small()
+    fused = fuse({"text": plain, "padded": padded})
+    assert fused.config.vocab_size == rows
+    assert any(f"padded: 104 vocabulary rows cut to {rows}" in line for line in lines())
+    assert_says_what_it_should(fused, [plain, padded], rows)
+    alone = fused.specialist("padded")
+    torch.testing.assert_close(alone(IDS).logits, padded(IDS).logits, rtol=1e-4, atol=1e-5)
+    fused.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, fused(IDS).logits)
+
+
 @pytest.mark.parametrize("fusion", ["logits", "probabilities"])
 @pytest.mark.parametrize("family", SCALED)
 def test_a_scale_on_the_logits_is_folded_into_the_head(family, fusion, two):

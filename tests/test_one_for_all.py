@@ -36,6 +36,7 @@ from tests.training import sft_trainer
 
 
 IDS = torch.tensor([[5, 9, 7, 11]])
+NAMES = ("text", "code", "math")
 
 
 def pair(**other):
@@ -94,13 +95,35 @@ def test_gradients_of_inputs_are_asked_of_every_specialist(fused):
     assert not any(s.get_input_embeddings()(IDS).requires_grad for s in fused.model.specialists.values())
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("adapters", [True, False])
+def test_gradients_are_the_same_with_checkpointing(adapters, reentrant, fused):
+    ids = torch.arange(3, 19)[None]
+    model = get_peft_model(fused, lora(init_lora_weights=False)) if adapters else fused
+
+    def gradients():
+        model.zero_grad()
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    checkpointed = gradients()
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == plain.keys() == checkpointed.keys()
+    trained = "lora_A" if adapters else "embed_tokens"
+    assert all(any(f"specialists.{s}." in n and trained in n and g.any() for n, g in plain.items()) for s in NAMES)
+    for name, gradient in plain.items():
+        assert torch.allclose(checkpointed[name], gradient, atol=1e-6), name
+
+
 def test_the_one_embedding_freezes_all_and_tells_the_number_of_rows(fused):
     embedding = fused.get_input_embeddings()
     assert embedding.weight.shape == (embedding.num_embeddings, embedding.embedding_dim) == (99, 32 + 32 + 48)
     assert embedding.weight.device == fused.device
     embedding.requires_grad_(False)
     frozen = {n for n, p in fused.named_parameters() if not p.requires_grad}
-    assert frozen == {f"model.specialists.{n}.embed_tokens.weight" for n in ("text", "code", "math")}
+    assert frozen == {f"model.specialists.{n}.embed_tokens.weight" for n in NAMES}
 
 
 @pytest.mark.parametrize(

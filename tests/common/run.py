@@ -27,7 +27,9 @@ import transformers
 HERE = Path(__file__).resolve().parent
 CONTROL = "LlamaTest"
 COMPOSITES = ("TwoLlamasTest", "MixedPairTest")
-MOST_EXCEPTIONS = 8
+# seven follow from an embedding for each specialist or parts told apart by name, three from the promise that no tensor is
+# made up
+MOST_EXCEPTIONS = 10
 # The rest is for tokenizers, processors, vision and mixtures of experts, or needs checkpoints from the Hub: pipelines,
 # decision heads and ExecuTorch.
 TEST_FILES = (

@@ -29,6 +29,7 @@ from modeling_ultrafuser.checking_ultrafuser import (
     own_config,
     parts_of,
 )
+from modeling_ultrafuser.configuration_ultrafuser import spoken_rows
 from modeling_ultrafuser.lora_ultrafuser import WEIGHTS_FILE, about_base, adaptable, common_base, layout, pairs
 from modeling_ultrafuser.probing_ultrafuser import check_steps
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
@@ -86,7 +87,7 @@ def judge(
         return found
     # what a specialist does not say of itself its base does
     readable = {n: _speaking(found.sources[n], found.base) for n in texts}
-    rows = min(c.vocab_size for c in texts.values())
+    rows = min(spoken_rows(c) for c in texts.values())
     chosen = _judge_dtype(found, configs, dtype)
     judge_tokenizers(found, readable, texts, rows)
     with found.refusals("chat template"):
