@@ -323,6 +323,9 @@ def _as_backbone_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
     config.tie_word_embeddings = False
     # or the library's own causal models cannot read their backbone's output
     config.return_dict = True
+    if getattr(config, "output_router_logits", False):
+        # for a loss that a fused model does not have, which is told when fusing
+        config.output_router_logits = False
     for field in SCALE_FIELDS:
         if getattr(config, field, None) is None:
             continue

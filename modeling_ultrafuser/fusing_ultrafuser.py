@@ -31,7 +31,7 @@ from .gguf_ultrafuser import dequantised, gguf_arguments, is_gguf
 from .lora_ultrafuser import about_base, adaptable, adapted_state, layout, probe_rows, read_adapters, read_parts
 from .probing_ultrafuser import check_steps, step_alone, step_within
 from .reading_ultrafuser import in_words, read_headers, weight_files
-from .specialists_ultrafuser import BASE
+from .specialists_ultrafuser import BASE, NO_ROUTER_LOSS
 from .tokenizing_ultrafuser import (
     load_tokenizer,
     merged_generation_config,
@@ -127,6 +127,8 @@ def fuse_specialists(
                 f"{name}: {config.vocab_size} vocabulary rows cut to {vocab_size}, the smallest vocabulary among the "
                 f"specialists; the {config.vocab_size - vocab_size} rows beyond it are dropped."
             )
+        if getattr(config, "output_router_logits", False):
+            print_line(f"{name}: {NO_ROUTER_LOSS}")
         config.vocab_size = vocab_size
         if (getattr(config, "pad_token_id", None) or 0) >= vocab_size:
             config.pad_token_id = None

@@ -51,6 +51,7 @@ from .specialists_ultrafuser import (
     positions_of,
     refuse_other_specialists,
     refuse_quantised_head,
+    refuse_router_loss,
     run_each,
     selected,
 )
@@ -168,6 +169,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
                 "A fused model needs specialists, but the configuration names none. Build one with "
                 "`UltraFuserForCausalLM.from_specialists({'text': ..., 'code': ...})`."
             )
+        refuse_router_loss(None, config)
         # vLLM looks a layer's attention up by its number among all layers; transformers counts each specialist's own
         number_globally = config._attn_implementation == "vllm"
         if number_globally:
@@ -260,6 +262,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         check_inputs(
             self.config.specialist_names, input_ids, inputs_embeds, specialist_input_ids, specialist_attention_mask
         )
+        refuse_router_loss(kwargs.pop("output_router_logits", None), self.config, *self.config.backbones)
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if use_cache or past_key_values is not None:
             past_key_values = self._shared_cache(past_key_values)

@@ -13,6 +13,11 @@ from .cache_ultrafuser import SpecialistCache, paged_window
 from .configuration_ultrafuser import specialist_layer_types
 
 
+NO_ROUTER_LOSS = (
+    "output_router_logits=True of its configuration is set to False, because a fused model's loss has no part that balances "
+    "the experts inside a specialist."
+)
+
 # the one part of `Specialists` where all specialists are adapters of it
 BASE = "base"
 
@@ -77,6 +82,24 @@ def check_inputs(names: list[str], input_ids, inputs_embeds, specialist_input_id
             f"The views of one prompt must be padded on the left to one length, so that the response starts at "
             f"one position, but `input_ids` has {input_ids.shape[-1]} tokens and `specialist_input_ids` "
             f"{specialist_input_ids.shape[-1]}."
+        )
+
+
+def refuse_router_loss(asked: bool | None, *configs) -> None:
+    """Refuses to leave out a loss that was asked for: the one that balances the experts of a mixture of experts.
+
+    Args:
+        asked: What was passed as `output_router_logits`.
+        *configs: Of the fused model and its specialists.
+
+    Raises:
+        ValueError: If it was asked for, by argument or configuration.
+    """
+    if asked or any(getattr(c, "output_router_logits", False) for c in configs):
+        raise ValueError(
+            "A fused model's loss is that of its predictions, without one that balances the experts inside a specialist, but "
+            "output_router_logits=True asks for that. Set it to False; to balance experts, train the specialist before it is "
+            "fused, or alone, `model.specialist(name)`, and fuse it anew."
         )
 
 

@@ -299,6 +299,11 @@ CASES = {
     "other end": (lambda f: small(f, eos_token_id=3), True, "the text ends at any"),
     "scaled logits": (lambda f: small(f, "granite", logits_scaling=4.0), True, "granite"),
     "other family": (lambda f: small(f, "gpt_neox"), True, "gpt_neox"),
+    "asking for a loss of its router": (
+        lambda f: small(f, "mixtral", num_local_experts=4, num_experts_per_tok=2, output_router_logits=True),
+        True,
+        "no part that balances",
+    ),
     "scaled states": (lambda f: save(inkling(), f), True, "inkling_text"),
     "padded rows": (lambda f: save(inkling(vocab_size=104, unpadded_vocab_size=99), f), True, "cut to 99 rows"),
 }

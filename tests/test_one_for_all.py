@@ -1,5 +1,6 @@
 """What other code asks of "the" embedding, attention or last state is so for every specialist, or refused."""
 
+import logging
 import os
 
 import pytest
@@ -436,3 +437,51 @@ def test_what_shards_a_module_with_its_children_finds_none_in_the_one_embedding(
     embedding = fused.get_input_embeddings()
     assert list(embedding.children()) == []
     assert sum(isinstance(m, nn.Embedding) for m in embedding.modules()) == 3
+
+
+# ---------------------------------------------------------------------------------------------------- losses inside
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+
+
+def mixture(**fields):
+    return UltraFuserForCausalLM.from_specialists(
+        {"text": specialist("llama", layers=1), "code": specialist("mixtral", layers=1, **EXPERTS, **fields)}
+    )
+
+
+@pytest.mark.parametrize("way", ["argument", "configuration", "a specialist's configuration"])
+def test_a_loss_that_balances_experts_is_refused_and_not_left_out(way):
+    model = mixture()
+    if way == "configuration":
+        model.config.output_router_logits = True
+    elif way == "a specialist's configuration":
+        model.config.code.output_router_logits = True
+    argument = {"output_router_logits": True} if way == "argument" else {}
+    with pytest.raises(ValueError, match="output_router_logits=True asks for that. Set it to False"):
+        model(IDS, labels=IDS, **argument)
+
+
+def test_a_configuration_that_asks_for_a_loss_of_experts_is_refused_before_anything_is_built():
+    config = mixture().config
+    config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits=True asks for that"):
+        AutoModelForCausalLM.from_config(config)
+
+
+def test_a_loss_that_balances_experts_can_be_done_without():
+    model = mixture()
+    expected = model(IDS, labels=IDS).loss
+    assert torch.equal(model(IDS, labels=IDS, output_router_logits=False).loss, expected)
+
+
+def test_a_specialist_that_asks_for_a_loss_of_its_experts_is_fused_without_and_told(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("modeling_ultrafuser"), "propagate", True)
+    model = mixture(output_router_logits=True)
+    assert "code: output_router_logits=True of its configuration is set to False" in caplog.text
+    assert not model.config.code.output_router_logits
+    logits = model(IDS).logits
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], IDS[0, 1:])
+    torch.testing.assert_close(model(IDS, labels=IDS).loss, expected)
+    model.specialist("code")(IDS, labels=IDS, output_router_logits=True).aux_loss.item()

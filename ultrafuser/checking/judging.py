@@ -33,7 +33,7 @@ from modeling_ultrafuser.configuration_ultrafuser import spoken_rows
 from modeling_ultrafuser.lora_ultrafuser import WEIGHTS_FILE, about_base, adaptable, common_base, layout, pairs
 from modeling_ultrafuser.probing_ultrafuser import check_steps
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
-from modeling_ultrafuser.specialists_ultrafuser import BASE
+from modeling_ultrafuser.specialists_ultrafuser import BASE, NO_ROUTER_LOSS
 from modeling_ultrafuser.tokenizing_ultrafuser import merged_generation_config, own_generation_config
 
 from .. import licences
@@ -193,6 +193,9 @@ def _judge_parts(found: Judgement, name: str, source: Source, config: PreTrained
         gated = "; gated, and open to your token" if source.gated else ""
         found.note("access", FITS, f"{name}: {source.location} at commit {source.commit}{gated}.")
     text = config.get_text_config(decoder=True)
+    if getattr(text, "output_router_logits", False):
+        fix = "Nothing to do, unless you train: balance the experts before fusing."
+        found.note("training", WARNING, f"{name}: {NO_ROUTER_LOSS}", fix)
     if text is not config:
         what = f"{name}: of {config.model_type!r} only the text part, {text.model_type!r}, is fused; it will not see."
         found.note("architecture", WARNING, what, "Nothing to do, unless you need images.")
