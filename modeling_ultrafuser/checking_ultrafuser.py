@@ -178,7 +178,8 @@ def _quantised(name: str, what: str, config) -> str:
     if method in _DEQUANTISE:
         way_out = (
             f"Make them plain once, and fuse that folder: `AutoModelForCausalLM.from_pretrained(ID, quantization_config="
-            f"{_DEQUANTISE[method]}(dequantize=True)).save_pretrained(FOLDER)`, and its tokenizer beside it."
+            f"{_DEQUANTISE[method]}(dequantize=True)).save_pretrained(FOLDER, save_original_format=False)`, and its tokenizer "
+            f"beside it."
         )
     elif method == "gguf":
         way_out = "Pass the file itself, NAME=FOLDER/FILE.gguf, which is dequantised while it is read."
