@@ -89,7 +89,7 @@ def outcome(trainer):
     """What two runs must share. Losses and everything logged by step, mixes, draws by step, and weights."""
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     mixes = [] if trainer.controller is None else trainer.controller.mixes
-    baseline = None if trainer.controller is None else trainer.controller.baseline
+    baseline = None if trainer.controller is None else trainer.controller.reward.baseline
     draws = {}
     for step, sums in gather_object(list(trainer.draws)):
         draws[step] = draws.get(step, []) + sums

@@ -46,7 +46,7 @@ def token_losses(logits, labels):
 
 def pool_of(stage):
     """The pool's examples one by one, without padding, by domain."""
-    rows = [stage.train_dataset[i] for i in stage.controller.pool]
+    rows = [stage.train_dataset[i] for i in stage.controller.reward.pool.places]
     for name in NAMES:
         yield name, [stage.data_collator([row]) for row in rows if row["domain"] == name]
 
@@ -274,9 +274,9 @@ def test_shares_count_in_their_unit(unit, mild, tmp_path):
 
 def test_a_reward_that_is_not_a_number_freezes_the_mix(mild, tmp_path, monkeypatch):
     stage = learn(GateTrainer, mild, tmp_path, "loss", max_steps=3)
-    measure = stage.controller._measure
+    measure = stage.controller.reward.measure
     broken = iter([False, True, False])
-    monkeypatch.setattr(stage.controller, "_measure", lambda: measure() * (np.nan if next(broken) else 1))
+    monkeypatch.setattr(stage.controller.reward, "measure", lambda: measure() * (np.nan if next(broken) else 1))
     with pytest.warns(UserWarning, match="The mix stays as it is, because a reward is not finite"):
         stage.train()
     assert [start for start, _ in stage.controller.mixes] == [0, 3, 5]

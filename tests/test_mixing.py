@@ -8,7 +8,11 @@ import torch
 
 from trainers.mixing import effective_epochs, guarded, importance_weights, static_mix
 from trainers.policies import POLICIES, Smoothing
-from trainers.rewards import difficulty, gradient_cosine, regret, similarity, towards_target, usable_rewards
+from trainers.reward_base import towards_target, usable_rewards
+from trainers.reward_difficulty import difficulty
+from trainers.reward_gradient import gradient_cosine
+from trainers.reward_regret import regret
+from trainers.reward_similarity import similarity
 
 
 # the paper's four datasets, in thousands: Mathematics, Medicine, General, NLP (table 1)

@@ -34,6 +34,7 @@ from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 
 from .chunked import CHUNK, CHUNK_ELSEWHERE, scattered, score_tokens, specialist_log_probs
 from .gate_stage import GateTrainer
+from .rewards import REWARDS
 from .top_tokens import TOP, mixed_log_probs, summarised, terms
 from .watching import watching
 
@@ -161,7 +162,7 @@ class CachedGateTrainer(GateTrainer):
             )
         if self.keep == "top" and soft_cap(self.fused.config) is not None:
             raise ValueError("keep='top' sums logits that are not bounded once mixed. Use keep='hidden'.")
-        if self.args.mix_reward not in (None, "loss"):
+        if self.args.mix_reward is not None and not REWARDS[self.args.mix_reward].reads_cache:
             raise ValueError(
                 f"A cache holds the training data alone, but mix_reward={self.args.mix_reward!r} runs the specialists on "
                 f"the way. Use mix_reward='loss', or GateTrainer."

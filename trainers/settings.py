@@ -7,8 +7,8 @@ from typing import get_args
 import numpy as np
 from trl import SFTConfig
 
-from .controlling import REWARDS
 from .policies import POLICIES
+from .rewards import REWARDS
 
 
 MIX_UNITS = ("example", "token", "supervised")
@@ -133,7 +133,7 @@ class StageConfig(SFTConfig):
                 "`mix_target`, `mix_shadow` and `mix_policy_settings` say how a mix is learned, but `mix_reward` is None. "
                 f"Choose one of {sorted(REWARDS)}."
             )
-        raw = self.mix_reward == "loss" and self.mix_smoothing == 1
+        raw = self.mix_reward is not None and REWARDS[self.mix_reward].is_loss and self.mix_smoothing == 1
         if self.mix_reward is not None and self.mix_policy in ("skill_it", "aioli") and not raw:
             raise ValueError(
                 f"mix_policy={self.mix_policy!r} follows losses as they are, but mix_reward={self.mix_reward!r} and "

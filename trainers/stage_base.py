@@ -23,6 +23,7 @@ from .losses import gate_terms
 from .mixed import MIXED
 from .mixing import importance_weights, static_mix
 from .resuming import EndedError, last_complete_checkpoint, load_state, refuse_model_alone, write_state
+from .rewards import REWARDS
 from .sampling import DomainSampler
 from .settings import StageConfig, accumulate
 from .stage_logging import domain_metrics
@@ -85,9 +86,10 @@ class StageTrainer(DomainTrainer):
             model.config.specialist_names.index(d) if d in model.config.specialist_names else None
             for d in self.domains
         ]
-        if None in self.own_specialists and (args.mix_reward == "regret" or args.gate_domain):
+        compared = args.mix_reward is not None and REWARDS[args.mix_reward].needs_specialists
+        if None in self.own_specialists and (compared or args.gate_domain):
             raise ValueError(
-                f"`mix_reward='regret'` and `gate_domain` compare each domain with its own specialist, so domains must "
+                f"`mix_reward={args.mix_reward!r}` and `gate_domain` compare each domain with its own specialist, so domains must "
                 f"be named as specialists are, but domains are {self.domains} and specialists are "
                 f"{model.config.specialist_names}."
             )
@@ -160,7 +162,7 @@ class StageTrainer(DomainTrainer):
         if domain is None or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
-        own = self.controller is not None and self.controller.reads_own_specialists
+        own = self.controller is not None and self.controller.reward.watches_specialists
         with watching(self.fused, own=own) as seen:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, *outputs = result if return_outputs else (result,)
@@ -322,7 +324,7 @@ class _StageCallback(TrainerCallback):
         if state.global_step >= state.max_steps:
             raise EndedError
         if self.trainer.controller is not None:
-            self.trainer.controller.begin()
+            self.trainer.controller.reward.begin()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # the library's own call does not reach a sampler inside the loaders of a resumed run on several processes

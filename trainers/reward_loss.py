@@ -1,0 +1,16 @@
+"""The "loss" reward: the mean loss of each domain's training batches."""
+
+from numpy import ndarray
+
+from .reward_base import Reward
+
+
+class LossReward(Reward):
+    """Mean loss of the domain's tokens since the last update, in nats."""
+
+    reads_pool = False
+    reads_cache = True
+    is_loss = True
+
+    def by_domain(self) -> ndarray:
+        return self.batch_losses()[0]

@@ -1,0 +1,47 @@
+"""The "regret" reward: what fusing costs each domain, against its own specialist."""
+
+import numpy as np
+from numpy import ndarray
+
+from .reward_base import Reward
+from .reward_difficulty import difficulty
+
+
+class RegretReward(Reward):
+    """Perplexity of the fused model over that of the domain's own specialist.
+
+    Stage one reads the specialist from the same batches. In stage two specialists move, so there it is measured on the
+    pool, against what the specialists said before.
+    """
+
+    needs_specialists = True
+
+    def __init__(self, trainer):
+        self.reads_pool = trainer.stage == "joint"
+        self.watches_specialists = not self.reads_pool
+        super().__init__(trainer)
+
+    def begin(self) -> None:
+        if self.reads_pool and self.baseline is None:
+            self.baseline = self.pool.losses(own=True)
+
+    def by_domain(self) -> ndarray:
+        # batches tell the mean over all tokens together, not one by example
+        pairs = (
+            zip(self.pool.by_domain(self.pool.losses()), self.pool.by_domain(self.baseline), strict=True)
+            if self.reads_pool
+            else zip(*self.batch_losses(), strict=True)
+        )
+        return np.array([regret(*pair) for pair in pairs])
+
+
+def regret(nll_fused: ndarray, nll_own: ndarray) -> float:
+    """Reward of one domain: perplexity of the fused model over that of the domain's own specialist, averaged.
+
+    `difficulty` (Eq. 10) with the specialist in place of the start: 1 where fusing costs the domain nothing.
+
+    Args:
+        nll_fused: Mean negative log-likelihood of each example, nats per trained token. Shape (examples,).
+        nll_own: The same examples under the specialist. Shape (examples,).
+    """
+    return difficulty(nll_fused, nll_own)
