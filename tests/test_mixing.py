@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from trainers.mixing import effective_epochs, guarded, importance_weights, static_mix
-from trainers.policies import POLICIES, Smoothing
+from trainers.policies import POLICIES
+from trainers.policy_base import Smoothing
 from trainers.reward_base import towards_target, usable_rewards
 from trainers.reward_difficulty import difficulty
 from trainers.reward_gradient import gradient_cosine
@@ -212,7 +213,7 @@ def test_what_is_saved_does_not_change_afterwards(name):
 
 
 def test_a_policy_refuses_the_memory_of_another():
-    with pytest.raises(ValueError, match="Rate has .*saved state"):
+    with pytest.raises(ValueError, match="RatePolicy has .*saved state"):
         POLICIES["rate"](UNIFORM).load_state_dict(POLICIES["ucb"](UNIFORM[:3]).state_dict())
     with pytest.raises(ValueError, match="start a new run"):
         POLICIES["rate"](UNIFORM).load_state_dict(POLICIES["logits"](UNIFORM).state_dict())

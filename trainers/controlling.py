@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from .mixing import effective_epochs, guarded
-from .policies import POLICIES, Smoothing
+from .policies import POLICIES
+from .policy_base import Smoothing
 from .reward_base import usable_rewards
 from .rewards import REWARDS
 

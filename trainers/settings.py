@@ -134,7 +134,7 @@ class StageConfig(SFTConfig):
                 f"Choose one of {sorted(REWARDS)}."
             )
         raw = self.mix_reward is not None and REWARDS[self.mix_reward].is_loss and self.mix_smoothing == 1
-        if self.mix_reward is not None and self.mix_policy in ("skill_it", "aioli") and not raw:
+        if self.mix_reward is not None and POLICIES[self.mix_policy].reads_losses and not raw:
             raise ValueError(
                 f"mix_policy={self.mix_policy!r} follows losses as they are, but mix_reward={self.mix_reward!r} and "
                 f"mix_smoothing={self.mix_smoothing}. Set mix_reward='loss' and mix_smoothing=1."
