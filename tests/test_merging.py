@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.tiny import specialist
-from ultrafuser.evaluation.merging import MERGES, NotMergeableError, merge
+from ultrafuser.merges import MERGES
+from ultrafuser.merges.merging import NotMergeableError, merge
 
 
 @pytest.fixture

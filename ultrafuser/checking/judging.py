@@ -37,7 +37,8 @@ from modeling_ultrafuser.specialists_ultrafuser import BASE, NO_ROUTER_LOSS
 from modeling_ultrafuser.tokenizing_ultrafuser import merged_generation_config, own_generation_config
 
 from .. import licences
-from ..evaluation.merging import MERGES, NotMergeableError, merge
+from ..merges import MERGES
+from ..merges.merging import NotMergeableError, merge
 from .estimating import THEIR_BASE, adapter_sizes, estimate, size
 from .findings import BLOCKS, FITS, WARNING, Judgement, each
 from .reading import Source, read

@@ -9,6 +9,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from ..merges import MERGES
 from ..plain import plain
 from .findings import BLOCKS, FITS, WARNING, Judgement
 
@@ -62,7 +63,8 @@ def _numbers(judgement: Judgement) -> Iterator[tuple[str, str]]:
     for stage, size in n["training"].items():
         yield f"training, {stage}", f"{decimal(size)} and activations"
     if judgement.merges:
-        yield "merges possible, too", ", ".join(judgement.merges) + " (all but the average with their common base)"
+        based = ", ".join(name for name in judgement.merges if MERGES[name].needs_base)
+        yield "merges possible, too", ", ".join(judgement.merges) + f" ({based} with their common base)"
     else:
         yield "merges possible, too", f"none: {judgement.no_merge}"
 

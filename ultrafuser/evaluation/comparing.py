@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 
+from ..merges.merging import NotMergeableError
 from ..provenance import digest
 from ..writing import write_whole
 from .contenders import FUSED, Comparison, Measured, UntunedError, best_per_domain, contenders
 from .measuring import HeldOut, Scores
-from .merging import NotMergeableError
 from .statistics import calibration_error, flips, interval, per_example, permutation_test
 
 

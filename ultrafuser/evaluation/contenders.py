@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modeling_ultrafuser import UltraFuserForCausalLM
 from trainers import GateStageConfig, GateTrainer
 
+from ..merges import MERGES
+from ..merges.merging import merge
 from .baselines import (
     RandomGate,
     RequestGate,
@@ -26,7 +28,6 @@ from .baselines import (
     train_router,
 )
 from .measuring import HeldOut, Scores, cost, score
-from .merging import MERGES, merge
 
 
 FUSED = "fused"
@@ -232,8 +233,8 @@ def merged(comparison: Comparison, method: str, by_depth: bool) -> Measured:
     """A weight merge; where there are tuning examples, with the best of three factors of the changes."""
     third = 1 / len(comparison.specialists)
     # what averages on its own needs no factor; sums of changes without a smaller one go far beyond any specialist
-    weights = [1.0 if method in ("average", "ties") else third]
-    if comparison.tune and (method != "average" or by_depth):
+    weights = [1.0 if MERGES[method].averages else third]
+    if comparison.tune and (MERGES[method].needs_base or by_depth):
         weights = [third, 0.5, 1.0]
     options = {"base": comparison.base, "by_depth": by_depth, "seed": comparison.seed}
     make = partial(merge, comparison.specialists, method, **options)

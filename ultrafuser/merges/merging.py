@@ -1,16 +1,12 @@
-"""Weight merges: N specialists of one shape into one model, on PEFT's merge utilities. Baselines, not products."""
+"""Merges specialists into one model, by PEFT's merge utilities."""
 
 import copy
 import re
-from collections.abc import Callable
 
 import torch
-from peft.utils.merge_utils import dare_linear, task_arithmetic, ties
-from torch import Tensor
 from transformers import PreTrainedModel
 
-
-DENSITY = 0.5  # share of each change that TIES keeps and DARE does not drop
+from . import MERGES
 
 
 class NotMergeableError(ValueError):
@@ -28,14 +24,11 @@ def merge(
 ) -> PreTrainedModel:
     """Merges specialists into one model of their shape.
 
-    With base weights b and specialists s_k, all methods but the average work on the changes s_k - b:
-    "task_arithmetic" adds them up (Ilharco et al., 2023), "ties" keeps the largest of each, elects a sign per number
-    and averages what agrees (Yadav et al., 2023), "dare" drops numbers at random and scales up the rest (Yu et al.,
-    2024).
+    With base weights b and specialists s_k, a merge works on the changes s_k - b.
 
     Args:
         specialists: By name, all of one shape.
-        method: "average", "task_arithmetic", "ties" or "dare".
+        method: A name in `MERGES`.
         base: The model that all were tuned from. Only the plain average does without.
         weight: Factor of every change.
         by_depth: Whether the factor rises linearly with depth, from `weight` over the number of specialists at the
@@ -47,7 +40,7 @@ def merge(
     """
     if method not in MERGES:
         raise ValueError(f"Unknown merge {method!r}. Choose one of {sorted(MERGES)}.")
-    if base is None and (method != "average" or by_depth):
+    if base is None and (MERGES[method].needs_base or by_depth):
         raise NotMergeableError(
             "Merges other than the plain average work on what each specialist changed, but no base was given. Pass the "
             "model that all specialists were tuned from."
@@ -66,21 +59,10 @@ def merge(
         origin = origin.to(targets[key].device, torch.float32)
         changes = [s[key].float() - origin for s in states]
         factor = weight * (_depth_factor(key, layers, len(states)) if by_depth else 1.0)
-        targets[key].copy_(origin + MERGES[method](changes, torch.full((len(changes),), factor, device=origin.device)))
+        targets[key].copy_(
+            origin + MERGES[method].combined(changes, torch.full((len(changes),), factor, device=origin.device))
+        )
     return model.eval()
-
-
-def _average(changes: list[Tensor], weights: Tensor) -> Tensor:
-    return task_arithmetic(changes, weights / len(changes))
-
-
-# on PEFT's side: (changes, weights) and what else the method takes
-MERGES: dict[str, Callable[[list[Tensor], Tensor], Tensor]] = {
-    "average": _average,
-    "task_arithmetic": task_arithmetic,
-    "ties": lambda changes, weights: ties(changes, weights, DENSITY),
-    "dare": lambda changes, weights: dare_linear(changes, weights, DENSITY),
-}
 
 
 def _depth_factor(key: str, layers: int, specialists: int) -> float:
