@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -357,6 +358,35 @@ def check_weights(
     with in_words(f"The configuration of {name!r}", config.name_or_path):
         model.config.validate()  # or saving would refuse it
         refuse_other_tensors(repr(name), *_odd_tensors(type(model).from_pretrained, model, header))
+    return model
+
+
+def check_gguf_weights(name: str, source: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """Refuses a GGUF file that does not hold as many numbers as its metadata asks for. Reads none.
+
+    Returns:
+        The specialist's model without any numbers.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    shapes = check_gguf(name, source)
+    scaled = sorted(key for key in shapes if key.startswith("rope_"))
+    if scaled and "'rope_type': 'default'" in repr(getattr(config, "rope_parameters", None)):
+        raise ValueError(
+            f"Every tensor of a file must be used, or the fused model would not speak as its specialist does, but `{scaled[0]}` "
+            f"of {source!r}, {name!r}, scales rotary positions, and transformers passes it over. Fuse the folder that it "
+            f"was made from."
+        )
+    model = empty_model(name, config)
+    asked = sum(p.numel() for p in model.parameters())
+    held = sum(math.prod(shape) for key, shape in shapes.items() if key not in scaled)
+    if asked != held:
+        raise ValueError(
+            f"A model's file must hold exactly the tensors that its metadata asks for, because others would be made up or "
+            f"dropped, but {source!r} of {name!r} holds {held:,} numbers, and its metadata asks for {asked:,}. Fetch it "
+            f"again; or fuse the folder that it was made from."
+        )
     return model
 
 

@@ -17,6 +17,7 @@ from .checking_ultrafuser import (
     auto_class,
     backbone_class,
     check_architecture,
+    check_gguf_weights,
     check_names,
     check_saving,
     check_weights,
@@ -24,6 +25,7 @@ from .checking_ultrafuser import (
     empty_model,
     own_config,
     parts_of,
+    refuse_other_tensors,
 )
 from .configuration_ultrafuser import SCALE_FIELDS, UltraFuserConfig, soft_cap, spoken_rows
 from .gates_ultrafuser import GATES
@@ -227,9 +229,14 @@ def _load(name: str, source, config: PreTrainedConfig, dtype: torch.dtype | None
     if is_gguf(source):
         # no type is written in it that all its weights have
         dtype = torch.float32 if dtype == "auto" else dtype
+        check_gguf_weights(name, os.fspath(source), config)
         folder, file = gguf_arguments(source)
         with in_words(f"The specialist {name!r}", source):
-            model = auto_class(name, config).from_pretrained(folder, **file, **dequantised(), dtype=dtype)
+            model, info = auto_class(name, config).from_pretrained(
+                folder, **file, **dequantised(), dtype=dtype, output_loading_info=True
+            )
+        odd = (info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+        refuse_other_tensors(f"{name!r} ({os.fspath(source)!r})", *odd)
         model.config = config
         return model
     files = weight_files(source, **hub)

@@ -13,7 +13,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 
 # what is read whole, in bytes; configurations are some kilobytes, indices and vocabularies some megabytes
-MOST_BYTES = {"tokenizer.json": 1 << 28, "vocab.json": 1 << 26, SAFE_WEIGHTS_INDEX_NAME: 1 << 26}
+MOST_BYTES = {
+    **dict.fromkeys(("tokenizer.json", "trainer_state.json"), 1 << 28),
+    **dict.fromkeys(("vocab.json", SAFE_WEIGHTS_INDEX_NAME), 1 << 26),
+}
 MOST_BYTES_OF_OTHERS = 1 << 23
 MOST_BYTES_OF_A_HEADER = 1 << 26
 MOST_NESTED = 64

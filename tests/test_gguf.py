@@ -1,6 +1,9 @@
 """Specialists in one GGUF file, dequantised while they are read, and quantised ones that are refused with a way out."""
 
 import json
+import os
+import re
+import struct
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ gguf = pytest.importorskip("gguf")
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 
 
-def write(path, model, *, quantised=False):
+def write(path, model, *, quantised=False, extra=None):
     """Writes a model as llama.cpp's converter does: Llama's queries and keys in its order of rotary halves."""
     c = model.config
     writer = gguf.GGUFWriter(path, c.model_type)
@@ -48,6 +51,8 @@ def write(path, model, *, quantised=False):
             writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, array)
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -124,7 +129,7 @@ def test_a_gguf_file_that_cannot_be_read_is_refused_with_a_way_out(fault, made, 
     words = {
         "missing": "is not there. .*hf download",
         "another format": "begins with the letters GGUF, but .* begins with b'PK'",
-        "cut": "of 'text' cannot be read: .*fuse the folder that it was made from",
+        "cut": "whole, but .*file.gguf' is not: at byte 300 it announces 4 more, and 0 are left",
         "no package": r'which the package `gguf` reads.*pip install "ultrafuser\[gguf\]"',
         "no tokenizer": "The tokenizer of .* cannot be read .*Save the one that it was made from beside the file",
     }[fault]
@@ -133,6 +138,100 @@ def test_a_gguf_file_that_cannot_be_read_is_refused_with_a_way_out(fault, made, 
     shown = CliRunner().invoke(app, ["check", f"text={file}", f"code={folder}"])
     assert shown.exit_code == 2, shown.output
     assert "blocks" in shown.output
+
+
+def _lying(fault: str, path) -> bytes:
+    """A whole GGUF file's bytes with one lie."""
+    raw = path.read_bytes()
+
+    def swapped(before: bytes, after: bytes) -> bytes:
+        assert raw.count(before) == 1, before
+        return raw.replace(before, after)
+
+    def key(name: str, kind: int) -> bytes:
+        return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind)
+
+    whole, listed = key("llama.block_count", 4), key("tokenizer.ggml.tokens", 9)
+    layers = whole + struct.pack("<I", specialist("llama").config.num_hidden_layers)
+    tokens = raw[(at := raw.index(listed)) : at + len(listed) + 12]
+    norm = struct.pack("<Q", 18) + b"output_norm.weight" + struct.pack("<IQI", 1, 32, 0)
+    return {
+        "cut in its tensors": raw[:-5000],
+        "a tensor more announced": raw[:8] + struct.pack("<Q", struct.unpack_from("<Q", raw, 8)[0] + 1) + raw[16:],
+        "tensors without end": raw[:8] + struct.pack("<Q", 1 << 60) + raw[16:],
+        "fields without end": raw[:16] + struct.pack("<Q", 1 << 60) + raw[24:],
+        "a list without end": swapped(tokens, listed + struct.pack("<IQ", 8, 1 << 60)),
+        "lists in lists": swapped(tokens, listed + struct.pack("<IQ", 9, 1)),
+        "a billion layers": swapped(layers, whole + struct.pack("<I", 10**9)),
+        "a layer less": swapped(layers, whole + struct.pack("<I", 1)),
+        "a vector of another size": swapped(norm, norm[:-12] + struct.pack("<QI", 1 << 40, 0)),
+        "another version": raw[:4] + struct.pack("<I", 9) + raw[8:],
+    }[fault]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    {
+        "cut in its tensors": "a broken download",
+        "a tensor more announced": "is of kind|it announces|starts at byte",
+        "tensors without end": "is of kind|it announces|starts at byte",
+        "fields without end": "it announces|of kind|twice",
+        "a list without end": "a list of 1,152,921,504,606,846,976 values, and 4,194,304 are read at most",
+        "lists in lists": "a value of kind 9",
+        "a billion layers": "announces 1,000,000,000 layers, and 21 tensors in all",
+        "a layer less": "holds [0-9,]+ numbers, and its metadata asks for [0-9,]+",
+        "a vector of another size": "starts at byte [0-9,]+, where [0-9,]+ is expected|tensors end at byte",
+        "another version": "is of version 9, and versions 2 and 3 are read",
+    }.items(),
+)
+def test_a_gguf_file_that_lies_is_refused_by_name_before_anything_is_loaded(fault, words, made, tmp_path, monkeypatch):
+    _, whole, folder = made
+    file = tmp_path / "file.gguf"
+    file.write_bytes(_lying(fault, whole))
+    tokenizer().save_pretrained(tmp_path)
+    given = [f"text={file}", f"code={folder}"]
+    for command in (["check", *given], ["fuse", *given, "--out", str(tmp_path / "fused")]):
+        shown = CliRunner().invoke(app, command)
+        assert shown.exit_code == 2, shown.output
+        flat = "".join(shown.output.split())
+        assert "file.gguf" in flat
+        assert "Traceback" not in flat
+        assert re.search("".join(words.split()), flat), shown.output
+    # what is asked for when weights are loaded
+    monkeypatch.setattr("modeling_ultrafuser.fusing_ultrafuser.dequantised", None)
+    with pytest.raises(ValueError, match=words):
+        UltraFuserForCausalLM.from_specialists({"text": file, "code": folder})
+
+
+def test_a_gguf_file_with_a_tensor_that_no_layer_reads_is_refused(tmp_path):
+    set_seed(0)
+    model = specialist("llama")
+    tokenizer().save_pretrained(tmp_path)
+    for extra, words in {
+        "rope_freqs.weight": "`rope_freqs.weight` of .*file.gguf', 'text', scales rotary positions",
+        "blk.0.attn_q.bias": "holds [0-9,]+ numbers, and its metadata asks for [0-9,]+",
+    }.items():
+        file = write(tmp_path / "file.gguf", model, extra={extra: torch.ones(4)})
+        with pytest.raises(ValueError, match=words):
+            UltraFuserForCausalLM.from_specialists({"text": file, "code": model}, dtype="float32")
+
+
+def test_a_gguf_file_whose_tensor_has_another_name_is_refused_and_not_made_up(tmp_path):
+    set_seed(0)
+    model = specialist("llama")
+    tokenizer().save_pretrained(tmp_path)
+    file = write(tmp_path / "file.gguf", model)
+    file.write_bytes(file.read_bytes().replace(b"output_norm.weight", b"output_morn.weight"))
+    with pytest.raises(ValueError, match="missing, such as `model.norm.weight`"):
+        UltraFuserForCausalLM.from_specialists({"text": file, "code": model}, dtype="float32")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_file_is_no_gguf_file(kind, made, tmp_path):
+    file = tmp_path / "file.gguf"
+    os.mkfifo(file) if kind == "pipe" else file.mkdir()
+    with pytest.raises(ValueError, match="Only ordinary files are read.*file.gguf"):
+        UltraFuserForCausalLM.from_specialists({"text": file, "code": made[2]})
 
 
 def test_another_file_is_no_specialist(made, tmp_path):

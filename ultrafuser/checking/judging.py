@@ -20,6 +20,7 @@ from modeling_ultrafuser.checking_ultrafuser import (
     as_dtype,
     backbone_class,
     check_architecture,
+    check_gguf_weights,
     check_names,
     check_saving,
     check_weights,
@@ -30,6 +31,7 @@ from modeling_ultrafuser.checking_ultrafuser import (
     parts_of,
 )
 from modeling_ultrafuser.configuration_ultrafuser import spoken_rows
+from modeling_ultrafuser.gguf_ultrafuser import is_gguf
 from modeling_ultrafuser.lora_ultrafuser import WEIGHTS_FILE, about_base, adaptable, common_base, layout, pairs
 from modeling_ultrafuser.probing_ultrafuser import check_steps
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
@@ -174,7 +176,10 @@ def _judge_weights(found: Judgement, name: str, source: Source, config: PreTrain
         _judge_problem(found, name, source)
     model = None
     with found.refusals("weights"):
-        model = check_weights(name, config, source.header) if source.weights else empty_model(name, config)
+        if is_gguf(source.location):
+            model = check_gguf_weights(name, source.location, config)
+        else:
+            model = check_weights(name, config, source.header) if source.weights else empty_model(name, config)
     if model is not None:
         parts_of(name, model, config.get_text_config(decoder=True))
     return model
