@@ -227,7 +227,7 @@ def test_what_does_not_fit_the_folder_is_refused(folder, tmp_path):
         write_card(folder, specialists={"math": "nowhere"})
     with pytest.raises(ValueError, match=r"but '.*odd.json' holds \['loss'\]"):
         write_card(folder, results=[written(tmp_path, "odd.json", {"loss": 1})])
-    other = {**COMPARISON, "specialists": ["a", "b"]}
+    other = {**COMPARISON, "specialists": ["a", "b"], "gate": None}
     with pytest.raises(ValueError, match=r"those in '.*other.json' are of \['a', 'b'\]"):
         write_card(folder, results=[written(tmp_path, "other.json", other)])
     with pytest.raises(ValueError, match="holds no config.json"):

@@ -304,12 +304,13 @@ def report(
     from transformers.utils import logging
 
     from .reports import explaining, reporting
+    from .result_files import read_results
 
     logging.disable_progress_bar()
     try:
         page = reporting.report(
             out,
-            results=json.loads(results.read_text()) if results else None,
+            results=read_results(results) if results else None,
             fused=explaining.load(model) if model else None,
             training=reporting.read_training(training or []),
             examples={f"Text {number}": given for number, given in enumerate(text, 1)} if text else None,

@@ -1,6 +1,5 @@
 """The card of a fused folder: what it is made of, how good it is, and what may be done with it."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,12 +7,14 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_ultrafuser import UltraFuserConfig
+from modeling_ultrafuser.reading_ultrafuser import UnreadableFileError
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
 
 from . import licences
 from .folders import fused_config, read_ingredients
 from .plain import markdown
 from .provenance import digest
+from .result_files import check_fields, read_results
 from .writing import write_whole
 
 
@@ -132,17 +133,34 @@ def _as_recorded(name: str, record: dict[str, str | None]) -> licences.Ingredien
 
 
 def _load(path: Path, config: UltraFuserConfig) -> dict:
-    results = json.loads(path.read_text())
-    if "rows" not in results and "judge" not in results:
-        raise ValueError(
-            f"Results come from `ultrafuser evaluate` or `ultrafuser judge`, but {str(path)!r} holds {sorted(results)}."
-        )
+    results = read_results(path)
     if "rows" in results and results["specialists"] != config.specialist_names:
         raise ValueError(
             f"Results must be those of this model, whose specialists are {config.specialist_names}, but those in "
             f"{str(path)!r} are of {results['specialists']}."
         )
+    if "rows" in results:
+        _check_comparison(path, results)
     return results
+
+
+def _check_comparison(path: Path, results: dict) -> None:
+    """Refuses a comparison without what the card tells of it."""
+    needed = ("mean_interval", "difference", "difference_interval")
+    for row in results["rows"]:
+        check_fields(path, row, {}, needed=needed, where=f"of {row['name'][:100]!r} ")
+    fused = [row for row in results["rows"] if row["name"] == FUSED]
+    domains = [list(row["loss"]) for row in results["rows"]]
+    if len(fused) != 1 or any(sorted(d) != sorted(domains[0]) for d in domains):
+        raise UnreadableFileError(
+            f"A comparison has one row {FUSED!r}, and a loss of every row in every domain, but {str(path)!r} has not. It is "
+            f"damaged: write it anew with `ultrafuser evaluate`."
+        )
+    check_fields(path, fused[0], {}, needed=("accuracy", "calibration_error"), where=f"of {FUSED!r} ")
+    check_fields(path, results, {}, needed=("gate",))
+    gate = results["gate"]
+    check_fields(path, gate, {}, needed=("mean_weights", "entropy"), where="of the gate ")
+    check_fields(path, gate["entropy"], {}, needed=tuple(gate["mean_weights"]), where="of the gate's entropy ")
 
 
 def _size(folder: Path) -> str:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.reading_ultrafuser import read_header, read_json
 
 from ..merges.merging import NotMergeableError
 from ..provenance import digest
@@ -177,7 +178,7 @@ def _check_identity(out: Path, identity: dict) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, identity)
         return
-    kept, asked = json.loads(file.read_text()), json.loads(json.dumps(identity))
+    kept, asked = read_json(file), json.loads(json.dumps(identity))
     odd = sorted(key for key in {*kept, *asked} if kept.get(key) != asked.get(key))
     if odd:
         there = {key: kept.get(key) for key in odd}
@@ -192,6 +193,7 @@ def _kept(file: Path, make: Callable[[], Measured]) -> Measured:
     """Scores from a file, or made and written there whole."""
     fields = ("losses", "correct", "confidence")
     if file.exists():
+        read_header(file)
         with safe_open(file, "pt") as saved:
             meta = {key: json.loads(value) for key, value in saved.metadata().items()}
             domains = meta.pop("domains")

@@ -42,6 +42,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 from modeling_ultrafuser import UltraFuserConfig
+from modeling_ultrafuser.reading_ultrafuser import read_json
 
 from ..keys import check_address
 from ..loading import load_config, load_tokenizer, refusing_code
@@ -287,8 +288,8 @@ def _leaves(part: str | dict, manager: TaskManager) -> Iterator[str]:
 def _finished(file: Path, settings: dict) -> dict[str, Any] | None:
     if not file.exists():
         return None
-    result = json.loads(file.read_text())
-    if not isinstance(result, dict) or not isinstance(result.get("settings"), dict):
+    result = read_json(file)
+    if not isinstance(result.get("settings"), dict):
         raise ValueError(
             f"Nothing is overwritten unasked, but {str(file)!r} is there and no result of a benchmark. Use another "
             f"`out`, or move it away."

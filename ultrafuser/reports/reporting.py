@@ -1,18 +1,19 @@
 """All pictures of a fused model, and the page that holds them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.reading_ultrafuser import read_json
 from trainers.resuming import STATE_FILE
 
 from ..corpora import DOMAINS, documents, splits
 from ..evaluation.comparing import gate_statistics
 from ..evaluation.measuring import held_out
 from ..provenance import versions
+from ..result_files import by_name, check_fields, every, number, whole, word
 from ..writing import sole_writer, write_whole
 from .charts import (
     draw_differences,
@@ -91,8 +92,10 @@ def report(
     Raises:
         ValueError: If there is neither a model nor results, or the two have other specialists.
     """
-    if fused is None and not results:
-        raise ValueError("A report needs something to report: pass `results`, a fused model, or both.")
+    if fused is None and "specialists" not in (results or {}):
+        raise ValueError(
+            "A report needs something to report: pass `results` of `ultrafuser evaluate`, a fused model, or both."
+        )
     results = dict(results or {})
     specialists = fused[0].config.specialist_names if fused else results["specialists"]
     if list(results.get("specialists", specialists)) != list(specialists):
@@ -159,7 +162,9 @@ def read_training(checkpoints: Sequence[Path]) -> dict[str, dict]:
                 f"Training curves are drawn from a stage's checkpoint, but {str(folder)!r} has no {missing}. Pass a "
                 f"folder such as stage-one/checkpoint-400."
             )
-        state, stage = (json.loads(file.read_text()) for file in files)
+        state, stage = map(read_json, files)
+        check_fields(files[0], state, _STATE, needed=tuple(_STATE))
+        check_fields(files[1], stage, _STAGE, needed=tuple(_STAGE))
         found[folder.resolve().parent.name] = {
             "log": state["log_history"],
             "steps": state["global_step"],
@@ -167,6 +172,20 @@ def read_training(checkpoints: Sequence[Path]) -> dict[str, dict]:
             "mixes": stage["mixes"],
         }
     return found
+
+
+def _entry(value: object) -> bool:
+    shown = by_name(number)({k: v for k, v in value.items() if k == "loss" or k.startswith("loss/")})
+    return shown and whole(value.get("step"))
+
+
+def _mix(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and whole(value[0]) and every(number)(value[1])
+
+
+# what is drawn of a checkpoint's two files
+_STATE = {"log_history": every(lambda value: isinstance(value, dict) and _entry(value)), "global_step": whole}
+_STAGE = {"domains": every(word), "mixes": every(_mix)}
 
 
 def _plain(value) -> str:
