@@ -138,7 +138,7 @@ def test_a_run_that_failed_goes_on_where_it_was(folder, include, tmp_path, monke
     out = tmp_path / "out"
     broken = (include / "written.yaml").read_text()
     (include / "written.yaml").write_text(broken.replace("doc_to_text: question", "doc_to_text: '{{question / 2}}'"))
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="'written' cannot be run by lm-eval: RenderingError: unsupported operand"):
         run_suite(folder, ["chosen", "written"], out, include=include)
     (include / "written.yaml").write_text(broken)
     before = (out / "chosen.json").stat().st_mtime_ns
@@ -180,3 +180,118 @@ def test_the_command_line_prints_a_line_for_each_score(folder, include, tmp_path
     value = json.loads((tmp_path / "out" / "chosen.json").read_text())["scores"]["chosen"]["acc,none"]["value"]
     assert f"{value:.4f}" in done.stdout
     assert "chosen" in done.stdout
+
+
+HOSTILE = {
+    "an error": ({"doc_to_text": "{{ question / 2 }}"}, "unsupported operand"),
+    "no template": ({"doc_to_text": "{% for %}"}, "RenderingError"),
+    "what is not there": ({"doc_to_text": "{{ nothing.at.all }}"}, "'nothing' is undefined"),
+    "Python's inside": ({"doc_to_text": "{{ ''.__class__.__mro__ }}"}, "is unsafe"),
+    "memory": ({"doc_to_text": "{{ 'a' * 10 ** 10 }}"}, "memory"),
+    "recursion": ({"doc_to_text": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"}, "RenderingError"),
+    "a length": ({"doc_to_text": "{{ 'a' * 20000000 }}"}, "20,000,000 characters"),
+    "no list of choices": ({"doc_to_choice": "{{ '[[[' }}"}, "'t' cannot be run"),
+    "brackets": ({"doc_to_choice": "{{ '[' * 100000 }}"}, "'t' cannot be run"),
+    "a metric": ({"metric_list": [{"metric": "nothing"}]}, "cannot be run"),
+    "a kind": ({"output_type": "telepathy"}, "cannot be run"),
+    "no set": ({"dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}, "cannot be run"),
+    "a split": ({"test_split": ["test"]}, "cannot be run"),
+    "itself": ({"task": ["t"], "group": "t"}, "'t' holds itself"),
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_what_is_wrong_with_a_task_of_somebody_elses_is_one_sentence(fault, folder, include, tmp_path):
+    changes, words = HOSTILE[fault]
+    whole = yaml.safe_load((include / "chosen.yaml").read_text())
+    (include / "t.yaml").write_text(yaml.safe_dump({**whole, "task": "t", **changes}))
+    command = ["bench", str(folder), "t", "--include", str(include), "--out", str(tmp_path / "out"), "--limit", "2"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2, done.output
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert words in " ".join(done.output.split())
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_a_template_without_end_is_given_up(folder, include, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainers.rendering.SECONDS", 1.0)
+    whole = yaml.safe_load((include / "chosen.yaml").read_text())
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (include / "t.yaml").write_text(yaml.safe_dump({**whole, "task": "t", "doc_to_text": loops}))
+    with pytest.raises(ValueError, match="'t' cannot be run by lm-eval: RenderingError: it took longer than 1 s"):
+        run_suite(folder, ["t"], tmp_path / "out", include=include, limit=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &a [x, x]\nb: [*a, *a]\n", "alias"),
+        ("[" * 100_000, "cannot be read"),
+        ("task: t\ntask: u\n", "twice"),
+        ("x" * 2_000_000, "has at most"),
+        ("\x00", "cannot be read"),
+    ],
+)
+def test_a_file_of_tasks_that_is_no_plain_yaml_is_named(text, words, include, tmp_path):
+    (include / "t.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"t.yaml.*{words}|{words}.*t.yaml"):
+        run_suite("no/such/model", ["t"], tmp_path / "out", include=include)
+
+
+def test_templates_of_strangers_are_filled_in_as_lm_eval_does(folder, include, tmp_path, monkeypatch):
+    text = "{{ question | regex_replace('1', 'one') }}\n{% if answer == '3' %}three{% endif %}\n"
+    written = yaml.safe_load((include / "written.yaml").read_text())
+    (include / "written.yaml").write_text(yaml.safe_dump({**written, "doc_to_text": text}))
+    prompts = []
+    evaluate = suites.simple_evaluate
+
+    def watched(*args, **options):
+        evaluated = evaluate(*args, **options)
+        prompts.append([row["arguments"][0][0] for row in evaluated["samples"]["written"]])
+        return evaluated
+
+    monkeypatch.setattr(suites, "simple_evaluate", watched)
+    for trusted in (False, True):
+        out = tmp_path / f"out-{trusted}"
+        run_suite(folder, ["written"], out, include=include, limit=2, trust_remote_code=trusted)
+    assert prompts == [["one+2=\nthree\n", "3+4=\n\n"]] * 2
+
+
+def test_names_of_tasks_lead_to_files_of_their_own_in_the_folder():
+    names = [
+        "mmlu_math",
+        "a",
+        "A",
+        "../evil",
+        "..",
+        "/tmp/evil",
+        "a/b",
+        "a\\b",
+        "a_b",
+        ".hidden",
+        "x" * 300,
+        "x" * 299,
+        "",
+        "*",
+    ]
+    files = suites._file_names(names)
+    assert list(files) == names
+    assert (files["mmlu_math"], files["a"], files["a_b"]) == ("mmlu_math.json", "a.json", "a_b.json")
+    # on disks that do not tell cases apart, too
+    assert len({file.lower() for file in files.values()}) == len(names)
+    for file in files.values():
+        assert Path(file).name == file
+        assert file.endswith(".json")
+        assert not file.startswith(".")
+        assert len(file) < 120
+
+
+def test_a_task_whose_name_is_a_path_is_written_into_the_folder(folder, include, tmp_path):
+    whole = yaml.safe_load((include / "chosen.yaml").read_text())
+    (include / "t.yaml").write_text(yaml.safe_dump({**whole, "task": "../../evil"}))
+    out = tmp_path / "some" / "where" / "out"
+    results = run_suite(folder, ["../../evil"], out, include=include, limit=2)
+    (file,) = out.glob("*.json")
+    assert json.loads(file.read_text()) == results["../../evil"]
+    assert not list(tmp_path.rglob("evil.json"))
+    assert run_suite(folder, ["../../evil"], out, include=include, limit=2) == results

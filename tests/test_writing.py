@@ -301,3 +301,13 @@ def test_a_disk_that_cannot_be_written_is_said_in_a_sentence(tmp_path):
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(OSError, match="Input/output"), new_folder(tmp_path / "out"):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_folder_without_a_mark_is_refused_with_a_way_out(tmp_path):
+    (tmp_path / "index.html").write_text("<p>mine, or an earlier version's</p>")
+    words = "'index.html', which `ultrafuser report` writes, and nothing there says .* earlier versions.* move it away"
+    with pytest.raises(FileExistsError, match=words), sole_writer(tmp_path, "report", ["index.html"]):
+        pass
+    (tmp_path / "index.html").rename(tmp_path / "old.html")
+    with sole_writer(tmp_path, "report", ["index.html"]):
+        pass

@@ -74,6 +74,15 @@ def render_prompt(template: str, values: dict) -> str:
     return _ask("prompt", "render_prompt", {"template": template, "values": values})
 
 
+def render_task(template: str, values: dict) -> str:
+    """A template of lm-eval's tasks, filled in with a row, as lm-eval has it.
+
+    Raises:
+        RenderingError: If it cannot be rendered within the limits.
+    """
+    return _ask("task", "render_task", {"template": template, "values": values})
+
+
 def placeholders(template: str) -> set[str]:
     """Names that a prompt takes from outside.
 
@@ -163,7 +172,7 @@ def _main() -> None:
     start = json.loads(next(lines))
     sys.path[:] = start["path"]
     try:
-        tasks = {"chat": _chat_tasks, "prompt": _prompt_tasks}[start["kind"]]()
+        tasks = {"chat": _chat_tasks, "prompt": _prompt_tasks, "task": _task_tasks}[start["kind"]]()
     except ImportError as error:
         _reply({"error": f"rendering it needs what cannot be imported: {error}"})
         return
@@ -230,6 +239,20 @@ def _chat_tasks() -> dict:
     # as above: the time zone's file
     render("{{ strftime_now('%d %b %Y %Z') }}", [], False, None, {})
     return {"render_chat": render}
+
+
+def _task_tasks() -> dict:
+    import re
+    from functools import lru_cache
+
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    _prompt_tasks()
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["regex_replace"] = lambda text, pattern, by, count=0: re.sub(pattern, by, text, count=count)
+    compiled = lru_cache(64)(environment.from_string)
+    return {"render_task": lambda template, values: compiled(template).render(**values)}
 
 
 def _limit(memory: int) -> None:

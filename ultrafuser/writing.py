@@ -156,7 +156,8 @@ def sole_writer(
             if theirs := [] if own else _present(out, writes):
                 raise FileExistsError(
                     f"Nothing is overwritten unasked, but {str(out)!r} holds {', '.join(map(repr, theirs[:5]))}, which "
-                    f"`ultrafuser {command}` writes and has not written there. Choose another folder, or move "
+                    f"`ultrafuser {command}` writes, and nothing there says that it wrote this, which earlier versions "
+                    f"did not note down. Choose another folder, or move "
                     f"{'it' if len(theirs) == 1 else 'them'} away."
                 )
             write_whole(mark, "".join(f"{name}\n" for name in (*commands, command)))

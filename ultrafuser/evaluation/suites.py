@@ -23,13 +23,17 @@ thought, and so does the suite. Its scores are still not the paper's, because
 """
 
 import difflib
+import glob
 import json
 import os
+import re
 import shlex
 import urllib.request
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jinja2
@@ -42,13 +46,16 @@ from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 from modeling_ultrafuser import UltraFuserConfig
-from modeling_ultrafuser.reading_ultrafuser import read_json
+from modeling_ultrafuser.reading_ultrafuser import check_file, read_json
+from trainers.rendering import render_task
 
 from ..keys import check_address
 from ..loading import load_config, load_tokenizer, refusing_code
-from ..provenance import provenance
+from ..provenance import digest, provenance
 from ..writing import sole_writer, write_whole
+from ..yaml_files import MOST_BYTES, MOST_NESTED, parse_yaml
 from . import local_tasks, sandbox
+from .comparing import slug
 
 
 class Suite(NamedTuple):
@@ -113,7 +120,7 @@ def run_suite(
     Args:
         folder: The model, fused or not; a name on the Hub will do.
         names: Keys of `SUITES`, or lm-eval's own names of tasks, groups and tags.
-        out: Folder of the result files, `<task>.json`.
+        out: Folder of the result files, `<task>.json`; of a name that is no file's, one like it.
         server: Address of an OpenAI server that serves `folder`, such as "http://127.0.0.1:8000" of vLLM; then lm-eval's
             `local-completions` asks it, and only the tokenizer is loaded here.
         include: Folder of further tasks, lm-eval's `--include_path`; for "local", what `local_tasks.write` wrote to.
@@ -134,23 +141,24 @@ def run_suite(
             set, or if `out` holds a result of other settings.
         OSError: If the server does not answer.
     """
-    if include is not None and not trust_remote_code:
-        _check_plain(Path(include))
-    # tasks are templates that others wrote
-    lm_eval.utils.env = _sandboxed(lm_eval.utils.env)
+    strange = include is not None and not trust_remote_code and _strange(Path(include))
+    # tasks are templates that others wrote; those that nobody vouches for are rendered where they can do nothing else
+    lm_eval.utils.env = _Elsewhere() if strange else _sandboxed(_THEIRS)
     out = Path(out)
     shots = {}
     for name in names:
         suite = SUITES.get(name, Suite((name,)))
         shots |= dict.fromkeys(suite.tasks, suite.shots)
-    manager = _task_manager(shots, include)
+    with _named(include, strange):
+        manager = _task_manager(shots, include)
     _check_names(shots, manager)
     if not run_code:
         _check_nothing_runs_code(shots, manager)
     shared = {"model": str(folder), "server": server is not None, "limit": limit, "chat": chat, "seed": seed}
     shared |= {"dtype": None if server else dtype, "batch_size": batch_size}
     settings = {task: shared | {"shots": number} for task, number in shots.items()}
-    found = {task: read for task in shots if (read := _finished(out / f"{task}.json", settings[task]))}
+    files = {task: out / name for task, name in _file_names(shots).items()}
+    found = {task: read for task in shots if (read := _finished(files[task], settings[task]))}
     backend, arguments = _server(folder, server) if server else _weights(folder, dtype, trust_remote_code)
     run_with = arguments | ({} if server else {"trust_remote_code": trust_remote_code})
     if run_code:
@@ -158,31 +166,32 @@ def run_suite(
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
 
     model = None
-    with sole_writer(out, "bench", [f"{task}.json" for task in shots if task not in found]):
+    with sole_writer(out, "bench", [glob.escape(files[task].name) for task in shots if task not in found]):
         for task, number in shots.items():
             if task in found:
                 continue
             model = model or get_model(backend)(**run_with, batch_size=batch_size, **_device(backend))
-            evaluated = simple_evaluate(
-                model,
-                tasks=[task],
-                task_manager=manager,
-                num_fewshot=number,
-                batch_size=batch_size,
-                limit=limit,
-                apply_chat_template=chat,
-                confirm_run_unsafe_code=run_code,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-            )
+            with _named(task, strange):
+                evaluated = simple_evaluate(
+                    model,
+                    tasks=[task],
+                    task_manager=manager,
+                    num_fewshot=number,
+                    batch_size=batch_size,
+                    limit=limit,
+                    apply_chat_template=chat,
+                    confirm_run_unsafe_code=run_code,
+                    random_seed=seed,
+                    numpy_random_seed=seed,
+                    torch_random_seed=seed,
+                    fewshot_random_seed=seed,
+                )
             command = _command(task, backend, arguments, settings[task], include, run_code)
             found[task] = _result(task, evaluated) | {"settings": settings[task], "command": command}
             if any(manager.task_index[t].cfg.get("unsafe_code") for t in _leaves(task, manager)):
                 ours = task in local_tasks.NAMES
                 found[task]["sandbox"] = sandbox.confinement() if ours else "none: lm-eval runs the code itself"
-            write_whole(out / f"{task}.json", json.dumps(found[task], indent=2) + "\n")
+            write_whole(files[task], json.dumps(found[task], indent=2) + "\n")
     return {task: found[task] for task in shots}
 
 
@@ -231,16 +240,18 @@ def _check_nothing_runs_code(tasks: Iterable[str], manager: TaskManager) -> None
         )
 
 
-def _check_plain(folder: Path) -> None:
-    """Refuses tasks that name functions, which are code, but for those that `local_tasks.write` wrote."""
-    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in (".yaml", ".yml")):
-        text = file.read_text(encoding="utf-8")
+def _strange(folder: Path) -> bool:
+    """Whether tasks are others' than those that `local_tasks.write` wrote; refused if they name functions, which are code."""
+    strange = False
+    for file in sorted(p for p in folder.rglob("*") if p.suffix in (".yaml", ".yml") and not p.is_dir()):
+        check_file(file, MOST_BYTES)
+        text = file.read_bytes().decode("utf-8", "replace")
         if local_tasks.wrote(file, text):
             continue
+        strange = True
         try:
-            tags = [t for e in yaml.parse(text, yaml.SafeLoader) if (t := getattr(e, "tag", None))]
-            foreign = [tag for tag in tags if not tag.startswith("tag:yaml.org,2002:")]
-            names = [] if foreign else list(_included(yaml.safe_load(text)))
+            foreign = [tag for tag in _tags(text) if not tag.startswith("tag:yaml.org,2002:")]
+            names = [] if foreign else list(_included(parse_yaml(text, file)))
         except yaml.YAMLError as error:
             raise ValueError(f"Tasks are YAML files, but {str(file)!r} cannot be read as one: {error}") from error
         # what is included is read as well, whatever its name
@@ -252,6 +263,17 @@ def _check_plain(folder: Path) -> None:
                 f"Functions that tasks name are code, which is not run unasked, but {str(file)!r} has {foreign[0]!r}. "
                 f"Read it; then --trust-remote-code (`trust_remote_code=True`) runs it."
             )
+    return strange
+
+
+def _tags(text: str) -> Iterator[str]:
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_NESTED:
+            raise yaml.YAMLError(f"it is nested in more than {MOST_NESTED} levels")
+        if tag := getattr(event, "tag", None):
+            yield tag
 
 
 def _included(content) -> Iterator[str]:
@@ -273,8 +295,45 @@ def _sandboxed(environment: jinja2.Environment) -> ImmutableSandboxedEnvironment
     return safe
 
 
-def _leaves(part: str | dict, manager: TaskManager) -> Iterator[str]:
+_THEIRS = lm_eval.utils.env
+
+
+class _Elsewhere:
+    """Stands for lm-eval's Jinja: what it compiles is rendered by another process, within limits."""
+
+    def from_string(self, template: str) -> SimpleNamespace:
+        return SimpleNamespace(render=lambda **row: render_task(template, row))
+
+
+@contextmanager
+def _named(task: object, strange: bool) -> Iterator[None]:
+    """Says in a sentence what fails in tasks that others wrote; what is wrong with lm-eval's own stays a fault."""
+    try:
+        yield
+    except Exception as error:
+        if not strange or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(".")
+        raise ValueError(
+            f"A task says what is asked and how it is scored, but {str(task)[:200]!r} cannot be run by lm-eval: {reason}. "
+            f"Correct its file."
+        ) from error
+
+
+def _file_names(tasks: Iterable[str]) -> dict[str, str]:
+    """A file name for each task: its name, or where that would lead elsewhere or is taken, one with a fingerprint."""
+    names = {}
+    for task in tasks:
+        taken = {name.lower() for name in names.values()}
+        plain = re.fullmatch(r"\w[\w.-]{0,80}", task) and f"{task}.json".lower() not in taken
+        names[task] = f"{task if plain else f'{slug(task)[:40]}_{digest(task)}'}.json"
+    return names
+
+
+def _leaves(part: str | dict, manager: TaskManager, above: tuple = ()) -> Iterator[str]:
     # single tasks of a task, a group, a tag, or of what stands within a group
+    if part in above:
+        raise ValueError(f"A group holds tasks, but {part!r} holds itself. Correct its file.")
     entry = manager.task_index.get(part) if isinstance(part, str) else None
     if part in manager.all_subtasks:
         yield part
@@ -282,7 +341,7 @@ def _leaves(part: str | dict, manager: TaskManager) -> Iterator[str]:
         yield from entry.tags
     elif inside := entry.cfg["task"] if entry else isinstance(part, dict) and part.get("task"):
         for one in [inside] if isinstance(inside, str) else inside:
-            yield from _leaves(one, manager)
+            yield from _leaves(one, manager, (*above, part))
 
 
 def _finished(file: Path, settings: dict) -> dict[str, Any] | None:
