@@ -110,7 +110,7 @@ class UltraFuserPreTrainedModel(PreTrainedModel):
         if torch.get_default_device().type == "meta":
             # the caller's mistake and no file's, which the library tells
             return super().from_pretrained(source, *args, **kwargs)
-        with in_words("The fused model", source or "in memory"):
+        with in_words("The fused model", source or "in memory", kwargs):
             return super().from_pretrained(source, *args, **kwargs)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -50,11 +50,16 @@ class UnreadableFileError(ValueError):
 
 
 @contextmanager
-def in_words(what: str, source) -> Iterator[None]:
+def in_words(what: str, source, options: Iterable[str] = ()) -> Iterator[None]:
     """Turns whatever a library raises while it reads a file into a sentence that names the file.
 
     What already is a sentence stays: errors of the operating system and of the Hub, and what this package raises. A
     mistake in this package stays, too.
+
+    Args:
+        what: The first words of the sentence.
+        source: The folder or file.
+        options: Names of the caller's own options, which may be what is wrong.
 
     Raises:
         UnreadableFileError: In place of whatever else is raised inside.
@@ -69,9 +74,11 @@ def in_words(what: str, source) -> Iterator[None]:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         said = f"{type(error).__name__}: {' '.join(lines)[:300]}".removesuffix(": ")
+        reason = "A file is damaged, or says what cannot be: fetch it again."
+        if names := sorted(options):
+            reason = f"One of the options {names} is not what can be; or else a file is damaged: fetch it again."
         raise UnreadableFileError(
-            f"{what} ({os.fspath(source)!r}) cannot be read: {said.removesuffix('.')}. A file is damaged, or says what "
-            f"cannot be: fetch it again."
+            f"{what} ({os.fspath(source)!r}) cannot be read: {said.removesuffix('.')}. {reason}"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -150,3 +151,11 @@ def test_loading_onto_the_meta_device_is_told_as_the_library_tells_it_and_blames
     UltraFuserForCausalLM.from_specialists({"text": specialist(), "code": specialist()}).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="meta device context"), torch.device("meta"):
         UltraFuserForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("option", [{"unknown": 1}, {"dtype": "float99"}, {"attn_implementation": "none such"}])
+def test_an_option_that_cannot_be_is_named_before_a_file_is_blamed(option, tmp_path):
+    names = {"a": specialist(), "b": specialist()}
+    UltraFuserForCausalLM.from_specialists(names).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"One of the options {re.escape(str(list(option)))} is not what can be"):
+        UltraFuserForCausalLM.from_pretrained(tmp_path, **option)
