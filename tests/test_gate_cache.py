@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
@@ -14,8 +16,8 @@ from tests.stage_run import data as sums
 from tests.test_trainers import logs
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, changed, conversations, weights
-from trainers import GateTrainer
-from trainers.gate_cache import STATE, CachedGateTrainer
+from trainers import GateTrainer, gate_cache
+from trainers.gate_cache import LOCK, STATE, CachedGateTrainer
 from trainers.top_tokens import mixed_log_probs, summarised
 
 
@@ -137,6 +139,44 @@ def test_a_killed_pass_goes_on_where_it_was(specialists, tmp_path, monkeypatch):
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
 
 
+def test_of_two_at_once_one_makes_the_pass_and_the_other_waits_for_it(specialists, tmp_path, monkeypatch):
+    cached = {"cache": tmp_path / "cache"}
+    one, other = (build(CachedGateTrainer, fuse(specialists), tmp_path, cached=cached) for _ in range(2))
+    said, rows, begun, told = CachedGateTrainer._said_of, [], Event(), Event()
+
+    def slowly(self, given):
+        rows.extend(given)
+        begun.set()
+        assert told.wait(30)
+        return said(self, given)
+
+    monkeypatch.setattr(CachedGateTrainer, "_said_of", slowly)
+    monkeypatch.setattr(gate_cache, "print_line", lambda line: told.set() if "Another process" in line else None)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(one.fill)
+        assert begun.wait(30)
+        second = pool.submit(other.fill)
+        first.result(60), second.result(60)
+    assert rows == list(range(28))
+    assert one.cache.complete
+    assert other.cache.complete
+    assert torch.equal(one.cache.arrays["states"], other.cache.arrays["states"])
+
+
+def test_a_cache_that_is_begun_is_of_one_data_set_before_its_first_row(specialists, tmp_path):
+    cached = {"cache": tmp_path / "cache"}
+    build(CachedGateTrainer, fuse(specialists), tmp_path, cached=cached)
+    with pytest.raises(ValueError, match="its own data, but rows is"):
+        build(CachedGateTrainer, fuse(specialists), tmp_path, cached=cached, data=sums({**SIZES, "math": 11}))
+
+
+def test_a_cache_takes_its_room_before_the_pass(specialists, tmp_path):
+    stage = build(CachedGateTrainer, fuse(specialists), tmp_path, cached={"cache": tmp_path / "cache"})
+    for path in (tmp_path / "cache").glob("*.bin"):
+        assert path.stat().st_blocks * 512 >= path.stat().st_size > 0
+    assert stage.cache.rows_done == 0
+
+
 def test_a_stage_resumes_from_its_checkpoint(specialists, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "cached": {"cache": tmp_path / "cache"}}
     whole, resumed = fuse(specialists), fuse(specialists)
@@ -190,7 +230,7 @@ def test_a_disk_without_room_is_refused_before_anything_runs(specialists, tmp_pa
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100_000, 0, 100_000))
     with pytest.raises(OSError, match=r"is to hold .* MB and its disk has 0.1 MB left"):
         build(CachedGateTrainer, fuse(specialists), tmp_path, cached={"cache": tmp_path / "cache"})
-    assert not list((tmp_path / "cache").iterdir())
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [LOCK]
 
 
 @pytest.mark.parametrize(

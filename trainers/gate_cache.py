@@ -16,13 +16,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
@@ -41,12 +43,14 @@ from .watching import watching
 
 KEPT = {"logits": ("hidden", "top"), "probabilities": ("log_probs",)}  # by fusion rule, the default first
 ADDED = ("log_probs", "top", "tail")  # to hidden states and labels, where they are kept
-STATE = "cache.json"
+STATE, LOCK = "cache.json", ".lock"
 SAMPLES = 1024  # values of each of the specialists' tensors that tell them from others
 
 
 class GateCache:
     """What specialists say of every supervised token, one file per kind, row after row of the training data.
+
+    Several processes may use one folder: one at a time makes it or adds to it, and the others read what is there.
 
     Args:
         folder: Made unless it is there.
@@ -62,35 +66,64 @@ class GateCache:
     def __init__(self, folder: str | os.PathLike, identity: dict, counts: Sequence[int], fields: dict):
         self.folder, self.identity = Path(folder), identity
         self.starts = np.concatenate([[0], np.cumsum(counts)])
-        state = self.folder / STATE
-        found = json.loads(state.read_text()) if state.exists() else {"rows_done": 0, **identity}
-        for key, own in identity.items():
-            if found.get(key) != own:
-                raise ValueError(
-                    f"A gate is trained on what its own specialists say of its own data, but {key} is {found.get(key)!r} "
-                    f"in the cache {str(folder)!r} and {own!r} here. Choose another folder, or delete this one."
-                )
-        self.rows_done, tokens = found["rows_done"], int(self.starts[-1])
+        tokens = int(self.starts[-1])
         sizes = {name: tokens * int(np.prod(shape)) for name, (shape, _) in fields.items()}
-        whole = sum(sizes[name] * dtype.itemsize for name, (_, dtype) in fields.items())
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.complete:
-            there = sum(path.stat().st_blocks * 512 for path in self.folder.glob("*.bin"))
-            free = shutil.disk_usage(self.folder).free
-            print_line(
-                f"The cache of {tokens:,} tokens in {folder} takes {_readable(whole)}; {_readable(free)} are free."
-            )
-            if whole - there > free:
-                raise OSError(
-                    f"A cache is written whole or not at all, but {str(folder)!r} is to hold {_readable(whole)} and its "
-                    f"disk has {_readable(free)} left. Choose another folder, fewer rows, a smaller `dtype`, or no cache."
-                )
+        # held until it says whose it is and all its room is taken, so that no other is begun in it
+        with self.alone():
+            if not self.complete:
+                self._take_room({name: sizes[name] * dtype.itemsize for name, (_, dtype) in fields.items()})
+                self._put_down()
         self.arrays = {
             name: torch.from_file(str(self.folder / f"{name}.bin"), shared=True, size=sizes[name], dtype=dtype).view(
                 tokens, *shape
             )
             for name, (shape, dtype) in fields.items()
         }
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until no other process adds to the files, reads how far they are, and keeps others from it."""
+        lock = FileLock(self.folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print_line(f"Another process is making the cache in {self.folder}: what it makes is used when it is done.")
+            lock.acquire()
+        try:
+            self.rows_done = self._rows_there()
+            yield
+        finally:
+            lock.release()
+
+    def _rows_there(self) -> int:
+        state = self.folder / STATE
+        found = json.loads(state.read_text()) if state.exists() else {"rows_done": 0, **self.identity}
+        for key, own in self.identity.items():
+            if found.get(key) != own:
+                raise ValueError(
+                    f"A gate is trained on what its own specialists say of its own data, but {key} is {found.get(key)!r} "
+                    f"in the cache {str(self.folder)!r} and {own!r} here. Choose another folder, or delete this one."
+                )
+        return found["rows_done"]
+
+    def _take_room(self, sizes: dict[str, int]) -> None:
+        """Takes all the room on the disk that the files will need: a disk that is full later would end the process."""
+        whole, there = sum(sizes.values()), sum(path.stat().st_blocks * 512 for path in self.folder.glob("*.bin"))
+        free = shutil.disk_usage(self.folder).free
+        print_line(
+            f"The cache of {int(self.starts[-1]):,} tokens in {self.folder} takes {_readable(whole)}; {_readable(free)} "
+            f"are free."
+        )
+        if whole - there > free:
+            raise OSError(
+                f"A cache is written whole or not at all, but {str(self.folder)!r} is to hold {_readable(whole)} and its "
+                f"disk has {_readable(free)} left. Choose another folder, fewer rows, a smaller `dtype`, or no cache."
+            )
+        for name, size in sizes.items():
+            with (self.folder / f"{name}.bin").open("ab") as file:
+                if size and hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
 
     @property
     def complete(self) -> bool:
@@ -103,8 +136,11 @@ class GateCache:
         for name, value in values.items():
             self.arrays[name][place] = value.cpu()
         self.rows_done = end
+        self._put_down()
+
+    def _put_down(self) -> None:
         partial = self.folder / f"{STATE}.partial"
-        partial.write_text(json.dumps({"rows_done": end, **self.identity}))
+        partial.write_text(json.dumps({"rows_done": self.rows_done, **self.identity}))
         os.replace(partial, self.folder / STATE)
 
     def places(self, rows: Iterable[int]) -> Tensor:
@@ -200,12 +236,15 @@ class CachedGateTrainer(GateTrainer):
 
     def fill(self) -> None:
         """Makes what is missing of the pass."""
+        if self.cache.complete:
+            return
         training, size = self.fused.training, self.args.per_device_train_batch_size
         self.fused.eval()
-        while not self.cache.complete:
-            first = self.cache.rows_done
-            rows = range(first, min(first + size, len(self.rows)))
-            self.cache.write(len(rows), self._said_of(rows))
+        with self.cache.alone():
+            while not self.cache.complete:
+                first = self.cache.rows_done
+                rows = range(first, min(first + size, len(self.rows)))
+                self.cache.write(len(rows), self._said_of(rows))
         self.fused.train(training)
 
     @torch.no_grad()
