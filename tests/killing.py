@@ -6,20 +6,20 @@
 
 An event is a change of what is under a folder: a file opened for writing, made, renamed, removed, or handed to a
 library that writes it by itself. Killed there, the file is left empty or half written. `commands.kill` kills what runs
-now, from another thread.
+now, from another thread. A command can be sent a signal at a time too: `send=signal.SIGINT, after=0.3`.
 """
 
 import gc
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-import traceback
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 
 
@@ -28,14 +28,20 @@ class Done:
     """How a command ended.
 
     Attributes:
-        code: Its exit status; None if it was killed.
-        said: What it printed.
+        code: Its exit status, or minus the signal that ended it; None if it was killed.
+        said: What it printed, errors first.
+        errors: Of that, what it printed as errors.
         events: What it changed, in order: "open config.json". "half model.safetensors" is one that is half written.
+        seconds: It took.
+        left: Processes that it had started and that were still there ten seconds after it.
     """
 
     code: int | None
     said: str = ""
+    errors: str = ""
     events: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    left: int = 0
 
 
 class Commands:
@@ -58,14 +64,25 @@ class Commands:
         self.process.stdin.close()
         self.process.wait()
 
-    def run(self, *words, under="", kill_at=None, **environment) -> Done:
+    def run(self, *words, under="", kill_at=None, send=None, after=0.0, **environment) -> Done:
         job = {"words": [*map(str, words)], "under": str(under), "kill_at": kill_at, "environment": environment}
         print(json.dumps(job), file=self.process.stdin, flush=True)
         self.pid = json.loads(self.process.stdout.readline())
         self.running.set()
+        if send is not None:
+            timer = threading.Timer(after, self.send, (self.pid, send))
+            timer.start()
         done = Done(**json.loads(self.process.stdout.readline()))
         self.running.clear()
+        if send is not None:
+            timer.cancel()
         return done
+
+    @staticmethod
+    def send(pid, number):
+        with suppress(ProcessLookupError):
+            # a terminal sends it to all of them
+            (os.killpg if number == signal.SIGINT else os.kill)(pid, number)
 
     def kill(self):
         self.running.wait()
@@ -121,11 +138,11 @@ class Events:
 
 
 def _run(words, under, kill_at, environment, answer):
-    """In the forked process: one command, and how it ended into a pipe."""
+    """In the forked process: one command as its users run it, and what it changed into a pipe."""
     import torch
     import transformers.modeling_utils as library
 
-    from ultrafuser.cli import app
+    from ultrafuser.cli import main
 
     os.environ.update(environment)
     torch.manual_seed(0)
@@ -134,19 +151,17 @@ def _run(words, under, kill_at, environment, answer):
     if under:
         library.safe_save_file, torch.save = events.wrap(library.safe_save_file), events.wrap(torch.save)
         sys.addaudithook(events.watch)
-    said, code = io.StringIO(), 0
-    with redirect_stdout(said), redirect_stderr(said):
-        try:
-            if words[0] == "load":
-                print(_digest(*words[1:]))
-            else:
-                code = app(words, standalone_mode=False) or 0
-        except BaseException as error:
-            code = getattr(error, "exit_code", 1)
-            print(f"{type(error).__name__}: {error}")
-            traceback.print_exc(file=sys.__stderr__)
-    os.write(answer, json.dumps({"code": code, "said": said.getvalue(), "events": events.seen}).encode())
-    os._exit(0)
+    sys.argv = ["ultrafuser", *words]
+    try:
+        if words[0] == "load":
+            print(_digest(*words[1:]))
+        else:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            main()
+    finally:
+        os.write(answer, json.dumps(events.seen).encode())
+        os.close(answer)
 
 
 def _digest(model, revision, cache):
@@ -182,6 +197,27 @@ def _use_once():
         AutoTokenizer.from_pretrained(folder)
 
 
+def _left(group):
+    """How many processes of a group there still are after ten seconds."""
+    end = time.monotonic() + 10
+    while members := _members(group):
+        if time.monotonic() > end:
+            os.killpg(group, signal.SIGKILL)
+            return len(members)
+        time.sleep(0.02)
+    return 0
+
+
+def _members(group):
+    """Of a group, processes that run."""
+    found = []
+    for process in os.listdir("/proc"):
+        with suppress(OSError, ValueError):
+            state, _, its_group = open(f"/proc/{int(process)}/stat").read().rpartition(")")[2].split()[:3]
+            found += [process] if int(its_group) == group and state != "Z" else []
+    return found
+
+
 def main():
     """Forks for every line that comes in, and says its process id and how it ended."""
     for module in ("ultrafuser.cli", *sys.argv[1:]):
@@ -194,15 +230,35 @@ def main():
     gc.freeze()
     for line in sys.stdin:
         answers, answer = os.pipe()
-        pid = os.fork()
-        if not pid:
-            _run(**json.loads(line), answer=answer)
-        os.close(answer)
-        print(json.dumps(pid), file=out, flush=True)
-        with os.fdopen(answers) as read:
-            found = read.read()
-        os.waitpid(pid, 0)
-        print(found or json.dumps({"code": None}), file=out, flush=True)
+        with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+            # nothing comes before the command begins
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            start, pid = time.monotonic(), os.fork()
+            os.setpgid(pid, pid)
+            if not pid:
+                os.dup2(said.fileno(), 1)
+                os.dup2(errors.fileno(), 2)
+                os.close(answers)
+                # its end is that of this whole process: as its users see it
+                return _run(**json.loads(line), answer=answer)
+            os.close(answer)
+            print(json.dumps(pid), file=out, flush=True)
+            with os.fdopen(answers) as read:
+                events = read.read()
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            seconds, left = time.monotonic() - start, _left(pid)
+            errors.seek(0), said.seek(0)
+            both = [file.read() for file in (errors, said)]
+        done = Done(
+            None if code == -signal.SIGKILL else code,
+            "".join(both),
+            both[0],
+            json.loads(events or "[]"),
+            seconds,
+            left,
+        )
+        print(json.dumps(asdict(done)), file=out, flush=True)
+    return None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """The command line: `ultrafuser --help`."""
 
+import _thread
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +18,8 @@ from .commands import pairs
 from .data.commands import app as data_commands
 from .plain import echo
 
+
+INTERRUPTED = 130  # the status of what Ctrl-C ended
 
 # of the package, by the command that needs it
 EXTRAS = {
@@ -477,10 +482,27 @@ def bench(
 
 def main() -> None:
     """Entry point of the console script."""
+    sys.unraisablehook = _interrupted_again
     try:
         app()
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            echo("Stopped. What was finished is kept.", err=True)
+        raise
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(sys.argv[1])
         way = f" In UltraFuser's sources: pip install -c constraints.txt -e '.[{extra}]'" if extra else ""
         echo(f"`ultrafuser {sys.argv[1]}` needs {error.name!r}, which is not installed.{way}", err=True)
         raise SystemExit(2) from error
+    finally:
+        # all is done, or cleaned up: from here on Ctrl-C has nothing to tell
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _interrupted_again(unraisable) -> None:
+    """Interrupts once more where Ctrl-C came while Python cleared something away, which cannot be interrupted."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        # a moment later, as this is a part of the clearing
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)

@@ -9,10 +9,13 @@ import functools
 import itertools
 import json
 import multiprocessing
+import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +102,8 @@ def clean(
             DuplicateIndex(folder / "index.sqlite", near) as index,
             lines_file(folder / KEPT) as kept,
             lines_file(folder / DROPPED) as dropped,
+            closing(_judged(records, checks, near, processes)) as judged,
         ):
-            judged = _judged(records, checks, near, processes)
             for row, (record, verdict) in enumerate(tqdm(judged, unit=" records", disable=None), start=1):
                 if isinstance(verdict, Fingerprint):
                     verdict = _repeats(index, row, verdict, set(skip))
@@ -187,14 +190,29 @@ def _judged(records, checks: dict, near: float, processes: int) -> Iterator[tupl
     context = multiprocessing.get_context("spawn")
     waiting: collections.deque = collections.deque()
     with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(checks, near)) as pool:
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(_judge_in_process, chunk)))
-            # so many are under way at once, and no more are read
-            if len(waiting) > 2 * processes:
-                chunk, verdicts = waiting.popleft()
+        try:
+            for chunk in chunks:
+                with _out_of_reach():
+                    waiting.append((chunk, pool.submit(_judge_in_process, chunk)))
+                # so many are under way at once, and no more are read
+                if len(waiting) > 2 * processes:
+                    chunk, verdicts = waiting.popleft()
+                    yield from zip(chunk, verdicts.result(), strict=True)
+            for chunk, verdicts in waiting:
                 yield from zip(chunk, verdicts.result(), strict=True)
-        for chunk, verdicts in waiting:
-            yield from zip(chunk, verdicts.result(), strict=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _out_of_reach() -> Iterator[None]:
+    """Keeps Ctrl-C, which a terminal sends to all processes, from those that are started here: this one ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _judge(chunk: list[dict], checks: dict, near: float) -> list[tuple[str, str] | Fingerprint]:
@@ -209,7 +227,14 @@ _OWN: dict = {}
 
 
 def _begin(checks: dict, near: float) -> None:
+    """In a process of its own, which ends with the one that started it, however that ended."""
     _OWN.update(checks=checks, near=near)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _judge_in_process(chunk: list[dict]) -> list[tuple[str, str] | Fingerprint]:
