@@ -281,13 +281,19 @@ def damaged(path: Path) -> str:
 
 
 def durability(path: Path) -> str:
-    """Kills and full disks that each command came through, from `python -m tests.durability`."""
+    """Stops and full disks that each command came through, from `python -m tests.durability`."""
     rows = []
     for command, one in files(path)[0]["commands"].items():
         disks = one["disks"]
-        cells = [f"{one['survived']} of {one['kills']}", f"{disks['in_a_sentence']} of {disks['full']}"]
-        rows.append([f"`{command}`", *cells, f"{disks['same_with_room']} of {len(disks['sizes'])}"])
-    return markdown(["", "kills survived", "full disks told in a sentence", "the same with room again"], rows)
+        stops = (
+            f"{one['survived']} of {one['kills']}",
+            *(f"{one[kind]['survived']} of {one[kind]['sent']}" for kind in ("SIGTERM", "SIGINT")),
+        )
+        twice = "one ran, one was told" if one["twice"]["held"] else "no"
+        told = f"{disks['in_a_sentence'] + disks['read_only_told']} of {disks['full'] + 1}"
+        rows.append([f"`{command}`", *stops, twice, told, f"{disks['same_with_room']} of {len(disks['sizes'])}"])
+    heads = "kills survived", "SIGTERM", "Ctrl-C", "twice at once", "full or read-only disks told in a sentence"
+    return markdown(["", *heads, "the same with room again"], rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

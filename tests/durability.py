@@ -173,7 +173,7 @@ class Trial:
                 faults.append({"half written": sorted(digests(out))[:5]})
             again = self.run()
             # stopped after the folder was put in place, it is whole, and left alone
-            ended = again.code == 0 or "is there and not empty" in again.said
+            ended = again.code == 0 or "Nothing is overwritten unasked" in again.said
             if not ended or not same(outcome(out), self.expected) or beside(self.folder):
                 faults.append({"then": again.said[-600:], "beside": beside(self.folder)})
             if (more := self.calls() - before - self.whole_calls) > AT_A_TIME:

@@ -21,6 +21,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from pathlib import Path
 
 
 @dataclass
@@ -213,7 +214,7 @@ def _members(group):
     found = []
     for process in os.listdir("/proc"):
         with suppress(OSError, ValueError):
-            state, _, its_group = open(f"/proc/{int(process)}/stat").read().rpartition(")")[2].split()[:3]
+            state, _, its_group = Path(f"/proc/{int(process)}/stat").read_text().rpartition(")")[2].split()[:3]
             found += [process] if int(its_group) == group and state != "Z" else []
     return found
 

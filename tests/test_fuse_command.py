@@ -1,12 +1,7 @@
 """Fusing from the command line: whole folders or none, nothing overwritten, ingredients kept."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -156,50 +151,18 @@ def test_the_card_knows_what_was_fused_without_being_told(models, tmp_path):
     assert "base_model" not in metadata
 
 
-KILLED = """
-import os, signal, sys
-import transformers.modeling_utils as library
-from ultrafuser.cli import main
-save = library.safe_save_file
-
-def half_of_it(tensors, path, **kwargs):
-    save(tensors, path, **kwargs)
-    os.truncate(path, os.path.getsize(path) // 2)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-if os.environ.get("KILLED"):
-    library.safe_save_file = half_of_it
-main()
-"""
-
-
-def test_killed_while_writing_it_leaves_nothing_that_loads_and_a_rerun_goes_on_from_the_hubs_cache(models, tmp_path):
+def test_a_model_of_the_hub_is_fused_from_the_cache_and_its_commit_is_kept(models, tmp_path, monkeypatch):
     commits = {}
     for k, (name, folder) in enumerate(models.items()):
         commits[name] = f"{k}" * 40
-        repository = tmp_path / "home" / "hub" / f"models--owner--{name}"
+        repository = tmp_path / "hub" / f"models--owner--{name}"
         shutil.copytree(folder, repository / "snapshots" / commits[name])
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text(commits[name])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     out = tmp_path / "fused"
-    words = ["fuse", *(f"{name}=owner/{name}" for name in NAMES), "--out", str(out)]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "home" / "hub")}
-
-    def fuse(**more):
-        command = [sys.executable, "-c", KILLED, *words]
-        root = Path(__file__).parent.parent
-        return subprocess.run(command, env={**environment, **more}, cwd=root, capture_output=True, text=True)
-
-    assert fuse(KILLED="1").returncode == -signal.SIGKILL
-    assert not out.exists()
-    half = tmp_path / "fused.part"
-    assert (half / "model.safetensors").exists()
-    with pytest.raises(Exception, match=r"(?i)safetensors|header|incomplete"):
-        UltraFuserForCausalLM.from_pretrained(half)
-
-    done = fuse()
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert not half.exists()
+    code, said = run(*(f"{name}=owner/{name}" for name in NAMES), "--out", out)
+    assert code == 0, said
     expected = UltraFuserForCausalLM.from_specialists(models)
     assert torch.equal(UltraFuserForCausalLM.from_pretrained(out)(IDS).logits, expected(IDS).logits)
     kept = json.loads((out / "specialists.json").read_text())
