@@ -168,7 +168,8 @@ def widest_usable_tokenizer(
     Raises:
         ValueError: If they do not agree, or all reach beyond the vocabulary.
     """
-    vocabularies = {n: _tokens_by_id(t, vocab_size) for n, t in tokenizers.items()}
+    ids = {n: t.get_vocab() for n, t in tokenizers.items()}
+    vocabularies = {n: _tokens_by_id(ids[n], vocab_size) for n in tokenizers}
     added = {n: set(t.get_added_vocab()) for n, t in tokenizers.items()}
     only_some = _known_to_some(vocabularies)
     rule = "Specialists must share one tokenizer, because their predictions are added token by token"
@@ -198,9 +199,7 @@ def widest_usable_tokenizer(
                 f"{rule}, but the added token {token!r} has the id {places[token]} in {first!r} and {i} in {name!r}. "
                 f"Leave one of the two out."
             )
-        cut = [
-            t for n, m in ((first, name), (name, first)) for t in added[n] - added[m] if t in tokenizers[m].get_vocab()
-        ]
+        cut = [t for n, m in ((first, name), (name, first)) for t in added[n] - added[m] if t in ids[m]]
         if cut:
             raise ValueError(
                 f"{rule}, but {name!r} splits text differently from {first!r} although the vocabularies are equal: only one "
@@ -213,7 +212,7 @@ def widest_usable_tokenizer(
                 f"tokenizers differ in {odd[0]}. Fuse specialists trained from one base model."
             )
         probe = TOKENIZER_PROBE
-        lost = [t for n in (first, name) for t, i in tokenizers[n].get_vocab().items() if i >= vocab_size]
+        lost = [t for n in (first, name) for t, i in ids[n].items() if i >= vocab_size]
         for token in [*only_some.values(), *lost]:
             # tokens of blanks alone would cut ordinary text otherwise
             probe = probe.replace(token, "") if token.strip() else probe
@@ -224,10 +223,10 @@ def widest_usable_tokenizer(
                 f"test sentence became {len(theirs)} tokens instead of {len(ours)}. Fuse specialists trained from one "
                 f"base model."
             )
-    beyond = {n: sorted(i for i in t.get_vocab().values() if i >= vocab_size) for n, t in tokenizers.items()}
+    beyond = {n: sorted(i for i in ids[n].values() if i >= vocab_size) for n in tokenizers}
     usable = [n for n in tokenizers if not beyond[n]]
     if not usable:
-        shown = {n: [tokenizers[n].convert_ids_to_tokens(i) for i in ids[:3]] for n, ids in beyond.items()}
+        shown = {n: [tokenizers[n].convert_ids_to_tokens(i) for i in more[:3]] for n, more in beyond.items()}
         raise ValueError(
             f"The fused vocabulary has the {vocab_size} rows that every specialist's head has, but every tokenizer "
             f"can produce tokens beyond it, such as {shown}. Fuse specialists whose heads cover their tokenizers."
@@ -239,7 +238,7 @@ def tokenizer_notes(
     tokenizers: dict[str, PreTrainedTokenizerBase], vocab_size: int, chosen: PreTrainedTokenizerBase
 ) -> list[str]:
     """What differs between tokenizers of which `widest_usable_tokenizer` chose one: a sentence each, and what to do."""
-    vocabularies = {n: _tokens_by_id(t, vocab_size) for n, t in tokenizers.items()}
+    vocabularies = {n: _tokens_by_id(t.get_vocab(), vocab_size) for n, t in tokenizers.items()}
     only_some = _known_to_some(vocabularies)
     whose = next(n for n, t in tokenizers.items() if t is chosen)
     notes = []
@@ -264,11 +263,10 @@ def tokenizer_notes(
     return notes
 
 
-def _tokens_by_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[int, str]:
+def _tokens_by_id(ids: dict[str, int], vocab_size: int) -> dict[int, str]:
     """Tokens below the fused vocabulary's size, without names of rows that are kept free for tokens to come."""
     # most tokens begin with a letter, and are no such name
-    ids = tokenizer.get_vocab().items()
-    return {i: t for t, i in ids if i < vocab_size and (t[:1].isalnum() or not _FREE.fullmatch(t))}
+    return {i: t for t, i in ids.items() if i < vocab_size and (t[:1].isalnum() or not _FREE.fullmatch(t))}
 
 
 def _known_to_some(vocabularies: dict[str, dict[int, str]]) -> dict[int, str]:
@@ -300,7 +298,8 @@ def _parts(tokenizer: PreTrainedTokenizerBase, common: set[str]) -> dict[str, An
             backend = convert_slow_tokenizer(tokenizer)
         except Exception:  # noqa: BLE001, of every kind
             return {}
-    parts = {part: _without_offsets(json.loads(backend.to_str()).get(part)) for part in _PARTS}
+    content = json.loads(backend.to_str())
+    parts = {part: _without_offsets(content.get(part)) for part in _PARTS}
     model = parts.pop("model") or {}
     vocabulary = model.pop("vocab", {})
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ", 1)) for m in model.pop("merges", None) or []]
