@@ -4,7 +4,7 @@ import copy
 import keyword
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -60,6 +60,8 @@ class UltraFuserConfig(PreTrainedConfig):
         gate_hidden_size: Width of the hidden layer of a gate that has one. 512 in the paper (section 4.1).
         gate_temperature: Gate scores are divided by it before the softmax. Above 1 is softer, below 1 is sharper.
         gate_calibration: Whether the gate also predicts temperatures, see `Gate`.
+        gate_switch_probability: How likely the "posterior" gate holds it that the best specialist changes after a token.
+            Default: 0.0005 where probabilities are mixed, 0.002 where logits are.
         fusion: "logits" mixes logits (the paper's Eq. 1), "probabilities" mixes distributions.
         adapters: Where specialists are LoRA adapters of one base, whose configuration all then have: the highest `rank`
             among them, and the names of the linear layers that any of them adapts, `target_modules`.
@@ -84,6 +86,7 @@ class UltraFuserConfig(PreTrainedConfig):
     gate_hidden_size: int = 512
     gate_temperature: float = 1.0
     gate_calibration: bool = False
+    gate_switch_probability: float | None = None
     fusion: str = "logits"
     adapters: dict[str, Any] | None = None
     vocab_size: int | None = None
@@ -160,6 +163,13 @@ class UltraFuserConfig(PreTrainedConfig):
             raise ValueError(
                 f"`gate_temperature` divides the gate's scores, so it must be a positive number, but it is "
                 f"{temperature!r}. 1.0 changes nothing; for equal weights choose gate='uniform'."
+            )
+        switch = self.gate_switch_probability
+        number = isinstance(switch, int | float) and not isinstance(switch, bool)
+        if switch is not None and not (number and 0 <= switch < 1):
+            raise ValueError(
+                f"`gate_switch_probability` is the probability that another specialist becomes the best one, so it must be "
+                f"at least 0 and below 1, but it is {switch!r}. Leave it out for the one that fits the fusion rule."
             )
         width = self.gate_hidden_size
         if not isinstance(width, int) or isinstance(width, bool) or width < 1:
@@ -430,6 +440,14 @@ def specialist_layer_types(config: PreTrainedConfig) -> list[str]:
 def soft_cap(config: PreTrainedConfig) -> float | None:
     """The value that bounds a specialist's logits as `cap * tanh(logits / cap)`, or None."""
     return getattr(config, "final_logit_softcapping", None)
+
+
+def head_columns(config: UltraFuserConfig) -> Iterator[slice]:
+    """Each specialist's columns of the wide head; all of a head that they have in common."""
+    start = 0
+    for specialist in config.specialists:
+        yield slice(start, start + specialist.hidden_size)
+        start += specialist.hidden_size if config.adapters is None else 0
 
 
 def common(values):

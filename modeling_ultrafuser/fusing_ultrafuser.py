@@ -54,6 +54,7 @@ def fuse_specialists(
     gate_hidden_size: int = 512,
     gate_temperature: float = 1.0,
     gate_calibration: bool = False,
+    gate_switch_probability: float | None = None,
     revisions: dict[str, str] | None = None,
     device_map=None,
     attn_implementation: str | None = None,
@@ -76,6 +77,7 @@ def fuse_specialists(
         gate_hidden_size: Width of the hidden layer of a gate that has one.
         gate_temperature: Divides the gate's scores before the softmax.
         gate_calibration: Whether the gate also predicts temperatures, token by token.
+        gate_switch_probability: Of the "posterior" gate, see `UltraFuserConfig`.
         revisions: Name to branch, tag or commit of its Hub repository. Pin commits for results to be repeatable.
         device_map: Where the fused model goes, as for `from_pretrained`.
         attn_implementation: As for `from_pretrained`; reaches every specialist.
@@ -104,6 +106,7 @@ def fuse_specialists(
         "gate_hidden_size": gate_hidden_size,
         "gate_temperature": gate_temperature,
         "gate_calibration": gate_calibration,
+        "gate_switch_probability": gate_switch_probability,
         "fusion": fusion,
     }
     if not names:

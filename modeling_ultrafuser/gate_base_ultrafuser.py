@@ -32,6 +32,18 @@ class GateOutput(NamedTuple):
     scales: Tensor | None = None
 
 
+class Evidence(NamedTuple):
+    """What a gate reads of the past, see `accumulated` in `evidence_ultrafuser.py`.
+
+    Attributes:
+        decays: Of sums of log-probabilities.
+        switches: Switch probabilities of fixed-share forecasters.
+    """
+
+    decays: tuple[float, ...] = ()
+    switches: tuple[float, ...] = ()
+
+
 class Gate(nn.Module):
     """Base of all gates: scores each specialist, then takes the softmax over specialists at `gate_temperature`.
 
@@ -45,11 +57,15 @@ class Gate(nn.Module):
         has_width: Whether it has a hidden layer, `gate_hidden_size` wide.
         can_calibrate: Whether it can also predict temperatures.
         dropout: Probability with which training hides each number of the hidden states: the trainers set it.
+        reads_past: Whether it also reads how well each specialist has predicted the text so far.
+        evidence: What of that.
     """
 
     has_width = False
     can_calibrate = False
     dropout = 0.0
+    reads_past = False
+    evidence = Evidence()
 
     def __init__(self, config):
         super().__init__()
@@ -57,25 +73,28 @@ class Gate(nn.Module):
         self.num_specialists = len(config.specialists)
         self.num_outputs = self.num_specialists + num_scales(config)
 
-    def scores(self, hidden_states: list[Tensor]) -> Tensor:
+    def scores(self, hidden_states: list[Tensor], *evidence: Tensor) -> Tensor:
         """Scores each specialist before the softmax, then gives the logarithms of the scales, if there are any.
 
         Args:
             hidden_states: Each specialist's last hidden state in float32. Shapes (batch, seq, hidden).
+            *evidence: Of a gate that reads the past, what it does. Shape (batch, seq, specialists, numbers).
 
         Returns:
             Shape (batch, seq, specialists + scales).
         """
         raise NotImplementedError
 
-    def forward(self, hidden_states: list[Tensor]) -> GateOutput:
+    def forward(self, hidden_states: list[Tensor], *evidence: Tensor) -> GateOutput:
         """Weighs the specialists at every token.
 
         Args:
             hidden_states: Each specialist's last hidden state, after its final norm. Shapes (batch, seq, hidden).
+            *evidence: As for `scores`.
         """
         with torch.autocast(device_type=hidden_states[0].device.type, enabled=False):
-            scores = self.scores([F.dropout(h.float(), self.dropout, self.training) for h in hidden_states])
+            states = [F.dropout(h.float(), self.dropout, self.training) for h in hidden_states]
+            scores = self.scores(states, *evidence)
             weights = (scores[..., : self.num_specialists] / self.temperature).softmax(-1)
             if self.num_outputs == self.num_specialists:
                 return GateOutput(weights)

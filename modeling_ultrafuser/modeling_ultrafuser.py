@@ -32,8 +32,9 @@ from .causal_ultrafuser import (
     tokens_before_switch,
 )
 from .checking_ultrafuser import check_fused
-from .configuration_ultrafuser import UltraFuserConfig, attention_of_all, soft_cap
+from .configuration_ultrafuser import UltraFuserConfig, attention_of_all, head_columns, soft_cap
 from .embeddings_ultrafuser import TokenEmbeddings
+from .evidence_ultrafuser import read_evidence
 from .fusing_ultrafuser import fuse_specialists
 from .gate_base_ultrafuser import Gate, GateOutput, head_factors
 from .gates_ultrafuser import GATES
@@ -188,6 +189,8 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
                     if isinstance(getattr(module, "layer_idx", None), int):
                         module.layer_idx += start
         self.fusion_gate = GATES[config.gate](config)
+        # whoever has a head puts it here, for gates that read the past; in a tuple, so that it is no part of the backbone
+        self.wide_head: tuple[nn.Module, ...] = ()
         self.resized = False
         self._tell_attention()
         self.post_init()
@@ -282,7 +285,10 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
 
         # a device map may have put the specialists on several devices
         device = outputs[-1].last_hidden_state.device
-        fused, gate_output = self.weighed([o.last_hidden_state.to(device) for o in outputs])
+        states = [o.last_hidden_state.to(device) for o in outputs]
+        views = (specialist_input_ids, specialist_attention_mask, kwargs.get("cu_seq_lens_q"))
+        evidence = read_evidence(self, states, input_ids, past_key_values, attention_mask, position_ids, *views)
+        fused, gate_output = self.weighed(states, *evidence)
         output_class = UltraFuserModelOutput if self.config.fusion == "logits" else UltraFuserMixtureOutput
         output = output_class(
             fused,
@@ -294,16 +300,17 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def weighed(self, hidden_states: list[Tensor]) -> tuple[Tensor, GateOutput]:
+    def weighed(self, hidden_states: list[Tensor], *evidence: Tensor) -> tuple[Tensor, GateOutput]:
         """Weighs last hidden states into what the head reads.
 
         Args:
             hidden_states: Each specialist's, on one device. Shapes (batch, seq, hidden).
+            *evidence: See `read_evidence`.
 
         Returns:
             The fused hidden state, see `mixed`, and what the gate returned.
         """
-        gate_output = self.fusion_gate(hidden_states)
+        gate_output = self.fusion_gate(hidden_states, *evidence)
         return self.mixed(hidden_states, *gate_output), gate_output
 
     def mixed(self, hidden_states: list[Tensor], gate_weights: Tensor, logit_scales: Tensor | None = None) -> Tensor:
@@ -360,6 +367,11 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
     def _is_stateful(self) -> bool:
         # recurrent states cannot go back to before a rejected draft, so the library refuses drafts for such models
         return any(causal_class(config)._is_stateful for config in self.config.backbones)
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, value)
+        if name == "lm_head":
+            self.model.wide_head = (value,)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -441,11 +453,7 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         return fused
 
     def _head_columns(self) -> Iterator[slice]:
-        """Each specialist's columns of the wide head; all of a head that they have in common."""
-        start = 0
-        for config in self.config.specialists:
-            yield slice(start, start + config.hidden_size)
-            start += config.hidden_size if self.config.adapters is None else 0
+        return head_columns(self.config)
 
     @torch.no_grad()
     def gate_weights(self, input_ids: Tensor, **kwargs) -> Tensor:
@@ -641,6 +649,12 @@ class UltraFuserForSequenceClassification(GenericForSequenceClassification, Ultr
             raise ValueError(
                 f"A score is read off one hidden state, which a fused model has with fusion='logits', but this one has "
                 f"fusion={config.fusion!r}. Fuse the specialists anew with fusion='logits'."
+            )
+        if GATES[config.gate].reads_past:
+            raise ValueError(
+                f"The gate {config.gate!r} asks how likely every specialist held each token, which their heads tell, but a "
+                f"model that scores whole texts has another head in their place. Choose a gate that reads hidden states "
+                f"alone, such as 'cross'."
             )
         self.num_labels = config.num_labels
         self.model = UltraFuserModel(config)

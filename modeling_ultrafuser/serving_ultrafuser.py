@@ -12,6 +12,7 @@ from .configuration_ultrafuser import (
     num_key_value_heads,
     specialist_layer_types,
 )
+from .gates_ultrafuser import GATES
 
 
 def check_servable_by_vllm(config: UltraFuserConfig) -> None:
@@ -22,6 +23,7 @@ def check_servable_by_vllm(config: UltraFuserConfig) -> None:
     """
     _refuse_adapters(config, "vLLM's Transformers backend")
     _refuse_longrope(config, "vLLM's Transformers backend")
+    _refuse_evidence(config, "vLLM's Transformers backend")
 
     def refuse(reason: str, values: list) -> None:
         raise ValueError(
@@ -78,6 +80,16 @@ def _refuse_longrope(config: UltraFuserConfig, engine: str) -> None:
             )
 
 
+def _refuse_evidence(config: UltraFuserConfig, engine: str) -> None:
+    if GATES[config.gate].reads_past:
+        stateless = [name for name, gate in GATES.items() if not gate.reads_past]
+        raise ValueError(
+            f"{engine} keeps keys and values of each text and nothing else, but gate={config.gate!r} also carries from "
+            f"token to token how well each specialist has predicted the text so far. Use `generate` for this model, or "
+            f"another gate, one of {stateless}."
+        )
+
+
 _EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -89,6 +101,7 @@ def check_pageable(config: UltraFuserConfig) -> None:
     """
     _refuse_adapters(config, "Continuous batching")
     _refuse_longrope(config, "Continuous batching")
+    _refuse_evidence(config, "Continuous batching")
     if attention_of_all(config) is None:
         own = {n: c._attn_implementation for n, c in zip(config.specialist_names, config.specialists, strict=True)}
         raise ValueError(

@@ -26,6 +26,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.cache_ultrafuser import SpecialistCache
 from modeling_ultrafuser.causal_ultrafuser import starts_over, switching_lengths, tokens_before_switch
 from modeling_ultrafuser.configuration_ultrafuser import soft_cap
+from modeling_ultrafuser.evidence_ultrafuser import MOST_KEPT, read_evidence
 
 
 # of the library's, those that only look at the text so far, so that what was drafted leaves no trace in them
@@ -81,8 +82,8 @@ def self_draft(
     sample, padding = generation_config.do_sample, _padding(generation_config)
 
     # the prompt, by all: the first token, and who is heard most
-    hidden_states = [reader.read(k, input_ids)[:, -1:] for k in range(reader.count)]
-    fused, (gate_weights, _) = model.model.weighed(hidden_states)
+    hidden_states = [reader.read(k, input_ids) for k in range(reader.count)]
+    fused, gate_weights = reader.weighed(hidden_states, input_ids, 1)
     scores = _scores(model.logits(fused, gate_weights), input_ids, 1, logits_processor)
     input_ids = torch.cat([input_ids, _choose(scores[:, 0], sample)], dim=-1)
     live = ~stopping_criteria(input_ids, None)
@@ -100,13 +101,13 @@ def self_draft(
         else:
             favourite = int(gate_weights[live, -1].mean(0).argmax())
             drafted, proposed, hidden = reader.draft(
-                favourite, input_ids, min(num_drafts, room), logits_processor, sample
+                favourite, input_ids, min(num_drafts, room, MOST_KEPT), logits_processor, sample
             )
             # nobody reads the last draft before it is accepted
             drafts, block, own = drafted[:, length:], drafted[:, :-1], {favourite: hidden}
         count = block.shape[1] - length + 1
         hidden_states = [own[k] if k in own else reader.read(k, block) for k in range(reader.count)]
-        fused, (gate_weights, _) = model.model.weighed([h[:, -count:] for h in hidden_states])
+        fused, gate_weights = reader.weighed(hidden_states, block, count)
         target = _scores(model.logits(fused, gate_weights), block, count, logits_processor)
         tokens, accepted = verified(drafts, proposed, target, sample, live)
         if own:
@@ -223,6 +224,16 @@ class _Reader:
         # a device map may have put the specialists on several devices
         return output.last_hidden_state.to(self.model.lm_head.weight.device)
 
+    def weighed(self, hidden_states: list[Tensor], input_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """What the head reads at the last `count` tokens, once all specialists have read them, and gate weights there."""
+        backbone, mask = self.model.model, self.mask
+        if mask is not None:
+            mask = F.pad(mask, (0, input_ids.shape[1] - mask.shape[1]), value=1)
+        read = input_ids[:, -hidden_states[0].shape[1] :]
+        evidence = [e[:, -count:] for e in read_evidence(backbone, hidden_states, read, self.cache, mask)]
+        fused, gate_output = backbone.weighed([h[:, -count:] for h in hidden_states], *evidence)
+        return fused, gate_output.weights
+
     def start_over(self, length: int) -> int:
         """Forgets everything where keys must be rotated anew. Returns how many tokens the text can grow by until then.
 
@@ -304,6 +315,11 @@ def _check(model, config: GenerationConfig, num_drafts: int, model_kwargs: dict)
         raise ValueError(f"`num_drafts` counts tokens drafted in a round, at least 1, but it is {num_drafts!r}.")
     if model._is_stateful:
         raise ValueError(f"A recurrent specialist cannot go back to before a rejected draft. {plain}")
+    if model.model.fusion_gate.reads_past and any(map(switching_lengths, model.config.specialists)):
+        raise ValueError(
+            f"Keys of a specialist are rotated by other factors once the text is longer (longrope), so that it is read anew, "
+            f"which a drafter does alone, but gate={model.config.gate!r} reads what all say of all of it. {plain}"
+        )
     cache = model_kwargs.get("past_key_values")
     if cache is not None and not isinstance(cache, DynamicCache):
         raise ValueError(

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.configuration_ultrafuser import head_dim, specialist_layer_types
+from modeling_ultrafuser.evidence_ultrafuser import read_evidence
 from modeling_ultrafuser.gate_base_ultrafuser import head_factors
 from modeling_ultrafuser.outputs_ultrafuser import UltraFuserMixtureOutput, UltraFuserModelOutput
 
@@ -198,6 +199,7 @@ class StackedModel(nn.Module):
         self.register_buffer("angle_scales", scales[:, None, None, None, None], persistent=False)
         self.activation = ACT2FN[first.hidden_act]
         self.fusion_gate = model.model.fusion_gate
+        self.wide_head: tuple[nn.Module, ...] = ()
 
     def specialist_state(self, k: int) -> dict[str, Tensor]:
         """One specialist's weights by their ordinary names."""
@@ -250,7 +252,8 @@ class StackedModel(nn.Module):
             hidden = layer.down(self.activation(gate) * up, onto=hidden)
         hidden = _rms_norm(hidden, self.norm, self.epsilon).view(-1, batch, seq, hidden.shape[-1])
 
-        weights, scales = self.fusion_gate(list(hidden))
+        evidence = read_evidence(self, list(hidden), input_ids, past_key_values, attention_mask, position_ids)
+        weights, scales = self.fusion_gate(list(hidden), *evidence)
         hidden, factors, output_class = hidden.permute(1, 2, 0, 3), scales, UltraFuserMixtureOutput
         if self.fusion == "logits":
             factors, output_class = head_factors(weights, scales), UltraFuserModelOutput

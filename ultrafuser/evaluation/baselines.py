@@ -66,9 +66,10 @@ class ShuffledGate(Gate):
     def __init__(self, config, gate: Gate, seed: int = 0):
         super().__init__(config)
         self.gate, self.rng = gate, torch.Generator().manual_seed(seed)
+        self.reads_past, self.evidence = gate.reads_past, gate.evidence
 
-    def forward(self, hidden_states: list[Tensor]) -> GateOutput:
-        weights, scales = self.gate(hidden_states)
+    def forward(self, hidden_states: list[Tensor], *evidence: Tensor) -> GateOutput:
+        weights, scales = self.gate(hidden_states, *evidence)
         drawn = torch.rand(weights.shape[:2], generator=self.rng)
         if self.lengths is not None:
             drawn = drawn.masked_fill(torch.arange(drawn.shape[1]) >= self.lengths[:, None], 2.0)

@@ -1,0 +1,306 @@
+"""Evidence: how well each specialist has predicted the text so far, for gates that look back.
+
+What a gate knows at a token is that token and all before it, so that the log-probability of each of them, which its
+specialists gave it one token earlier, is known, too. The state that is carried from token to token lives in the
+key-value cache, as one more layer behind those of the specialists: whatever crops, reorders or repeats the cache does
+it to the state.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers.cache_utils import Cache
+
+from .configuration_ultrafuser import UltraFuserConfig, head_columns, soft_cap
+from .gate_base_ultrafuser import Evidence
+from .specialists_ultrafuser import positions_of
+
+
+# tokens whose logits are in memory at once
+CHUNK, CHUNK_ELSEWHERE = 128, 1024
+# positions that a cache can go back by: as many as one pass has read, up to the second, and at least the first
+KEPT, MOST_KEPT = 64, 1024
+# of the token before the first: nothing comes next after it
+NOWHERE = -2
+
+
+class Past(NamedTuple):
+    """What is carried from token to token. All are (batch, seq, ...).
+
+    Attributes:
+        states: The specialists' last hidden states side by side. Shape (..., sum of hidden sizes).
+        evidence: See `accumulated`. Shape (..., specialists, numbers).
+        positions: Of the tokens in their text, for each view of it. Shape (..., 1 or specialists).
+    """
+
+    states: Tensor
+    evidence: Tensor
+    positions: Tensor
+
+
+class EvidenceLayer:
+    """Evidence as one more layer of a key-value cache.
+
+    It keeps the last tokens only, a few of which the cache can be cropped by.
+
+    Args:
+        in_place: Whether tensors stay where they are, as compiled steps want it. There is then no way back.
+    """
+
+    # what the library asks of the layers of a cache
+    is_compileable = is_croppable = is_initialized = True
+    is_sliding = supports_early_init = False
+    keys = values = None
+
+    def __init__(self, in_place: bool):
+        self.in_place = in_place
+        self.past: Past | None = None
+
+    def update(self, new: Past) -> None:
+        """Takes in what is known at the tokens just read."""
+        read = new.states.shape[1]
+        if self.in_place:
+            new = Past(*(t[:, -1:] for t in new))
+            if self.past is None:
+                self.past = Past(*(t.clone() for t in new))
+            else:
+                for kept, last in zip(self.past, new, strict=True):
+                    kept.copy_(last)
+            return
+        keep = max(KEPT, min(read, MOST_KEPT))
+        new = Past(*(t[:, -keep:] for t in new))
+        if self.past is None or read >= keep:
+            self.past = Past(*(t.clone() for t in new))
+        else:
+            self.past = Past(*(torch.cat([a[:, read - keep :], b], 1) for a, b in zip(self.past, new, strict=True)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Goes back by some tokens.
+
+        Raises:
+            ValueError: If that is further than what is kept.
+        """
+        remove = -tokens_to_remove
+        if not remove or self.past is None:
+            return
+        kept = self.past.states.shape[1]
+        if self.in_place or not 0 < remove < kept:
+            raise ValueError(
+                f"The evidence that a gate reads goes back {0 if self.in_place else kept - 1} tokens here, but the cache "
+                f"is to be cropped by {tokens_to_remove}. Read the text anew into a new cache."
+            )
+        self.past = Past(*(t[:, :-remove] for t in self.past))
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.past = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Gives each row the state of another."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some rows."""
+        if self.past is not None:
+            self.past = Past(*(t[indices.to(t.device)] for t in self.past))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row."""
+        if self.past is not None:
+            self.past = Past(*(t.repeat_interleave(repeats, dim=0) for t in self.past))
+
+    def get_max_length(self) -> int:
+        """No limit, in the library's words."""
+        return -1
+
+    def get_seq_length(self) -> int:
+        """Tokens that are kept."""
+        return 0 if self.past is None else self.past.states.shape[1]
+
+    def offload(self) -> None:
+        """Stays where it is."""
+
+    prefetch = offload
+
+
+def layer_of(cache: Cache) -> EvidenceLayer:
+    """A cache's own layer of evidence, behind those of the specialists; made unless it is there.
+
+    Raises:
+        ValueError: If the cache moves its layers between devices.
+    """
+    for layer in reversed(cache.layers):
+        if isinstance(layer, EvidenceLayer):
+            return layer
+    if cache.offloading:
+        raise ValueError(
+            "An offloaded cache fetches one layer after another, which evidence is none of, but the gate reads it. "
+            "Leave `cache_implementation='offloaded'` out, or choose 'static'."
+        )
+    cache.layers.append(EvidenceLayer(in_place=cache.is_compileable))
+    return cache.layers[-1]
+
+
+@torch.no_grad()
+def read_evidence(
+    backbone: nn.Module,
+    hidden_states: list[Tensor],
+    input_ids: Tensor,
+    past_key_values: Cache | None = None,
+    attention_mask: Tensor | dict[str, Tensor] | None = None,
+    position_ids: Tensor | None = None,
+    specialist_input_ids: Tensor | None = None,
+    specialist_attention_mask: Tensor | None = None,
+    cu_seq_lens: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """What a gate reads besides hidden states: nothing, or how well each specialist predicted the text up to each token.
+
+    That is noted down in the cache. A token counts if it follows the one before it: not behind padding, and not where
+    another text begins, as positions tell. There everything starts anew. Where specialists read the text in words of
+    their own, only those tokens count that all of them read; elsewhere their likelihoods do not compare.
+
+    Args:
+        backbone: Its gate and configuration are read, and the head that it was given.
+        hidden_states: Each specialist's last hidden states at the new tokens. Shapes (batch, seq, hidden).
+        input_ids: The new tokens; this and all others are those of `UltraFuserModel.forward`.
+        cu_seq_lens: Where texts begin that lie end to end in one row. Shape (texts + 1,).
+
+    Returns:
+        See `accumulated`. Shape (batch, seq, specialists, numbers).
+
+    Raises:
+        ValueError: If the head is not there as a whole.
+    """
+    wanted, config = backbone.fusion_gate.evidence, backbone.config
+    if not backbone.fusion_gate.reads_past:
+        return ()
+    states = torch.cat(hidden_states, -1).detach()
+    weight = _whole_head(backbone.wide_head, config, states)
+    layer = None if past_key_values is None else layer_of(past_key_values)
+    before = None if layer is None or layer.past is None else Past(*(t[:, -1:] for t in layer.past))
+    ids = input_ids[:, None] if specialist_input_ids is None else specialist_input_ids
+    batch, _, seq = ids.shape
+
+    mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
+    if specialist_attention_mask is not None:
+        views = specialist_attention_mask
+        positions = positions_of(views.flatten(0, 1), seq).unflatten(0, views.shape[:2]).mT
+    else:
+        positions = _positions(input_ids, mask, position_ids, cu_seq_lens, before)[..., None]
+    start = positions.new_full((batch, 1, 1), NOWHERE) if before is None else before.positions
+    earlier = torch.cat([start.expand(-1, -1, positions.shape[-1]), positions[:, :-1]], 1)
+    follows = (positions == earlier + 1).all(-1)
+    if mask is not None:
+        real = F.pad(mask, (1, 0)).bool()[:, -seq - 1 :]
+        follows = follows & real[:, 1:] & real[:, :-1]
+
+    first = torch.zeros_like(states[:, :1]) if before is None else before.states
+    log_probs = log_likelihoods(torch.cat([first, states[:, :-1]], 1), ids, weight, config)
+    counts = follows & (ids == ids[:, :1]).all(1)
+    evidence = accumulated(log_probs, follows, counts, wanted, None if before is None else before.evidence[:, 0])
+    if layer is not None:
+        layer.update(Past(states, evidence, positions.expand(batch, -1, -1)))
+    return (evidence,)
+
+
+def _positions(
+    input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None, before: Past | None
+) -> Tensor:
+    """Positions of the new tokens in their texts. Shape (batch, seq)."""
+    batch, seq = input_ids.shape
+    if position_ids is not None:
+        return position_ids.expand(batch, -1)
+    counted = torch.arange(seq, device=input_ids.device)[None]
+    if cu_seq_lens is not None:
+        return counted - cu_seq_lens[torch.searchsorted(cu_seq_lens, counted.int(), right=True) - 1]
+    if mask is not None:
+        return positions_of(mask, seq)
+    return (counted if before is None else before.positions[:, :, 0] + 1 + counted).expand(batch, -1)
+
+
+def log_likelihoods(states: Tensor, ids: Tensor, head: Tensor, config: UltraFuserConfig) -> Tensor:
+    """Log-probability of each token under each specialist, some tokens at a time.
+
+    Args:
+        states: The specialists' last hidden states one token earlier, side by side. Shape (batch, seq, sum of widths).
+        ids: The tokens, for all specialists or for each. Shape (batch, 1 or specialists, seq).
+        head: The wide head's weight.
+        config: Of the fused model.
+
+    Returns:
+        Shape (batch, seq, specialists).
+    """
+    size = CHUNK if head.device.type == "cpu" else CHUNK_ELSEWHERE
+    specialists = config.specialists
+    found = []
+    for k, (own, columns) in enumerate(
+        zip(states.split([c.hidden_size for c in specialists], -1), head_columns(config), strict=True)
+    ):
+        weight, cap, tokens = head[:, columns], soft_cap(specialists[k]), ids[:, min(k, ids.shape[1] - 1)]
+        parts = []
+        for h, y in zip(own.flatten(0, 1).split(size), tokens.flatten().split(size), strict=True):
+            logits = F.linear(h.to(weight.device, weight.dtype), weight).float()
+            if cap is not None:
+                logits = cap * torch.tanh(logits / cap)
+            at_y = logits.gather(-1, y.to(weight.device)[:, None])[:, 0]
+            parts.append(at_y - logits.logsumexp(-1))
+        found.append(torch.cat(parts).to(states.device).view(states.shape[:2]))
+    return torch.stack(found, -1)
+
+
+def accumulated(
+    log_probs: Tensor, follows: Tensor, counts: Tensor, wanted: Evidence, before: Tensor | None = None
+) -> Tensor:
+    """Sums up log-probabilities over the past, token by token.
+
+    For each decay c, the decayed sum s_t = c s_(t-1) + l_t of each specialist's log-probabilities l. For each switch
+    probability a, log weights of the fixed-share forecaster (Herbster and Warmuth, 1998, section 4): the posterior that
+    a specialist is the best one for what comes next, if the best one changes after a token with probability a, to any
+    one of the N:
+
+        v_t,k = w_(t-1),k exp(l_t,k) / sum_j w_(t-1),j exp(l_t,j)        (loss update)
+        w_t,k = (1 - a) v_t,k + a / N                                    (share update, their alpha being a (N - 1) / N)
+
+    Args:
+        log_probs: Of the tokens. Shape (batch, seq, specialists).
+        follows: Whether a token follows the one before it; where not, all starts anew. Shape (batch, seq).
+        counts: Whether its log-probabilities count. Shape (batch, seq).
+        wanted: Decays and switch probabilities.
+        before: What there was. Shape (batch, specialists, numbers). Default: nothing, that is sums of 0, equal weights.
+
+    Returns:
+        A number for each decay, then for each switch probability. Shape (batch, seq, specialists, numbers).
+    """
+    like, number, sums = {"dtype": log_probs.dtype, "device": log_probs.device}, log_probs.shape[-1], len(wanted.decays)
+    decays, switches = (torch.tensor(values, **like) for values in wanted)
+    stay, share = torch.log1p(-switches), switches.log() - math.log(number)
+    start = torch.cat([torch.zeros_like(decays), torch.full_like(switches, -math.log(number))])
+    state = start.expand(len(log_probs), number, -1) if before is None else before
+    log_probs, follows, counts = log_probs[..., None], follows[..., None, None], counts[..., None, None]
+    found = []
+    for t in range(log_probs.shape[1]):
+        decayed, weights = state[..., :sums], state[..., sums:]
+        posterior = (weights + log_probs[:, t]).log_softmax(1)
+        new = [decayed * decays + log_probs[:, t], torch.logaddexp(posterior + stay, share)]
+        state = torch.where(follows[:, t], torch.where(counts[:, t], torch.cat(new, -1), state), start)
+        found.append(state)
+    return torch.stack(found, 1)
+
+
+def _whole_head(heads: tuple[nn.Module, ...], config: UltraFuserConfig, states: Tensor) -> Tensor:
+    weight = heads[0].weight if heads else None
+    if weight is None:
+        found = "the backbone alone has none: load the folder with `AutoModelForCausalLM`"
+    elif weight.is_meta and not states.is_meta:
+        found = "it is on the disk: load the model with the head on a device"
+    elif len(weight) != config.vocab_size or hasattr(weight, "full_tensor"):
+        found = "each process holds a part of it: train with one process or with DDP, or another gate"
+    else:
+        return weight
+    raise ValueError(
+        f"The gate {config.gate!r} asks how likely every specialist held each token, which takes the whole head, but "
+        f"{found}."
+    )

@@ -1,0 +1,37 @@
+"""The "posterior" gate: who has predicted the text best so far, without anything to learn."""
+
+from torch import Tensor
+
+from .gate_base_ultrafuser import Evidence, Gate
+
+
+class PosteriorGate(Gate):
+    """The fixed-share forecaster (Herbster and Warmuth, 1998) over the specialists' log-probabilities of the text so far.
+
+    It has no parameters: a newcomer needs no training. Its weights are the posterior that each specialist is the best
+    one for the next token, if the best one changes after a token with probability `gate_switch_probability`. With
+    fusion="probabilities" and no switching that is a Bayesian mixture: over any text at most log N nats behind the best
+    specialist; with switching also at most that behind the best sequence of specialists, plus a price for each change.
+    """
+
+    reads_past = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.evidence = Evidence(switches=(switch_probability(config),))
+
+    def scores(self, hidden_states: list[Tensor], *evidence: Tensor) -> Tensor:
+        return evidence[0][..., 0].float()
+
+    def without(self, index: int, config) -> dict[str, Tensor]:
+        return {}
+
+    def with_one_more(self, name: str, config) -> dict[str, Tensor]:
+        return {}
+
+
+def switch_probability(config) -> float:
+    """As the configuration says, or else what was best for the fusion rule."""
+    if config.gate_switch_probability is not None:
+        return config.gate_switch_probability
+    return 0.0005 if config.fusion == "probabilities" else 0.002
