@@ -1,6 +1,7 @@
 """Mixes of specialists that differ in every way a fused model allows, and the naive sum that it must equal."""
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -83,7 +84,48 @@ def naive_logits(fused, specialists, input_ids, gate_weights, **inputs):
 def naive_gate_weights(fused, specialists, input_ids, **inputs):
     """The fused model's gate, on the hidden states of the specialists it was made from."""
     states = [m.base_model(input_ids, **inputs).last_hidden_state for m in specialists.values()]
-    return fused.model.fusion_gate(states).weights
+    gate = fused.model.fusion_gate
+    if not gate.reads_past:
+        return gate(states).weights
+    log_probs = [m(input_ids, **inputs).logits.double().log_softmax(-1)[:, :-1] for m in specialists.values()]
+    of_tokens = [lp.gather(-1, input_ids[:, 1:, None]) for lp in log_probs]
+    evidence = [textbook(row.exp().tolist(), *gate.evidence) for row in torch.cat(of_tokens, -1)]
+    return gate(states, torch.tensor(evidence)).weights
+
+
+def textbook(likelihoods, decays, switches):
+    """Evidence of one text, a token at a time, in plain numbers.
+
+    Args:
+        likelihoods: What each specialist held of the second token, of the third, and so on.
+        decays: Of sums of log-likelihoods.
+        switches: Of fixed-share forecasters, in the form of Herbster and Warmuth (1998), figure 1: each expert gives away
+            a share of its weight, in equal parts to all others.
+
+    Returns:
+        For each token, for each specialist: the sums, then the logarithms of the forecasters' weights.
+    """
+    number = len(likelihoods[0]) if likelihoods else 0
+    sums = [[0.0] * number for _ in decays]
+    weights = [[1 / number] * number for _ in switches]
+
+    def numbers():
+        columns = [*sums, *([math.log(w) for w in own] for own in weights)]
+        return [[column[k] for column in columns] for k in range(number)]
+
+    found = [numbers()]
+    for likelihood in likelihoods:
+        for own, decay in zip(sums, decays, strict=True):
+            own[:] = [decay * s + math.log(p) for s, p in zip(own, likelihood, strict=True)]
+        for own, switch in zip(weights, switches, strict=True):
+            # of a switch that may lead back to the same one, so much leads elsewhere
+            share = switch * (number - 1) / number
+            updated = [w * p for w, p in zip(own, likelihood, strict=True)]
+            updated = [w / sum(updated) for w in updated]
+            pool = sum(share * w for w in updated)
+            own[:] = [(1 - share) * w + (pool - share * w) / (number - 1) for w in updated]
+        found.append(numbers())
+    return found
 
 
 @torch.no_grad()

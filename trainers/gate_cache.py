@@ -9,7 +9,7 @@ that are mapped into memory:
 - "top", for mixtures of logits: the likeliest tokens, and a polynomial for the others (see `top_tokens`). An epoch costs
   little more than the gate.
 
-The gate's own input, the last hidden states, is kept in all three.
+The gate's own input is kept in all three: the last hidden states, and the evidence of a gate that reads the past.
 """
 
 import hashlib
@@ -176,11 +176,14 @@ class CachedGateTrainer(GateTrainer):
         self.rows = self._remove_unused_columns(self.train_dataset, description="training")
         dtype = dtype or next(self.fused.model.specialists.parameters()).dtype
         counts: list[int] = []
+        gate = self.fused.model.fusion_gate
         identity = {
             "keep": self.keep,
             "dtype": str(dtype).removeprefix("torch."),
             "rows": _digest(self._counted(counts)),
             "specialists": _digest(_samples(self.fused)),
+            # one made for a gate that reads the past serves all that do not
+            **({"evidence": [list(numbers) for numbers in gate.evidence]} if gate.reads_past else {}),
         }
         self.cache = GateCache(cache, identity, counts, self._fields(dtype))
         # from here on an example is the place of its row
@@ -220,6 +223,8 @@ class CachedGateTrainer(GateTrainer):
         widths = [c.hidden_size for c in self.fused.config.specialists]
         number, vocab = len(widths), self.fused.config.vocab_size
         fields = {"targets": ((), torch.int64), "states": ((sum(widths),), dtype)}
+        if self.fused.model.fusion_gate.reads_past:
+            fields["evidence"] = ((number, sum(map(len, self.fused.model.fusion_gate.evidence))), torch.float32)
         if self.keep != "hidden":
             fields["log_probs"] = ((number,), torch.float32)
         if self.keep == "top":
@@ -258,6 +263,8 @@ class CachedGateTrainer(GateTrainer):
             self.fused.model(**batch, use_cache=False, return_dict=True)
             states, targets = [h[:, :-1][mask] for h in seen["hidden_states"]], labels[mask]
             said = {"targets": targets, "states": torch.cat(states, -1)}
+            for evidence in seen["evidence"]:
+                said["evidence"] = evidence[:, :-1][mask]
             weight = self.fused.lm_head.weight
             heads = [weight[:, columns] for columns in self.fused._head_columns()]
             caps = [soft_cap(c) for c in self.fused.config.specialists]
@@ -288,8 +295,10 @@ class CachedGateTrainer(GateTrainer):
         def read(*args, cached=None, **kwargs):
             if cached is None:
                 return run(*args, **kwargs)
-            states = arrays["states"][cached.cpu()].to(self.args.device)
-            weights, scales = backbone.fusion_gate(states.split(widths, -1))
+            states, *evidence = (
+                arrays[name][cached.cpu()].to(self.args.device) for name in ("states", "evidence") if name in arrays
+            )
+            weights, scales = backbone.fusion_gate(states.split(widths, -1), *evidence)
             return UltraFuserMixtureOutput(states, gate_weights=weights, logit_scales=scales)
 
         @wraps(ordinary)

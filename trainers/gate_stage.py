@@ -18,7 +18,8 @@ class GateTrainer(StageTrainer):
     def _choose_parameters(self, model: PreTrainedModel, args: GateStageConfig, peft_config) -> None:
         if not list(model.model.fusion_gate.parameters()):
             raise ValueError(
-                f"Stage one trains the gate, but gate={model.config.gate!r} has no parameters. Fuse with gate='mlp'."
+                f"Stage one trains the gate, but gate={model.config.gate!r} has no parameters: there is nothing to train. Use "
+                f"the model as it is, or fuse with gate='mlp'."
             )
         if peft_config is not None:
             raise ValueError("Stage one trains the gate alone, so there is nothing to adapt. Give LoRA to stage two.")

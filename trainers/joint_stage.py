@@ -67,7 +67,7 @@ class JointTrainer(StageTrainer):
                     "target_modules=r'.*specialists\\.code\\..*(q_proj|v_proj)'."
                 )
             saved = set(peft_config.modules_to_save or [])
-            if model.config.gate != "uniform":
+            if list(model.model.fusion_gate.parameters()):
                 peft_config.modules_to_save = sorted(saved | {"fusion_gate"})
         elif set(chosen) != set(names):
             if model.config.adapters is None:

@@ -20,7 +20,7 @@ def watching(fused: PreTrainedModel, *, own: bool = False, hidden: bool = False)
 
     Args:
         fused: The fused model, not wrapped.
-        own: Whether to keep every specialist's last hidden state.
+        own: Whether to keep every specialist's last hidden state, and the evidence that a gate reads beside them.
         hidden: Whether to keep the backbone's.
     """
     seen: dict = {}
@@ -35,7 +35,7 @@ def watching(fused: PreTrainedModel, *, own: bool = False, hidden: bool = False)
             seen["last_hidden_state"] = output[0]
 
     def states_of(_, inputs):
-        seen["hidden_states"] = [state.detach() for state in inputs[0]]
+        seen["hidden_states"], seen["evidence"] = [state.detach() for state in inputs[0]], inputs[1:]
 
     handles = [
         fused.register_forward_hook(scores_of),

@@ -79,19 +79,21 @@ def compare(
         FileExistsError: If there is something in the output folder.
     """
     kinds = {gate: _kind(gate) for gate in (UNTRAINED, *gates)}
+    # first those that read more: a cache made for them serves all
+    kinds = dict(sorted(kinds.items(), key=lambda kind: not GATES[kind[1][0]].reads_past))
     data, kept_back = _split(by_domain(load_domains(fused, args.dataset_text_field)), args.seed)
     out, fits = Path(args.output_dir), []
     cache = fused.cache or out.with_name(f"{out.name}-cache")
     with new_folder(out) as folder:
-        for gate, seed in [(g, s) for g in kinds for s in range(1 if g == UNTRAINED else seeds)]:
+        for gate, seed in [(g, s) for g in kinds for s in range(seeds)]:
             model, tokenizer = load_model(fused, model_args, trust_remote_code=args.trust_remote_code)
             tests = {d: held_out(list(r), tokenizer, max_length=args.max_length) for d, r in kept_back.items()}
             _replace_gate(model, *kinds[gate], seed)
-            seconds = (
-                0.0
-                if gate == UNTRAINED
-                else _trained(model, tokenizer, args, data, seed=seed, cache=cache, keep=fused.cache_keep)
-            )
+            seconds = 0.0
+            if _parameters(model):
+                seconds = _trained(model, tokenizer, args, data, seed=seed, cache=cache, keep=fused.cache_keep)
+            elif seed:
+                continue
             fit = Fit(gate, seed, _parameters(model), seconds, {d: _loss(model, test) for d, test in tests.items()})
             say(f"{gate}, seed {seed}: {fit.mean:.4f} nats per token")
             if fit.mean < min((f.mean for f in fits), default=float("inf")):
