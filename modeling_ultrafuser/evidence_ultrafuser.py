@@ -207,7 +207,11 @@ def read_evidence(
 
 
 def _positions(
-    input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None, before: Past | None
+    input_ids: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    before: Past | None,
 ) -> Tensor:
     """Positions of the new tokens in their texts. Shape (batch, seq)."""
     batch, seq = input_ids.shape
@@ -274,7 +278,11 @@ def accumulated(
     Returns:
         A number for each decay, then for each switch probability. Shape (batch, seq, specialists, numbers).
     """
-    like, number, sums = {"dtype": log_probs.dtype, "device": log_probs.device}, log_probs.shape[-1], len(wanted.decays)
+    like, number, sums = (
+        {"dtype": log_probs.dtype, "device": log_probs.device},
+        log_probs.shape[-1],
+        len(wanted.decays),
+    )
     decays, switches = (torch.tensor(values, **like) for values in wanted)
     stay, share = torch.log1p(-switches), switches.log() - math.log(number)
     start = torch.cat([torch.zeros_like(decays), torch.full_like(switches, -math.log(number))])

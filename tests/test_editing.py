@@ -96,7 +96,7 @@ def test_one_specialist_is_no_fused_model():
 
 
 @pytest.mark.parametrize("size", [32, 24])
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", [name for name, gate in GATES.items() if not gate.reads_past])
 def test_with_one_more_the_others_keep_their_proportions(gate, size, tmp_path):
     model, newcomer = fused_model(gate, temperature=2.0), specialist(layers=1, hidden_size=size)
     newcomer.save_pretrained(tmp_path)

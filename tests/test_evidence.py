@@ -4,15 +4,13 @@ import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, DynamicCache, set_seed
-from typer.testing import CliRunner
 
-from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
+from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.evidence_ultrafuser import KEPT, EvidenceLayer, accumulated
 from modeling_ultrafuser.gate_base_ultrafuser import Evidence
 from modeling_ultrafuser.gates_ultrafuser import GATES
@@ -22,7 +20,7 @@ from tests.test_adapters import make, pair
 from tests.test_gate_cache import build
 from tests.test_trainers import logs
 from tests.tiny import specialist
-from tests.training import changed, weights
+from tests.training import changed, sft_trainer, weights
 from trainers import GateTrainer, JointTrainer
 from trainers.gate_cache import CachedGateTrainer
 from ultrafuser.decoding.drafting import self_draft
@@ -178,7 +176,9 @@ def test_padding_is_no_evidence_on_either_side(gate, specialists):
     torch.testing.assert_close(fused(right, attention_mask=shown).gate_weights[1:, :7], alone, **CLOSE)
     # positions that count padding, too: the mask alone tells
     outputs = fused(ids, attention_mask=mask, position_ids=torch.arange(12)[None])
-    assert torch.equal(outputs.gate_weights[1, 4].argsort(), fused(ids, attention_mask=mask).gate_weights[1, 4].argsort())
+    assert torch.equal(
+        outputs.gate_weights[1, 4].argsort(), fused(ids, attention_mask=mask).gate_weights[1, 4].argsort()
+    )
 
 
 @every_reader
@@ -340,9 +340,7 @@ def test_adapters_of_one_base_are_weighed_as_models_of_their_own_are(gate, fusio
     expected = generate(adapted, ids, use_cache=False)
     assert torch.equal(generate(adapted, ids), expected)
     assert torch.equal(generate(adapted, ids, cache_implementation="static"), expected)
-    assert torch.equal(
-        generate(adapted, ids, num_beams=3), generate(adapted, ids, num_beams=3, use_cache=False)
-    )
+    assert torch.equal(generate(adapted, ids, num_beams=3), generate(adapted, ids, num_beams=3, use_cache=False))
 
 
 @every_fusion
@@ -441,15 +439,28 @@ def test_a_stage_moves_the_gate_alone_and_so_does_one_from_a_cache(fusion, layou
     assert all("fusion_gate" in name for name in moved)
 
 
+@every_reader
+def test_the_loss_of_trls_own_head_is_the_models_own(gate, specialists, tmp_path):
+    model = fuse(specialists, gate=gate)
+    trainer = sft_trainer(model, tmp_path)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    with torch.no_grad():
+        own, theirs = model.eval()(**batch), model(**batch, fused_lm_head=True)
+    torch.testing.assert_close(own.loss, theirs.loss, rtol=1e-5, atol=0)
+
+
 def test_a_cache_without_evidence_is_refused_and_one_with_it_serves_other_gates(tmp_path):
-    cached = {"cached": {"cache": tmp_path / "cache"}}
-    build(CachedGateTrainer, trained(), tmp_path / "one", **cached).train()
-    states = {name: specialist(layers=1) for name in ("text", "code", "math")}
-    model = trained()
-    plain = UltraFuserForCausalLM.from_specialists({n: model.specialist(n) for n in states}, gate="linear")
-    build(CachedGateTrainer, plain, tmp_path / "two", cached={"cache": tmp_path / "other"}).train()
+    own, cached = {name: specialist(layers=1) for name in ("text", "code")}, {"cached": {"cache": tmp_path / "cache"}}
+    model = fuse(own, gate="evidence")
+    build(CachedGateTrainer, model, tmp_path / "one", **cached).train()
+    plain = fuse(own, gate="linear")
+    trainer = build(CachedGateTrainer, plain, tmp_path / "two", **cached)
+    assert trainer.cache.complete
+    trainer.train()
+    other = {"cached": {"cache": tmp_path / "other"}}
+    build(CachedGateTrainer, plain, tmp_path / "three", **other).train()
     with pytest.raises(ValueError, match=r"evidence is None in the cache .* Choose another folder"):
-        build(CachedGateTrainer, model, tmp_path / "three", cached={"cache": tmp_path / "other"})
+        build(CachedGateTrainer, model, tmp_path / "four", **other)
 
 
 @every_fusion

@@ -60,6 +60,19 @@ def test_gates_share_a_cache_and_the_best_one_is_saved(words, tmp_path, monkeypa
     assert (out / "tokenizer.json").exists()
 
 
+def test_gates_that_look_back_share_the_cache_with_others_and_one_without_parameters_is_measured_once(
+    words, tmp_path, monkeypatch
+):
+    seen, gates = passes(monkeypatch), ["--gate", "linear", "--gate", "posterior", "--gate", "evidence:8"]
+    done = run("gates", *words, *gates, "--seeds", 2, "--out", tmp_path / "gated")
+    assert done.exit_code == 0, done.output
+    rows = [line.split("│") for line in done.output.splitlines() if line.startswith("│")]
+    found = sorted((row[1].strip(), row[2].strip()) for row in rows)
+    once = [("posterior", "0"), ("uniform", "0")]
+    assert found == sorted([*once, *((g, s) for g in ("evidence:8", "linear") for s in "01")])
+    assert len(seen) == 11
+
+
 def test_more_gates_read_the_same_cache(words, tmp_path, monkeypatch):
     cache = ["--cache", tmp_path / "said"]
     assert run("gates", *words, *cache, "--gate", "constant", "--out", tmp_path / "one").exit_code == 0

@@ -101,6 +101,7 @@ def check(
     ],
     dtype: Annotated[str, typer.Option(help="Of the fused model. Default: what all specialists share.")] = "auto",
     fusion: Annotated[str, typer.Option(help="logits or probabilities.")] = "logits",
+    gate: Annotated[str, typer.Option(help="Kind of gate.")] = "mlp",
     base: Annotated[str | None, typer.Option(help="Of adapters, if it is not where they say.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything in JSON, for programs.")] = False,
 ) -> None:
@@ -115,7 +116,7 @@ def check(
 
     disable_progress_bars()
     try:
-        judgement = judging.judge(reading.parse(specialists), dtype=dtype, fusion=fusion, base=base)
+        judgement = judging.judge(reading.parse(specialists), dtype=dtype, fusion=fusion, gate=gate, base=base)
     except ValueError as error:
         echo(str(error), err=True)
         raise typer.Exit(2) from error

@@ -7,7 +7,8 @@ long as the scores of the others stay, their shares stay in proportion:
 - put in: new weights of the others = old weights * (1 - weight of the newcomer).
 
 Both hold exactly, at every token, except for taking a specialist out of a gate that reads the hidden states of all side
-by side ("linear", "cross"), see `remove_specialist`.
+by side ("linear", "cross"), see `remove_specialist`; and for gates that look back ("posterior", "evidence"), which compare
+each specialist's predictions so far with those of all others.
 """
 
 import os
@@ -65,7 +66,7 @@ def remove_specialist(model: UltraFuserForCausalLM, name: str) -> UltraFuserForC
 
     With an "mlp" or "constant" gate the others' scores stay, and with them their shares in proportion. A "linear" or
     "cross" gate scores every specialist from the hidden states of all, so what it read from the one taken out is missing
-    from the others' scores: train it again. "uniform" has nothing to keep.
+    from the others' scores: train it again; so with "evidence". "uniform" and "posterior" have nothing to keep.
 
     Args:
         model: A fused model of three specialists or more. It is not changed.
@@ -106,7 +107,9 @@ def add_specialist(
     - "mlp", of different hidden sizes: one number, what the gate makes of a hidden state of zeros, as its first layer
       starts at zero;
     - "constant": such that it starts with an equal share, 1 in all specialists;
-    - "linear" or "cross": a bias alone, the one that would be an equal share if the others' biases were all they had.
+    - "linear", "cross" or "evidence": a bias alone, the one that would be an equal share if the others' biases were all
+      they had;
+    - "posterior": what it is for all, without training.
 
     Then train the gate: nothing so far has shown it when the newcomer is right.
 

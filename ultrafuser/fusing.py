@@ -31,7 +31,7 @@ class Fusion:
         default=None, metadata={"help": "Name to commit of its repository, for results that can be repeated."}
     )
     chat_template: str | None = field(default=None, metadata={"help": "Whose chat template to take, if they differ."})
-    gate: str = field(default="mlp", metadata={"help": "Kind of gate, when fusing: mlp, linear, constant."})
+    gate: str = field(default="mlp", metadata={"help": "Kind of gate, when fusing: mlp, cross, posterior, ..."})
     fusion: str = field(default="logits", metadata={"help": "What is mixed, when fusing: logits or probabilities."})
     base: str | None = field(
         default=None, metadata={"help": "Where the base of specialists that are adapters is, if not where they say."}

@@ -52,6 +52,7 @@ def judge(
     *,
     dtype: str = "auto",
     fusion: str = "logits",
+    gate: str = "mlp",
     base: str | None = None,
 ) -> Judgement:
     """Says whether specialists can be fused, from what there is beside their weights.
@@ -63,6 +64,7 @@ def judge(
         specialists: Name to folder or Hub id, and revision or None.
         dtype: Of the fused model; "auto" takes what all share.
         fusion: "logits" or "probabilities".
+        gate: Kind of gate.
         base: Where the base of specialists that are adapters is, if it is not where they say.
     """
     found = Judgement()
@@ -107,7 +109,11 @@ def judge(
     with found.refusals("architecture"):
         adapters = None if parts is None else layout(parts)
         config = UltraFuserConfig(
-            specialist_names=list(texts), specialists=list(texts.values()), fusion=fusion, adapters=adapters
+            specialist_names=list(texts),
+            specialists=list(texts.values()),
+            fusion=fusion,
+            gate=gate,
+            adapters=adapters,
         )
         check_saving(config)
         check_steps(config)
