@@ -182,47 +182,59 @@ def read_evidence(
     layer = None if past_key_values is None else layer_of(past_key_values)
     before = None if layer is None or layer.past is None else Past(*(t[:, -1:] for t in layer.past))
     ids = input_ids[:, None] if specialist_input_ids is None else specialist_input_ids
-    batch, _, seq = ids.shape
-
-    mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 else None
-    if specialist_attention_mask is not None:
-        views = specialist_attention_mask
-        positions = positions_of(views.flatten(0, 1), seq).unflatten(0, views.shape[:2]).mT
-    else:
-        positions = _positions(input_ids, mask, position_ids, cu_seq_lens, before)[..., None]
-    start = positions.new_full((batch, 1, 1), NOWHERE) if before is None else before.positions
-    earlier = torch.cat([start.expand(-1, -1, positions.shape[-1]), positions[:, :-1]], 1)
-    follows = (positions == earlier + 1).all(-1)
-    if mask is not None:
-        real = F.pad(mask, (1, 0)).bool()[:, -seq - 1 :]
-        follows = follows & real[:, 1:] & real[:, :-1]
+    views = specialist_attention_mask
+    positions, follows = _places(ids, attention_mask if views is None else views, position_ids, cu_seq_lens, before)
 
     first = torch.zeros_like(states[:, :1]) if before is None else before.states
     log_probs = log_likelihoods(torch.cat([first, states[:, :-1]], 1), ids, weight, config)
     counts = follows & (ids == ids[:, :1]).all(1)
+    follows, counts = follows.to(states.device), counts.to(states.device)
     evidence = accumulated(log_probs, follows, counts, wanted, None if before is None else before.evidence[:, 0])
     if layer is not None:
-        layer.update(Past(states, evidence, positions.expand(batch, -1, -1)))
+        layer.update(Past(states, evidence, positions))
     return (evidence,)
 
 
-def _positions(
-    input_ids: Tensor,
-    mask: Tensor | None,
+def _places(
+    ids: Tensor,
+    mask: Tensor | dict[str, Tensor] | None,
     position_ids: Tensor | None,
     cu_seq_lens: Tensor | None,
     before: Past | None,
-) -> Tensor:
-    """Positions of the new tokens in their texts. Shape (batch, seq)."""
-    batch, seq = input_ids.shape
-    if position_ids is not None:
-        return position_ids.expand(batch, -1)
-    counted = torch.arange(seq, device=input_ids.device)[None]
-    if cu_seq_lens is not None:
-        return counted - cu_seq_lens[torch.searchsorted(cu_seq_lens, counted.int(), right=True) - 1]
-    if mask is not None:
-        return positions_of(mask, seq)
-    return (counted if before is None else before.positions[:, :, 0] + 1 + counted).expand(batch, -1)
+) -> tuple[Tensor, Tensor]:
+    """Where the new tokens are in their texts, and which of them follow the one before.
+
+    Args:
+        ids: For all specialists or for each. Shape (batch, 1 or specialists, seq).
+        mask: One that is prepared in advance comes with positions. Shape (batch, past + seq), or of every specialist's.
+        position_ids: As for the model, and so is `cu_seq_lens`; what specialists' own masks tell comes first.
+        before: What is known of the token before the first.
+
+    Returns:
+        Shapes (batch, seq, 1 or specialists) and (batch, seq).
+    """
+    (batch, _, seq), device = ids.shape, ids.device
+    own = isinstance(mask, Tensor) and mask.ndim == 3
+    mask = mask if own or (isinstance(mask, Tensor) and mask.ndim == 2) else None
+    counted = torch.arange(seq, device=device)[None, :, None]
+    if position_ids is not None and not own:
+        positions = position_ids[..., None]
+    elif cu_seq_lens is not None:
+        positions = (
+            counted - cu_seq_lens[torch.searchsorted(cu_seq_lens, counted.to(cu_seq_lens.dtype), right=True) - 1]
+        )
+    elif mask is not None:
+        positions = positions_of(mask.reshape(-1, mask.shape[-1]), seq).view(batch, -1, seq).mT
+    else:
+        positions = counted if before is None else before.positions + 1 + counted
+    positions = positions.expand(batch, -1, -1).to(device)
+    start = positions.new_full((batch, 1, 1), NOWHERE) if before is None else before.positions
+    earlier = torch.cat([start.expand(-1, -1, positions.shape[-1]), positions[:, :-1]], 1)
+    follows = (positions == earlier + 1).all(-1)
+    if mask is not None and not own:
+        real = F.pad(mask.long(), (1, 0)).bool()[:, -seq - 1 :]
+        follows = follows & real[:, 1:] & real[:, :-1]
+    return positions, follows
 
 
 def log_likelihoods(states: Tensor, ids: Tensor, head: Tensor, config: UltraFuserConfig) -> Tensor:
