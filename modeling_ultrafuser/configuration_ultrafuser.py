@@ -442,6 +442,11 @@ def soft_cap(config: PreTrainedConfig) -> float | None:
     return getattr(config, "final_logit_softcapping", None)
 
 
+def bounded(logits, cap: float | None):
+    """Logits under a soft cap, if there is one."""
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
 def head_columns(config: UltraFuserConfig) -> Iterator[slice]:
     """Each specialist's columns of the wide head; all of a head that they have in common."""
     start = 0

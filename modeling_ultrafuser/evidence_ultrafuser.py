@@ -7,6 +7,7 @@ it to the state.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.cache_utils import Cache
 
-from .configuration_ultrafuser import UltraFuserConfig, head_columns, soft_cap
+from .configuration_ultrafuser import UltraFuserConfig, bounded, head_columns, soft_cap
 from .gate_base_ultrafuser import Evidence
 from .specialists_ultrafuser import positions_of
 
@@ -58,10 +59,21 @@ class EvidenceLayer:
     def __init__(self, in_place: bool):
         self.in_place = in_place
         self.past: Past | None = None
+        # log-sum-exp of each specialist's logits at the last token, if they have been computed; (batch, 1, specialists)
+        self.normalisers: Tensor | None = None
+        self.normalised = False
+
+    def normalise(self, normalisers: Tensor) -> None:
+        """Takes in the log-sum-exp of each specialist's logits at the last token. Shape (batch, 1, specialists)."""
+        if self.in_place and self.normalisers is not None:
+            self.normalisers.copy_(normalisers)
+        else:
+            self.normalisers = normalisers
+        self.normalised = True
 
     def update(self, new: Past) -> None:
         """Takes in what is known at the tokens just read."""
-        read = new.states.shape[1]
+        read, self.normalised = new.states.shape[1], False
         if self.in_place:
             new = Past(*(t[:, -1:] for t in new))
             if self.past is None:
@@ -92,11 +104,12 @@ class EvidenceLayer:
                 f"The evidence that a gate reads goes back {0 if self.in_place else kept - 1} tokens here, but the cache "
                 f"is to be cropped by {tokens_to_remove}. Read the text anew into a new cache."
             )
-        self.past = Past(*(t[:, :-remove] for t in self.past))
+        self.past, self.normalised = Past(*(t[:, :-remove] for t in self.past)), False
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.past = None
+        self.past = self.normalisers = None
+        self.normalised = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Gives each row the state of another."""
@@ -104,13 +117,17 @@ class EvidenceLayer:
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some rows."""
-        if self.past is not None:
-            self.past = Past(*(t[indices.to(t.device)] for t in self.past))
+        self._change(lambda kept: kept[indices.to(kept.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
+        self._change(lambda kept: kept.repeat_interleave(repeats, dim=0))
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.past is not None:
-            self.past = Past(*(t.repeat_interleave(repeats, dim=0) for t in self.past))
+            self.past = Past(*map(change, self.past))
+        if self.normalisers is not None:
+            self.normalisers = change(self.normalisers)
 
     def get_max_length(self) -> int:
         """No limit, in the library's words."""
@@ -185,8 +202,11 @@ def read_evidence(
     views = specialist_attention_mask
     positions, follows = _places(ids, attention_mask if views is None else views, position_ids, cu_seq_lens, before)
 
-    first = torch.zeros_like(states[:, :1]) if before is None else before.states
-    log_probs = log_likelihoods(torch.cat([first, states[:, :-1]], 1), ids, weight, config)
+    if layer is not None and layer.normalised and ids.shape[-1] == 1:
+        log_probs = logits_of(before.states, ids, weight, config) - layer.normalisers
+    else:
+        first = torch.zeros_like(states[:, :1]) if before is None else before.states
+        log_probs = log_likelihoods(torch.cat([first, states[:, :-1]], 1), ids, weight, config)
     counts = follows & (ids == ids[:, :1]).all(1)
     follows, counts = follows.to(states.device), counts.to(states.device)
     evidence = accumulated(log_probs, follows, counts, wanted, None if before is None else before.evidence[:, 0])
@@ -250,21 +270,31 @@ def log_likelihoods(states: Tensor, ids: Tensor, head: Tensor, config: UltraFuse
         Shape (batch, seq, specialists).
     """
     size = CHUNK if head.device.type == "cpu" else CHUNK_ELSEWHERE
-    specialists = config.specialists
     found = []
-    for k, (own, columns) in enumerate(
-        zip(states.split([c.hidden_size for c in specialists], -1), head_columns(config), strict=True)
-    ):
-        weight, cap, tokens = head[:, columns], soft_cap(specialists[k]), ids[:, min(k, ids.shape[1] - 1)]
-        parts = []
+    for k, (own, columns, cap) in enumerate(specialist_parts(states, config)):
+        weight, tokens, parts = head[:, columns], ids[:, min(k, ids.shape[1] - 1)], []
         for h, y in zip(own.flatten(0, 1).split(size), tokens.flatten().split(size), strict=True):
-            logits = F.linear(h.to(weight.device, weight.dtype), weight).float()
-            if cap is not None:
-                logits = cap * torch.tanh(logits / cap)
+            logits = bounded(F.linear(h.to(weight.device, weight.dtype), weight), cap).float()
             at_y = logits.gather(-1, y.to(weight.device)[:, None])[:, 0]
             parts.append(at_y - logits.logsumexp(-1))
         found.append(torch.cat(parts).to(states.device).view(states.shape[:2]))
     return torch.stack(found, -1)
+
+
+def logits_of(states: Tensor, ids: Tensor, head: Tensor, config: UltraFuserConfig) -> Tensor:
+    """Each specialist's logit of one token of each text: see `log_likelihoods`, with a seq of 1."""
+    found = []
+    for k, (own, columns, cap) in enumerate(specialist_parts(states, config)):
+        row = head[ids[:, min(k, ids.shape[1] - 1), 0].to(head.device)][:, columns]
+        logit = torch.bmm(own.to(row.device, row.dtype), row[..., None])[..., 0]
+        found.append(bounded(logit, cap).float().to(states.device))
+    return torch.stack(found, -1)
+
+
+def specialist_parts(states: Tensor, config: UltraFuserConfig) -> Iterator[tuple[Tensor, slice, float | None]]:
+    """Of each specialist: its states among all side by side, its columns of the wide head, what bounds its logits."""
+    own = states.split([c.hidden_size for c in config.specialists], -1)
+    yield from zip(own, head_columns(config), map(soft_cap, config.specialists), strict=True)
 
 
 def accumulated(

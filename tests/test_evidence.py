@@ -156,6 +156,36 @@ def test_a_text_read_in_parts_has_the_weights_of_one_read_whole(gate, specialist
     torch.testing.assert_close(torch.cat([o.logits for o in parts], 1), whole.logits, **NEAR)
 
 
+@pytest.mark.parametrize(
+    ("gate", "fusion", "calibrated"),
+    [
+        ("evidence", "logits", False),
+        ("evidence", "logits", True),
+        ("evidence", "probabilities", True),
+        ("posterior", "probabilities", False),
+    ],
+)
+@pytest.mark.parametrize("mix", ["one family", "soft caps"])
+@torch.no_grad()
+def test_a_step_that_computes_each_specialists_logits_once_says_what_a_whole_pass_says(mix, gate, fusion, calibrated):
+    # what the last logits of a step sum up to is what the next step asks for
+    fused, ids = fuse(MIXES[mix](), gate=gate, fusion=fusion, gate_calibration=calibrated), prompt(length=20)
+    if calibrated:
+        fused.model.fusion_gate.skip_evidence_weight *= 0.1
+    whole, cache = fused(ids), None
+    for end, part in zip((9, *range(10, 21)), ids.split([9, *[1] * 11], dim=1), strict=True):
+        outputs = fused(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = outputs.past_key_values
+        assert cache.layers[-1].normalised
+        torch.testing.assert_close(outputs.logits[:, 0], whole.logits[:, end - 1], **NEAR)
+        torch.testing.assert_close(outputs.gate_weights[:, -1], whole.gate_weights[:, end - 1], **NEAR)
+    if not any(cache.is_sliding):
+        # once it has gone back, what is kept is of another token
+        cache.crop(-1)
+        outputs = fused(ids[:, -1:], past_key_values=cache, logits_to_keep=1)
+        torch.testing.assert_close(outputs.gate_weights[:, -1], whole.gate_weights[:, -1], **NEAR)
+
+
 @every_reader
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_a_row_padded_on_the_left_gets_what_it_gets_alone(cache, gate, specialists):
