@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers.cache_utils import Cache
 
 from .configuration_ultrafuser import UltraFuserConfig, bounded, head_columns, soft_cap
-from .gate_base_ultrafuser import Evidence
+from .gate_base_ultrafuser import Evidence, head_factors
 from .specialists_ultrafuser import positions_of
 
 
@@ -289,6 +289,53 @@ def logits_of(states: Tensor, ids: Tensor, head: Tensor, config: UltraFuserConfi
         logit = torch.bmm(own.to(row.device, row.dtype), row[..., None])[..., 0]
         found.append(bounded(logit, cap).float().to(states.device))
     return torch.stack(found, -1)
+
+
+def decoding_layer(backbone: nn.Module, cache: Cache | None, logits_to_keep: int | Tensor) -> EvidenceLayer | None:
+    """Where evidence is kept, in a step of decoding with a gate that reads it and a head that is a plain layer."""
+    last = isinstance(logits_to_keep, int) and logits_to_keep == 1
+    if not backbone.fusion_gate.reads_past or cache is None or not last or torch.is_grad_enabled():
+        return None
+    return layer_of(cache) if type(backbone.wide_head[0]) is nn.Linear else None
+
+
+def last_logits(
+    config: UltraFuserConfig, head: Tensor, layer: EvidenceLayer, shares: Tensor, scales: Tensor | None
+) -> Tensor:
+    """The fused logits of the last token, one specialist at a time.
+
+    What each one's logits sum up to is what evidence asks for at the next token, which then takes no product with the
+    head of its own.
+
+    Args:
+        config: Of the fused model.
+        head: The wide head's weight.
+        layer: Has read the token.
+        shares: Gate weights. Shape (batch, seq, specialists).
+        scales: Of a calibrated gate. Shape (batch, seq, 1 or specialists).
+
+    Returns:
+        Shape (batch, 1, vocab).
+    """
+    shares, scales = (None if t is None else t[:, -1:].to(head.device) for t in (shares, scales))
+    mixes_logits = config.fusion == "logits"
+    factors = head_factors(shares, scales) if mixes_logits else scales
+    log_shares = shares.clamp(min=torch.finfo(shares.dtype).tiny).log()
+    states, fused, normalisers = layer.past.states[:, -1:], None, []
+    for k, (own, columns, cap) in enumerate(specialist_parts(states.to(head.device), config)):
+        raw = F.linear(own, head[:, columns])
+        logits = bounded(raw, cap).float()
+        normalisers.append(logits.logsumexp(-1))
+        if mixes_logits:
+            part = raw.float() * factors[..., k, None]
+            fused = part if fused is None else fused + part
+            continue
+        if factors is not None:
+            logits = bounded(raw * factors[..., k, None].to(raw.dtype), cap).float()
+        part = logits.log_softmax(-1) + log_shares[..., k, None]
+        fused = part if fused is None else torch.logaddexp(fused, part)
+    layer.normalise(torch.stack(normalisers, -1).to(states.device))
+    return (bounded(fused, soft_cap(config)) if mixes_logits else fused).to(states.dtype)
 
 
 def specialist_parts(states: Tensor, config: UltraFuserConfig) -> Iterator[tuple[Tensor, slice, float | None]]:

@@ -34,7 +34,7 @@ from .causal_ultrafuser import (
 from .checking_ultrafuser import check_fused
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all, bounded, head_columns, soft_cap
 from .embeddings_ultrafuser import TokenEmbeddings
-from .evidence_ultrafuser import EvidenceLayer, layer_of, read_evidence, specialist_parts
+from .evidence_ultrafuser import decoding_layer, last_logits, read_evidence
 from .fusing_ultrafuser import fuse_specialists
 from .gate_base_ultrafuser import Gate, GateOutput, head_factors
 from .gates_ultrafuser import GATES
@@ -416,9 +416,9 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        layer = self._decoding_layer(outputs.past_key_values, logits_to_keep)
+        layer = decoding_layer(self.model, outputs.past_key_values, logits_to_keep)
         if layer is not None:
-            logits = self._logits_of_last(outputs, layer)
+            logits = last_logits(self.config, self.lm_head.weight, layer, outputs.gate_weights, outputs.logit_scales)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits(outputs[0][:, kept], outputs.gate_weights[:, kept])
@@ -442,39 +442,6 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         if self.config.fusion == "logits":
             return bounded(self.lm_head(hidden_states), soft_cap(self.config))
         return self._log_probabilities(hidden_states, gate_weights).to(hidden_states.dtype)
-
-    def _decoding_layer(self, cache: Cache | None, logits_to_keep: int | Tensor) -> EvidenceLayer | None:
-        """Where evidence is kept, if this is a step of decoding with a gate that reads it, and the head a plain layer."""
-        last = isinstance(logits_to_keep, int) and logits_to_keep == 1
-        if not self.model.fusion_gate.reads_past or cache is None or not last or torch.is_grad_enabled():
-            return None
-        return layer_of(cache) if type(self.lm_head) is nn.Linear else None
-
-    def _logits_of_last(self, outputs, layer: EvidenceLayer) -> Tensor:
-        """`logits` of the last token, one specialist at a time: what they sum up to, evidence asks for at the next one.
-
-        Shape (batch, 1, vocab).
-        """
-        weight, mixes_logits = self.lm_head.weight, self.config.fusion == "logits"
-        shares, scales = (None if t is None else t[:, -1:] for t in (outputs.gate_weights, outputs.logit_scales))
-        factors = head_factors(shares, scales) if mixes_logits else scales
-        log_shares = shares.clamp(min=torch.finfo(shares.dtype).tiny).log()
-        fused, normalisers = None, []
-        states = layer.past.states[:, -1:].to(weight.device)
-        for k, (own, columns, cap) in enumerate(specialist_parts(states, self.config)):
-            raw = F.linear(own, weight[:, columns])
-            logits = bounded(raw, cap).float()
-            normalisers.append(logits.logsumexp(-1))
-            if mixes_logits:
-                part = raw.float() * factors[..., k, None]
-                fused = part if fused is None else fused + part
-                continue
-            if factors is not None:
-                logits = bounded(raw * factors[..., k, None].to(raw.dtype), cap).float()
-            part = logits.log_softmax(-1) + log_shares[..., k, None]
-            fused = part if fused is None else torch.logaddexp(fused, part)
-        layer.normalise(torch.stack(normalisers, -1).to(layer.past.states.device))
-        return (bounded(fused, soft_cap(self.config)) if mixes_logits else fused).to(states.dtype)
 
     def _log_probabilities(self, hidden_states: Tensor, gate_weights: Tensor) -> Tensor:
         """log sum_k w_k softmax(h_k W_k^T), one specialist at a time. Shape (batch, seq, vocab)."""
