@@ -22,7 +22,7 @@ from .specialists_ultrafuser import positions_of
 
 # tokens whose logits are in memory at once
 CHUNK, CHUNK_ELSEWHERE = 128, 1024
-# positions that a cache can go back by: as many as one pass has read, up to the second, and at least the first
+# tokens that are kept to go back to: these last ones, or all that the last pass has read, up to the second
 KEPT, MOST_KEPT = 64, 1024
 # of the token before the first: nothing comes next after it
 NOWHERE = -2
@@ -191,9 +191,9 @@ def read_evidence(
     Raises:
         ValueError: If the head is not there as a whole.
     """
-    wanted, config = backbone.fusion_gate.evidence, backbone.config
     if not backbone.fusion_gate.reads_past:
         return ()
+    wanted, config = backbone.fusion_gate.evidence, backbone.config
     states = torch.cat(hidden_states, -1).detach()
     weight = _whole_head(backbone.wide_head, config, states)
     layer = None if past_key_values is None else layer_of(past_key_values)
@@ -323,7 +323,7 @@ def last_logits(
     log_shares = shares.clamp(min=torch.finfo(shares.dtype).tiny).log()
     states, fused, normalisers = layer.past.states[:, -1:], None, []
     for k, (own, columns, cap) in enumerate(specialist_parts(states.to(head.device), config)):
-        raw = F.linear(own, head[:, columns])
+        raw = F.linear(own.to(head.dtype), head[:, columns])
         logits = bounded(raw, cap).float()
         normalisers.append(logits.logsumexp(-1))
         if mixes_logits:
@@ -350,9 +350,9 @@ def accumulated(
     """Sums up log-probabilities over the past, token by token.
 
     For each decay c, the decayed sum s_t = c s_(t-1) + l_t of each specialist's log-probabilities l. For each switch
-    probability a, log weights of the fixed-share forecaster (Herbster and Warmuth, 1998, section 4): the posterior that
-    a specialist is the best one for what comes next, if the best one changes after a token with probability a, to any
-    one of the N:
+    probability a, log weights of the fixed-share forecaster (Herbster and Warmuth, "Tracking the best expert", 1998): the
+    posterior that a specialist is the best one for what comes next, if the best one is drawn anew after a token with
+    probability a, evenly among the N:
 
         v_t,k = w_(t-1),k exp(l_t,k) / sum_j w_(t-1),j exp(l_t,j)        (loss update)
         w_t,k = (1 - a) v_t,k + a / N                                    (share update, their alpha being a (N - 1) / N)
@@ -367,11 +367,8 @@ def accumulated(
     Returns:
         A number for each decay, then for each switch probability. Shape (batch, seq, specialists, numbers).
     """
-    like, number, sums = (
-        {"dtype": log_probs.dtype, "device": log_probs.device},
-        log_probs.shape[-1],
-        len(wanted.decays),
-    )
+    like = {"dtype": log_probs.dtype, "device": log_probs.device}
+    number, sums = log_probs.shape[-1], len(wanted.decays)
     decays, switches = (torch.tensor(values, **like) for values in wanted)
     stay, share = torch.log1p(-switches), switches.log() - math.log(number)
     start = torch.cat([torch.zeros_like(decays), torch.full_like(switches, -math.log(number))])

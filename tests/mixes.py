@@ -99,8 +99,8 @@ def textbook(likelihoods, decays, switches):
     Args:
         likelihoods: What each specialist held of the second token, of the third, and so on.
         decays: Of sums of log-likelihoods.
-        switches: Of fixed-share forecasters, in the form of Herbster and Warmuth (1998), figure 1: each expert gives away
-            a share of its weight, in equal parts to all others.
+        switches: Of fixed-share forecasters, in the form of Herbster and Warmuth (1998): each expert gives away a share
+            of its weight, in equal parts to all others.
 
     Returns:
         For each token, for each specialist: the sums, then the logarithms of the forecasters' weights.
