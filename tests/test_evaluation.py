@@ -23,6 +23,7 @@ from ultrafuser.evaluation.baselines import (
     perplexity_weights,
     prompt_losses,
     select,
+    tempered,
     train_router,
 )
 from ultrafuser.evaluation.comparing import compare
@@ -304,7 +305,10 @@ def test_every_baseline_has_a_row_and_the_best_comes_first(comparison, tmp_path)
     }
     means = [row["mean"] for row in results["rows"]]
     assert means == sorted(means)
-    assert set(results["left_out"]) == {"tuned constant weights", "router: trained"}
+    oracle = "best specialist per domain (oracle)"
+    tuned = {f"{oracle}, one temperature", f"{oracle}, a temperature per token"}
+    assert set(results["left_out"]) == {"tuned constant weights", "router: trained", *tuned}
+    assert "fixed-share forecaster" in names
     by_name = {row["name"]: row for row in results["rows"]}
     for row in results["rows"]:
         assert row["mean"] == pytest.approx(sum(row["loss"][d] for d in ("text", "code", "math")) / 3)
@@ -386,12 +390,15 @@ def test_a_second_run_measures_only_what_is_missing_and_takes_up_no_scores_of_an
 
 def test_merges_that_do_not_apply_are_left_out_with_the_reason(fused, data, tmp_path):
     results = compare(Comparison(fused, fused, tokenizer(), {"text": data}, {}), tmp_path)
-    assert len(results["left_out"]) == 2 + 8
+    assert len(results["left_out"]) == 4 + 8
     said = left_out(results)
     assert len(said) == 3
     assert "no base was given" in " ".join(said)
     assert "must have one shape" in " ".join(said)
-    assert said[0].startswith("Left out: tuned constant weights, router: trained. It is tuned, but there are no")
+    assert said[0].startswith(
+        "Left out: best specialist per domain (oracle), one temperature, best specialist per domain (oracle), a temperature "
+        "per token, tuned constant weights, router: trained. It is tuned, but there are no"
+    )
 
 
 def test_a_contender_may_not_take_the_name_of_another(comparison, tmp_path):
@@ -478,3 +485,27 @@ def test_examples_are_cut_to_the_models_context(comparison, tmp_path, monkeypatc
 
 def test_vocabulary_of_the_fixtures_is_that_of_the_tokenizer():
     assert len(tokenizer()) == VOCAB
+
+
+@pytest.mark.parametrize("gate", ["constant", "cross"])
+def test_a_lone_specialist_starts_as_itself_and_its_temperature_learns(gate, tunable):
+    index, name = 1, tunable.ingredients.config.specialist_names[1]
+    domain, examples = next(iter(tunable.tune.items()))
+    model = tempered(tunable.ingredients, gate, index)
+    itself = score(tunable.specialists[name], examples)
+    torch.testing.assert_close(score(model, examples).losses, itself.losses, rtol=1e-4, atol=1e-5)
+    before = {key: tensor.clone() for key, tensor in tunable.ingredients.state_dict().items()}
+    contenders._tune(model, tunable, {domain: examples}, learning_rate=1e-2)
+    assert score(model.eval(), examples).losses[examples.scored].mean() < itself.losses[examples.scored].mean()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in tunable.ingredients.state_dict().items())
+
+
+def test_the_calibrated_oracle_is_ahead_of_the_oracle_where_it_was_tuned(tunable):
+    tunable.found |= {f"{n} specialist": tunable.run(s, "specialist") for n, s in tunable.specialists.items()}
+    oracle = contenders.routed(tunable, contenders.best_per_domain)
+    calibrated = contenders.calibrated_oracle(tunable, "constant")
+    for domain, examples in tunable.tune.items():
+        ahead = oracle.scores[domain].losses - calibrated.scores[domain].losses
+        assert ahead[examples.scored].mean() > 0
+    assert set(calibrated.scores) == set(tunable.data)
+    assert calibrated.cost == oracle.cost

@@ -18,7 +18,9 @@ from modeling_ultrafuser.gates_ultrafuser import GATES
 from .measuring import HeldOut, Scores
 
 
-def ensemble(model: UltraFuserForCausalLM, gate: str | Gate, fusion: str = "logits") -> UltraFuserForCausalLM:
+def ensemble(
+    model: UltraFuserForCausalLM, gate: str | Gate, fusion: str = "logits", *, calibrated: bool | None = None
+) -> UltraFuserForCausalLM:
     """The same specialists under another gate or fusion rule. Shares its tensors with `model`.
 
     Args:
@@ -26,11 +28,14 @@ def ensemble(model: UltraFuserForCausalLM, gate: str | Gate, fusion: str = "logi
         gate: Name of a gate, made anew: "uniform" is the plain average, "constant" one tuned weight per specialist
             once trained. Or a gate that is there.
         fusion: "logits", or "probabilities": the classical mixture.
+        calibrated: Whether the gate predicts temperatures. Default: as the model's own, and no gate made anew does.
     """
     config = copy.deepcopy(model.config)
     config.fusion = fusion
     if isinstance(gate, str):
         config.gate, config.gate_calibration = gate, False
+    if calibrated is not None:
+        config.gate_calibration = calibrated
     with torch.device("meta"):
         other = UltraFuserForCausalLM(config)
     other.model.specialists, other.lm_head = model.model.specialists, model.lm_head
@@ -85,6 +90,41 @@ class RequestGate(Gate):
     def forward(self, hidden_states: list[Tensor]) -> GateOutput:
         weights = self.weights.to(hidden_states[0].device, torch.float32)
         return GateOutput(weights[:, None].expand(-1, hidden_states[0].shape[1], -1))
+
+
+class LoneGate(Gate):
+    """All weight on one specialist, with the temperatures that another gate predicts: calibration without fusion.
+
+    Args:
+        config: With `gate_calibration`.
+        gate: Predicts the temperatures: "constant", one for all tokens, or "cross", one for each.
+        index: Index of the specialist.
+    """
+
+    def __init__(self, config, gate: Gate, index: int):
+        super().__init__(config)
+        self.gate, self.index = gate, index
+
+    def forward(self, hidden_states: list[Tensor]) -> GateOutput:
+        weights, scales = self.gate(hidden_states)
+        alone = torch.zeros_like(weights)
+        alone[..., self.index] = 1
+        return GateOutput(alone, scales)
+
+
+def tempered(model: UltraFuserForCausalLM, gate: str, index: int) -> UltraFuserForCausalLM:
+    """One of the specialists, with temperatures to be trained. Shares its tensors with `model`.
+
+    Args:
+        model: A fused model.
+        gate: As for `LoneGate`.
+        index: Index of the specialist.
+    """
+    config = copy.deepcopy(model.config)
+    config.fusion, config.gate, config.gate_calibration = "logits", gate, True
+    inner = GATES[gate](config).to(model.lm_head.weight.device)
+    inner.init_weights()
+    return ensemble(model, LoneGate(config, inner, index), calibrated=True)
 
 
 def prompt_losses(specialists: Mapping[str, Scores], data: HeldOut) -> Tensor:

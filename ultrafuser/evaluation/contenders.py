@@ -25,6 +25,7 @@ from .baselines import (
     prompt_texts,
     response_losses,
     select,
+    tempered,
     train_router,
 )
 from .measuring import HeldOut, Scores, cost, score
@@ -111,6 +112,12 @@ def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
     plan["shuffled gate"] = partial(shuffled, comparison)
     plan["best specialist per domain (oracle)"] = partial(routed, comparison, best_per_domain)
     plan["best specialist per request (oracle)"] = partial(routed, comparison, best_per_request)
+    for gate, temperature in (("constant", "one temperature"), ("cross", "a temperature per token")):
+        name = f"best specialist per domain (oracle), {temperature}"
+        plan[name] = partial(calibrated_oracle, comparison, gate)
+    plan["fixed-share forecaster"] = partial(
+        comparison.run, ensemble(ingredients, "posterior", "probabilities"), "ensemble"
+    )
     plan["router: prompt perplexity"] = partial(routed, comparison, least_perplexed)
     plan["prompt perplexity weights (PackLLM)"] = partial(weighted_by_perplexity, comparison)
     plan["tuned constant weights"] = partial(tuned_constant, comparison)
@@ -203,13 +210,44 @@ def tuned_constant(comparison: Comparison) -> Measured:
     """
     _check_tunable(comparison)
     model = ensemble(comparison.ingredients, "constant")
-    data = {domain: Dataset.from_list(examples.as_rows()) for domain, examples in comparison.tune.items()}
+    # adam moves a number by about the rate at each step: far enough to leave all to one specialist
+    _tune(model, comparison, comparison.tune, learning_rate=5e-2)
+    weights = model.model.fusion_gate.logits.softmax(-1).tolist()
+    names = comparison.ingredients.config.specialist_names
+    note = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, weights, strict=True))
+    return comparison.run(model.eval(), "ensemble", note=note)
+
+
+def calibrated_oracle(comparison: Comparison, gate: str) -> Measured:
+    """The best specialist per domain, with temperatures tuned on that domain: what calibration alone is worth.
+
+    A domain without tuning examples, such as mixed ones, is tuned for on all.
+
+    Args:
+        comparison: The specialists' scores among others.
+        gate: "constant" for one temperature, "cross" for one per token.
+
+    Raises:
+        UntunedError: If there are no tuning examples.
+    """
+    _check_tunable(comparison)
+    found = routed(comparison, best_per_domain)
+    for domain, examples in comparison.data.items():
+        own = {name: measured.scores[domain] for name, measured in comparison.alone().items()}
+        model = tempered(comparison.ingredients, gate, int(best_per_domain(own, examples)[0]))
+        tune = {domain: comparison.tune[domain]} if domain in comparison.tune else comparison.tune
+        settings = {"learning_rate": 3e-3, "gate_dropout": 0.1, "weight_decay": 0.1, "max_steps": 200}
+        _tune(model, comparison, tune, **(settings if gate == "cross" else {"learning_rate": 1e-2}))
+        found.scores[domain] = score(model.eval(), examples)
+    return found
+
+
+def _tune(model: UltraFuserForCausalLM, comparison: Comparison, tune: Mapping[str, HeldOut], **settings) -> None:
+    """Trains a model's gate on tuning examples, on what its specialists said once."""
+    data = {domain: Dataset.from_list(examples.as_rows()) for domain, examples in tune.items()}
     with TemporaryDirectory() as folder:
-        # adam moves a number by about the rate at each step: far enough to leave all to one specialist
         arguments = GateStageConfig(
             folder,
-            max_steps=60,
-            learning_rate=5e-2,
             examples_per_domain=4,
             per_device_train_batch_size=4 * len(data),
             max_length=None,
@@ -221,12 +259,9 @@ def tuned_constant(comparison: Comparison) -> Measured:
             # where the model is
             use_cpu=model.device.type == "cpu",
             seed=comparison.seed,
+            **{"max_steps": 60, **settings},
         )
         GateTrainer(model, arguments, data, processing_class=comparison.tokenizer).train()
-    weights = model.model.fusion_gate.logits.softmax(-1).tolist()
-    names = comparison.ingredients.config.specialist_names
-    note = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, weights, strict=True))
-    return comparison.run(model.eval(), "ensemble", note=note)
 
 
 def merged(comparison: Comparison, method: str, by_depth: bool) -> Measured:

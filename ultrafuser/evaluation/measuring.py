@@ -178,8 +178,10 @@ def cost(
         `speed`, the median of its ratios to the reference.
     """
     cache = model(input_ids=prompt.to(model.device), use_cache=True, return_dict=True).past_key_values
-    # recurrent layers keep a state of one size, whatever the length, and no keys
-    kept = [t for layer in cache.layers if hasattr(layer, "keys") for t in (layer.keys, layer.values)]
+    # recurrent layers and evidence keep a state of one size, whatever the length, and no keys
+    kept = [
+        t for layer in cache.layers if getattr(layer, "keys", None) is not None for t in (layer.keys, layer.values)
+    ]
     seconds, ratios = [], []
     for _ in range(repeats + 1):
         seconds.append(_seconds(model, prompt, new_tokens))
