@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from tests.tiny import specialist, tokenizer
 from ultrafuser import fusing
 from ultrafuser.cli import app
@@ -112,13 +112,21 @@ def test_what_another_process_is_writing_is_left_to_it(models, tmp_path):
     assert (part / "half").exists()
 
 
+def test_a_gate_is_one_word(models, tmp_path):
+    words = [f"{name}={models[name]}" for name in ("text", "code")]
+    code, said = run(*words, "--gate", "cross:8+calibration", "--out", tmp_path / "fused")
+    assert code == 0, said
+    config = UltraFuserConfig.from_pretrained(tmp_path / "fused")
+    assert (config.gate, config.gate_hidden_size, config.gate_calibration) == ("cross", 8, True)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["text={text}"], "at least two specialists"),
         (["text={text}", "code={code}", "--revision", "math=main"], "revisions of those"),
         (["text={text}", "code=/nowhere/at/all"], "'code'"),
-        (["text={text}", "code={code}", "--gate", "moe"], "Unknown gate 'moe'"),
+        (["text={text}", "code={code}", "--gate", "moe"], "But got 'moe'"),
         (["text={text}", "odd={odd}"], "different tokenizer"),
         (["text={text}", "text={code}"], "a name each"),
     ],

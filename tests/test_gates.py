@@ -73,6 +73,19 @@ def test_gates_that_look_back_share_the_cache_with_others_and_one_without_parame
     assert len(seen) == 11
 
 
+@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+def test_gates_that_predict_temperatures_share_the_cache_with_those_that_do_not(fusion, words, tmp_path, monkeypatch):
+    fused = UltraFuserForCausalLM.from_pretrained(tmp_path / "fused")
+    models = {name: fused.specialist(name) for name in fused.config.specialist_names}
+    UltraFuserForCausalLM.from_specialists(models, fusion=fusion).save_pretrained(tmp_path / "fused")
+    seen, gates = passes(monkeypatch), ["--gate", "linear", "--gate", "cross:8+calibration"]
+    done = run("gates", *words, *gates, "--out", tmp_path / "gated")
+    assert done.exit_code == 0, done.output
+    assert len(seen) == 11
+    rows = {line.split("│")[1].strip() for line in done.output.splitlines() if line.startswith("│")}
+    assert rows == {"uniform", "linear", "cross:8+calibration"}
+
+
 def test_more_gates_read_the_same_cache(words, tmp_path, monkeypatch):
     cache = ["--cache", tmp_path / "said"]
     assert run("gates", *words, *cache, "--gate", "constant", "--out", tmp_path / "one").exit_code == 0
@@ -82,10 +95,10 @@ def test_more_gates_read_the_same_cache(words, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_loaded(words, tmp_path):
-    for gate in ("mpl", "linear:4", "mlp:wide", "mlp:0"):
+    for gate in ("mpl", "linear:4", "mlp:wide", "mlp:0", "mlp+calibration", "linear+more"):
         done = run("gates", *words, "--gate", gate, "--out", tmp_path / "gated")
         assert done.exit_code == 2
-        assert f"Got the gate '{gate}'" in done.output
+        assert f"But got '{gate}'" in done.output
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps(c) for c in conversations(3)))
     done = run("gates", *words, "--gate", "linear", "--out", tmp_path / "gated")
     assert "'text' has only 3 rows. Give it at least 6." in done.output

@@ -41,7 +41,7 @@ from .top_tokens import TOP, mixed_log_probs, summarised, terms
 from .watching import watching
 
 
-KEPT = {"logits": ("hidden", "top"), "probabilities": ("log_probs",)}  # by fusion rule, the default first
+KEPT = {"logits": ("hidden", "top"), "probabilities": ("log_probs", "hidden")}  # by fusion rule, the default first
 ADDED = ("log_probs", "top", "tail")  # to hidden states and labels, where they are kept
 STATE, LOCK = "cache.json", ".lock"
 SAMPLES = 1024  # values of each of the specialists' tensors that tell them from others

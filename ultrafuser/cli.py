@@ -16,6 +16,7 @@ import typer
 from .commands import app as commands
 from .commands import pairs
 from .data.commands import app as data_commands
+from .gate_words import HELP as GATE_HELP
 from .plain import echo
 
 
@@ -101,7 +102,7 @@ def check(
     ],
     dtype: Annotated[str, typer.Option(help="Of the fused model. Default: what all specialists share.")] = "auto",
     fusion: Annotated[str, typer.Option(help="logits or probabilities.")] = "logits",
-    gate: Annotated[str, typer.Option(help="Kind of gate.")] = "mlp",
+    gate: Annotated[str, typer.Option(help=GATE_HELP)] = "mlp",
     base: Annotated[str | None, typer.Option(help="Of adapters, if it is not where they say.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything in JSON, for programs.")] = False,
 ) -> None:

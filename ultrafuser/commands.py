@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from .gate_words import HELP as GATE_HELP
 from .plain import echo
 
 
@@ -36,7 +37,7 @@ KEY_VARIABLE = "ULTRAFUSER_KEY"
 def fuse(
     what: Annotated[list[str], typer.Argument(help="NAME=ID or NAME=FOLDER of each specialist; or one YAML recipe.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; there must be nothing in it.")] = None,
-    gate: Annotated[str | None, typer.Option(help="mlp (default), linear, constant or uniform.")] = None,
+    gate: Annotated[str | None, typer.Option(help=f"{GATE_HELP} Default: mlp.")] = None,
     fusion: Annotated[str | None, typer.Option(help="logits (default) or probabilities.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights, bfloat16 say. Default: what they share.")] = None,
     chat_template: Annotated[
@@ -203,7 +204,7 @@ def train(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def gates(
-    gate: Annotated[list[str], typer.Option(help="Kind, and width: mlp:512, mlp:64, linear, constant. Repeat it.")],
+    gate: Annotated[list[str], typer.Option(help=f"{GATE_HELP} Repeat it.")],
     words: Annotated[
         list[str] | None,
         typer.Argument(metavar="RECIPE --FIELD VALUE", help="As for `ultrafuser train --stage gate`."),

@@ -16,6 +16,7 @@ from .checking.findings import BLOCKS, Judgement
 from .checking.judging import judge
 from .checking.reading import Source
 from .folders import save_fused
+from .gate_words import HELP, gate_settings
 from .writing import new_folder
 from .yaml_files import read_yaml
 
@@ -31,7 +32,7 @@ class Fusion:
         default=None, metadata={"help": "Name to commit of its repository, for results that can be repeated."}
     )
     chat_template: str | None = field(default=None, metadata={"help": "Whose chat template to take, if they differ."})
-    gate: str = field(default="mlp", metadata={"help": "Kind of gate, when fusing: mlp, cross, posterior, ..."})
+    gate: str = field(default="mlp", metadata={"help": HELP})
     fusion: str = field(default="logits", metadata={"help": "What is mixed, when fusing: logits or probabilities."})
     base: str | None = field(
         default=None, metadata={"help": "Where the base of specialists that are adapters is, if not where they say."}
@@ -96,9 +97,9 @@ def plan(recipe: Fusion, dtype: str = "auto") -> Judgement:
             f"{specialists} and revisions {revisions}."
         )
     # refuses unknown choices
-    UltraFuserConfig(gate=recipe.gate, fusion=recipe.fusion)
+    UltraFuserConfig(**gate_settings(recipe.gate), fusion=recipe.fusion)
     locations = {name: (location, revisions.get(name)) for name, location in specialists.items()}
-    return judge(locations, dtype=dtype, fusion=recipe.fusion, base=recipe.base)
+    return judge(locations, dtype=dtype, fusion=recipe.fusion, gate=recipe.gate, base=recipe.base)
 
 
 def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str], None] = print) -> None:
@@ -123,7 +124,7 @@ def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str],
         say("fusing")
         model = UltraFuserForCausalLM.from_specialists(
             recipe.specialists,
-            gate=recipe.gate,
+            **gate_settings(recipe.gate),
             fusion=recipe.fusion,
             dtype=dtype,
             revisions=commits(sources),

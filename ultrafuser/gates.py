@@ -19,6 +19,7 @@ from trainers.domains import by_domain
 
 from .evaluation.measuring import HeldOut, held_out, score
 from .folders import save_fused
+from .gate_words import gate_settings
 from .training import FusedArguments, ingredients_of, load_domains, load_model
 from .writing import new_folder
 
@@ -67,7 +68,7 @@ def compare(
             beside the output folder, and kept, so that more gates cost no second pass.
         args: Settings of stage one, for all of them. The best one's model is written to `output_dir`.
         model_args: The model's folder, its dtype.
-        gates: Kinds, and the width of those with a hidden layer: ["mlp:512", "cross:128", "linear", "constant"].
+        gates: See `gate_settings`: ["mlp:512", "cross:128+calibration", "linear", "posterior"].
         seeds: How often each is trained, with first weights and draws of its own.
         say: Called with a line about each.
 
@@ -78,20 +79,22 @@ def compare(
         ValueError: If a gate is unknown, or a domain has too few rows to hold some out.
         FileExistsError: If there is something in the output folder.
     """
-    kinds = {gate: _kind(gate) for gate in (UNTRAINED, *gates)}
+    kinds = {gate: gate_settings(gate) for gate in (UNTRAINED, *gates)}
     # first those that read more: a cache made for them serves all
-    kinds = dict(sorted(kinds.items(), key=lambda kind: not GATES[kind[1][0]].reads_past))
+    kinds = dict(sorted(kinds.items(), key=lambda kind: not GATES[kind[1]["gate"]].reads_past))
     data, kept_back = _split(by_domain(load_domains(fused, args.dataset_text_field)), args.seed)
     out, fits = Path(args.output_dir), []
     cache = fused.cache or out.with_name(f"{out.name}-cache")
+    # what serves those that predict temperatures serves all
+    keep = fused.cache_keep or ("hidden" if any(kind["gate_calibration"] for kind in kinds.values()) else None)
     with new_folder(out) as folder:
         for gate, seed in [(g, s) for g in kinds for s in range(seeds)]:
             model, tokenizer = load_model(fused, model_args, trust_remote_code=args.trust_remote_code)
             tests = {d: held_out(list(r), tokenizer, max_length=args.max_length) for d, r in kept_back.items()}
-            _replace_gate(model, *kinds[gate], seed)
+            _replace_gate(model, kinds[gate], seed)
             seconds = 0.0
             if _parameters(model):
-                seconds = _trained(model, tokenizer, args, data, seed=seed, cache=cache, keep=fused.cache_keep)
+                seconds = _trained(model, tokenizer, args, data, seed=seed, cache=cache, keep=keep)
             elif seed:
                 continue
             fit = Fit(gate, seed, _parameters(model), seconds, {d: _loss(model, test) for d, test in tests.items()})
@@ -112,17 +115,6 @@ def table(fits: list[Fit]) -> Table:
     return shown
 
 
-def _kind(gate: str) -> tuple[str, int | None]:
-    kind, _, width = gate.partition(":")
-    if kind not in GATES or (width and not (GATES[kind].has_width and width.isdigit() and int(width))):
-        wide = [name for name, gate_class in GATES.items() if gate_class.has_width]
-        raise ValueError(
-            f"Got the gate {gate!r}, but a gate to compare is one of {list(GATES)}, of which {wide} may say the width "
-            f"of their hidden layer, as mlp:64."
-        )
-    return kind, int(width) if width else None
-
-
 def _split(data: dict[str, Dataset], seed: int) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
     """Each domain's rows to train on, and those held out."""
     train, kept_back = {}, {}
@@ -139,11 +131,11 @@ def _split(data: dict[str, Dataset], seed: int) -> tuple[dict[str, Dataset], dic
     return train, kept_back
 
 
-def _replace_gate(model: PreTrainedModel, kind: str, width: int | None, seed: int) -> None:
-    model.config.gate = kind
-    model.config.gate_hidden_size = width or model.config.gate_hidden_size
+def _replace_gate(model: PreTrainedModel, settings: dict, seed: int) -> None:
+    for field, value in settings.items():
+        setattr(model.config, field, value)
     set_seed(seed)
-    gate = GATES[kind](model.config)
+    gate = GATES[model.config.gate](model.config)
     gate.init_weights()
     model.model.fusion_gate = gate.to(model.device)
 

@@ -23,6 +23,7 @@ from . import pushing
 from .checking import reading
 from .folders import read_ingredients, write_ingredients
 from .fusing import Fusion, described
+from .gate_words import gate_settings
 from .loading import load_model as load_any_model
 from .loading import load_tokenizer
 from .row_files import load
@@ -245,7 +246,7 @@ def load_model(
             )
         own = {"revisions": fused.specialist_revisions, "base": fused.base}
         fusing = UltraFuserForCausalLM.from_specialists(
-            fused.specialists, gate=fused.gate, fusion=fused.fusion, **own, **shared
+            fused.specialists, **gate_settings(fused.gate), fusion=fused.fusion, **own, **shared
         )
         words = {"chat_template": fused.chat_template, "vocab_size": fusing.config.vocab_size}
         return fusing, common_tokenizer(fused.specialists, **own, **words)

@@ -39,6 +39,7 @@ from modeling_ultrafuser.specialists_ultrafuser import BASE, NO_ROUTER_LOSS
 from modeling_ultrafuser.tokenizing_ultrafuser import merged_generation_config, own_generation_config
 
 from .. import licences
+from ..gate_words import gate_settings
 from ..merges import MERGES
 from ..merges.merging import NotMergeableError, merge
 from .estimating import THEIR_BASE, adapter_sizes, estimate, size
@@ -64,7 +65,7 @@ def judge(
         specialists: Name to folder or Hub id, and revision or None.
         dtype: Of the fused model; "auto" takes what all share.
         fusion: "logits" or "probabilities".
-        gate: Kind of gate.
+        gate: See `gate_settings`.
         base: Where the base of specialists that are adapters is, if it is not where they say.
     """
     found = Judgement()
@@ -112,7 +113,7 @@ def judge(
             specialist_names=list(texts),
             specialists=list(texts.values()),
             fusion=fusion,
-            gate=gate,
+            **gate_settings(gate),
             adapters=adapters,
         )
         check_saving(config)
