@@ -2,7 +2,6 @@
 
 import copy
 import keyword
-import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,11 +11,13 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
 from .gates_ultrafuser import GATES
+from .reading_ultrafuser import is_number
 
 
 # counts up when a saved folder changes in a way that older code would misread
 FORMAT_VERSION = 1
 FUSION_NAMES = ("logits", "probabilities")
+WIDEST, HOTTEST = 1 << 16, 1_000_000  # of a gate's hidden layer, and of its temperature
 AUTO_MAP = {
     "AutoConfig": "configuration_ultrafuser.UltraFuserConfig",
     "AutoModel": "modeling_ultrafuser.UltraFuserModel",
@@ -151,31 +152,30 @@ class UltraFuserConfig(PreTrainedConfig):
             if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"Unknown {field} {value!r}. Choose one of {list(choices)}.")
         if not isinstance(self.gate_calibration, bool):
-            raise ValueError(f"`gate_calibration` is {self.gate_calibration!r}, but it must be true or false.")
+            raise ValueError(f"`gate_calibration` is {self.gate_calibration!r:.100}, but it must be true or false.")
         if self.gate_calibration and not GATES[self.gate].can_calibrate:
             able = [name for name, gate in GATES.items() if gate.can_calibrate]
             raise ValueError(
                 f"The gate {self.gate!r} predicts no temperatures. For `gate_calibration` choose one of {able}."
             )
         temperature = self.gate_temperature
-        number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-        if not number or not (math.isfinite(temperature) and temperature > 0):
+        if not is_number(temperature) or not 1 / HOTTEST <= temperature <= HOTTEST:
             raise ValueError(
-                f"`gate_temperature` divides the gate's scores, so it must be a positive number, but it is "
-                f"{temperature!r}. 1.0 changes nothing; for equal weights choose gate='uniform'."
+                f"`gate_temperature` divides the gate's scores, so it must be a positive number, from {1 / HOTTEST} to "
+                f"{HOTTEST:,}, but it is {temperature!r:.100}. 1.0 changes nothing; for equal weights choose "
+                f"gate='uniform'."
             )
         switch = self.gate_switch_probability
-        number = isinstance(switch, int | float) and not isinstance(switch, bool)
-        if switch is not None and not (number and 0 <= switch < 1):
+        if switch is not None and not (is_number(switch) and 0 <= switch < 1):
             raise ValueError(
                 f"`gate_switch_probability` is the probability that another specialist becomes the best one, so it must be "
-                f"at least 0 and below 1, but it is {switch!r}. Leave it out for the one that fits the fusion rule."
+                f"at least 0 and below 1, but it is {switch!r:.100}. Leave it out for the one that fits the fusion rule."
             )
         width = self.gate_hidden_size
-        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+        if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= WIDEST:
             raise ValueError(
-                f"`gate_hidden_size` is the width of the gate's hidden layer, so it must be a positive integer, but "
-                f"it is {width!r}. The paper uses 512."
+                f"`gate_hidden_size` is the width of the gate's hidden layer, so it must be a positive integer, at most "
+                f"{WIDEST:,}, but it is {width!r:.100}. The paper uses 512."
             )
 
     def _derive_fields(self) -> None:

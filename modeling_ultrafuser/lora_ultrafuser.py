@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 from .adapters_ultrafuser import LINEAR, AdaptedLinear, linear_shape, merged_backbone, run_as_rows
 from .gguf_ultrafuser import is_gguf
-from .reading_ultrafuser import in_words, read_header, read_json
+from .reading_ultrafuser import in_words, is_number, read_header, read_json
 from .specialists_ultrafuser import BASE
 
 
@@ -176,11 +176,7 @@ def check_adapter(name: str, config: dict) -> None:
     """
     for field, kinds in _KINDS.items():
         value = config.get(field)
-        if (
-            not isinstance(value, kinds)
-            or isinstance(value, bool)
-            or (field == "lora_alpha" and not math.isfinite(value))
-        ):
+        if not isinstance(value, kinds) or isinstance(value, bool) or (field == "lora_alpha" and not is_number(value)):
             raise _odd(name, field, value)
     for field, kind in _LISTS.items():
         value = config.get(field)
@@ -190,7 +186,7 @@ def check_adapter(name: str, config: dict) -> None:
             raise _odd(name, field, value)
     for field in ("alpha_pattern", "rank_pattern"):
         for pattern, value in (config.get(field) or {}).items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not is_number(value):
                 raise _odd(name, field, {pattern: value})
     # settings of a method that are empty choose it, too
     more = {k: v for k, v in config.items() if k not in _PLAIN_FIELDS and (v or v == {})}

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import struct
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -47,6 +48,11 @@ _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 class UnreadableFileError(ValueError):
     """A file of somebody's that cannot be read, or that says what cannot be."""
+
+
+def is_number(value) -> bool:
+    """Whether a value of a file is a number that a `float` can hold, which JSON's long integers need not be."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 @contextmanager
@@ -183,9 +189,6 @@ def check_folder(folder: str | os.PathLike) -> None:
 def _check_kinds(found: dict, path: str | os.PathLike) -> None:
     """Refuses settings of generation of the wrong kind, which are read first when a text is generated."""
 
-    def number(value) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
     def ids(value) -> bool:
         return all(map(ids, value)) if isinstance(value, list) else type(value) is int
 
@@ -203,15 +206,15 @@ def _check_kinds(found: dict, path: str | os.PathLike) -> None:
             (r"architectures|stop_strings", words, "a list of words"),
             (
                 r"(max|min)_(length|new_tokens)|num_(beams|beam_groups|return_sequences)|top_[hkp]|min_p|typical_p",
-                number,
+                is_number,
                 "a number",
             ),
             (
                 r"temperature|(repetition|length|diversity|encoder_repetition)_penalty|(epsilon|eta)_cutoff",
-                number,
+                is_number,
                 "a number",
             ),
-            (r"(encoder_)?no_repeat_ngram_size|guidance_scale|max_time|penalty_alpha", number, "a number"),
+            (r"(encoder_)?no_repeat_ngram_size|guidance_scale|max_time|penalty_alpha", is_number, "a number"),
             (
                 r"do_sample|use_cache|output_\w+|remove_invalid_values|renormalize_logits",
                 lambda v: isinstance(v, bool),

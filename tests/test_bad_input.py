@@ -159,7 +159,7 @@ def test_a_configuration_without_specialists_builds_no_model():
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        ({"gate": "softmax"}, ("Unknown gate 'softmax'", "'mlp', 'cross', 'linear', 'constant', 'uniform'")),
+        ({"gate": "softmax"}, ("Unknown gate 'softmax'", "'mlp', 'cross', 'evidence', 'linear', 'constant'")),
         ({"gate": None}, ("Unknown gate None",)),
         ({"fusion": "weights"}, ("Unknown fusion 'weights'", "'logits', 'probabilities'")),
         ({"gate_temperature": 0}, ("must be a positive number", "it is 0.", "gate='uniform'")),
@@ -171,6 +171,12 @@ def test_a_configuration_without_specialists_builds_no_model():
         ({"gate_hidden_size": 0}, ("must be a positive integer", "it is 0.", "512")),
         ({"gate_hidden_size": 2.5}, ("must be a positive integer", "2.5")),
         ({"gate_hidden_size": True}, ("must be a positive integer", "True")),
+        ({"gate_hidden_size": 99999999999}, ("must be a positive integer", "at most 65,536", "99999999999")),
+        ({"gate_temperature": 10**400}, ("must be a positive number", "1000000")),
+        ({"gate_temperature": 1e-320}, ("must be a positive number", "1e-320")),
+        ({"gate_switch_probability": 10**400}, ("at least 0 and below 1", "1000000")),
+        ({"gate_switch_probability": float("nan")}, ("at least 0 and below 1", "nan")),
+        ({"gate_switch_probability": True}, ("at least 0 and below 1", "True")),
     ],
     ids=str,
 )

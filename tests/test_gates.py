@@ -95,7 +95,8 @@ def test_more_gates_read_the_same_cache(words, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_loaded(words, tmp_path):
-    for gate in ("mpl", "linear:4", "mlp:wide", "mlp:0", "mlp+calibration", "linear+more"):
+    odd = ("mpl", "linear:4", "mlp:wide", "mlp:0", "mlp:", "mlp:²", "mlp:٣", "mlp+calibration", "linear+more")
+    for gate in (*odd, "cross:99999999999+calibration", "evidence:65537"):
         done = run("gates", *words, "--gate", gate, "--out", tmp_path / "gated")
         assert done.exit_code == 2
         assert f"But got '{gate}'" in done.output

@@ -386,6 +386,8 @@ ADAPTERS = {
     "a pattern that is none": ({"alpha_pattern": {"q_proj[": 1}}, "is none"),
     "patterns that are a list": ({"alpha_pattern": ["q_proj"]}, "as PEFT writes it"),
     "a scale that is a word": ({"lora_alpha": "x"}, "as PEFT writes it"),
+    "a scale beyond all numbers": ({"lora_alpha": 10**400}, "as PEFT writes it"),
+    "a scale of some layers beyond all numbers": ({"alpha_pattern": {"q_proj": 10**400}}, "as PEFT writes it"),
     "a scale that is no number": ({"lora_alpha": float("nan")}, "as PEFT writes it"),
     "another rank": ({"r": 3}, "of the rank"),
     "a base that is a number": ({"base_model_name_or_path": 5}, "adapter"),

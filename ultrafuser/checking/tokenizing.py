@@ -1,6 +1,7 @@
 """Whether specialists share one tokenizer, told from hashes where they are equal, so that nothing need be downloaded."""
 
 import json
+import re
 
 from modeling_ultrafuser.gguf_ultrafuser import is_gguf
 from modeling_ultrafuser.reading_ultrafuser import read_json
@@ -80,7 +81,7 @@ def _highest_id_from_hashes(sources: dict[str, Source]) -> int | None:
     if len(prints) > 1 or None in prints:
         return None
     added = _tokenizer_config(next(iter(sources.values()))).get("added_tokens_decoder") or {}
-    if not isinstance(added, dict) or not all(key.isdigit() for key in added):
+    if not isinstance(added, dict) or not all(re.fullmatch(r"[0-9]{1,9}", key) for key in added):
         return None
     highest = max(map(int, added), default=0)
     # tokens that were added to a vocabulary have the ids behind it; control tokens within it, the ids at its start
