@@ -333,6 +333,8 @@ def _as_backbone_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
     config.tie_word_embeddings = False
     # or the library's own causal models cannot read their backbone's output
     config.return_dict = True
+    # what is returned is the fused model's choice, whatever stands here
+    config.output_hidden_states = config.output_attentions = False
     if getattr(config, "output_router_logits", False):
         # for a loss that a fused model does not have, which is told when fusing
         config.output_router_logits = False

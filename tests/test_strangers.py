@@ -361,6 +361,17 @@ def test_a_configuration_that_asks_for_tuples_changes_nothing_but_the_type_of_ou
     assert model.specialist("code")(IDS).logits.equal(expected.specialist("code")(IDS).logits)
 
 
+@pytest.mark.parametrize("value", [0.5, ["a"], [0, 1], True, "yes"])
+def test_what_a_specialists_configuration_says_of_outputs_is_the_fused_models_choice(value, zoo, tmp_path):
+    folder, ids = shutil.copytree(zoo / "fused", tmp_path / "fused"), torch.arange(5, 12)[None]
+    config = json.loads((folder / "config.json").read_text())
+    config["specialists"][0]["output_hidden_states"] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    output, expected = (UltraFuserForCausalLM.from_pretrained(f)(ids) for f in (folder, zoo / "fused"))
+    assert torch.equal(output.logits, expected.logits)
+    assert output.hidden_states is None
+
+
 def test_sizes_that_differ_on_purpose_are_the_users_choice(zoo):
     other = UltraFuserForCausalLM.from_pretrained(zoo / "fused").config
     other.vocab_size = 310
