@@ -110,6 +110,24 @@ def test_a_chat_template_that_fails_or_never_ends_is_told_in_a_sentence(template
     assert words in " ".join(said(conversation).split())
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prompt_lookup_num_tokens": "x"},
+        {"do_sample": True, "temperature": 1e-320},
+        {"do_sample": True, "repetition_penalty": 1e-320},
+        {"sequence_bias": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_an_answer_that_generation_settings_make_impossible_is_told_in_a_sentence(settings, fused, monkeypatch):
+    for name, value in settings.items():
+        monkeypatch.setattr(fused.generation_config, name, value, raising=False)
+    conversation = chat(fused)
+    assert conversation.answer("hello") == ""
+    assert "What generation_config.json or config.json asks of an answer" in " ".join(said(conversation).split())
+
+
 def test_an_interrupted_answer_is_kept_as_far_as_it_came(fused, monkeypatch):
     conversation = chat(fused)
     whole = decoded(generated(fused, "<user>2+2?\n<assistant>")[0])

@@ -17,6 +17,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.gate_base_ultrafuser import GateOutput
 from trainers.rendering import RenderingError, render_chat
 
+from .loading import generating
 from .plain import plain
 from .reports.colours import assign
 from .reports.terminal import speaker_style
@@ -123,7 +124,7 @@ def speak(model: UltraFuserForCausalLM, ids: torch.Tensor, speech: Speech, max_n
         raise ValueError(f"The conversation has {ids.shape[-1]} tokens and the model reads {limit}.")
     ids = ids.to(model.device)
     settings = {"max_new_tokens": room, "tokenizer": speech.tokenizer, **settings}
-    with followed(model.model.fusion_gate, speech.watch):
+    with followed(model.model.fusion_gate, speech.watch), generating(model):
         model.generate(ids, attention_mask=torch.ones_like(ids), streamer=speech, **settings)
 
 

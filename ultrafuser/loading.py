@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 # so that fused models load with this package's code
@@ -60,3 +61,17 @@ def refusing_code(source: str | Path) -> Iterator[None]:
             f"{str(source)!r} needs its own. Read it; then `data look`, `data clean` and `bench` run it with --trust-remote-code, "
             f"and other commands never. Or take a model of an architecture that transformers has."
         ) from error
+
+
+@contextmanager
+def generating(model: PreTrainedModel) -> Iterator[None]:
+    """Says in words what fails while a model answers as its files say: many settings are first read then.
+
+    Raises:
+        ValueError: In place of whatever a library raises, but for too little memory.
+    """
+    with in_words("What generation_config.json or config.json asks of an answer", model.name_or_path):
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"An answer of this model needs more memory than there is: {error}") from error

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 
+from ..loading import generating
 from .compiling import compiled
 from .drafting import self_draft
 from .stacking import StackedForCausalLM, stack
@@ -138,4 +139,5 @@ def tokens_per_second(
 def _text(model: PreTrainedModel, inputs: dict[str, Tensor], max_new_tokens: int, options: dict) -> Tensor:
     # to its full length, so that all rounds are alike; on the processor, so that all of it is there
     length = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "stop_strings": None}
-    return model.generate(**inputs, **length, do_sample=False, **options).cpu()
+    with generating(model):
+        return model.generate(**inputs, **length, do_sample=False, **options).cpu()

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from trainers.prompting import render
 
-from ..loading import load_model, load_tokenizer
+from ..loading import generating, load_model, load_tokenizer
 from .answering import messages_of
 from .journal import Journal
 from .questions import Question
@@ -80,14 +80,15 @@ def _generate(
         return [_generate(model, tokenizer, [text], max_new_tokens, sampling)[0] for text in texts]
     if room <= 0:
         return [("", "length")]
-    output = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        max_new_tokens=room,
-        pad_token_id=tokenizer.pad_token_id,
-        tokenizer=tokenizer,
-        **sampling,
-    )[:, length:]
+    with generating(model):
+        output = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=room,
+            pad_token_id=tokenizer.pad_token_id,
+            tokenizer=tokenizer,
+            **sampling,
+        )[:, length:]
     ends = model.generation_config.eos_token_id
     ends = torch.tensor([] if ends is None else ends, device=output.device).view(-1)
     stopped = torch.isin(output, ends).any(-1).tolist()

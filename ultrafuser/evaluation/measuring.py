@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.prompting import render, split_conversation
 
+from ..loading import generating
+
 
 LOGITS = 2**28  # at most in a batch: 1 GiB in float32
 
@@ -206,5 +208,6 @@ def _seconds(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> float:
     length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "stop_strings": None}
     length |= {"do_sample": False, "pad_token_id": 0}
     began = time.perf_counter()
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), **length)
+    with generating(model):
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), **length)
     return time.perf_counter() - began

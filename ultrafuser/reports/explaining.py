@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer
 
-from ..loading import load_config, refusing_code
+from ..loading import generating, load_config, refusing_code
 
 
 FUSED = "fused"
@@ -122,7 +122,8 @@ def explain(
         mask = torch.ones_like(ids)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         settings = {"max_new_tokens": generate, "do_sample": False, "pad_token_id": pad, "tokenizer": tokenizer}
-        ids = model.generate(ids, attention_mask=mask, **settings)
+        with generating(model):
+            ids = model.generate(ids, attention_mask=mask, **settings)
     outputs = model(input_ids=ids, use_cache=False, return_dict=True)
     gate_weights, logits = outputs.gate_weights[0, :-1].tolist(), outputs.logits
     del outputs
