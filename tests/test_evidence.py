@@ -26,6 +26,8 @@ from trainers.gate_cache import CachedGateTrainer
 from ultrafuser.decoding.drafting import self_draft
 from ultrafuser.decoding.stacking import stack, unstack
 from ultrafuser.editing import add_specialist, remove_specialist
+from ultrafuser.evaluation.baselines import ShuffledGate, ensemble
+from ultrafuser.evaluation.measuring import cost
 
 
 READERS = [name for name, gate in GATES.items() if gate.reads_past]
@@ -568,6 +570,19 @@ def test_what_has_no_place_for_a_state_or_no_heads_refuses_in_words(gate, specia
         backbone(prompt())
     with pytest.raises(ValueError, match="has another head in their place"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=True)
+
+
+@every_reader
+@torch.no_grad()
+def test_a_model_that_looks_back_is_compared_with_controls_of_its_own(gate, specialists):
+    fused, ids = fuse(specialists, gate=gate), prompt(length=12)
+    shuffled = ensemble(fused, ShuffledGate(fused.config, fused.model.fusion_gate))
+    found, dealt = fused(ids).gate_weights, shuffled(ids).gate_weights
+    torch.testing.assert_close(dealt.sort(1).values, found.sort(1).values)
+    uniform = ensemble(fused, "uniform")
+    assert torch.equal(uniform(ids).gate_weights, torch.full((2, 12, 3), 1 / 3))
+    costs = [cost(model, model, ids[:1], new_tokens=2, repeats=1) for model in (fused, uniform)]
+    assert costs[0]["cache_bytes_per_token"] == costs[1]["cache_bytes_per_token"]
 
 
 def test_the_past_of_other_gates_is_nothing(specialists):
