@@ -391,7 +391,7 @@ def _whole_head(heads: tuple[nn.Module, ...], config: UltraFuserConfig, states: 
     elif weight.is_meta and not states.is_meta:
         found = "it is on the disk: load the model with the head on a device"
     elif len(weight) != config.vocab_size or hasattr(weight, "full_tensor"):
-        found = "each process holds a part of it: train with one process or with DDP, or another gate"
+        found = "each process holds a part of it: train with FSDP2, DDP or one process, or choose another gate"
     else:
         return weight
     raise ValueError(

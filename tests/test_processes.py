@@ -142,10 +142,13 @@ def check_same(one, two, folder):
     assert all(tensor.equal(loaded.state_dict()[name]) for name, tensor in two["weights"].items())
 
 
-@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
-def test_weights_in_shards_train_as_whole_ones(fusion, run, tmp_path):
+@pytest.mark.parametrize(
+    ("fusion", "gate"),
+    [("logits", "mlp"), ("probabilities", "mlp"), pytest.param("logits", "evidence", marks=pytest.mark.slow)],
+)
+def test_weights_in_shards_train_as_whole_ones(fusion, gate, run, tmp_path):
     folders = [tmp_path / stage for stage in ("gate", "joint")]
-    fuse, own = {"fusion": fusion}, {"fsdp": True}
+    fuse, own = {"fusion": fusion, "gate": gate}, {"fsdp": True}
     found = run([job for f in folders for job in one_and_two(f.name, f, fuse=fuse, own=own, fsdp=True)])
     for i, folder in enumerate(folders):
         check_same(*found[2 * i : 2 * i + 2], folder)

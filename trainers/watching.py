@@ -101,6 +101,9 @@ def keep_head_whole(fused: PreTrainedModel) -> None:
         if hasattr(head, "reshard") and not torch.is_grad_enabled():  # else the backward pass does
             head.reshard()
 
+    if fused.model.fusion_gate.reads_past:
+        # the backbone asks it for evidence
+        fused.model.register_forward_pre_hook(gather)
     fused.model.register_forward_hook(gather)
     fused.register_forward_hook(scatter)
 
