@@ -158,8 +158,8 @@ class RowCache(SpecialistCache):
     repeats and crops it like any other.
     """
 
-    def __init__(self, cache: Cache, specialists: int):
-        super().__init__(cache, 0, len(cache.layers))
+    def __init__(self, cache: Cache, specialists: int, length: int):
+        super().__init__(cache, 0, length)
         self.specialists = specialists
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
@@ -199,12 +199,14 @@ def run_as_rows(
         positions = positions_of(mask, ids.shape[-1])
     elif positions is not None and len(positions) > 1:
         positions = rows(positions)
+    if past_key_values is not None:
+        past_key_values = RowCache(past_key_values, specialists, base.config.num_hidden_layers)
     output = run(
         base,
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=None if past_key_values is None else RowCache(past_key_values, specialists),
+        past_key_values=past_key_values,
         **kwargs,
     )
 

@@ -34,7 +34,7 @@ from .causal_ultrafuser import (
 from .checking_ultrafuser import check_fused
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all, bounded, head_columns, soft_cap
 from .embeddings_ultrafuser import TokenEmbeddings
-from .evidence_ultrafuser import decoding_layer, last_logits, read_evidence
+from .evidence_ultrafuser import decoding_layer, last_logits, layer_of, read_evidence
 from .fusing_ultrafuser import fuse_specialists
 from .gate_base_ultrafuser import Gate, GateOutput, head_factors
 from .gates_ultrafuser import GATES
@@ -343,6 +343,8 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
             cache.layers = DynamicCache(config=self.config).layers
             cache.layer_class_to_replicate = None
         refuse_cache_of_one_shape(self.config, cache)
+        if self.fusion_gate.reads_past:
+            layer_of(cache)
         return cache
 
 

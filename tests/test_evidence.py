@@ -16,7 +16,7 @@ from modeling_ultrafuser.gate_base_ultrafuser import Evidence
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
 from tests.mixes import MIXES, fuse, naive_gate_weights, naive_greedy, prompt, textbook
-from tests.test_adapters import make, pair
+from tests.test_adapters import BASES, make, pair
 from tests.test_gate_cache import build
 from tests.test_trainers import logs
 from tests.tiny import specialist
@@ -524,6 +524,15 @@ def test_scales_of_a_calibrated_gate_read_evidence_too(specialists):
 # ---------------------------------------------------------------------------------------------- more specialists, fewer
 
 
+@every_reader
+def test_adapters_of_a_base_whose_layers_all_have_windows_find_their_masks(gate, tmp_path, monkeypatch):
+    # evidence behind the layers has no window, and is none of the base's
+    monkeypatch.setitem(BASES, "windows", lambda: specialist("mistral", sliding_window=4))
+    adapted, _ = pair(make(tmp_path, "windows"), gate=gate)
+    ids = prompt(length=12)
+    assert torch.equal(generate(adapted, ids), generate(adapted, ids, use_cache=False))
+
+
 @every_fusion
 @torch.no_grad()
 def test_a_newcomer_to_a_posterior_needs_no_training(fusion, specialists, tmp_path):
@@ -563,12 +572,19 @@ def test_what_has_no_place_for_a_state_or_no_heads_refuses_in_words(gate, specia
         check_servable_by_vllm(alike)
     with pytest.raises(ValueError, match=f"Continuous batching keeps keys and values .* gate='{gate}'"):
         fused.generate_batch([[5, 6, 7]], max_new_tokens=2)
+    offloaded = DynamicCache(config=fused.config)
+    offloaded.offloading = True
+    with pytest.raises(ValueError, match="An offloaded cache fetches one layer after another"):
+        fused(prompt(), past_key_values=offloaded)
     fused.save_pretrained(tmp_path)
     backbone = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
     with pytest.raises(ValueError, match="the backbone alone has none: load the folder with `AutoModelForCausalLM`"):
         backbone(prompt())
     with pytest.raises(ValueError, match="has another head in their place"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=True)
+    fused.lm_head.weight = nn.Parameter(fused.lm_head.weight[:50])
+    with pytest.raises(ValueError, match="each process holds a part of it"):
+        fused(prompt())
 
 
 @every_reader
