@@ -22,6 +22,8 @@ MOST_BYTES_OF_OTHERS = 1 << 23
 MOST_BYTES_OF_A_HEADER = 1 << 26
 MOST_NESTED = 64
 MOST_LAYERS = 10_000
+# how much longer a tokenizer may make a text, and how much longer its maps of characters (SentencePiece's) may at most
+MOST_GROWTH, MOST_GROWTH_OF_MAPS = 100, 10
 JSON_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "specialists.json", SAFE_WEIGHTS_INDEX_NAME),
@@ -42,6 +44,8 @@ BITS = {
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 _LAYERS = re.compile(r"num_(\w+_)?layers|n_layers?|(en|de)coder_layers")
+_WINDOWS = re.compile(r"sliding_window|attention_chunk_size|kv_lora_rank")
+_SCALES = re.compile(r"\w*soft_?cap(ping)?|logits_scaling|logit_scale|\w+_multiplier|logits_mup_width_multiplier")
 # a folder of such files is loaded in place of its model.safetensors
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
@@ -173,6 +177,8 @@ def check_folder(folder: str | os.PathLike) -> None:
             found = read_json(path)
         if name in ("config.json", "generation_config.json"):
             _check_kinds(found, path)
+        if name == "tokenizer.json":
+            _check_growth(found, path)
     if "config.json" not in files:
         return
     check_config(os.path.join(folder, "config.json"))
@@ -184,6 +190,27 @@ def check_folder(folder: str | os.PathLike) -> None:
             f"transformers would put into it or load in its place. Move that away; or merge an adapter first, "
             f"`merge_and_unload()`."
         )
+
+
+def _check_growth(found: dict, path: str | os.PathLike) -> None:
+    """Refuses a tokenizer whose replacements, one after another, make a text too long for the memory."""
+    for part in ("normalizer", "decoder"):
+        factor, level = 1.0, [found.get(part)]
+        while level:
+            for step in (s for s in level if isinstance(s, dict) and s.get("type") in ("Replace", "Precompiled")):
+                pattern, content = step.get("pattern"), step.get("content")
+                replaced = pattern.get("String") if isinstance(pattern, dict) else pattern
+                size = len(replaced) if isinstance(replaced, str) else 1
+                factor *= max(len(content) / max(size, 1), 1) if isinstance(content, str) else MOST_GROWTH_OF_MAPS
+            nested = (
+                v for s in level if isinstance(s, dict | list) for v in (s.values() if isinstance(s, dict) else s)
+            )
+            level = [v for v in nested if isinstance(v, dict | list)]
+        if factor > MOST_GROWTH:
+            raise UnreadableFileError(
+                f"A tokenizer's replacements make a text at most {MOST_GROWTH} times as long, because more would fill the "
+                f"memory, but those of the {part} in {os.fspath(path)!r} make one {factor:.3g} times as long. Fetch it again."
+            )
 
 
 def _check_kinds(found: dict, path: str | os.PathLike) -> None:
@@ -255,6 +282,11 @@ def check_config(path: str | os.PathLike, tensors: int | None = None) -> dict:
                         f"The longest context is a positive number of tokens, but `{key}` of {os.fspath(path)!r} is "
                         f"{str(value)[:40]!r}. Correct it."
                     )
+                if value is not None and not _fits(str(key), value):
+                    raise UnreadableFileError(
+                        f"`{key}` is a number that is read before a model is built, but in {os.fspath(path)!r} it is "
+                        f"{str(value)[:100]!r}. Correct it."
+                    )
                 if not _LAYERS.fullmatch(str(key)) or value is None or isinstance(value, list | dict):
                     continue
                 if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
@@ -265,6 +297,13 @@ def check_config(path: str | os.PathLike, tensors: int | None = None) -> dict:
         values = (v for found in level for v in (found.values() if isinstance(found, dict) else found))
         level = [v for v in values if isinstance(v, dict | list)]
     return raw
+
+
+def _fits(key: str, value) -> bool:
+    """Whether a number that this package itself reads is one."""
+    if _WINDOWS.fullmatch(key):
+        return isinstance(value, int) and abs(value) < 1 << 63
+    return not _SCALES.fullmatch(key) or is_number(value)
 
 
 def weight_files(source: str | os.PathLike, **hub) -> list[str] | None:

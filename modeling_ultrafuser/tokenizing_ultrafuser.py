@@ -123,8 +123,10 @@ def load_tokenizer(source, base=None, **hub) -> PreTrainedTokenizerBase | None:
         # one beside the file is as its makers wrote it
         folder, file = gguf_arguments(source)
         try:
-            return AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, **({} if _has_tokenizer(folder) else file)
+            return without_code(
+                AutoTokenizer.from_pretrained(
+                    folder, trust_remote_code=False, **({} if _has_tokenizer(folder) else file)
+                )
             )
         # what is in a file is converted, and may be of any kind
         except Exception as error:
@@ -145,7 +147,13 @@ def load_tokenizer(source, base=None, **hub) -> PreTrainedTokenizerBase | None:
         tokenizer = AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **hub})
         # some settings are first read when it is used
         tokenizer.decode(tokenizer.encode(TOKENIZER_PROBE), skip_special_tokens=True)
-        return tokenizer
+        return without_code(tokenizer)
+
+
+def without_code(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Takes out of a tokenizer which code it came with: saved beside a fused model, that would be run with the model's."""
+    tokenizer.init_kwargs.pop("auto_map", None)
+    return tokenizer
 
 
 def _has_tokenizer(source, **hub) -> bool:

@@ -21,6 +21,7 @@ from modeling_ultrafuser.modeling_ultrafuser import UltraFuserPreTrainedModel
 from tests import fuzz
 from tests.tiny import specialist
 from ultrafuser.cli import app
+from ultrafuser.referring import sha256
 
 
 IDS = torch.arange(3, 20)[None]
@@ -130,6 +131,9 @@ def rotary(**fields):
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
+TENFOLD = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 10}
+GROWING = {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [TENFOLD] * 6}] * 2}
+GROWN = {"type": "Sequence", "decoders": [{**TENFOLD, "pattern": {"String": "a"}}] * 12}
 # what a specialist's folder may be, and what is said of it
 SPECIALISTS = {
     "a tensor missing": (tensors(lambda s: s.pop(Q)), "1 are missing, such as"),
@@ -173,6 +177,26 @@ SPECIALISTS = {
     "an adapter beside it": (text("adapter_config.json", '{"peft_type": "LORA"}'), "put into it"),
     "no context": (config(max_position_embeddings=-1), "The longest context"),
     "vocabulary as a word": (config(vocab_size="304"), "vocab_size"),
+    "a soft cap that is an object": (
+        config(final_logit_softcapping={"a": 1}),
+        "`final_logit_softcapping` is a number",
+    ),
+    "a soft cap beyond all numbers": (
+        config(final_logit_softcapping=10**400),
+        "`final_logit_softcapping` is a number",
+    ),
+    "a scale that is a word": (config(logits_scaling="x"), "`logits_scaling` is a number"),
+    "another scale that is a list": (config(logit_scale=[1]), "`logit_scale` is a number"),
+    "a window that is an object": (config(sliding_window={"a": 1}), "`sliding_window` is a number"),
+    "a window beyond all numbers": (config(sliding_window=10**400), "`sliding_window` is a number"),
+    "a tokenizer that multiplies text": (
+        edited("tokenizer.json", lambda t: t.update(normalizer=GROWING)),
+        "times as long",
+    ),
+    "a tokenizer that multiplies answers": (
+        edited("tokenizer.json", lambda t: t.update(decoder=GROWN)),
+        "times as long",
+    ),
     "no heads": (config(num_attention_heads=0), "cannot be read"),
     "an activation that is none": (config(hidden_act="fast"), "cannot be read"),
     "a rotary base that is a list": (rotary(rope_theta=[1e4]), "cannot be read"),
@@ -422,6 +446,41 @@ def test_an_adapter_that_is_not_what_its_files_say_is_refused(case, zoo, tmp_pat
     assert words in said(2, "check", zoo / "one", given)
     with pytest.raises(ValueError, match=words):
         UltraFuserForCausalLM.from_specialists({"one": zoo / "one", "two": given})
+
+
+# ---------------------------------------------------------------------------------- code that a tokenizer names
+
+
+def name_code(folder):
+    edited("tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": ["evil/repo--x.T", None]}))(folder)
+
+
+def tells_of_code(folder):
+    return [p for p in folder.rglob("*.json") if "evil" in p.read_text()]
+
+
+def test_a_fused_folder_names_no_code_of_a_specialists_tokenizer(zoo, tmp_path):
+    given, out = copied(zoo, "text", tmp_path), tmp_path / "fused"
+    name_code(given)
+    said(0, "fuse", f"text={given}", f"code={zoo}/code", "--out", out)
+    assert not tells_of_code(out)
+
+
+@pytest.mark.parametrize("words", [("specialist", "code"), ("add", "more={zoo}/code")], ids=str)
+def test_a_folder_made_of_a_fused_one_names_no_code_of_its_tokenizer(words, zoo, tmp_path):
+    given, out = copied(zoo, "fused", tmp_path), tmp_path / "out"
+    name_code(given)
+    said(0, words[0], given, words[1].format(zoo=zoo), "--out", out)
+    assert not tells_of_code(out)
+
+
+def test_a_reference_keeps_no_tokenizer_that_names_code(refs, tmp_path):
+    name_code(copied(tmp_path, "whole", tmp_path))
+    assert "has an `auto_map`" in said(2, "refer", tmp_path / "given" / "whole", "--out", tmp_path / "more")
+    settings = refs.with_name("tokenizer_config.json")
+    settings.write_text('{"auto_map": {"AutoTokenizer": ["evil/repo--x.T", null]}}')
+    changed(refs, lambda r: r.setdefault("sha256", {}).update({settings.name: sha256(settings)}))
+    assert "has an `auto_map`" in said(2, "fuse", refs, "--out", tmp_path / "again")
 
 
 # ---------------------------------------------------------------------------------- references

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 # so that fused models load with this package's code
 import modeling_ultrafuser  # noqa: F401
 from modeling_ultrafuser.reading_ultrafuser import check_folder, in_words
+from modeling_ultrafuser.tokenizing_ultrafuser import without_code
 
 
 def load_config(source: str | Path, *, trust_remote_code: bool = False, **hub):
@@ -37,7 +38,8 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, **set
     Raises:
         ValueError: If it comes with code of its own, which was not asked for.
     """
-    return _load(AutoTokenizer.from_pretrained, source, trust_remote_code, settings)
+    tokenizer = _load(AutoTokenizer.from_pretrained, source, trust_remote_code, settings)
+    return tokenizer if trust_remote_code else without_code(tokenizer)
 
 
 def _load(load: Callable, source: str | Path, trust_remote_code: bool, settings: dict):

@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.checking_ultrafuser import refuse_other_tensors
-from modeling_ultrafuser.reading_ultrafuser import check_file, read_header
+from modeling_ultrafuser.reading_ultrafuser import check_file, read_header, read_json
 from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer
 
 from .checking.reading import Source, parse
@@ -92,6 +92,7 @@ def refer(
     reference = _origins(folder, config, specialists)
     reference.base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
     with new_folder(out) as part:
+        _refuse_code(folder)
         judgement = plan(_recipe(reference, config), _dtype(config))
         reference.specialist_revisions = commits(judgement.sources)
         say("comparing with the specialists")
@@ -171,7 +172,18 @@ def read(file: Path) -> Reference | None:
     _check_pinned(file.parent, [path.name for path in file.parent.iterdir() if path.name in BESIDE], reference.sha256)
     for name, expected in reference.sha256.items():
         _check(file.with_name(name), expected)
+    _refuse_code(file.parent)
     return reference
+
+
+def _refuse_code(folder: Path) -> None:
+    """Refuses a tokenizer that names code: it would be run with the model's, once the model is loaded."""
+    settings = folder / "tokenizer_config.json"
+    if settings.exists() and "auto_map" in read_json(settings):
+        raise ValueError(
+            f"A reference recipe keeps a tokenizer as it is, and one that brings no code, but {str(settings)!r} has an "
+            f"`auto_map`. Take that out; then have the reference written anew: `ultrafuser refer FUSED`."
+        )
 
 
 def _checked(reference: Reference) -> Reference:
