@@ -57,6 +57,7 @@ class Gate(nn.Module):
         has_width: Whether it has a hidden layer, `gate_hidden_size` wide.
         can_calibrate: Whether it can also predict temperatures.
         dropout: Probability with which training hides each number of the hidden states: the trainers set it.
+        reads_states: Whether it reads hidden states.
         reads_past: Whether it also reads how well each specialist has predicted the text so far.
         evidence: What of that.
     """
@@ -64,6 +65,7 @@ class Gate(nn.Module):
     has_width = False
     can_calibrate = False
     dropout = 0.0
+    reads_states = True
     reads_past = False
     evidence = Evidence()
 

@@ -12,6 +12,7 @@ class ConstantGate(Gate):
     """
 
     can_calibrate = True
+    reads_states = False
 
     def __init__(self, config):
         super().__init__(config)

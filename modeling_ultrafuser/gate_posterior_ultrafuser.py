@@ -14,6 +14,7 @@ class PosteriorGate(Gate):
     specialist; with switching also at most that behind the best sequence of specialists, plus a price for each change.
     """
 
+    reads_states = False
     reads_past = True
 
     def __init__(self, config):

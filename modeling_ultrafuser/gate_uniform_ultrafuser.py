@@ -8,6 +8,8 @@ from .gate_base_ultrafuser import Gate
 class UniformGate(Gate):
     """Equal weights and no parameters: the plain ensemble, and the baseline to beat."""
 
+    reads_states = False
+
     def scores(self, hidden_states: list[Tensor]) -> Tensor:
         return hidden_states[0].new_zeros(*hidden_states[0].shape[:-1], self.num_specialists)
 

@@ -39,7 +39,7 @@ from .fusing_ultrafuser import fuse_specialists
 from .gate_base_ultrafuser import Gate, GateOutput, head_factors
 from .gates_ultrafuser import GATES
 from .outputs_ultrafuser import UltraFuserCausalLMOutput, UltraFuserMixtureOutput, UltraFuserModelOutput
-from .peft_ultrafuser import check_adapters
+from .peft_ultrafuser import check_adapters, check_head
 from .probing_ultrafuser import check_pages
 from .reading_ultrafuser import HUB_OPTIONS, in_words
 from .serving_ultrafuser import check_answered, check_pageable, check_servable_by_vllm, refuse_cache_of_one_shape
@@ -269,6 +269,12 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if use_cache or past_key_values is not None:
             past_key_values = self._shared_cache(past_key_values)
+            if self.training and past_key_values.get_seq_length() and self.is_gradient_checkpointing:
+                raise ValueError(
+                    f"Gradient checkpointing reads no cache, because layers run twice, but one with "
+                    f"{past_key_values.get_seq_length()} tokens was given, as prefix tuning does. Train with "
+                    f"gradient_checkpointing=False."
+                )
         for key, wanted in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions)):
             if getattr(self.config, key) if wanted is None else wanted:
                 kwargs[key] = True
@@ -371,6 +377,10 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         return any(causal_class(config)._is_stateful for config in self.config.backbones)
 
     def __setattr__(self, name: str, value) -> None:
+        if name == "lm_head" and self.config.fusion == "probabilities":
+            check_head(value, "fusion='probabilities'")
+        elif name == "lm_head" and GATES[self.config.gate].reads_past:
+            check_head(value, f"the gate {self.config.gate!r}")
         super().__setattr__(name, value)
         if name == "lm_head":
             self.model.wide_head = (value,)
@@ -483,10 +493,12 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
 
         Raises:
             KeyError: If there is no specialist of that name.
+            ValueError: If an adapter of PEFT is on the head.
         """
         names = self.config.specialist_names
         if name not in names:
             raise KeyError(f"There is no specialist {name!r}. Choose one of {names}.")
+        check_head(self.lm_head, f"`specialist({name!r})`")
         if self.config.adapters is None:
             backbone = self.model.specialists[name]
         else:

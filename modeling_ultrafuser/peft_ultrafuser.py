@@ -35,6 +35,25 @@ def check_adapters(model: nn.Module) -> None:
     model.__dict__["_checked_adapter"] = config
 
 
+def check_head(head: nn.Module, reader: str) -> None:
+    """Refuses a head with an adapter beside its weight, to those who multiply by parts of that weight.
+
+    Args:
+        head: The wide head.
+        reader: Who does.
+
+    Raises:
+        ValueError: Naming the ways out.
+    """
+    # trainable tokens wrap it once more
+    if hasattr(getattr(head, "token_adapter", head), "base_layer"):
+        raise ValueError(
+            f"An adapter on `lm_head` is computed beside its weight, for all specialists at once, but {reader} takes the "
+            f"head one specialist at a time and would leave the adapter out. Merge it (`merge_and_unload()`) where "
+            f"that model runs, or train the head itself: modules_to_save=['lm_head']."
+        )
+
+
 def _about_embeddings(model: nn.Module, config) -> str | None:
     """Why the adapter would not hold what becomes of every specialist's token embedding, or None."""
     saved = set(getattr(config, "modules_to_save", None) or ())

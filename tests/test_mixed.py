@@ -3,10 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.test_trainers import BOTH, trainer
-from trainers import CachedGateTrainer, GateTrainer
+from trainers import CachedGateTrainer, GateTrainer, JointTrainer
 from trainers.losses import gate_terms
 from trainers.mixed import MIXED, TURNS, mixed_examples
 
@@ -173,3 +174,38 @@ def test_dropout_hides_hidden_states_in_training_alone(fused, tmp_path):
     assert torch.equal(gate(states).weights, gate(states).weights)
     gate.train()
     assert not torch.equal(gate(states).weights, gate(states).weights)
+
+
+def test_dropout_reaches_the_copy_of_the_gate_that_adapters_are_trained_beside(fused, tmp_path):
+    stage = trainer(
+        JointTrainer, fused, tmp_path, gate_dropout=0.5, more={"peft_config": LoraConfig(target_modules=["q_proj"])}
+    )
+    for parameter in stage.fused.model.fusion_gate.parameters():
+        torch.nn.init.normal_(parameter)
+    ids = torch.tensor([[1, 20, 33]])
+    stage.model.eval()
+    assert torch.equal(stage.fused.gate_weights(ids), stage.fused.gate_weights(ids))
+    stage.model.train()
+    assert not torch.equal(stage.fused.gate_weights(ids), stage.fused.gate_weights(ids))
+
+
+@pytest.mark.parametrize("gate", ["constant", "uniform", "posterior"])
+def test_dropout_of_a_gate_that_reads_no_states_is_refused(gate, specialists, tmp_path):
+    fused = UltraFuserForCausalLM.from_specialists(specialists, gate=gate)
+    with pytest.raises(ValueError, match=f"the gate '{gate}' reads none"):
+        trainer(JointTrainer, fused, tmp_path, gate_dropout=0.5)
+
+
+@pytest.mark.parametrize("row", [{"text": ""}, {"prompt": "a" * 40, "completion": "b"}])
+def test_a_domain_with_nothing_to_learn_is_named_before_it_is_mixed(row, fused, tmp_path):
+    texts = Dataset.from_list([{"text": "abc"}] * 4)
+    with pytest.raises(ValueError, match="nothing is left of \\['text'\\]"):
+        trainer(
+            GateTrainer,
+            fused,
+            tmp_path,
+            {"text": Dataset.from_list([row] * 4), "code": texts},
+            mixed_share=0.5,
+            max_length=32,
+            per_device_train_batch_size=4,
+        )

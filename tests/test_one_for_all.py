@@ -13,6 +13,7 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    TrainableTokensConfig,
     get_peft_model,
 )
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
@@ -421,6 +422,63 @@ def test_prefix_tuning_of_different_geometries_is_refused_in_words():
     for train in (False, True):
         with pytest.raises(ValueError, match=saying("one shape for all layers", "'code'", "Use LoRA")):
             tuned.train(train)(IDS)
+
+
+def test_prefix_tuning_beside_checkpointing_is_refused_in_words():
+    tuned = get_peft_model(pair(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).train()
+    tuned.base_model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="one with 4 tokens was given.*gradient_checkpointing=False"):
+        tuned(IDS, labels=IDS)
+
+
+HEAD_ADAPTERS = {
+    "LoRA": LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]),
+    "DoRA": LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"], use_dora=True),
+    "IA3": IA3Config(task_type="CAUSAL_LM", target_modules=["lm_head"], feedforward_modules=[]),
+    "tokens": LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices={"lm_head": [4], "embed_tokens": [4]}
+    ),
+    "tokens alone": TrainableTokensConfig(
+        task_type="CAUSAL_LM", target_modules=["lm_head", "embed_tokens"], token_indices=[4]
+    ),
+    "a parameter": LoraConfig(task_type="CAUSAL_LM", target_modules=[], target_parameters=["lm_head.weight"]),
+}
+
+
+@pytest.mark.parametrize("adapter", HEAD_ADAPTERS)
+@pytest.mark.parametrize("choices", [{"fusion": "probabilities"}, {"gate": "posterior"}, {"gate": "evidence"}])
+def test_an_adapter_on_a_head_that_is_read_in_parts_is_refused(choices, adapter, specialists):
+    model = UltraFuserForCausalLM.from_specialists(specialists, **choices)
+    with pytest.raises(ValueError, match="An adapter on `lm_head` .*modules_to_save"):
+        get_peft_model(model, HEAD_ADAPTERS[adapter])
+
+
+@pytest.mark.parametrize("choices", [{}, {"fusion": "probabilities"}, {"gate": "posterior"}])
+@torch.no_grad()
+def test_a_head_that_is_trained_as_a_whole_is_read_in_parts_too(choices, specialists):
+    model = UltraFuserForCausalLM.from_specialists(specialists, **choices)
+    tuned = get_peft_model(model, lora(modules_to_save=["lm_head"])).eval()
+    before = tuned(IDS)
+    tuned.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    after = tuned(IDS)
+    assert not torch.allclose(before.logits, after.logits)
+    alone = tuned.base_model.model.specialist("code")(IDS).logits
+    merged = tuned.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, after.logits)
+    torch.testing.assert_close(merged(IDS).gate_weights, after.gate_weights)
+    torch.testing.assert_close(merged.specialist("code")(IDS).logits, alone)
+
+
+@torch.no_grad()
+def test_a_specialist_is_had_back_with_an_adapter_on_the_head_once_that_is_merged(fused):
+    tuned = get_peft_model(fused, LoraConfig(target_modules=["lm_head"], init_lora_weights=False)).eval()
+    expected = tuned(IDS).logits
+    with pytest.raises(ValueError, match=r"`specialist\('code'\)` takes the head.*merge_and_unload"):
+        tuned.base_model.model.specialist("code")
+    merged = tuned.merge_and_unload()
+    weights = merged(IDS).gate_weights
+    alone = [merged.specialist(name)(IDS).logits for name in merged.config.specialist_names]
+    torch.testing.assert_close(sum(weights[..., k, None] * one for k, one in enumerate(alone)), expected)
 
 
 def test_ia3_changes_every_specialist(tmp_path):

@@ -171,6 +171,8 @@ BAD = {
     "null token": ({"input_ids": [1, None]}, "list of token ids"),
     "no tokens": ({"input_ids": []}, "list of token ids"),
     "a foreign token": ({"input_ids": [5, 99]}, "the id 99, but the vocabulary has 99"),
+    "a foreign label": ({"input_ids": [5, 6], "labels": [-100, 99]}, "`labels` 99, which is neither"),
+    "a negative label": ({"input_ids": [5, 6], "labels": [-1, 6]}, "`labels` -1, which is neither"),
     "fewer labels": ({"input_ids": [5, 6], "labels": [5]}, "1 numbers in `labels` and 2 in `input_ids`"),
 }
 # what a table of columns of one type each cannot hold beside good rows
@@ -184,13 +186,21 @@ def test_a_bad_row_is_named_with_its_domain(case, fused, tmp_path):
     good = {**FORMS[GOOD[next(iter(row))]], **({"labels": [5, 6, 7, 8]} if "labels" in row else {})}
     file = tmp_path / "code.jsonl"
     file.write_text("\n".join(map(json.dumps, [good, good, row])))
-    if case != "a foreign token":
+    if case not in ("a foreign token", "a foreign label"):
         with pytest.raises(ValueError, match=rf"code\.jsonl, line 3: this row of domain 'code' has.*{words}"):
             load(arguments_of(str(file)), "code")
     if case not in ONLY_IN_FILES and "chat_template_kwargs" not in row:
         data = {"text": SOME, "code": Dataset.from_list([good, good, row])}
         with pytest.raises(ValueError, match=rf"^Row 3 of domain 'code' has.*{words}"):
             stage(fused, data, tmp_path)
+
+
+def test_evaluating_on_no_rows_is_refused(fused, tmp_path):
+    trainer = stage(fused, {"text": SOME}, tmp_path)
+    with pytest.raises(ValueError, match="`eval` dataset must be a `datasets.Dataset`, but got a list"):
+        trainer._prepare_dataset([{"text": "a"}], trainer.processing_class, trainer.args, False, None, "eval")
+    with pytest.raises(ValueError, match="There are no rows in eval"):
+        trainer._prepare_dataset(SOME.select([]), trainer.processing_class, trainer.args, False, None, "eval")
 
 
 def test_columns_of_no_form_and_images_are_refused(fused, tmp_path):
@@ -215,7 +225,7 @@ def test_rows_that_are_cut_or_hold_nothing_to_learn_are_counted_and_told(packing
     trainer = stage(fused, data, tmp_path, max_length=10, packing=packing)
     assert lines() == [
         "Of 6 rows of domain 'code', 4 are longer than `max_length=10` and are cut and 3 hold nothing to learn, because all "
-        "that is left of them is prompt."
+        "that is left of them is prompt or a single token."
     ]
     if not packing:
         assert trainer.sizes.tolist() == [3, 4]

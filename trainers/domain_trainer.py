@@ -3,13 +3,13 @@
 import copy
 
 import numpy as np
-from datasets import Dataset, List, Value
+from datasets import Dataset, IterableDataset, List, Value
 from torch.utils.data import Sampler
 from trl import SFTTrainer, is_conversational
 
 from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 
-from .domains import Losses, by_domain, filled, readable, together
+from .domains import Losses, by_domain, check_kind, filled, readable, together
 from .mixed import MIXED, mixed_examples, with_share
 from .sampling import DomainSampler
 from .settings import StageConfig
@@ -43,8 +43,9 @@ class DomainTrainer(SFTTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         """TRL's preparation, one domain at a time: domains are in forms of their own, and no pack holds two of them."""
-        if not isinstance(dataset, Dataset):
+        if isinstance(dataset, IterableDataset):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        check_kind(dataset, f"`{dataset_name}` dataset")
         settings = (processing_class, args, packing, formatting_func)
         if dataset is self._stand_in:
             parts = self._parts
@@ -53,12 +54,20 @@ class DomainTrainer(SFTTrainer):
         else:
             return self._prepare_rows(dataset, dataset_name, *settings)
         prepared = {name: self._prepare_rows(parts[name], f"domain {name!r}", *settings) for name in sorted(parts)}
+        nothing = [name for name, part in prepared.items() if not len(part)]
+        if dataset is self._stand_in and nothing:
+            raise ValueError(
+                f"Every domain needs examples with a supervised token, but nothing is left of {nothing} once prompts are "
+                f"masked and examples cut to `max_length={args.max_length}`. Look at the rows, or raise `max_length`."
+            )
         if dataset is self._stand_in and args.mixed_share:
             prepared[MIXED] = mixed_examples(prepared, args.mixed_share, args.seed)
         return together(prepared)
 
     def _prepare_rows(self, rows: Dataset, whose: str, processing_class, args, packing, formatting_func) -> Dataset:
         """TRL's preparation of one form of rows, and a line on what it leaves out."""
+        if not len(rows):
+            raise ValueError(f"There are no rows in {whose}. Look at what was loaded, or leave it out.")
         rows = filled(rows)
         if formatting_func is None:
             rows = readable(
@@ -80,6 +89,8 @@ class DomainTrainer(SFTTrainer):
         if str(losses) and args.should_log:
             print_line(f"Of {losses.rows} rows of {whose}, {losses}.")
         rows = super()._prepare_dataset(rows, processing_class, args, packing, None, whose)
+        if losses.empty == losses.rows:
+            rows = rows.select([])
         if args.remove_unused_columns:
             self._signature_columns = None
             self._set_signature_columns_if_needed()

@@ -165,7 +165,11 @@ class Losses:
 
     def __str__(self) -> str:
         cut = f"{self.cut} are longer than `max_length={self.max_length}` and are cut" if self.cut else ""
-        empty = f"{self.empty} hold nothing to learn, because all that is left of them is prompt" if self.empty else ""
+        empty = (
+            f"{self.empty} hold nothing to learn, because all that is left of them is prompt or a single token"
+            if self.empty
+            else ""
+        )
         return " and ".join(filter(None, (cut, empty)))
 
 

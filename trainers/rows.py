@@ -15,6 +15,7 @@ TOKENS, PAIR, CHAT, OLD_CHAT, TEXT = (
 FORMS = (TOKENS, PAIR, CHAT, OLD_CHAT, TEXT)
 # what is read beside them
 BESIDE = ("tools", "chat_template_kwargs")
+IGNORED = -100
 BESIDE_TOKENS = ("labels", "completion_mask", "assistant_masks")
 
 
@@ -105,5 +106,10 @@ def _problem_of_tokens(row: Mapping[str, Any], vocab_size: int | None) -> str | 
         if len(values) != len(ids):
             return (
                 f"has {len(values)} numbers in `{column}` and {len(ids)} in `input_ids`, where both are of one length"
+            )
+    for label in row.get("labels", ()):
+        if label != IGNORED and (label < 0 or (vocab_size is not None and label >= vocab_size)):
+            return (
+                f"has in `labels` {label}, which is neither a token id of the vocabulary nor {IGNORED}, for no label"
             )
     return None

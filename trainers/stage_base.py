@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
+from modeling_ultrafuser.gate_base_ultrafuser import Gate
+
 from .chunked import add_chunked_head
 from .controlling import MixController
 from .domain_trainer import DomainTrainer
@@ -98,6 +100,11 @@ class StageTrainer(DomainTrainer):
         if args.learning_rate is None:
             args.learning_rate = self.default_learning_rate(model)
         _check_terms(args, kwargs)
+        if args.gate_dropout and not model.model.fusion_gate.reads_states:
+            raise ValueError(
+                f"`gate_dropout` hides what the gate reads of hidden states, but the gate {model.config.gate!r} reads none. "
+                f"Set gate_dropout=0, or train another gate."
+            )
         accumulate(args, len(self.domains))
         gate = {name: tensor.clone() for name, tensor in model.model.fusion_gate.state_dict().items()}
         super().__init__(model, args, train_dataset=self._given(parts, train_dataset, args), **kwargs)
@@ -115,19 +122,16 @@ class StageTrainer(DomainTrainer):
                 "With fusion='probabilities' the loss reads the head a part at a time, and ZeRO-3 gathers it only where "
                 "a whole layer runs. Train with FSDP2, or with ZeRO-2."
             )
-        self.fused.model.fusion_gate.dropout = args.gate_dropout
+        # PEFT trains a copy of the gate
+        for module in self.fused.modules():
+            if isinstance(module, Gate):
+                module.dropout = args.gate_dropout
         add_chunked_head(self.fused)
         keep_head_whole(self.fused)
         self.data_collator = DomainCollator(self.data_collator, self.drawn)
         self.sizes = np.bincount(
             [self.drawn.index(d) for d in self.train_dataset["domain"]], minlength=len(self.drawn)
         )
-        if not self.sizes.all():
-            raise ValueError(
-                f"Every domain needs examples with a supervised token, but nothing is left of "
-                f"{[d for d, n in zip(self.drawn, self.sizes, strict=True) if not n]} once prompts are masked and "
-                f"examples cut to `max_length={args.max_length}`. Look at the rows, or raise `max_length`."
-            )
         self._lengths = self._mean_lengths(args.mix_unit)
         weights = [(args.mix_weights or {}).get(d, 0.0) for d in self.domains] if args.mix == "fixed" else None
         if set(args.mix_weights or {}) - set(self.domains):
