@@ -220,7 +220,10 @@ ODD_FIELDS = [
     *({"frequency_penalty": value} for value in (-1, -2, 1e9, "x")),
     *({"seed": value} for value in (1.5, "x", 2**64, -(2**64))),
     *({"stop": value} for value in ("", [], [""], [1], {}, 1, ["x"] * 5, "x" * 101)),
-    *({"logit_bias": value} for value in ({"x": 1}, {"-1": 1}, {"99": 1}, {"1": "x"}, {"1": 1e9}, [], {"٣": 1})),
+    *(
+        {"logit_bias": value}
+        for value in ({"x": 1}, {"-1": 1}, {"99": 1}, {"1": "x"}, {"1": 1e9}, [], {"٣": 1}, {"0" * 20 + "99": 1})
+    ),
     *({"stream": value} for value in ("yes", 1, [])),
     *({"tools": value} for value in ({}, [1], "x")),
     *({"model": value} for value in (1, ["fused"], {})),

@@ -8,6 +8,7 @@ used of `transformers.cli.serving` is listed in `test_serve.py`.
 import asyncio
 import inspect
 import math
+import re
 import secrets
 import threading
 import uuid
@@ -60,6 +61,7 @@ from .reports.explaining import load
 
 AT_ONCE, WAITING = 8, 256  # requests that are answered, and that wait for their turn
 BYTES_PER_TOKEN = 16  # of a body: what the longest prompt may take, escaped
+_TOKEN = re.compile(r"0|[1-9][0-9]{0,18}")
 DEFAULT_TOKENS = 1024  # of an answer, as transformers' server has it
 
 
@@ -507,7 +509,7 @@ class Answering:
                     400, f"With continuous batching all requests share the model's sampling, but this sets {own}."
                 )
         vocabulary = self.served.model.config.vocab_size
-        if any(not (t.isascii() and t.isdigit() and int(t[:20]) < vocabulary) for t in body.get("logit_bias", ())):
+        if any(not (_TOKEN.fullmatch(t) and int(t) < vocabulary) for t in body.get("logit_bias", ())):
             raise HTTPException(400, f"`logit_bias` is by token, a number below {vocabulary}.")
         ids = self._prompt(body)
         if not ids:
