@@ -71,6 +71,34 @@ def test_a_recipe_trains_the_gate_and_flags_then_everything(fused, tmp_path):
     assert {"lm_head.weight", "model.specialists.text.embed_tokens.weight"} <= changed(gate, joint)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gate_entropy": float("nan")},
+        {"gate_balance": float("inf")},
+        {"learning_rate": 10**400},
+        {"mixed_share": 10**400},
+        {"mixed_share": [0.1]},
+        {"gate_dropout": "x"},
+        {"optim": "x"},
+        {"warmup_steps": 10**400},
+        {"dataset_text_field": ["text"]},
+        {"resume_from_checkpoint": 5},
+        {"report_to": "wandb"},
+        {"report_to": {"a": 1}},
+    ],
+    ids=lambda settings: str(settings)[:40],
+)
+def test_a_recipes_setting_of_another_kind_is_refused_by_name(settings, fused, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainers.settings.get_available_reporting_integrations", lambda: ["tensorboard"])
+    written = {"stage": "gate", "model_name_or_path": str(fused), "output_dir": str(tmp_path / "out"), **settings}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(written))
+    done = run(tmp_path / "recipe.yaml")
+    assert done.exit_code == 2, done.output
+    assert next(iter(settings)) in done.output
+    assert len(done.output) < 400
+
+
 def test_a_stage_goes_on_from_its_last_checkpoint_to_where_it_would_have_ended(fused, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     words = ["--stage", "gate", "--max-steps", 3, "--save_steps", 2]

@@ -1,10 +1,12 @@
 """Settings of the two stages: TRL's, with the paper's defaults, and what a stage adds to them."""
 
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import get_args
 
 import numpy as np
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 from .policies import POLICIES
@@ -14,6 +16,9 @@ from .rewards import REWARDS
 MIX_UNITS = ("example", "token", "supervised")
 # optimizers that count their steps over all parameters, or go back through the model themselves
 WHOLE_STEPS = re.compile(r"schedule_free|lomo|adalomo|.*layerwise")
+
+
+WORDS = ("dataset_text_field", "hub_model_id", "resume_from_checkpoint", "run_name")  # or true or false
 
 
 @dataclass
@@ -115,6 +120,19 @@ class StageConfig(SFTConfig):
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 what = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
                 raise ValueError(f"`{name}` must be {what}, but is {str(value)[:100]!r}. Correct it.")
+            if float in kinds and value is not None and not abs(value) <= sys.float_info.max:
+                raise ValueError(f"`{name}` must be a finite number, but is {str(value)[:100]!r}. Correct it.")
+        for name, value in vars(self).items():
+            if name in WORDS and not isinstance(value, str | bool | None):
+                raise ValueError(f"`{name}` must be a word, but is {str(value)[:100]!r}. Correct it.")
+            if isinstance(value, int) and abs(value) >= 1 << 63:
+                raise ValueError(f"`{name}` must be a number of 64 bits, but is {str(value)[:100]}... Correct it.")
+        there = get_available_reporting_integrations()
+        if odd := [name for name in self.report_to if name not in there]:
+            raise ValueError(
+                f"`report_to` names programs that are installed, here {there}, but also {str(odd[0])[:100]!r}. Install it, "
+                f"or leave it out."
+            )
         if self.mix_unit not in MIX_UNITS:
             raise ValueError(f"`mix_unit` must be one of {MIX_UNITS}, but is {self.mix_unit!r}.")
         if not 0 <= self.mixed_share < 1:

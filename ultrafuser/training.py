@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from datasets import Dataset
@@ -92,6 +92,8 @@ def parse(
     trusted = any(word.startswith(("--trust_remote_code", "--trust-remote-code")) for word in arguments)
     _check_asks_for_nothing_more(recipe, arguments)
     parser = TrlParser((FusedArguments, STAGES[stage], ModelConfig))
+    # not with a usage of hundreds of lines
+    parser.error = _refuse
     if not torch.accelerator.is_available():
         # TRL's defaults are for a GPU, and refuse a machine without one
         parser.set_defaults(use_cpu=True, bf16=False)
@@ -111,6 +113,10 @@ def parse(
     # a recipe may come from somebody else, and a fused model needs no code but this package's
     args.trust_remote_code &= trusted
     return fused, args, model
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"A setting in the recipe or on the command line is of another kind: {message}. Correct it.")
 
 
 def _check_asks_for_nothing_more(recipe: Path | None, arguments: list[str]) -> None:
