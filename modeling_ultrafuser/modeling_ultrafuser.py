@@ -39,7 +39,7 @@ from .fusing_ultrafuser import fuse_specialists
 from .gate_base_ultrafuser import Gate, GateOutput, head_factors
 from .gates_ultrafuser import GATES
 from .outputs_ultrafuser import UltraFuserCausalLMOutput, UltraFuserMixtureOutput, UltraFuserModelOutput
-from .peft_ultrafuser import check_adapters, check_head
+from .peft_ultrafuser import check_adapters, check_head, has_prefix
 from .probing_ultrafuser import check_pages
 from .reading_ultrafuser import HUB_OPTIONS, in_words
 from .serving_ultrafuser import check_answered, check_pageable, check_servable_by_vllm, refuse_cache_of_one_shape
@@ -641,7 +641,15 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
 
         Keys are the specialist's name, or "name/layer_type" where its layers need several masks. Adapters of one base
         need no more than it does.
+
+        Raises:
+            ValueError: If PEFT prepares inputs with a prefix of its own, which takes one mask.
         """
+        if has_prefix(self):
+            raise ValueError(
+                "Prefix tuning of PEFT makes one attention mask longer, but with a static cache there is one for every "
+                "specialist. Leave `cache_implementation='static'` out."
+            )
         if self.config.adapters is not None:
             base = self.model.specialists[BASE]
             return masks_for_generate(base)(base.config, inputs_embeds, attention_mask, past_key_values, **kwargs)

@@ -54,6 +54,12 @@ def check_head(head: nn.Module, reader: str) -> None:
         )
 
 
+def has_prefix(model: nn.Module) -> bool:
+    """Whether PEFT generates with a prefix, for which it prepares a model's inputs itself."""
+    # it puts its own function in place of the model's, and that one back afterwards
+    return getattr(model.prepare_inputs_for_generation, "__self__", None) is not model
+
+
 def _about_embeddings(model: nn.Module, config) -> str | None:
     """Why the adapter would not hold what becomes of every specialist's token embedding, or None."""
     saved = set(getattr(config, "modules_to_save", None) or ())

@@ -257,6 +257,16 @@ def tokenizer_notes(
             f"Some added tokens are known to some specialists only, and nothing trained the others' rows for them: "
             f"{told}. Leave them out of prompts, or train the fused model on texts that hold them."
         )
+    blanks = {
+        n: {t.content: (t.lstrip, t.rstrip, t.single_word) for t in tokenizer.added_tokens_decoder.values()}
+        for n, tokenizer in tokenizers.items()
+    }
+    common = set.intersection(*map(set, blanks.values()))
+    if odd := sorted(token for token in common if len({of[token] for of in blanks.values()}) > 1):
+        notes.append(
+            f"Tokenizers differ in whether {_some(odd)} take in blanks beside them, or stand for whole words only; the fused "
+            f"model's is that of {whose}. For another's, save that one's tokenizer into the fused folder."
+        )
     for what, values in (
         ("put in front of a text", {n: _around(t)[0] for n, t in tokenizers.items()}),
         ("put behind a text", {n: _around(t)[1] for n, t in tokenizers.items()}),

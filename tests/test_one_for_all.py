@@ -35,6 +35,7 @@ from tests.conftest import stir_gate
 from tests.test_bad_input import saying
 from tests.tiny import specialist, tokenizer
 from tests.training import sft_trainer
+from ultrafuser.decoding.drafting import self_draft
 
 
 IDS = torch.tensor([[5, 9, 7, 11]])
@@ -429,6 +430,19 @@ def test_prefix_tuning_beside_checkpointing_is_refused_in_words():
     tuned.base_model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="one with 4 tokens was given.*gradient_checkpointing=False"):
         tuned(IDS, labels=IDS)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"custom_generate": self_draft}, "prefix tuning"), ({"cache_implementation": "static"}, "Prefix tuning")],
+)
+def test_what_would_leave_a_prefix_out_is_refused(options, named):
+    tuned = get_peft_model(pair(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    with pytest.raises(ValueError, match=named):
+        tuned.generate(input_ids=IDS, max_new_tokens=5, do_sample=False, **options)
+    tuned.generate(input_ids=IDS, max_new_tokens=5, do_sample=False)
+    # the model alone has no prefix
+    tuned.get_base_model().generate(IDS, max_new_tokens=5, do_sample=False, **options)
 
 
 HEAD_ADAPTERS = {

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, set_seed
 
@@ -164,6 +165,16 @@ def test_an_end_token_that_differs_is_told():
     other.eos_token = "<s>"
     [note] = notes_on({"text": tokenizer(), "code": other})
     assert "text '</s>', code '<s>'; the fused model's is that of text" in note
+
+
+@pytest.mark.parametrize("blanks", [{"lstrip": True}, {"rstrip": True}, {"single_word": True}])
+def test_an_added_token_that_takes_in_blanks_in_some_only_is_told(blanks):
+    plain, other = tokenizer(90), tokenizer(90)
+    plain.add_tokens([AddedToken("<x>")])
+    other.add_tokens([AddedToken("<x>", **blanks)])
+    [note] = notes_on({"text": plain, "code": other})
+    assert "whether '<x>' take in blanks" in note
+    assert "is that of text" in note
 
 
 def test_stop_strings_of_all_specialists_end_the_text():

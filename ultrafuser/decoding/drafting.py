@@ -27,6 +27,7 @@ from modeling_ultrafuser.cache_ultrafuser import SpecialistCache
 from modeling_ultrafuser.causal_ultrafuser import starts_over, switching_lengths, tokens_before_switch
 from modeling_ultrafuser.configuration_ultrafuser import soft_cap
 from modeling_ultrafuser.evidence_ultrafuser import MOST_KEPT, read_evidence
+from modeling_ultrafuser.peft_ultrafuser import has_prefix
 
 
 # of the library's, those that only look at the text so far, so that what was drafted leaves no trace in them
@@ -302,6 +303,10 @@ def _check(model, config: GenerationConfig, num_drafts: int, model_kwargs: dict)
     if not hasattr(model.model, "specialists") or model.config.adapters is not None:
         found = "these are adapters of one base" if model.config.adapters else f"this is a {type(model).__name__}"
         raise ValueError(f"Drafting needs specialists that run one by one, but {found}. {plain}")
+    if has_prefix(model):
+        raise ValueError(
+            f"Self-drafting reads the text alone, but prefix tuning of PEFT puts a prefix before it. {plain}"
+        )
     if config.num_beams not in (None, 1):
         raise ValueError(
             f"Self-drafting follows one continuation of a text, but got num_beams={config.num_beams}. {plain}"
