@@ -62,7 +62,7 @@ class UltraFuserConfig(PreTrainedConfig):
         gate_temperature: Gate scores are divided by it before the softmax. Above 1 is softer, below 1 is sharper.
         gate_calibration: Whether the gate also predicts temperatures, see `Gate`.
         gate_switch_probability: How likely the "posterior" gate holds it that the best specialist changes after a token.
-            Default: 0.0005 where probabilities are mixed, 0.002 where logits are.
+            Default: 0.0005 where probabilities are mixed, 0.000001 where logits are.
         fusion: "logits" mixes logits (the paper's Eq. 1), "probabilities" mixes distributions.
         adapters: Where specialists are LoRA adapters of one base, whose configuration all then have: the highest `rank`
             among them, and the names of the linear layers that any of them adapts, `target_modules`.

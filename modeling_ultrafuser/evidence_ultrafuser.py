@@ -61,6 +61,7 @@ class EvidenceLayer:
     def __init__(self, in_place: bool):
         self.in_place = in_place
         self.past: Past | None = None
+        self.length = 0  # tokens that were read, kept or not
         # log-sum-exp of each specialist's logits at the last token, if they have been computed; (batch, 1, specialists)
         self.normalisers: Tensor | None = None
         self.normalised = False
@@ -76,6 +77,7 @@ class EvidenceLayer:
     def update(self, new: Past) -> None:
         """Takes in what is known at the tokens just read."""
         read, self.normalised = new.states.shape[1], False
+        self.length += read
         if self.in_place:
             new = Past(*(t[:, -1:] for t in new))
             if self.past is None:
@@ -101,17 +103,21 @@ class EvidenceLayer:
         if not remove or self.past is None:
             return
         kept = self.past.states.shape[1]
+        if remove == self.length:
+            self.reset()
+            return
         if self.in_place or not 0 < remove < kept:
             raise ValueError(
                 f"The evidence that a gate reads goes back {0 if self.in_place else kept - 1} tokens here, but the cache "
                 f"is to be cropped by {tokens_to_remove}. Read the text anew into a new cache."
             )
         self.past, self.normalised = Past(*(t[:, :-remove] for t in self.past)), False
+        self.length -= remove
 
     def reset(self) -> None:
         """Forgets everything."""
         self.past = self.normalisers = None
-        self.normalised = False
+        self.normalised, self.length = False, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Gives each row the state of another."""

@@ -131,7 +131,7 @@ def test_a_token_changes_no_weight_before_it(gate, specialists):
 @torch.no_grad()
 def test_the_setting_says_how_soon_another_specialist_is_believed(specialists):
     ids = prompt(length=30)
-    for fusion, default in (("logits", 0.002), ("probabilities", 0.0005)):
+    for fusion, default in (("logits", 1e-6), ("probabilities", 0.0005)):
         found = fuse(specialists, gate="posterior", fusion=fusion)(ids).gate_weights
         same = fuse(specialists, gate="posterior", fusion=fusion, gate_switch_probability=default)
         assert torch.equal(same(ids).gate_weights, found)
@@ -301,6 +301,15 @@ def test_a_cache_that_was_cropped_goes_on_as_one_that_read_less(gate, specialist
     cache.crop(-3)
     found = fused(ids[:, 13:], past_key_values=cache).gate_weights
     torch.testing.assert_close(found, fused(ids).gate_weights[:, 13:], **CLOSE)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_cropped_to_nothing_begins_anew(specialists):
+    fused, ids = fuse(specialists, gate="posterior"), prompt(length=20)
+    cache = fused(ids, use_cache=True).past_key_values
+    fused(ids[:, :2], past_key_values=cache)
+    cache.crop(-22)
+    torch.testing.assert_close(fused(ids, past_key_values=cache).gate_weights, fused(ids).gate_weights, **CLOSE)
 
 
 @torch.no_grad()
