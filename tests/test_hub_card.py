@@ -70,7 +70,8 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def folder(saved):
-    (saved / "README.md").unlink(missing_ok=True)
+    for file in ("README.md", "specialists.json"):
+        (saved / file).unlink(missing_ok=True)
     return saved
 
 
@@ -236,6 +237,37 @@ def test_what_does_not_fit_the_folder_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="holds a model of type 'llama'"):
         write_card(tmp_path / "llama")
     assert not (folder / "README.md").exists()
+
+
+ODD = "\x1b[31mred\x1b]0;x\x07<script>"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"licence": "mit"},
+        {"source": None, "commit": None},
+        {"source": "a/b\nlicense: mit", "commit": "c"},
+        {"source": ODD, "commit": ODD, "licence": ODD, "terms": ODD, "link": ODD, "problem": ODD},
+    ],
+    ids=str,
+)
+def test_whatever_a_folder_says_of_its_specialists_is_words_in_the_card(record, folder):
+    (folder / "specialists.json").write_text(json.dumps({"text": record}))
+    done = CliRunner().invoke(app, ["card", str(folder)])
+    assert done.exit_code == 0, done.exception
+    card = (folder / "README.md").read_text()
+    assert "\x1b" not in card
+    assert "<script" not in card
+    assert "\nlicense: mit" not in card
+
+
+def test_whatever_results_say_of_their_making_is_words_in_the_card(folder, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({**COMPARISON, "machine": ODD, "commit": ODD}))
+    write_card(folder, results=[tmp_path / "results.json"])
+    assert "\x1b" not in (folder / "README.md").read_text()
+    assert "<script" not in (folder / "README.md").read_text()
 
 
 def test_the_command_writes_the_card_and_says_warnings(folder, permissive):

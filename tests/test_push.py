@@ -210,10 +210,15 @@ def _linked_folder(folder):
     (folder / "modeling_ultrafuser.py").symlink_to("../others/modeling_ultrafuser.py")
 
 
-def _mapped(folder, reference):
+def _odd_index(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": 5}')
+
+
+def _mapped(folder, reference, name="AutoX"):
     (folder.parent / "secret.py").write_text("class Code: pass")
     config = json.loads((folder / "config.json").read_text())
-    config["auto_map"]["AutoX"] = reference
+    config["auto_map"][name] = reference
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -253,6 +258,8 @@ def _unsharded(folder):
         (lambda folder: _mapped(folder, "somebody/else--secret.Code"), "auto_map"),
         (lambda folder: _mapped(folder, ["folder/secret.Code", None]), "auto_map"),
         (lambda folder: _mapped(folder, {"deeper": "secret.Code"}), "auto_map"),
+        (_odd_index, "says in its `weight_map`"),
+        (lambda folder: _mapped(folder, None, "AutoConfig"), r"lacks \['AutoConfig'\]"),
         (_told_in_weights, "looks like one: ghp_"),
     ],
 )

@@ -80,7 +80,6 @@ def test_a_recipe_trains_the_gate_and_flags_then_everything(fused, tmp_path):
         {"mixed_share": 10**400},
         {"mixed_share": [0.1]},
         {"gate_dropout": "x"},
-        {"optim": "x"},
         {"warmup_steps": 10**400},
         {"dataset_text_field": ["text"]},
         {"resume_from_checkpoint": 5},

@@ -12,7 +12,7 @@ from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
 
 from . import licences
 from .folders import fused_config, read_ingredients
-from .plain import markdown
+from .plain import markdown, plain
 from .provenance import digest
 from .result_files import check_fields, read_results
 from .writing import write_whole
@@ -96,7 +96,7 @@ def write_card(
         warnings=[markdown(warning) for warning in warnings],
         licence=metadata.license,
     )
-    text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n\n"
+    text = plain(re.sub(r"\n{3,}", "\n\n", str(card))).rstrip() + "\n\n"
     write_whole(path, f"{text}<!-- ultrafuser card {digest(text)} -->\n")
     return warnings
 
@@ -128,8 +128,11 @@ def _is_ours(text: str) -> bool:
 
 def _as_recorded(name: str, record: dict[str, str | None]) -> licences.Ingredient:
     stated = {key: record.get(key) for key in ("licence", "terms", "link", "problem")}
+    if stated["licence"] is None and stated["problem"] is None:
+        stated["problem"] = "the folder does not say"
     # only what comes from the Hub has a commit, and is there for others
-    return licences.Ingredient(name, record["source"] if record["commit"] else None, **stated)
+    there = record.get("commit") and re.fullmatch(r"[\w.-]+/[\w.-]+", record.get("source") or "", re.ASCII)
+    return licences.Ingredient(name, record["source"] if there else None, **stated)
 
 
 def _load(path: Path, config: UltraFuserConfig) -> dict:
@@ -267,7 +270,9 @@ def _comparison(results: dict) -> dict:
         "table": _table(["", *map(markdown, domains), "mean"], lines),
         "words": _ahead(rows),
         "gate": _table(["on", *names, "entropy"], weights),
-        "made_with": "Measured with " + ", ".join(f"{key} {value}" for key, value in made_with.items()) + ".",
+        "made_with": "Measured with "
+        + ", ".join(markdown(f"{key} {value}") for key, value in made_with.items())
+        + ".",
     }
 
 

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.reading_ultrafuser import UnreadableFileError
+from modeling_ultrafuser.reading_ultrafuser import UnreadableFileError, read_index
 
 from . import hub_card, licences
 from .folders import INGREDIENTS, fused_config
@@ -159,9 +159,9 @@ def _code(folder: Path) -> list[str]:
         if (folder / file).exists():
             given = json.loads((folder / file).read_text(encoding="utf-8")).get("auto_map") or {}
             _check_references(given, folder / file)
-            named |= given if file == "config.json" else {}
-    missing = {"AutoConfig", "AutoModelForCausalLM"} - set(named)
-    found = {f"{reference.split('.')[0]}.py" for reference in named.values()}
+            named |= given if file == "config.json" and isinstance(given, dict) else {}
+    missing = {"AutoConfig", "AutoModelForCausalLM"} - {name for name, value in named.items() if value}
+    found = {f"{reference.split('.')[0]}.py" for reference in _references(named)}
     try:
         for file in list(found):
             found |= {Path(path).name for path in get_relative_import_files(folder / file)}
@@ -178,13 +178,17 @@ def _code(folder: Path) -> list[str]:
 
 def _check_references(auto_map, file: Path) -> None:
     """Refuses code that is not a file of the folder."""
-    references = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
-    for reference in (r for value in references for r in (value if isinstance(value, list) else [value]) if r):
+    for reference in _references(auto_map):
         if not isinstance(reference, str) or not re.fullmatch(r"[A-Za-z_]\w*\.[A-Za-z_]\w*", reference, re.ASCII):
             raise ValueError(
                 f"A model's code lies beside it and is named as `module.Class`, so that nothing of elsewhere is sent or "
                 f"run, but `auto_map` in {str(file)!r} has {reference!r}. Load the model and save it again."
             )
+
+
+def _references(auto_map) -> list:
+    values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    return [r for value in values for r in (value if isinstance(value, list) else [value]) if r]
 
 
 def _check_within(folder: Path, file: str) -> None:
@@ -227,7 +231,7 @@ def _weights(folder: Path) -> list[str]:
             f"Weights are pushed as safetensors, because a pickle can run code where it is loaded, but "
             f"{str(folder)!r} holds {f'only {pickles}' if pickles else 'no weights'}. Load it and save it again."
         )
-    shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    shards = set(read_index(folder / INDEX).values())
     if missing := sorted(shard for shard in shards if not (folder / shard).exists()):
         raise ValueError(f"Only a whole model is pushed, but {str(folder)!r} lacks {missing}. Save it again.")
     return [INDEX, *sorted(shards)]
