@@ -43,6 +43,7 @@ BITS = {
 }
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
+_HEADS = re.compile(r"(num|n)_(\w+_)?heads?")
 _LAYERS = re.compile(r"num_(\w+_)?layers|n_layers?|(en|de)coder_layers")
 _WINDOWS = re.compile(r"sliding_window|attention_chunk_size|kv_lora_rank")
 _SCALES = re.compile(r"\w*soft_?cap(ping)?|logits_scaling|logit_scale|\w+_multiplier|logits_mup_width_multiplier")
@@ -300,7 +301,9 @@ def check_config(path: str | os.PathLike, tensors: int | None = None) -> dict:
 
 
 def _fits(key: str, value) -> bool:
-    """Whether a number that this package itself reads is one."""
+    """Whether a number that this package itself reads, or that no tensor's shape tells, is one."""
+    if _HEADS.fullmatch(key) and not isinstance(value, list | dict):
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
     if _WINDOWS.fullmatch(key):
         return isinstance(value, int) and abs(value) < 1 << 63
     return not _SCALES.fullmatch(key) or is_number(value)

@@ -187,6 +187,8 @@ SPECIALISTS = {
     ),
     "a scale that is a word": (config(logits_scaling="x"), "`logits_scaling` is a number"),
     "another scale that is a list": (config(logit_scale=[1]), "`logit_scale` is a number"),
+    "a negative number of heads": (config(num_attention_heads=-4), "`num_attention_heads` is a number"),
+    "heads in a word": (config(num_key_value_heads="two"), "`num_key_value_heads` is a number"),
     "a window that is an object": (config(sliding_window={"a": 1}), "`sliding_window` is a number"),
     "a window beyond all numbers": (config(sliding_window=10**400), "`sliding_window` is a number"),
     "a tokenizer that multiplies text": (
