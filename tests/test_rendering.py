@@ -64,7 +64,9 @@ def hasty(monkeypatch):
 @pytest.mark.parametrize("prompt", [True, False])
 def test_a_conversation_is_rendered_as_transformers_renders_it(template, prompt):
     words = tokenizer(chat_template=template)
-    expected = words.apply_chat_template(TALK, add_generation_prompt=prompt, tokenize=False)
+    # what is not said is left out, as later versions of the library do
+    talk = [{key: value for key, value in message.items() if value is not None} for message in TALK]
+    expected = words.apply_chat_template(talk, add_generation_prompt=prompt, tokenize=False)
     assert render_chat(words, TALK, prompt=prompt) == expected
     assert render_chat(words, TALK, "{{ messages[1]['content'] }}") == TALK[1]["content"]
 
