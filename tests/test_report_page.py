@@ -184,7 +184,10 @@ def test_missing_fields_leave_gaps_and_not_a_crash(tmp_path):
 
 
 def test_results_of_other_specialists_are_refused(folder, results, tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps({**results, "specialists": ["x", "y"]}))
+    weights = results["gate"]["mean_weights"]
+    means = {domain: dict(zip("xy", own.values(), strict=True)) for domain, own in weights.items()}
+    others = {**results, "specialists": ["x", "y"], "gate": {**results["gate"], "mean_weights": means}}
+    (tmp_path / "results.json").write_text(json.dumps(others))
     command = ["report", str(tmp_path / "results.json"), "--model", str(folder), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2

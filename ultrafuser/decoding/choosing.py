@@ -6,6 +6,7 @@ whose greedy tokens are not the plain way's is left out, as is one that a model 
 
 import statistics
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -139,5 +140,6 @@ def tokens_per_second(
 def _text(model: PreTrainedModel, inputs: dict[str, Tensor], max_new_tokens: int, options: dict) -> Tensor:
     # to its full length, so that all rounds are alike; on the processor, so that all of it is there
     length = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "stop_strings": None}
-    with generating(model):
+    # a way that cannot be gone is no fault of the settings of generation
+    with nullcontext() if options else generating(model):
         return model.generate(**inputs, **length, do_sample=False, **options).cpu()
