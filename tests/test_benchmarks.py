@@ -1,6 +1,7 @@
 """Benchmarks at their smallest size: what is compared is alike, and figures show what the result files say."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -55,7 +56,8 @@ def test_ratios_are_of_one_round_and_to_the_first_way():
 
 
 def test_every_rival_runs_beside_ours(measured):
-    assert all(row["token"]["value"] > 0 and row["prompt"]["value"] > 0 for row in measured.values())
+    # no sign: a token's time is a difference of two runs, which the noise of a tiny one can turn round
+    assert all(math.isfinite(row[part]["value"]) for row in measured.values() for part in ("token", "prompt"))
     assert measured[rivals.ONE]["token"]["median"] == 1
     assert len(measured) == 16
     same = [name for name, row in measured.items() if row["same tokens as"] == "average of logits"]
