@@ -217,8 +217,14 @@ def _check_growth(found: dict, path: str | os.PathLike) -> None:
 def _check_kinds(found: dict, path: str | os.PathLike) -> None:
     """Refuses settings of generation of the wrong kind, which are read first when a text is generated."""
 
+    def token(value) -> bool:
+        return type(value) is int and abs(value) < 1 << 31
+
     def ids(value) -> bool:
-        return all(map(ids, value)) if isinstance(value, list) else type(value) is int
+        return all(map(token, value)) if isinstance(value, list) else token(value)
+
+    def words_of_ids(value) -> bool:
+        return isinstance(value, list) and all(map(ids, value))
 
     def words(value) -> bool:
         return all(isinstance(v, str) for v in value) if isinstance(value, list) else isinstance(value, str)
@@ -230,7 +236,7 @@ def _check_kinds(found: dict, path: str | os.PathLike) -> None:
                 ids,
                 "a token's number, or a list of such",
             ),
-            (r"(begin_)?suppress_tokens|bad_words_ids|force_words_ids", ids, "a list of tokens' numbers"),
+            (r"(begin_)?suppress_tokens|bad_words_ids|force_words_ids", words_of_ids, "a list of tokens' numbers"),
             (r"architectures|stop_strings", words, "a list of words"),
             (
                 r"(max|min)_(length|new_tokens)|num_(beams|beam_groups|return_sequences)|top_[hkp]|min_p|typical_p",

@@ -19,6 +19,7 @@ Stopped, it goes on where it was. Every mutation ends in one of these:
 import argparse
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -44,12 +45,21 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 from transformers.utils import logging
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.tiny import specialist
+from trainers.settings import StageConfig
 from ultrafuser.cli import app
 
 
@@ -66,7 +76,8 @@ SAMPLES = (
     "  THE   dog\t\tjumps, </s><s> brownfox lazydog!\n\n",
 )
 ODD = (
-    *(None, True, False, 0, -1, 1, 2, 3, 7, 1.5, -0.5, float("nan"), float("inf"), 10**6, 10**12, -(10**9), 1e300),
+    *(None, True, False, 0, -1, 1, 2, 3, 7, 1.5, -0.5, float("nan"), float("inf"), 1e-320, 1e300),
+    *(10**6, 10**12, -(10**9), 2**31, 2**63, 10**400),
     *(
         "",
         "x",
@@ -77,11 +88,19 @@ ODD = (
         "/etc/hostname",
         "\x00",
         "\x1b[31m",
+        "\ud800",
         "(.*.*)*=$",
         "{{ 1 }}",
         "ä" * 3000,
     ),
     *([], [None], [1, 2, 3], ["a", "b"], {}, {"a": 1}, {"": None}, [[[[]]]]),
+)
+# fields that a file may lack and a library knows
+FIELDS = sorted(
+    {
+        *(field for config in (GenerationConfig, LlamaConfig, MixtralConfig) for field in config().to_dict()),
+        *(field.name for config in (LoraConfig, StageConfig) for field in dataclasses.fields(config)),
+    }
 )
 
 
@@ -165,7 +184,7 @@ def damaged_tree(dice: random.Random, tree):
         owner = tree
         for key in upper:
             owner = owner[key]
-        value, how = owner[last], dice.randrange(10)
+        value, how = owner[last], dice.randrange(11)
         if how == 0:
             del owner[last]
         elif how == 1 and isinstance(owner, dict):
@@ -183,6 +202,8 @@ def damaged_tree(dice: random.Random, tree):
             owner[last] = value
         elif how == 6:
             owner[last] = copy.deepcopy(dice.choice([v for p in places if (v := _at(tree, p)) is not tree]))
+        elif how == 7 and isinstance(owner, dict):
+            owner[dice.choice(FIELDS)] = copy.deepcopy(dice.choice(ODD))
         else:
             owner[last] = copy.deepcopy(dice.choice(ODD))
     return tree

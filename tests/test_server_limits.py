@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.conftest import stir_gate
@@ -20,6 +21,8 @@ from tests.training import CHAT_TEMPLATE
 pytest.importorskip("fastapi")
 pytest.importorskip("openai")
 from ultrafuser import guarding, serving  # noqa: E402
+from ultrafuser.cli import app as command_line  # noqa: E402
+from ultrafuser.serving import template_variables  # noqa: E402
 
 
 TEMPLATE = "{% if note is defined %}[{{ note }}]{% endif %}" + CHAT_TEMPLATE
@@ -174,6 +177,15 @@ def test_a_template_of_a_request_is_not_rendered(path, variables, port):
     assert status == 422
     assert "chat_template_kwargs" in answer["error"]["message"]
     assert ask(port, "/health")[0] == 200
+
+
+@pytest.mark.parametrize("written", ["[1]", "{", '{"chat_template": "x"}', '"x"'])
+def test_variables_of_the_command_line_are_named_values(written):
+    done = CliRunner().invoke(command_line, ["serve", "no/such/model", "--chat-template-kwargs", written])
+    assert done.exit_code == 2
+    assert "Variables of the chat template" in done.output
+    assert template_variables(None) == {}
+    assert template_variables('{"deep": {"a": [1]}}') == {"deep": {"a": [1]}}
 
 
 def test_what_the_model_s_own_template_knows_can_be_set(port):

@@ -206,6 +206,8 @@ SPECIALISTS = {
     "an odd type": (config(dtype="float99"), "cannot be read"),
     "an odd architecture": (config(architectures=[{}]), "a list of words"),
     "an odd end": (edited("generation_config.json", lambda c: c.update(eos_token_id=[None])), "a token's number"),
+    "an end in lists": (edited("generation_config.json", lambda c: c.update(eos_token_id=[[2]])), "a token's number"),
+    "an end without end": (edited("config.json", lambda c: c.update(eos_token_id=10**400)), "a token's number"),
     "a configuration of nothing": (text("config.json", "null"), "must hold an object"),
     "a configuration cut off": (text("config.json", '{"model_type": "lla'), "must hold JSON"),
     "a configuration without bottom": (text("config.json", "[" * 100_000), "nested too deeply"),

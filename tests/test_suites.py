@@ -238,6 +238,20 @@ def test_a_file_of_tasks_that_is_no_plain_yaml_is_named(text, words, include, tm
         run_suite("no/such/model", ["t"], tmp_path / "out", include=include)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"filter_list": [{"name": "x", "filter": [{"function": "regex", "regex_pattern": "(.*.*)*=$"}]}]},
+        {"metric_list": [{"metric": "exact_match", "regexes_to_ignore": ["(.*.*)*=$"]}]},
+    ],
+)
+def test_patterns_of_strangers_are_not_matched_unasked(settings, include, tmp_path):
+    written = yaml.safe_load((include / "written.yaml").read_text())
+    (include / "written.yaml").write_text(yaml.safe_dump({**written, **settings}))
+    with pytest.raises(ValueError, match="written.yaml.*trust-remote-code"):
+        run_suite("no/such/model", ["written"], tmp_path / "out", include=include)
+
+
 def test_templates_of_strangers_are_filled_in_as_lm_eval_does(folder, include, tmp_path, monkeypatch):
     text = "{{ question | regex_replace('1', 'one') }}\n{% if answer == '3' %}three{% endif %}\n"
     written = yaml.safe_load((include / "written.yaml").read_text())

@@ -85,6 +85,11 @@ def test_a_recipe_trains_the_gate_and_flags_then_everything(fused, tmp_path):
         {"resume_from_checkpoint": 5},
         {"report_to": "wandb"},
         {"report_to": {"a": 1}},
+        {"lr_scheduler_kwargs": {"a": 1}},
+        {"lr_scheduler_kwargs": [1]},
+        {"dataset_kwargs": [1]},
+        {"dataloader_num_workers": 1_000_000},
+        {"push_to_hub": True, "hub_model_id": "me/model"},
     ],
     ids=lambda settings: str(settings)[:40],
 )

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 import numpy as np
+import torch
+from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
@@ -18,6 +20,7 @@ MIX_UNITS = ("example", "token", "supervised")
 WHOLE_STEPS = re.compile(r"schedule_free|lomo|adalomo|.*layerwise")
 
 
+MOST_WORKERS = 1024
 WORDS = ("dataset_text_field", "hub_model_id", "resume_from_checkpoint", "run_name")  # or true or false
 
 
@@ -127,6 +130,17 @@ class StageConfig(SFTConfig):
                 raise ValueError(f"`{name}` must be a word, but is {str(value)[:100]!r}. Correct it.")
             if isinstance(value, int) and abs(value) >= 1 << 63:
                 raise ValueError(f"`{name}` must be a number of 64 bits, but is {str(value)[:100]}... Correct it.")
+        for name in (name for name in self._VALID_DICT_FIELDS if name.endswith("_kwargs")):
+            if not isinstance(getattr(self, name), dict | None):
+                raise ValueError(
+                    f"`{name}` holds `name: value`, but is {str(getattr(self, name))[:100]!r}. Correct it."
+                )
+        if self.dataloader_num_workers > MOST_WORKERS:
+            raise ValueError(
+                f"Each of `dataloader_num_workers` is a process, so there may be {MOST_WORKERS} of them, but it is "
+                f"{self.dataloader_num_workers}. Take about as many as the machine has cores."
+            )
+        self._check_schedule()
         there = get_available_reporting_integrations()
         if odd := [name for name in self.report_to if name not in there]:
             raise ValueError(
@@ -160,6 +174,17 @@ class StageConfig(SFTConfig):
         for name in ("examples_per_domain", "mix_every", "mix_delay", "mix_probe"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
+
+    def _check_schedule(self):
+        # the trainer makes it after all else is loaded
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)
+        except Exception as error:
+            raise ValueError(
+                f"`lr_scheduler_kwargs` must hold what the schedule {str(self.lr_scheduler_type)!r} takes, but is "
+                f"{str(self.lr_scheduler_kwargs)[:100]!r}: {' '.join(str(error).split())[:200]}. Correct it."
+            ) from error
 
 
 @dataclass

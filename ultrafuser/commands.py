@@ -1,6 +1,5 @@
 """Commands that make, change and use fused folders."""
 
-import json
 import os
 import re
 import sys
@@ -369,9 +368,10 @@ def serve(
     with _in_words():
         from .guarding import host_names, key_for
         from .serving import serve as run
+        from .serving import template_variables
 
         key = key_for(host, key_variable, without_key)
-        variables = json.loads(chat_template_kwargs or "{}")
+        variables = template_variables(chat_template_kwargs)
         loading = {"device_map": device, "dtype": dtype}
         if attn_implementation is not None:
             loading["attn_implementation"] = attn_implementation

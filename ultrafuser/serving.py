@@ -22,7 +22,7 @@ import anyio
 import fastapi  # noqa: F401  without which the handlers are imported, and fail later
 import torch
 from openai.types import Model
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -86,6 +86,21 @@ def _no_template(variables: dict) -> dict:
 Tokens = Annotated[int, Field(ge=1)]
 Short = Annotated[str, Field(min_length=1, max_length=100)]
 Variable = bool | int | float | Annotated[str, Field(max_length=100)] | None
+
+
+def template_variables(written: str | None) -> dict:
+    """Variables of the chat template from a command line.
+
+    Raises:
+        ValueError: If they are not JSON, or not what a request may set.
+    """
+    try:
+        return TypeAdapter(Annotated[dict[str, Any], AfterValidator(_no_template)]).validate_json(written or "{}")
+    except ValidationError as error:
+        raise ValueError(
+            f'Variables of the chat template are JSON, {{"name": value}}, but got {written[:200]!r}: '
+            f"{error.errors()[0]['msg']}. Correct it."
+        ) from error
 
 
 class _Fields(BaseModel):

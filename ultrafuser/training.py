@@ -129,6 +129,13 @@ def _check_asks_for_nothing_more(recipe: Path | None, arguments: list[str]) -> N
             f"and which servers are used, but {str(path)!r} has `env: {written['env']!r:.200}`. Take it out, and "
             f"`export` what you want of it."
         )
+    asked = any(word.split("=")[0] in ("--push_to_hub", "--push-to-hub") for word in arguments)
+    if isinstance(written, dict) and written.get("push_to_hub") and not asked:
+        raise ValueError(
+            f"A model is sent away only when whoever runs the command says so, because a recipe may come from somebody "
+            f"else, but {str(path)!r} has `push_to_hub: {str(written['push_to_hub'])[:100]}`. Say --push_to_hub true as "
+            f"well, or take it out."
+        )
 
 
 def train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model_args: ModelConfig) -> None:

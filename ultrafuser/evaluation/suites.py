@@ -58,6 +58,10 @@ from . import local_tasks, sandbox
 from .comparing import slug
 
 
+# of a task, under which regular expressions stand
+PATTERNS = ("regex_pattern", "regexes_to_ignore")
+
+
 class Suite(NamedTuple):
     """Tasks by lm-eval's names, and how many examples come before a question; None for each task's own number."""
 
@@ -251,13 +255,21 @@ def _strange(folder: Path) -> bool:
         strange = True
         try:
             foreign = [tag for tag in _tags(text) if not tag.startswith("tag:yaml.org,2002:")]
-            names = [] if foreign else list(_included(parse_yaml(text, file)))
+            content = None if foreign else parse_yaml(text, file)
+            names = list(_values(content, "include"))
         except yaml.YAMLError as error:
             raise ValueError(f"Tasks are YAML files, but {str(file)!r} cannot be read as one: {error}") from error
         # what is included is read as well, whatever its name
         foreign += [
             f"include: {name}" for name in names if not (file.parent / name).is_file() or not name.endswith(".yaml")
         ]
+        patterns = [value for key in PATTERNS for value in _values(content, key)]
+        if patterns and not foreign:
+            raise ValueError(
+                f"A pattern can be written so that matching an answer takes for ever, so those of strangers are not tried "
+                f"unasked, but {str(file)!r} has {patterns[0][:200]!r}. Read it; then --trust-remote-code "
+                f"(`trust_remote_code=True`) uses it."
+            )
         if foreign:
             raise ValueError(
                 f"Functions that tasks name are code, which is not run unasked, but {str(file)!r} has {foreign[0]!r}. "
@@ -276,12 +288,13 @@ def _tags(text: str) -> Iterator[str]:
             yield tag
 
 
-def _included(content) -> Iterator[str]:
+def _values(content, key: str) -> Iterator[str]:
+    """What stands under a key, wherever it is."""
     if isinstance(content, dict):
-        yield from ([str(content["include"])] if "include" in content else [])
+        yield from ([str(content[key])] if key in content else [])
         content = list(content.values())
     for inside in content if isinstance(content, list) else ():
-        yield from _included(inside)
+        yield from _values(inside, key)
 
 
 def _sandboxed(environment: jinja2.Environment) -> ImmutableSandboxedEnvironment:
