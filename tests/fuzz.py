@@ -146,6 +146,22 @@ def build(folder: Path) -> None:
             }
         )
     )
+    rows = [{"text": text} for text in SAMPLES]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipes" / "train.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "stage": "gate",
+                "model_name_or_path": str(folder / "llama" / "fused"),
+                "domains": {n: {"path": "json", "data_files": str(folder / "rows.jsonl")} for n in ("text", "code")},
+                "examples_per_domain": 1,
+                "per_device_train_batch_size": 2,
+                "max_length": 32,
+                "learning_rate": 0.001,
+                "report_to": "none",
+            }
+        )
+    )
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -576,16 +592,18 @@ def references(dice: random.Random, base: Path, scratch: Path) -> bool:
 
 
 def recipes(dice: random.Random, base: Path, scratch: Path) -> bool:
-    name = dice.choice(("fuse.yaml", "gate.yaml", "joint.yaml", "ultrachat.yaml", "ultrachat_tiny.yaml"))
+    name = dice.choice(("fuse.yaml", "train.yaml", "gate.yaml", "joint.yaml", "ultrachat.yaml", "ultrachat_tiny.yaml"))
     target = Path(shutil.copy(base / "recipes" / name, scratch))
     damage_kind(dice, target) if dice.random() < 0.02 else damage_yaml(dice, target)
     if name == "fuse.yaml":
         return quietly(["fuse", str(target), "--dry-run"])
     if name.startswith("ultrachat"):
         return quietly(["data", "plan", str(target)])
+    words = ["train", str(target), "--out", str(scratch / "out"), "--max-steps", "1"]
+    if name == "train.yaml":
+        return quietly(words) and in_python(UltraFuserForCausalLM.from_pretrained, scratch / "out") is not None
     # what it names is not there, so that it ends before anything is trained
-    words = ["train", str(target), "--model", str(scratch / "none"), "--out", str(scratch / "out"), "--max-steps", "1"]
-    return quietly(words)
+    return quietly([*words, "--model", str(scratch / "none")])
 
 
 RUN = {run.__name__: run for run in (configurations, weights, tokenizers, adapters, references, recipes)}

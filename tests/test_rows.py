@@ -345,6 +345,15 @@ def test_arguments_that_load_dataset_trips_over_are_refused_in_a_sentence(argume
         load(arguments, "code")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{"path": "json", "data_files": "[" * 100_000}, {"path": "x" * 5000}, {"path": "a", "b": [["*" * 5000]]}],
+)
+def test_names_that_are_too_long_to_look_for_are_refused_at_once(arguments):
+    with pytest.raises(ValueError, match="at most 4096 characters, but the arguments for domain 'code'"):
+        load(arguments, "code")
+
+
 def test_what_load_dataset_says_is_said_of_a_domain(tmp_path):
     file = raw(tmp_path, b"a,b\n1\n", "code.csv")
     arguments = {"path": "csv", "data_files": str(file), "split": "nowhere"}

@@ -90,6 +90,10 @@ def test_a_recipe_trains_the_gate_and_flags_then_everything(fused, tmp_path):
         {"dataset_kwargs": [1]},
         {"dataloader_num_workers": 1_000_000},
         {"push_to_hub": True, "hub_model_id": "me/model"},
+        {"model_name_or_path": 2},
+        {"attn_implementation": ["sdpa"]},
+        {"cached": "perhaps"},
+        {"specialist_revisions": ["main"]},
     ],
     ids=lambda settings: str(settings)[:40],
 )

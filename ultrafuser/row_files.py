@@ -27,6 +27,7 @@ from trainers.rows import (
 )
 
 
+MOST_CHARACTERS = 4096  # of a name
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # in this order where rows hold several
 FORMS = (CHAT, PAIR, TEXT, OLD_CHAT, TOKENS)
@@ -61,6 +62,12 @@ def load(arguments: dict[str, Any], domain: str | None = None, *, text_field: st
         OSError: If there is no such file or set.
     """
     whose = f"domain {domain!r}" if domain else "the data"
+    if long := next((text for text in _words(arguments) if len(text) > MOST_CHARACTERS), None):
+        # patterns of files among them take ages
+        raise ValueError(
+            f"The names of files and sets have at most {MOST_CHARACTERS} characters, but the arguments for {whose} hold one "
+            f"of {len(long):,}: {long[:60]!r}... Correct it."
+        )
     forms = [(text_field,) if form == TEXT else form for form in FORMS]
     if files := _local(arguments):
         return _load_files(files, domain, whose, forms)
@@ -75,6 +82,13 @@ def load(arguments: dict[str, Any], domain: str | None = None, *, text_field: st
         )
     beside = BESIDE_TOKENS if columns == TOKENS else BESIDE
     return dataset.select_columns([*columns, *(c for c in beside if c in dataset.column_names), *more])
+
+
+def _words(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _words(inner)
 
 
 def load_set(arguments: dict[str, Any], whose: str) -> Any:

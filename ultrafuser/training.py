@@ -1,11 +1,12 @@
 """Both stages of training from a recipe: what `ultrafuser train` and the scripts in `examples/` do."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import torch
 from datasets import Dataset
@@ -91,7 +92,9 @@ def parse(
         raise ValueError(f"A stage is one of {list(STAGES)}, but got {stage!r}. Say it: --stage gate, say.")
     trusted = any(word.startswith(("--trust_remote_code", "--trust-remote-code")) for word in arguments)
     _check_asks_for_nothing_more(recipe, arguments)
-    parser = TrlParser((FusedArguments, STAGES[stage], ModelConfig))
+    kinds = (FusedArguments, STAGES[stage], ModelConfig)
+    _check_kinds(written, kinds)
+    parser = TrlParser(kinds)
     # not with a usage of hundreds of lines
     parser.error = _refuse
     if not torch.accelerator.is_available():
@@ -117,6 +120,31 @@ def parse(
 
 def _refuse(message: str) -> NoReturn:
     raise ValueError(f"A setting in the recipe or on the command line is of another kind: {message}. Correct it.")
+
+
+def _check_kinds(written: dict, classes: Iterable[type]) -> None:
+    """Refuses values that fit no kind of their field. Words are left to the parser, which reads numbers from them."""
+    for field_of in classes:
+        hints = get_type_hints(field_of)
+        for name in sorted(hints.keys() & written.keys()):
+            value, kinds = written[name], set(_kinds(hints[name]))
+            # where there is a word or nothing, "the last" may be said as true
+            kinds |= {bool} if name == "resume_from_checkpoint" else {int} if float in kinds else set()
+            if not isinstance(value, str) and type(value) not in kinds and Any not in kinds:
+                names = sorted("nothing" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds)
+                raise ValueError(
+                    f"`{name}` of a recipe must be {' or '.join(names)}, but is {str(value)[:100]!r}. Correct it."
+                )
+
+
+def _kinds(hint) -> Iterator:
+    if get_origin(hint) in (Union, UnionType):
+        for inner in get_args(hint):
+            yield from _kinds(inner)
+    elif get_origin(hint) is Literal:
+        yield from map(type, get_args(hint))
+    else:
+        yield get_origin(hint) or hint
 
 
 def _check_asks_for_nothing_more(recipe: Path | None, arguments: list[str]) -> None:
