@@ -2,9 +2,11 @@
 
 Text, code and mathematics are the quickstart's. All rivals read the same held-out tokens: those behind the first 32 of
 each block, which routers may read. "Mixed" items change the domain every 64 tokens. What is trained is kept in the work
-folder, and every contender's scores too, so that a run which is killed goes on where it was.
+folder, and every contender's scores too, so that a run which is killed goes on where it was. Settings of gates are chosen
+(`choose`) on a part of the text to fuse with, never on held-out tokens.
 """
 
+import json
 import random
 from functools import partial
 from pathlib import Path
@@ -18,16 +20,25 @@ from transformers.utils import logging
 
 from experiments.ledger import digest
 from modeling_ultrafuser import UltraFuserForCausalLM
-from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
+from modeling_ultrafuser.gates_ultrafuser import GATES
+from trainers import CachedGateTrainer, GateStageConfig, JointStageConfig, JointTrainer
 from ultrafuser.corpora import DOMAINS, documents, splits
 from ultrafuser.evaluation.comparing import MIXED, compare
-from ultrafuser.evaluation.contenders import Comparison
-from ultrafuser.evaluation.measuring import HeldOut, held_out
+from ultrafuser.evaluation.contenders import FUSED, Comparison, Measured, best_per_domain
+from ultrafuser.evaluation.measuring import HeldOut, held_out, score
+from ultrafuser.evaluation.statistics import interval, per_example
+from ultrafuser.gate_words import gate_settings
 from ultrafuser.quickstart import LENGTH, new_model, pretrain, to_blocks, train_tokenizer
 
 
 EXAMPLES = 48  # of each domain to measure on
 TURN = 64  # tokens between changes of domain in a mixed item
+ORACLE = "best specialist per domain (oracle)"
+# rows that others are compared with, token by token
+REFERENCES = (ORACLE, f"{ORACLE}, a temperature per token", "router: prompt perplexity", FUSED)
+STAGE_TWO = "stage two"
+PLAIN = {"max_length": LENGTH, "bf16": False, "gradient_checkpointing": False}
+PLAIN |= {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
 
 
 def rivals(
@@ -36,7 +47,7 @@ def rivals(
     *,
     base: dict,
     specialist: dict,
-    gate: dict,
+    gates: dict[str, dict],
     joint: dict,
     tuned: dict,
     whole: dict,
@@ -49,60 +60,101 @@ def rivals(
         work: Folder for models and scores.
         base: Steps and rate of the model that all specialists are tuned from, on all domains; 0 steps: random weights.
         specialist: Steps and rate of each specialist on its own domain.
-        gate: Settings of stage one.
-        joint: Settings of stage two.
+        gates: Fused models by the name of their row, "fused" among them, as `_Fusions.gate` takes them.
+        joint: `after`, the rows of `gates` that stage two goes on from, and `stage`, its settings.
         tuned: Steps and rate of the single models that are tuned on what the fused model is trained on.
         whole: Steps and rate of one model trained from scratch on all data with the compute of all of the above.
         examples_per_domain: In every batch of the stages.
     """
     logging.disable_progress_bar()
-    asked = {"base": base, "specialist": specialist, "gate": gate, "joint": joint, "tuned": tuned, "whole": whole}
-    folder = work / f"rivals-{seed}-{digest(asked)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        blocks, tokenizer = corpora(seed, folder)
-        make = partial(_made, folder, tokenizer)
-        seen = torch.cat([blocks[d]["specialist"] for d in DOMAINS])
+    folder, lock = _folder(seed, work, base, specialist)
+    with lock:
+        blocks, tokenizer, make = _specialists(seed, folder, base, specialist)
         fresh = torch.cat([blocks[d]["fuse"] for d in DOMAINS])
-        everything = torch.cat([seen, fresh])
-
-        start = make("base", lambda: new_model(tokenizer, seed), seen, **base, seed=seed)
-        for d in DOMAINS:
-            make(d, partial(_copy, start), blocks[d]["specialist"], **specialist, seed=seed)
+        everything = torch.cat([*(blocks[d]["specialist"] for d in DOMAINS), fresh])
         singles = {
             "one model, all data and compute": (lambda: new_model(tokenizer, seed), everything, whole),
             **{f"{d} specialist, tuned further": (partial(_load, folder / d), fresh, tuned) for d in DOMAINS},
         }
         if base["steps"]:
-            singles["base, tuned on the same data"] = (partial(_copy, start), fresh, tuned)
-        for name, (model, data, how) in singles.items():
-            make(name, model, data, **how, seed=seed)
+            singles["base, tuned on the same data"] = (partial(_load, folder / "base"), fresh, tuned)
+        singles = {name: make(name, model, data, **how) for name, (model, data, how) in singles.items()}
 
-        stages = _Stages(folder, tokenizer, blocks, examples_per_domain, seed)
-        one = stages.train("fused", GateTrainer, None, "fuse", gate)
-        stages.train("fused, stage two", JointTrainer, "fused", "fuse", joint)
-        stages.train("fused, stage two on the specialists' own data", JointTrainer, "fused", "specialist", joint)
-        stages.train("fused, probability mixture", GateTrainer, None, "fuse", gate, fusion="probabilities")
+        data = {d: blocks[d]["fuse"] for d in DOMAINS}
+        fusions = _Fusions(folder, tokenizer, data, examples_per_domain, seed)
+        models = {name: fusions.gate(**how) for name, how in gates.items()}
+        for name in joint["after"]:
+            models[f"{name}, {STAGE_TWO}"] = fusions.joint(models[name], data, joint["stage"])
+        own = {d: blocks[d]["specialist"] for d in DOMAINS}
+        models[f"{FUSED}, {STAGE_TWO} on the specialists' own data"] = fusions.joint(
+            models[FUSED], own, joint["stage"]
+        )
 
     data = {d: _blocks(blocks[d]["held_out"][:EXAMPLES], tokenizer) for d in DOMAINS}
     data[MIXED] = _blocks(mixed({d: blocks[d]["held_out"] for d in DOMAINS}, seed, EXAMPLES), tokenizer)
     tune = {d: _blocks(blocks[d]["fuse"][:48], tokenizer) for d in DOMAINS}
-    more = {name: partial(_load, folder / name) for name in (*singles, *stages.names[1:])}
-    if base["steps"]:
-        more["base"] = partial(_load, folder / "base")
+    files = {**singles, **models} | ({"base": folder / "base"} if base["steps"] else {})
+    one = _load(files.pop(FUSED))
+    start = _load(folder / "base")
     comparison = Comparison(one, one, tokenizer, data, tune, start, seed)
-    return compare(comparison, folder, more=more, identity=asked | {"seed": seed})
+    identity = {"base": base, "specialist": specialist, "gates": gates, "joint": joint, "tuned": tuned, "whole": whole}
+    out = folder / f"compared-{digest(identity)}"
+    found = compare(comparison, out, more={n: partial(_load, f) for n, f in files.items()}, identity=identity)
+    return found | {"against": against(comparison)}
+
+
+def choose(
+    seed: int,
+    work: Path,
+    *,
+    settings: dict[str, dict],
+    kept_out: float,
+    gate: str,
+    fusion: str,
+    stage: dict | None,
+    examples_per_domain: int,
+) -> dict:
+    """Trains one gate in every setting on a part of the text to fuse with, and measures it on the other.
+
+    Args:
+        seed: As for `rivals`.
+        work: Folder for models.
+        settings: `base` and `specialist` by name of the setting, as `rivals` takes them.
+        kept_out: Share of each domain's blocks to fuse with that nothing is trained on.
+        gate: As for `_Fusions.gate`, and so are `fusion` and `stage`.
+        examples_per_domain: In every batch.
+
+    Returns:
+        Nats per token by setting and domain: of the gate, and of the best specialist of each domain.
+    """
+    logging.disable_progress_bar()
+    found: dict[str, dict] = {"nats_per_token": {}, "oracle": {}}
+    for name, how in settings.items():
+        folder, lock = _folder(seed, work, **how)
+        with lock:
+            blocks, tokenizer, _ = _specialists(seed, folder, **how)
+            kept = {d: round((1 - kept_out) * len(blocks[d]["fuse"])) for d in DOMAINS}
+            data = {d: blocks[d]["fuse"][: kept[d]] for d in DOMAINS}
+            tests = {d: blocks[d]["fuse"][kept[d] :] for d in DOMAINS}
+            tests[MIXED] = mixed(tests, seed, EXAMPLES)
+            fusions = _Fusions(folder, tokenizer, data, examples_per_domain, seed)
+            model = _load(fusions.gate(gate, fusion, stage))
+            tests = {d: _blocks(rows, tokenizer) for d, rows in tests.items()}
+            found["nats_per_token"][name] = {d: _loss(model, x) for d, x in tests.items()}
+            found["oracle"][name] = _oracle(folder, tests)
+    return found
 
 
 def corpora(seed: int, folder: Path) -> tuple[dict[str, dict[str, Tensor]], AutoTokenizer]:
     """Blocks by domain and split, and the tokenizer, which is trained on what the specialists are trained on."""
-    parts = {d: splits(documents(d, seed)) for d in DOMAINS}
-    if not (folder / "tokenizer").exists():
-        train_tokenizer([text for p in parts.values() for text in p["specialist"]]).save_pretrained(
-            folder / "tokenizer"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    return {d: {name: to_blocks(texts, tokenizer) for name, texts in parts[d].items()} for d in DOMAINS}, tokenizer
+    if not (folder / "blocks.pt").exists():
+        parts = {d: splits(documents(d, seed)) for d in DOMAINS}
+        tokenizer = train_tokenizer([text for p in parts.values() for text in p["specialist"]])
+        tokenizer.save_pretrained(folder / "tokenizer")
+        blocks = {d: {name: to_blocks(texts, tokenizer) for name, texts in parts[d].items()} for d in DOMAINS}
+        torch.save(blocks, folder / "blocks.partial")
+        (folder / "blocks.partial").rename(folder / "blocks.pt")
+    return torch.load(folder / "blocks.pt"), AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
 def mixed(blocks: dict[str, Tensor], seed: int, items: int) -> Tensor:
@@ -122,66 +174,188 @@ def _blocks(blocks: Tensor, tokenizer) -> HeldOut:
     return held_out([{"input_ids": row} for row in blocks.tolist()], tokenizer)
 
 
-def _made(folder: Path, tokenizer, name: str, model, blocks: Tensor, *, steps: int, rate: float, seed: int):
-    """A model from the folder, or made, trained and put there."""
-    if not (folder / name / "config.json").exists():
-        trained = model()
+def _folder(seed: int, work: Path, base: dict, specialist: dict) -> tuple[Path, FileLock]:
+    """Where specialists and all that is made of them are kept, and what one process at a time holds."""
+    folder = work / f"rivals-{seed}-{digest([base, specialist])}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, FileLock(f"{folder}.lock")
+
+
+def _specialists(seed: int, folder: Path, base: dict, specialist: dict):
+    """Base and specialists, made unless they are there.
+
+    Returns:
+        Blocks and tokenizer as `corpora` gives them, and `_made` for further single models.
+    """
+    blocks, tokenizer = corpora(seed, folder)
+    make = partial(_made, folder, tokenizer, seed)
+    seen = torch.cat([blocks[d]["specialist"] for d in DOMAINS])
+    start = make("base", lambda: new_model(tokenizer, seed), seen, **base)
+    for d in DOMAINS:
+        make(d, partial(_load, start), blocks[d]["specialist"], **specialist)
+    return blocks, tokenizer, make
+
+
+def _made(folder: Path, tokenizer, seed: int, name: str, model, blocks: Tensor, *, steps: int, rate: float) -> Path:
+    """The folder of a single model, which is trained unless it is there."""
+
+    def trained() -> LlamaForCausalLM:
+        new = model()
         if steps:
             # whole blocks of the domains in a random order, the same for all rivals that read the same
             order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
-            pretrain(trained, blocks[order], folder / name, steps, rate, seed)
-        trained.save_pretrained(folder / "part")
-        tokenizer.save_pretrained(folder / "part")
-        (folder / "part").rename(folder / name)
-    return _load(folder / name)
+            pretrain(new, blocks[order], folder / name, steps, rate, seed)
+        return new
+
+    # base and specialists are what the folder is named after
+    target = folder / (name if name in ("base", *DOMAINS) else f"{name} {digest([steps, rate])}")
+    return _kept(target, trained, tokenizer)
+
+
+def _kept(target: Path, make, tokenizer) -> Path:
+    """A model's folder, which is written whole or not at all."""
+    if not target.exists():
+        part = target.parent / "part"
+        make().save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.rename(target)
+    return target
 
 
 def _load(folder: Path):
-    kind = UltraFuserForCausalLM if "fused" in folder.name else AutoModelForCausalLM
-    return kind.from_pretrained(folder)
+    fused = json.loads((folder / "config.json").read_text())["model_type"] == "ultrafuser"
+    return (UltraFuserForCausalLM if fused else AutoModelForCausalLM).from_pretrained(folder)
 
 
-def _copy(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    copied = type(model)(model.config)
-    copied.load_state_dict(model.state_dict())
-    return copied
+class _Fusions:
+    """Fused models, each made once, of the specialists of one folder.
 
+    Args:
+        folder: Of specialists.
+        tokenizer: Theirs.
+        data: Blocks by domain to train gates on.
+        examples_per_domain: In every batch.
+        seed: Of first weights and draws.
+    """
 
-class _Stages:
-    """The stages of fused models, each once."""
-
-    def __init__(self, folder: Path, tokenizer, blocks, examples_per_domain: int, seed: int):
-        self.folder, self.tokenizer, self.blocks, self.seed = folder, tokenizer, blocks, seed
+    def __init__(self, folder: Path, tokenizer, data: dict[str, Tensor], examples_per_domain: int, seed: int):
+        self.folder, self.tokenizer, self.data, self.seed = folder, tokenizer, data, seed
+        self.size = {d: len(rows) for d, rows in data.items()}
         self.shared = {
             "examples_per_domain": examples_per_domain,
             "per_device_train_batch_size": examples_per_domain * len(DOMAINS),
-            "max_length": LENGTH,
-            "bf16": False,
-            "gradient_checkpointing": False,
             "seed": seed,
-            **{"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True},
+            **PLAIN,
         }
-        self.names: list[str] = []
 
-    def train(self, name: str, trainer_class, start: str | None, split: str, settings: dict, **fusing):
-        """Fuses, or goes on from another stage's folder, and trains on a split of every domain."""
-        self.names.append(name)
-        target = self.folder / name
-        if not (target / "config.json").exists():
+    def gate(self, gate: str, fusion: str, stage: dict | None = None) -> Path:
+        """A folder of a fused model after stage one.
+
+        Args:
+            gate: A word, see `gate_settings`.
+            fusion: "logits" or "probabilities".
+            stage: Settings of stage one; None for a gate that has nothing to train.
+        """
+
+        def trained() -> UltraFuserForCausalLM:
             set_seed(self.seed)
-            if start is None:
-                model = UltraFuserForCausalLM.from_specialists({d: self.folder / d for d in DOMAINS}, **fusing)
-            else:
-                model = _load(self.folder / start)
-            rows = {d: self.blocks[d][split].tolist() for d in DOMAINS}
-            data = {d: Dataset.from_dict({"input_ids": ids, "labels": ids}) for d, ids in rows.items()}
-            config = GateStageConfig if trainer_class is GateTrainer else JointStageConfig
-            arguments = config(str(self.folder / "stage"), **self.shared, **settings)
-            trainer_class(model, arguments, data, processing_class=self.tokenizer).train()
-            model.save_pretrained(self.folder / "part")
-            self.tokenizer.save_pretrained(self.folder / "part")
-            (self.folder / "part").rename(target)
-        return _load(target)
+            parts, choices = {d: self.folder / d for d in DOMAINS}, gate_settings(gate)
+            model = UltraFuserForCausalLM.from_specialists(parts, fusion=fusion, **choices)
+            if stage is not None:
+                # a mixture of probabilities without temperatures needs one number of each specialist and token
+                keep = "log_probs" if fusion == "probabilities" and not choices["gate_calibration"] else "hidden"
+                what = [self.size, keep, stage.get("mixed_share"), GATES[choices["gate"]].reads_past]
+                cache = self.folder / f"cache-{digest(what)}"
+                arguments = GateStageConfig(str(self.folder / "stage"), **self.shared, **stage)
+                trainer = CachedGateTrainer(
+                    model, arguments, _rows(self.data), processing_class=self.tokenizer, cache=cache, keep=keep
+                )
+                trainer.train()
+            return model
+
+        return _kept(self.folder / f"fused {digest([self.size, gate, fusion, stage])}", trained, self.tokenizer)
+
+    def joint(self, start: Path, data: dict[str, Tensor], stage: dict) -> Path:
+        """A folder of a fused model after stage two.
+
+        Args:
+            start: Folder of one after stage one.
+            data: Blocks by domain.
+            stage: Settings.
+        """
+
+        def trained() -> UltraFuserForCausalLM:
+            set_seed(self.seed)
+            model = _load(start)
+            arguments = JointStageConfig(str(self.folder / "stage"), **self.shared, **stage)
+            JointTrainer(model, arguments, _rows(data), processing_class=self.tokenizer).train()
+            return model
+
+        sizes = {d: len(rows) for d, rows in data.items()}
+        return _kept(self.folder / f"fused {digest([start.name, sizes, stage])}", trained, self.tokenizer)
 
 
-RUNS = {"baselines": rivals}
+def _rows(blocks: dict[str, Tensor]) -> dict[str, Dataset]:
+    rows = {d: part.tolist() for d, part in blocks.items()}
+    return {d: Dataset.from_dict({"input_ids": ids, "labels": ids}) for d, ids in rows.items()}
+
+
+def against(comparison: Comparison) -> dict[str, dict[str, dict]]:
+    """How far fused models are from the rows of `REFERENCES`, in nats per token; below 0 is better.
+
+    Returns:
+        By reference and row: `difference` by domain, the `interval` of its mean over domains, mixed items left out, and
+        the `mixed_interval`.
+    """
+    told = [n for n, m in comparison.found.items() if m.kind == "fused" or n in REFERENCES or "forecaster" in n]
+    return {
+        reference: {n: _difference(comparison, comparison.found[n], comparison.found[reference]) for n in told}
+        for reference in REFERENCES
+    }
+
+
+def _difference(comparison: Comparison, row: Measured, reference: Measured) -> dict:
+    paired = {}
+    for domain, examples in comparison.data.items():
+        sums, counts = per_example(row.scores[domain], examples)
+        paired[domain] = (sums - per_example(reference.scores[domain], examples)[0], counts)
+    found = {"difference": {d: float(sums.sum() / counts.sum()) for d, (sums, counts) in paired.items()}}
+    changing = paired.pop(MIXED)
+    ends = {"interval": list(paired.values()), "mixed_interval": [changing]}
+    return found | {name: interval(pairs, seed=comparison.seed) for name, pairs in ends.items()}
+
+
+def _oracle(folder: Path, tests: dict[str, HeldOut]) -> dict[str, float]:
+    """Loss of the best specialist by domain."""
+    scores = {d: {n: score(_load(folder / n), x) for n in DOMAINS} for d, x in tests.items()}
+    best = {d: DOMAINS[int(best_per_domain(scores[d], x)[0])] for d, x in tests.items()}
+    return {d: _mean(scores[d][best[d]].losses, x) for d, x in tests.items()}
+
+
+def _loss(model, test: HeldOut) -> float:
+    return _mean(score(model, test).losses, test)
+
+
+def _mean(losses: Tensor, test: HeldOut) -> float:
+    return losses[test.scored].mean().item()
+
+
+def check(*, gates: dict[str, dict], joint: dict, **_) -> None:
+    """Whether gates are such that there are."""
+    if FUSED not in gates or not set(joint["after"]) <= set(gates):
+        raise ValueError(f"`gates` must have {FUSED!r} and all of `joint: after:`, but has {list(gates)}.")
+    for how in gates.values():
+        check_gate(**how)
+    JointStageConfig("nowhere", **PLAIN, **joint["stage"])
+
+
+def check_gate(*, gate: str, fusion: str, stage: dict | None = None, **_) -> None:
+    """Whether a gate is one that there is, with settings that stage one takes."""
+    gate_settings(gate)
+    if fusion not in ("logits", "probabilities"):
+        raise ValueError(f"`fusion` is logits or probabilities, but is {fusion!r}.")
+    GateStageConfig("nowhere", **PLAIN, **(stage or {}))
+
+
+RUNS = {"baselines": rivals, "settings": choose}
+CHECKS = {"baselines": check, "settings": check_gate}

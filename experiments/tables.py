@@ -159,6 +159,68 @@ def headline(path: Path) -> str:
 
 
 _HEADLINE = ("mean", "difference")
+ORACLE = "best specialist per domain (oracle)"
+
+
+def cells(path: Path, reference: str = ORACLE) -> str:
+    """Nats to a reference by domain, seed after seed, then how many of these cells are ahead of it (below 0).
+
+    The interval is of the mean over domains and of the examples, and holds for every seed: from the lowest end to the
+    highest. Mixed items are no part of the cells.
+    """
+    rows = []
+    for name, seeds in _to(files(path), reference).items():
+        if name == reference:
+            continue
+        by_domain = [[one["difference"][d] for one in seeds] for d in DOMAINS]
+        ahead, worst, average = _ahead(seeds)
+        low, high = min(one["interval"][0] for one in seeds), max(one["interval"][1] for one in seeds)
+        mixed = mean(one["difference"]["mixed"] for one in seeds)
+        domains = [" ".join(f"{x:+.3f}" for x in values) for values in by_domain]
+        numbers = [ahead, f"{worst:+.3f}", f"{average:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{mixed:+.3f}"]
+        rows.append([name, *domains, *numbers])
+    return markdown(["", *DOMAINS, "ahead", "worst", "mean", "95 % of every seed", "mixed"], rows)
+
+
+def ahead(path: Path) -> str:
+    """Of all cells, one for each setting, seed and domain, those that are ahead of each reference, the worst and the mean."""
+    references = {"oracle": ORACLE, "oracle, a temperature per token": f"{ORACLE}, a temperature per token"}
+    references["router"] = "router: prompt perplexity"
+    by_reference = {reference: _to(files(path), reference) for reference in references.values()}
+    rows = []
+    for name in by_reference[ORACLE]:
+        told = {reference: _ahead(seeds[name]) for reference, seeds in by_reference.items() if reference != name}
+        cells = [f"{told[r][0]}, {told[r][1]:+.3f}, {told[r][2]:+.3f}" if r in told else "" for r in by_reference]
+        rows.append([name, *cells])
+    return markdown(["cells ahead, worst, mean", *references], rows)
+
+
+def _to(found: list[dict], reference: str) -> dict[str, list[dict]]:
+    """Differences to a reference by row, seed after seed, the best mean first."""
+    by_name: dict[str, list[dict]] = {}
+    for one in found:
+        for name, difference in one["against"][reference].items():
+            by_name.setdefault(name, []).append(difference)
+    return dict(sorted(by_name.items(), key=lambda item: _ahead(item[1])[2]))
+
+
+def _ahead(seeds: list[dict]) -> tuple[str, float, float]:
+    """How many cells are ahead, the worst one and the mean."""
+    each = [one["difference"][d] for one in seeds for d in DOMAINS]
+    return f"{sum(x < 0 for x in each)} of {len(each)}", max(each), mean(each)
+
+
+def chosen(path: Path) -> str:
+    """What gates got under each setting on text that was kept out: nats to the oracle, and on mixed items."""
+    rows, heads = [], []
+    for variant, (one, *_) in ledger.results(path.name).items():
+        cells, heads = [], []
+        for setting, losses in one["nats_per_token"].items():
+            behind = [losses[d] - one["oracle"][setting][d] for d in DOMAINS]
+            cells += [f"{mean(behind):+.3f}", f"{max(behind):+.3f}", f"{losses['mixed']:.3f}"]
+            heads += [f"{setting}, mean", "worst", "mixed"]
+        rows.append([variant, *cells])
+    return markdown(["", *heads], rows)
 
 
 def benchmarks(path: Path) -> str:
@@ -304,6 +366,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "runs, worst domain and time": partial(runs, **{"worst to stage one": worst_gain, "time": relative_time}),
     "comparison": comparison,
     "headline": headline,
+    "cells": cells,
+    "cells to the oracle with temperatures": partial(cells, reference=f"{ORACLE}, a temperature per token"),
+    "cells to the router": partial(cells, reference="router: prompt perplexity"),
+    "ahead": ahead,
+    "chosen": chosen,
     "benchmarks": benchmarks,
     "stages beside the paper's": stages_beside_paper,
     "losses beside the paper's": losses_beside_paper,

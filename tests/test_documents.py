@@ -87,3 +87,38 @@ def test_a_comparison_is_sorted_by_the_mean_and_averages_seeds(tmp_path):
         assert [line.split(" | ")[0] for line in lines] == ["| one model", "| fused", "| router"]
     assert quality[0].endswith("2.500 | 2.500 ± 0.707 | -1.000 ± 0.000 | -2.100 to -0.900 |")
     assert price[0] == "| one model | 55.0% | 1.0% | 2.0% | 0.030 | 2.50 | 2.40 | 10.00 | 2.0 | 1.50 |"
+
+
+ORACLE = "best specialist per domain (oracle)"
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """Result files of two seeds: one gate is ahead of the oracle in 5 of 6 cells, the other in none."""
+
+    def told(text, code, math):
+        return {
+            "difference": {"text": text, "code": code, "math": math, "mixed": -2.0},
+            "interval": [-0.5, 0.1 + text],
+        }
+
+    for seed, text in ((0, -0.1), (1, 0.05)):
+        rows = {"behind": told(0.3, 0.0, 0.3), "good": told(text, -0.2, -0.4), ORACLE: told(0.0, 0.0, 0.0)}
+        others = (f"{ORACLE}, a temperature per token", "router: prompt perplexity")
+        (tmp_path / f"x-{seed}.json").write_text(json.dumps({"against": dict.fromkeys((ORACLE, *others), rows)}))
+    return tmp_path / "x-*.json"
+
+
+def test_cells_are_seeds_and_domains_and_a_tie_is_not_ahead(compared):
+    good, behind = TABLES["cells"](compared).splitlines()[2:]
+    assert good == (
+        "| good | -0.100 +0.050 | -0.200 -0.200 | -0.400 -0.400 | 5 of 6 | +0.050 | -0.208 | -0.500 to +0.150 | -2.000 |"
+    )
+    assert "| 0 of 6 | +0.300 | +0.200 |" in behind
+
+
+def test_cells_ahead_are_counted_over_all_files_and_the_reference_itself_is_left_blank(compared):
+    good, oracle, behind = TABLES["ahead"](compared).splitlines()[2:]
+    assert good == "| good | 5 of 6, +0.050, -0.208 | 5 of 6, +0.050, -0.208 | 5 of 6, +0.050, -0.208 |"
+    assert oracle.startswith(f"| {ORACLE} |  | 0 of 6, ")
+    assert behind.startswith("| behind | 0 of 6, +0.300, +0.200 |")
