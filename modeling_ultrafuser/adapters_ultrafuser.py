@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .cache_ultrafuser import SpecialistCache
 from .specialists_ultrafuser import positions_of, run
+from .versions_ultrafuser import CACHE
 
 
 # what PEFT adapts as x W^T; the second keeps W transposed
@@ -206,7 +207,7 @@ def run_as_rows(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=past_key_values,
+        **{CACHE: past_key_values},
         **kwargs,
     )
 

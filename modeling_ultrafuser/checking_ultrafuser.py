@@ -42,6 +42,7 @@ from .reading_ultrafuser import (
     weight_files,
 )
 from .specialists_ultrafuser import is_plain
+from .versions_ultrafuser import CACHE
 
 
 DTYPE_RULE = (
@@ -237,7 +238,7 @@ def check_architecture(name: str, config: PreTrainedConfig, text_config: PreTrai
             f"A specialist must be a causal language model, or contain one as its text part, but {kind}, for which "
             f"transformers has no causal language model. Use one that `AutoModelForCausalLM` can load."
         )
-    if "past_key_values" not in inspect.signature(backbone_class(text_config).forward).parameters:
+    if CACHE not in inspect.signature(backbone_class(text_config).forward).parameters:
         raise ValueError(
             f"A specialist must have attention layers with a key-value cache, because all specialists share one, but "
             f"{kind}, which keeps another kind of state. Use a transformer or a hybrid."

@@ -77,7 +77,7 @@ class UltraFuserConfig(PreTrainedConfig):
 
     model_type = "ultrafuser"
     # what `Trainer` does not count as predictions
-    keys_to_ignore_at_inference = ["past_key_values", "gate_weights"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "gate_weights"]
     # the inherited default names modules that this model does not have
     base_model_fsdp_plan = {}
 

@@ -56,6 +56,7 @@ from .specialists_ultrafuser import (
     run_each,
     selected,
 )
+from .versions_ultrafuser import CACHE, takes_cache
 
 
 # a path that no fused model has
@@ -73,7 +74,7 @@ class UltraFuserPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _keep_in_fp32_modules_strict = ["fusion_gate"]
 
     @classmethod
@@ -226,6 +227,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         for name in names:
             self.specialists[name].set_input_embeddings(value[name])
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -298,7 +300,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         output_class = UltraFuserModelOutput if self.config.fusion == "logits" else UltraFuserMixtureOutput
         output = output_class(
             fused,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             hidden_states=selected(end_to_end(outputs, "hidden_states", fused), output_hidden_states),
             attentions=end_to_end(outputs, "attentions"),
             gate_weights=gate_output.weights,
@@ -395,6 +397,7 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         """Like torch's, and shows all embeddings to PEFT's prompt tuning, which guesses at one if it finds none here."""
         return self.get_input_embeddings() if target == PROMPT_TUNING_ASKS_FOR else super().get_submodule(target)
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -420,7 +423,7 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             specialist_input_ids=specialist_input_ids,
@@ -428,7 +431,7 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        layer = decoding_layer(self.model, outputs.past_key_values, logits_to_keep)
+        layer = decoding_layer(self.model, getattr(outputs, CACHE), logits_to_keep)
         if layer is not None:
             logits = last_logits(self.config, self.lm_head.weight, layer, outputs.gate_weights, outputs.logit_scales)
         else:
@@ -441,7 +444,7 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         output = UltraFuserCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             gate_weights=outputs.gate_weights,
@@ -533,8 +536,8 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
             # a chunk of a long prompt ends before the prompt does
             ahead = 0 if mask is None else own_mask.shape[-1] - mask.shape[-1]
             own_mask = own_mask[..., : own_mask.shape[-1] - ahead]
-        cache = kwargs.get("past_key_values")
-        if cache is not None and self._starts_over(cache, input_ids, own_mask, **kwargs):
+        cache = kwargs.get(CACHE)
+        if cache is not None and self._starts_over(cache, input_ids, own_mask, mask, kwargs.get("position_ids")):
             cache.reset()
             kwargs["next_sequence_length"] = None
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
@@ -547,9 +550,10 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
                 inputs["specialist_input_ids"] = own_ids[..., end - to_read : end]
         return inputs
 
-    def _starts_over(self, cache: Cache, input_ids: Tensor, own_mask: Tensor | None, **inputs) -> bool:
+    def _starts_over(
+        self, cache: Cache, input_ids: Tensor, own_mask: Tensor | None, mask: Tensor | None, positions: Tensor | None
+    ) -> bool:
         """Whether what is in the cache must be computed anew, for any specialist."""
-        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         for k, config in enumerate(self.config.specialists):
             lengths = switching_lengths(config)
             if not lengths:
@@ -636,6 +640,7 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         check_answered(len(inputs), answers)
         return answers
 
+    @takes_cache
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs) -> dict:
         """Attention masks for static caches, made in advance for every specialist, as one flat dict.
 

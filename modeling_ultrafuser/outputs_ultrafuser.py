@@ -4,17 +4,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
+
+from .versions_ultrafuser import CACHE
 
 
 @dataclass
-class UltraFuserModelOutput(ModelOutput):
+class UltraFuserModelOutput(BaseModelOutputWithPast):
     """What the backbone returns.
 
     Attributes:
         last_hidden_state: The specialists' last hidden states side by side, scaled by the gate: times the head, they
             are the fused logits. Shape (batch, seq, sum of hidden sizes).
-        past_key_values: One cache for all specialists.
+        past_key_values: One cache for all specialists. From transformers 5.24 on its name is `cache`.
         hidden_states: On request, every specialist's hidden states, one specialist after another; and at the end those
             that the head reads, as wide as `config.hidden_size`.
         attentions: On request, every specialist's attention weights, one specialist after another.
@@ -22,10 +25,6 @@ class UltraFuserModelOutput(ModelOutput):
         logit_scales: Factors of a calibrated gate on the logits, see `GateOutput`.
     """
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     gate_weights: Tensor | None = None
     logit_scales: Tensor | None = None
 
@@ -40,7 +39,7 @@ class UltraFuserMixtureOutput(ModelOutput):
     Attributes:
         specialist_hidden_states: The specialists' last hidden states side by side, scaled by a
             calibrated gate. Shape (batch, seq, sum of hidden sizes).
-        past_key_values: One cache for all specialists.
+        past_key_values: One cache for all specialists. From transformers 5.24 on its name is `cache`.
         hidden_states: On request, every specialist's hidden states, one specialist after another; and at the end those
             that the head reads, as wide as `config.hidden_size`.
         attentions: On request, every specialist's attention weights, one specialist after another.
@@ -49,7 +48,10 @@ class UltraFuserMixtureOutput(ModelOutput):
     """
 
     specialist_hidden_states: Tensor | None = None
-    past_key_values: Cache | None = None
+    if CACHE == "cache":
+        cache: Cache | None = None
+    else:
+        past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     gate_weights: Tensor | None = None
@@ -67,13 +69,13 @@ class UltraFuserMixtureOutput(ModelOutput):
 
 
 @dataclass
-class UltraFuserCausalLMOutput(ModelOutput):
+class UltraFuserCausalLMOutput(CausalLMOutputWithPast):
     """What the causal language model returns.
 
     Attributes:
         loss: Negative log-likelihood in nats per labelled token, if `labels` were given. A scalar.
         logits: Fused next-token logits; with fusion="probabilities", log-probabilities. Shape (batch, seq, vocab).
-        past_key_values: One cache for all specialists.
+        past_key_values: One cache for all specialists. From transformers 5.24 on its name is `cache`.
         hidden_states: On request, every specialist's hidden states, one specialist after another; and at the end those
             that the head reads, as wide as `config.hidden_size`.
         attentions: On request, every specialist's attention weights, one specialist after another.
@@ -81,10 +83,5 @@ class UltraFuserCausalLMOutput(ModelOutput):
         logit_scales: Factors of a calibrated gate on the logits, see `GateOutput`.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     gate_weights: Tensor | None = None
     logit_scales: Tensor | None = None

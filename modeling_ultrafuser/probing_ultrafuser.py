@@ -12,6 +12,7 @@ from .causal_ultrafuser import masks_for_generate
 from .checking_ultrafuser import empty_backbones
 from .configuration_ultrafuser import UltraFuserConfig, specialist_layer_types
 from .specialists_ultrafuser import run_each
+from .versions_ultrafuser import CACHE
 
 
 def check_steps(config: UltraFuserConfig) -> None:
@@ -106,7 +107,7 @@ def step_alone(kind: type[Cache], model: PreTrainedModel, ids: Tensor) -> Tensor
             inputs = model.prepare_inputs_for_generation(
                 ids[:, :end],
                 next_sequence_length=new,
-                past_key_values=cache,
+                **{CACHE: cache},
                 attention_mask=mask[:, :end],
                 position_ids=mask[:, :end].cumsum(-1) - 1,
                 is_first_iteration=new is None,

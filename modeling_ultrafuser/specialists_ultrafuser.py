@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from .cache_ultrafuser import SpecialistCache, paged_window
 from .configuration_ultrafuser import specialist_layer_types
+from .versions_ultrafuser import CACHE
 
 
 NO_ROUTER_LOSS = (
@@ -198,7 +199,7 @@ def run_each(
             positions = positions_of(mask, ids.shape[-1])
         own = {"cache": paged_window(paged, start)} if paged is not None else {}
         if past_key_values is not None:
-            own["past_key_values"] = SpecialistCache(past_key_values, start, length)
+            own[CACHE] = SpecialistCache(past_key_values, start, length)
         outputs.append(run(specialist, input_ids=ids, attention_mask=mask, position_ids=positions, **own, **kwargs))
     return outputs
 
@@ -206,9 +207,9 @@ def run_each(
 def run(backbone: PreTrainedModel, **inputs) -> ModelOutput:
     """Runs a backbone; without autograd if that would only store activations that no gradient needs."""
     frozen = torch.is_grad_enabled() and not any(p.requires_grad for p in backbone.parameters())
-    if frozen and inputs.get("past_key_values") is not None:
+    if frozen and inputs.get(CACHE) is not None:
         # prefix tuning trains keys and values
-        kept = (getattr(layer, "keys", None) for layer in inputs["past_key_values"].layers)
+        kept = (getattr(layer, "keys", None) for layer in inputs[CACHE].layers)
         frozen = not any(keys is not None and keys.requires_grad for keys in kept)
     with torch.no_grad() if frozen else nullcontext():
         return backbone(return_dict=True, **inputs)

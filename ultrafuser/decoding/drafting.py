@@ -28,6 +28,7 @@ from modeling_ultrafuser.causal_ultrafuser import starts_over, switching_lengths
 from modeling_ultrafuser.configuration_ultrafuser import soft_cap
 from modeling_ultrafuser.evidence_ultrafuser import MOST_KEPT, read_evidence
 from modeling_ultrafuser.peft_ultrafuser import has_prefix
+from modeling_ultrafuser.versions_ultrafuser import CACHE
 
 
 # of the library's, those that only look at the text so far, so that what was drafted leaves no trace in them
@@ -128,7 +129,7 @@ def self_draft(
     if streamer is not None:
         streamer.end()
     if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=reader.cache)
+        return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE: reader.cache})
     return input_ids
 
 
@@ -202,7 +203,7 @@ class _Reader:
         mask = model_kwargs.get("attention_mask")
         # without padding there is nothing to mask
         self.mask = None if mask is None or mask.all() else mask
-        self.cache = model.model._shared_cache(model_kwargs.get("past_key_values"))
+        self.cache = model.model._shared_cache(model_kwargs.get(CACHE))
         # or windows would drop what a rejected draft pushed out of them
         self.cache.activate_past_recording()
 
@@ -219,7 +220,7 @@ class _Reader:
             input_ids=input_ids[:, past:],
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
         )
         # a device map may have put the specialists on several devices
@@ -325,7 +326,7 @@ def _check(model, config: GenerationConfig, num_drafts: int, model_kwargs: dict)
             f"Keys of a specialist are rotated by other factors once the text is longer (longrope), so that it is read anew, "
             f"which a drafter does alone, but gate={model.config.gate!r} reads what all say of all of it. {plain}"
         )
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if cache is not None and not isinstance(cache, DynamicCache):
         raise ValueError(
             f"Drafts need a cache that can go back, but got a {type(cache).__name__}. Leave `cache_implementation` out."

@@ -15,9 +15,10 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.configuration_ultrafuser import head_dim, specialist_layer_types
-from modeling_ultrafuser.evidence_ultrafuser import read_evidence
+from modeling_ultrafuser.evidence_ultrafuser import EvidenceLayer, read_evidence
 from modeling_ultrafuser.gate_base_ultrafuser import head_factors
 from modeling_ultrafuser.outputs_ultrafuser import UltraFuserMixtureOutput, UltraFuserModelOutput
+from modeling_ultrafuser.versions_ultrafuser import CACHE, takes_cache
 
 
 # decoder layers that differ from Llama's in nothing but biases and norms of queries and keys
@@ -155,6 +156,7 @@ class StackedForCausalLM(UltraFuserForCausalLM):
             "`unstack(model).generate_batch(...)`."
         )
 
+    @takes_cache
     def create_masks_for_generate(
         self, config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
     ) -> Tensor | None:
@@ -208,6 +210,7 @@ class StackedModel(nn.Module):
             state |= {f"layers.{i}.{key}": weight for key, weight in layer.specialist_state(k).items()}
         return state
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -231,6 +234,12 @@ class StackedModel(nn.Module):
             )
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache()
+        if isinstance(past_key_values, DynamicCache):
+            # those of the other specialists stay empty, which not every version can shorten
+            others = past_key_values.layers[len(self.layers) :]
+            past_key_values.layers[len(self.layers) :] = [
+                layer for layer in others if isinstance(layer, EvidenceLayer)
+            ]
         batch, seq = input_ids.shape
         hidden = self.embedding.index_select(1, input_ids.flatten())
         if position_ids is None:
@@ -240,7 +249,7 @@ class StackedModel(nn.Module):
             config=self.first,
             inputs_embeds=hidden[0].view(batch, seq, -1),
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             position_ids=position_ids,
         )
         rotation = self.rotation(position_ids, hidden.dtype)
@@ -259,9 +268,7 @@ class StackedModel(nn.Module):
             factors, output_class = head_factors(weights, scales), UltraFuserModelOutput
         if factors is not None:
             hidden = hidden * factors.to(hidden.dtype)[..., None]
-        return output_class(
-            hidden.flatten(2), past_key_values=past_key_values, gate_weights=weights, logit_scales=scales
-        )
+        return output_class(hidden.flatten(2), **{CACHE: past_key_values}, gate_weights=weights, logit_scales=scales)
 
     def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of every specialist's angles. Shapes (specialists, batch, seq, 1, head_dim)."""

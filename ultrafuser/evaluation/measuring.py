@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_ultrafuser.versions_ultrafuser import CACHE
 from trainers.prompting import render, split_conversation
 
 from ..loading import generating
@@ -179,7 +180,7 @@ def cost(
         row is read; `bytes` of weights; `cache_bytes_per_token`; `tokens_per_second` of one request, the median; and
         `speed`, the median of its ratios to the reference.
     """
-    cache = model(input_ids=prompt.to(model.device), use_cache=True, return_dict=True).past_key_values
+    cache = model(input_ids=prompt.to(model.device), use_cache=True, return_dict=True)[CACHE]
     # recurrent layers and evidence keep a state of one size, whatever the length, and no keys
     kept = [
         t for layer in cache.layers if getattr(layer, "keys", None) is not None for t in (layer.keys, layer.values)
