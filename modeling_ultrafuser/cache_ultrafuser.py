@@ -1,5 +1,7 @@
 """One key-value cache for all specialists: the library's own, with a window onto it for each specialist."""
 
+import inspect
+
 import torch
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
@@ -61,7 +63,12 @@ def paged_record() -> PagedAttentionCache:
 
 
 class _PagedRecord(PagedAttentionCache):
+    # from transformers 5.24 on, what attention was given is changed in place
+    changes_kwargs = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
+
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        if self.changes_kwargs:
+            _ = kwargs["kwargs"]["max_length_k"]
         before = self.written.setdefault(layer_idx, [])
         before.append((key_states, value_states))
         keys, values = (torch.cat(states, dim=2) for states in zip(*before, strict=True))

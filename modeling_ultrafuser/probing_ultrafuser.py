@@ -57,7 +57,8 @@ def check_pages(config: UltraFuserConfig, specialists: dict[str, PreTrainedModel
                 positions = torch.arange(start, end, device=backbone.device)[None]
                 inputs = (positions, dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask, positions, None)
                 layers = [0, backbone.config.num_hidden_layers]
-                run_each({name: backbone}, layers, *inputs, cache=record, use_cache=False)
+                more = {"max_length_k": end} if record.changes_kwargs else {}
+                run_each({name: backbone}, layers, *inputs, cache=record, use_cache=False, **more)
             odd = _not_as_paged(record.written, layers[1], config)
         except Exception as error:
             odd = f"ends in {type(error).__name__}: {' '.join(str(error).split())[:200].removesuffix('.')}"

@@ -197,9 +197,9 @@ def run_each(
         if specialist_attention_mask is not None:
             mask = specialist_attention_mask[:, k]
             positions = positions_of(mask, ids.shape[-1])
-        own = {"cache": paged_window(paged, start)} if paged is not None else {}
-        if past_key_values is not None:
-            own[CACHE] = SpecialistCache(past_key_values, start, length)
+        own = {} if past_key_values is None else {CACHE: SpecialistCache(past_key_values, start, length)}
+        if paged is not None:
+            own["cache"] = paged_window(paged, start)
         outputs.append(run(specialist, input_ids=ids, attention_mask=mask, position_ids=positions, **own, **kwargs))
     return outputs
 
@@ -207,7 +207,7 @@ def run_each(
 def run(backbone: PreTrainedModel, **inputs) -> ModelOutput:
     """Runs a backbone; without autograd if that would only store activations that no gradient needs."""
     frozen = torch.is_grad_enabled() and not any(p.requires_grad for p in backbone.parameters())
-    if frozen and inputs.get(CACHE) is not None:
+    if frozen and isinstance(inputs.get(CACHE), Cache):
         # prefix tuning trains keys and values
         kept = (getattr(layer, "keys", None) for layer in inputs[CACHE].layers)
         frozen = not any(keys is not None and keys.requires_grad for keys in kept)

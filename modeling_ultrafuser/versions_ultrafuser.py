@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
 
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
@@ -14,11 +15,14 @@ CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.na
 
 
 def takes_cache(method: Callable) -> Callable:
-    """Lets a method with an argument `past_key_values` be given it as `cache`, too, and shows the library its own name."""
+    """Lets a method with an argument `past_key_values` be given it as `cache`, too, and shows the library its own name.
+
+    The pages of continuous batching always came as `cache`, beside it, and still do.
+    """
 
     @wraps(method)
     def taking(*args, **kwargs):
-        if "cache" in kwargs:
+        if "cache" in kwargs and not isinstance(kwargs["cache"], PagedAttentionCache):
             kwargs[OLD_CACHE] = kwargs.pop("cache")
         return method(*args, **kwargs)
 

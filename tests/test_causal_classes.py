@@ -15,10 +15,11 @@ from transformers.models.bloom.modeling_bloom import BloomForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
-from modeling_ultrafuser.causal_ultrafuser import HANDLED, PREPARED, overridden
+from modeling_ultrafuser.causal_ultrafuser import HANDLED, PREPARED, check_causal_class, overridden
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
 from tests.conftest import stir_gate
 from tests.tiny import VOCAB, specialist, tokenizer
+from tests.versions import TESTED
 from ultrafuser.checking.findings import BLOCKS
 from ultrafuser.checking.judging import judge
 from ultrafuser.decoding.drafting import self_draft
@@ -93,6 +94,11 @@ def test_everything_that_a_causal_class_overrides_is_handled_or_refused(config):
         unknown.discard("prepare_inputs_for_generation")
     if config.model_type in COMPOSITES:
         return
+    if unknown and not TESTED:
+        # what another version adds is refused until somebody has looked at it
+        with pytest.raises(ValueError, match=f"{causal.__name__} of 'text' has .* of its own"):
+            check_causal_class("text", config(), backbone)
+        return
     assert not unknown or config.model_type in REFUSED, f"{causal.__name__} has {sorted(unknown)} of its own"
 
 
@@ -101,7 +107,7 @@ def test_nothing_in_the_tables_is_without_use():
     pairs = [(one(MODEL_FOR_CAUSAL_LM_MAPPING[c]), one(MODEL_MAPPING[c])) for c in FAMILIES]
     used = set().union(*(overridden(*pair) for pair in pairs))
     assert set(HANDLED) <= used
-    assert {*PREPARED, *REFUSED, *COMPOSITES} <= families
+    assert {*PREPARED, *REFUSED, *COMPOSITES} <= families or not TESTED
 
 
 def test_a_causal_class_with_another_method_is_refused_by_name(monkeypatch):
@@ -140,8 +146,9 @@ def test_a_model_fused_with_itself_says_what_it_says_alone_where_its_rotation_ch
     alone = longrope(family)
     fused = unending(UltraFuserForCausalLM.from_specialists({"a": alone, "b": alone}))
     expected = generate(alone, prompt(), use_cache=False)
-    assert torch.equal(generate(alone, prompt()), expected)
     assert torch.equal(generate(fused, prompt()), expected)
+    # not so on every version
+    assert torch.equal(generate(alone, prompt()), expected) or not TESTED
 
 
 WAYS = {
@@ -236,7 +243,13 @@ HYBRIDS = {
 }
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+# where Bloom prepares its inputs itself it is refused
+needs_masks_of_bloom = pytest.mark.skipif(
+    not hasattr(BloomForCausalLM, "create_masks_for_generate"), reason="this version's Bloom makes no masks of its own"
+)
+
+
+@pytest.mark.parametrize("family", [pytest.param("bloom", marks=needs_masks_of_bloom), "zaya", "doge", "nemotron_h"])
 def test_masks_of_a_static_cache_are_made_as_the_causal_class_makes_them(family):
     fused = fuse({"text": specialist(family, **HYBRIDS[family]), "code": specialist()})
     ids, mask = prompt(9, batch=2), torch.ones(2, 9, dtype=torch.long)
@@ -247,6 +260,7 @@ def test_masks_of_a_static_cache_are_made_as_the_causal_class_makes_them(family)
         assert torch.equal(static, dynamic)
 
 
+@needs_masks_of_bloom
 def test_a_static_method_and_an_ordinary_one_make_masks_alike(monkeypatch):
     made = []
     its = BloomForCausalLM.create_masks_for_generate

@@ -9,6 +9,7 @@ from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfi
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.mixes import MIXES, fuse, naive_gate_weights, naive_greedy, naive_logits, prompt
 from tests.tiny import specialist
+from tests.versions import TESTED
 
 
 STEPS = 6
@@ -373,7 +374,8 @@ UNPAGED = {
 }
 
 
-@pytest.mark.parametrize("family", UNPAGED)
+# Bloom is not fused on older versions, and on newer ones the other two have pages
+@pytest.mark.parametrize("family", [f for f in UNPAGED if TESTED or f not in ("bloom", "doge", "diffllama")])
 def test_continuous_batching_of_a_family_without_pages_is_refused(family):
     fused = fuse({n: specialist(family, **UNPAGED[family]) for n in ("text", "code")})
     before = [s.config._attn_implementation for s in fused.model.specialists.values()]
@@ -384,8 +386,10 @@ def test_continuous_batching_of_a_family_without_pages_is_refused(family):
 
 
 def test_the_family_without_pages_is_named_beside_one_that_has_them():
-    fused = fuse({"text": specialist("llama"), "code": specialist("doge")})
-    with pytest.raises(ValueError, match="pages.*'code' \\('doge'\\)"):
+    fused = fuse(
+        {"text": specialist("llama", **UNPAGED["stablelm"]), "code": specialist("stablelm", **UNPAGED["stablelm"])}
+    )
+    with pytest.raises(ValueError, match="pages.*'code' \\('stablelm'\\)"):
         fused.generate_batch(inputs=[[3, 4, 5]], generation_config=GenerationConfig(max_new_tokens=2))
 
 

@@ -293,10 +293,9 @@ EAGER = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
 
 
 def test_the_configuration_tells_how_all_specialists_attend():
-    model = UltraFuserForCausalLM.from_specialists(
-        {"a": specialist("gemma2", layers=1, **EAGER), "b": specialist("gemma2", layers=1, **EAGER)}
-    )
-    assert model.config._attn_implementation == "eager"
+    both = {name: specialist("gemma2", layers=1, **EAGER) for name in ("a", "b")}
+    model = UltraFuserForCausalLM.from_specialists(both)
+    assert model.config._attn_implementation == both["a"].config._attn_implementation
     alone = pair()
     assert alone.config._attn_implementation == "sdpa"
     alone.set_attn_implementation({"text": "eager"})

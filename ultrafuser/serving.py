@@ -162,7 +162,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "/v1/chat/completions": Kind(_Chat, ChatCompletionHandler, "max_completion_tokens"),
+    "/v1/chat/completions": Kind(_Chat, ChatCompletionHandler, "max_tokens"),
     "/v1/completions": Kind(_Completion, CompletionHandler, "max_tokens"),
     "/v1/responses": Kind(_Response, ResponseHandler, "max_output_tokens"),
 }
