@@ -22,6 +22,7 @@ MOST_BYTES_OF_OTHERS = 1 << 23
 MOST_BYTES_OF_A_HEADER = 1 << 26
 MOST_NESTED = 64
 MOST_LAYERS = 10_000
+MOST_BETWEEN = 100_000  # numbers of a vocabulary without tokens, and as many more as there are tokens
 # how much longer a tokenizer may make a text, and how much longer its maps of characters (SentencePiece's) may at most
 MOST_GROWTH, MOST_GROWTH_OF_MAPS = 100, 10
 JSON_FILES = (
@@ -180,6 +181,7 @@ def check_folder(folder: str | os.PathLike) -> None:
             _check_kinds(found, path)
         if name == "tokenizer.json":
             _check_growth(found, path)
+            _check_numbers(found, path)
     if "config.json" not in files:
         return
     check_config(os.path.join(folder, "config.json"))
@@ -212,6 +214,22 @@ def _check_growth(found: dict, path: str | os.PathLike) -> None:
                 f"A tokenizer's replacements make a text at most {MOST_GROWTH} times as long, because more would fill the "
                 f"memory, but those of the {part} in {os.fspath(path)!r} make one {factor:.3g} times as long. Fetch it again."
             )
+
+
+def _check_numbers(found: dict, path: str | os.PathLike) -> None:
+    """Refuses a vocabulary whose numbers are far apart: the library walks through all that lie between them."""
+    model, added = found.get("model"), found.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    # some kinds list their tokens
+    numbers = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    numbers += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    tokens = len(numbers) + (len(vocabulary) if isinstance(vocabulary, list) else 0)
+    highest = max((n for n in numbers if isinstance(n, int)), default=0)
+    if highest >= 2 * tokens + MOST_BETWEEN:
+        raise UnreadableFileError(
+            f"Tokens are numbered from 0, almost without gaps, or the gaps would fill the memory, but of {tokens:,} tokens in "
+            f"{os.fspath(path)!r} one has the number {str(highest)[:30]}. Fetch it again."
+        )
 
 
 def _check_kinds(found: dict, path: str | os.PathLike) -> None:

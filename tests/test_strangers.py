@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM, UltraFuserModel, common_tokenizer
 from modeling_ultrafuser.modeling_ultrafuser import UltraFuserPreTrainedModel
+from modeling_ultrafuser.reading_ultrafuser import check_folder
 from tests import fuzz
 from tests.tiny import specialist
 from ultrafuser.cli import app
@@ -224,6 +225,14 @@ SPECIALISTS = {
     "a length that is a word": (
         edited("tokenizer_config.json", lambda c: c.update(model_max_length="x")),
         "The tokenizer",
+    ),
+    "a token far off": (
+        edited("tokenizer.json", lambda t: t["model"]["vocab"].update(far=2**31)),
+        "the gaps would fill",
+    ),
+    "an added token far off": (
+        edited("tokenizer.json", lambda t: t["added_tokens"][0].update(id=4_000_000_000)),
+        "the gaps would fill",
     ),
     "a merge to no token": (edited("tokenizer.json", lambda t: t["model"]["vocab"].pop("Ġbrown")), "The tokenizer"),
     "other merges": (edited("tokenizer.json", lambda t: t["model"]["merges"].pop()), "differ in merges"),
@@ -640,3 +649,11 @@ def base(tmp_path_factory):
 def test_whatever_is_damaged_at_random_ends_right_or_in_words(kind, base):
     found = [fuzz.outcome(kind, 0, number, base) for number in range(10)]
     assert {f["outcome"] for f in found} <= {"right", "words"}, [f for f in found if "why" in f]
+
+
+def test_gaps_between_tokens_and_tokens_in_a_list_are_taken(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    listed = {"model": {"vocab": [["a", -1.0]] * 200_000}, "added_tokens": [{"id": 250_000, "content": "b"}]}
+    for content in (listed, {"model": {"vocab": {"a": 0, "b": 99_999}}}, {"model": {"vocab": {}}, "added_tokens": []}):
+        file.write_text(json.dumps(content))
+        check_folder(tmp_path)
