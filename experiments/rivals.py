@@ -23,8 +23,8 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from trainers import CachedGateTrainer, GateStageConfig, JointStageConfig, JointTrainer
 from ultrafuser.corpora import DOMAINS, documents, splits
-from ultrafuser.evaluation.comparing import MIXED, compare
-from ultrafuser.evaluation.contenders import FUSED, Comparison, Measured, best_per_domain
+from ultrafuser.evaluation.comparing import MIXED, compare, table_rows
+from ultrafuser.evaluation.contenders import FUSED, Comparison, Measured, best_per_domain, contenders
 from ultrafuser.evaluation.measuring import HeldOut, held_out, score
 from ultrafuser.evaluation.statistics import interval, per_example
 from ultrafuser.gate_words import gate_settings
@@ -36,6 +36,7 @@ TURN = 64  # tokens between changes of domain in a mixed item
 ORACLE = "best specialist per domain (oracle)"
 # rows that others are compared with, token by token
 REFERENCES = (ORACLE, f"{ORACLE}, a temperature per token", "router: prompt perplexity", FUSED)
+FORECASTER = "fixed-share forecaster"
 STAGE_TWO = "stage two"
 PLAIN = {"max_length": LENGTH, "bf16": False, "gradient_checkpointing": False}
 PLAIN |= {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
@@ -90,17 +91,35 @@ def rivals(
             models[FUSED], own, joint["stage"]
         )
 
-    data = {d: _blocks(blocks[d]["held_out"][:EXAMPLES], tokenizer) for d in DOMAINS}
-    data[MIXED] = _blocks(mixed({d: blocks[d]["held_out"] for d in DOMAINS}, seed, EXAMPLES), tokenizer)
-    tune = {d: _blocks(blocks[d]["fuse"][:48], tokenizer) for d in DOMAINS}
     files = {**singles, **models} | ({"base": folder / "base"} if base["steps"] else {})
-    one = _load(files.pop(FUSED))
-    start = _load(folder / "base")
-    comparison = Comparison(one, one, tokenizer, data, tune, start, seed)
+    comparison = _comparison(folder, files.pop(FUSED), blocks, tokenizer, seed)
     identity = {"base": base, "specialist": specialist, "gates": gates, "joint": joint, "tuned": tuned, "whole": whole}
     out = folder / f"compared-{digest(identity)}"
     found = compare(comparison, out, more={n: partial(_load, f) for n, f in files.items()}, identity=identity)
     return found | {"against": against(comparison)}
+
+
+def gates_alone(
+    seed: int, work: Path, *, base: dict, specialist: dict, gates: dict[str, dict], examples_per_domain: int
+) -> dict:
+    """Trains gates and compares them with the oracle, the router and the forecaster, and with nothing else.
+
+    Args:
+        seed: As for `rivals`, and so are all others.
+    """
+    logging.disable_progress_bar()
+    folder, lock = _folder(seed, work, base, specialist)
+    with lock:
+        blocks, tokenizer, _ = _specialists(seed, folder, base, specialist)
+        fusions = _Fusions(folder, tokenizer, {d: blocks[d]["fuse"] for d in DOMAINS}, examples_per_domain, seed)
+        models = {name: fusions.gate(**how) for name, how in gates.items()}
+    comparison = _comparison(folder, models.pop(FUSED), blocks, tokenizer, seed)
+    plan = contenders(comparison)
+    for name in [*(f"{d} specialist" for d in DOMAINS), *REFERENCES, FORECASTER]:
+        comparison.found[name] = plan[name]()
+    for name, file in models.items():
+        comparison.found[name] = comparison.run(_load(file), "fused")
+    return {"rows": table_rows(comparison), "against": against(comparison)}
 
 
 def choose(
@@ -295,6 +314,15 @@ class _Fusions:
         return _kept(self.folder / f"fused {digest([start.name, sizes, stage])}", trained, self.tokenizer)
 
 
+def _comparison(folder: Path, fused: Path, blocks, tokenizer, seed: int) -> Comparison:
+    """What everybody is measured on, and tuned on."""
+    data = {d: _blocks(blocks[d]["held_out"][:EXAMPLES], tokenizer) for d in DOMAINS}
+    data[MIXED] = _blocks(mixed({d: blocks[d]["held_out"] for d in DOMAINS}, seed, EXAMPLES), tokenizer)
+    tune = {d: _blocks(blocks[d]["fuse"][:48], tokenizer) for d in DOMAINS}
+    one = _load(fused)
+    return Comparison(one, one, tokenizer, data, tune, _load(folder / "base"), seed)
+
+
 def _rows(blocks: dict[str, Tensor]) -> dict[str, Dataset]:
     rows = {d: part.tolist() for d, part in blocks.items()}
     return {d: Dataset.from_dict({"input_ids": ids, "labels": ids}) for d, ids in rows.items()}
@@ -307,7 +335,7 @@ def against(comparison: Comparison) -> dict[str, dict[str, dict]]:
         By reference and row: `difference` by domain, the `interval` of its mean over domains, mixed items left out, and
         the `mixed_interval`.
     """
-    told = [n for n, m in comparison.found.items() if m.kind == "fused" or n in REFERENCES or "forecaster" in n]
+    told = [n for n, m in comparison.found.items() if m.kind == "fused" or n in (*REFERENCES, FORECASTER)]
     return {
         reference: {n: _difference(comparison, comparison.found[n], comparison.found[reference]) for n in told}
         for reference in REFERENCES
@@ -340,13 +368,13 @@ def _mean(losses: Tensor, test: HeldOut) -> float:
     return losses[test.scored].mean().item()
 
 
-def check(*, gates: dict[str, dict], joint: dict, **_) -> None:
+def check(*, gates: dict[str, dict], joint: dict | None = None, **_) -> None:
     """Whether gates are such that there are."""
-    if FUSED not in gates or not set(joint["after"]) <= set(gates):
+    if not {FUSED, *(joint or {"after": []})["after"]} <= set(gates):
         raise ValueError(f"`gates` must have {FUSED!r} and all of `joint: after:`, but has {list(gates)}.")
     for how in gates.values():
         check_gate(**how)
-    JointStageConfig("nowhere", **PLAIN, **joint["stage"])
+    JointStageConfig("nowhere", **PLAIN, **(joint or {"stage": {}})["stage"])
 
 
 def check_gate(*, gate: str, fusion: str, stage: dict | None = None, **_) -> None:
@@ -357,5 +385,5 @@ def check_gate(*, gate: str, fusion: str, stage: dict | None = None, **_) -> Non
     GateStageConfig("nowhere", **PLAIN, **(stage or {}))
 
 
-RUNS = {"baselines": rivals, "settings": choose}
-CHECKS = {"baselines": check, "settings": check_gate}
+RUNS = {"baselines": rivals, "oracle": gates_alone, "settings": choose}
+CHECKS = {"baselines": check, "oracle": check, "settings": check_gate}

@@ -155,6 +155,24 @@ def test_settings_that_a_run_does_not_take_are_refused_before_anything_runs(sett
     assert str(error.value).startswith("stages: joint from the start, seed 0: ")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"joint": {"after": ["fused, no gate"], "stage": {}}}, "all of `joint: after:`, but has"),
+        ({"gates": {"fused": {"gate": "mpl", "fusion": "logits"}}, "joint": None}, "A gate is one of"),
+        (
+            {"gates": {"fused": {"gate": "mlp", "fusion": "logit"}}, "joint": None},
+            "`fusion` is logits or probabilities",
+        ),
+        ({"gates": {"fused": {"gate": "mlp", "fusion": "logits", "stage": {"step": 1}}}, "joint": None}, "'step'"),
+    ],
+)
+def test_gates_that_there_are_not_are_refused_before_anything_runs(settings, said):
+    run = ledger.read("baselines")[0]
+    with pytest.raises(ValueError, match=said):
+        check(run._replace(settings=run.settings | settings))
+
+
 def test_an_experiment_that_the_runner_does_not_know_is_refused_before_anything_runs():
     with pytest.raises(ValueError, match=r"riddles: experiments/training.py runs \['mixes', 'rates', 'stages'\] only"):
         check(ledger.read("stages")[0]._replace(experiment="riddles"))
