@@ -42,7 +42,7 @@ def main(recipe: str, *arguments: str) -> None:
 
     views = prompt_views(["What is 47 * 36?"], tokenizer=tokenizer, templates=TEMPLATES, specialist_names=names)
     prompt = views["input_ids"].shape[1]
-    answer = run.model.generate(**views.to(run.model.device), max_new_tokens=64)
+    answer = run.model.eval().generate(**views.to(run.model.device), max_new_tokens=64)
     print_line(tokenizer.decode(answer[0, prompt:], skip_special_tokens=True))
 
 

@@ -46,6 +46,7 @@ from .serving_ultrafuser import check_answered, check_pageable, check_servable_b
 from .specialists_ultrafuser import (
     BASE,
     Specialists,
+    check_checkpointed,
     check_inputs,
     end_to_end,
     is_plain,
@@ -271,12 +272,8 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if use_cache or past_key_values is not None:
             past_key_values = self._shared_cache(past_key_values)
-            if self.training and past_key_values.get_seq_length() and self.is_gradient_checkpointing:
-                raise ValueError(
-                    f"Gradient checkpointing reads no cache, because layers run twice, but one with "
-                    f"{past_key_values.get_seq_length()} tokens was given, as prefix tuning does. Train with "
-                    f"gradient_checkpointing=False."
-                )
+            if self.training and self.is_gradient_checkpointing:
+                check_checkpointed(past_key_values)
         for key, wanted in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions)):
             if getattr(self.config, key) if wanted is None else wanted:
                 kwargs[key] = True

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from .cache_ultrafuser import SpecialistCache, paged_window
 from .configuration_ultrafuser import specialist_layer_types
-from .versions_ultrafuser import CACHE
+from .versions_ultrafuser import CACHE, OLD_CACHE
 
 
 NO_ROUTER_LOSS = (
@@ -83,6 +83,24 @@ def check_inputs(names: list[str], input_ids, inputs_embeds, specialist_input_id
             f"The views of one prompt must be padded on the left to one length, so that the response starts at "
             f"one position, but `input_ids` has {input_ids.shape[-1]} tokens and `specialist_input_ids` "
             f"{specialist_input_ids.shape[-1]}."
+        )
+
+
+def check_checkpointed(cache: Cache) -> None:
+    """Refuses a cache where checkpointed layers in training mode would drop it.
+
+    Raises:
+        ValueError: With the way out.
+    """
+    if torch.is_grad_enabled() and cache.get_seq_length():
+        raise ValueError(
+            f"Gradient checkpointing reads no cache, because layers run twice, but one with {cache.get_seq_length()} tokens "
+            f"was given, as prefix tuning does. Train with gradient_checkpointing=False."
+        )
+    if not torch.is_grad_enabled() and CACHE == OLD_CACHE:
+        raise ValueError(
+            "Checkpointed layers in training mode drop the cache before transformers 5.24, so that every token would be "
+            "generated from the one before it alone. Call `model.eval()` first."
         )
 
 

@@ -33,6 +33,7 @@ from tests.mixes import prompt
 from tests.test_check import environment
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, changed, conversations, sft_trainer, weights
+from tests.versions import needs_peft_in_the_library
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 from trainers.chunked import score_tokens
 from trainers.gate_cache import CachedGateTrainer
@@ -802,7 +803,7 @@ def test_a_base_of_whole_models_is_refused(sources):
         UltraFuserForCausalLM.from_specialists({"a": base_of(sources), "b": base_of(sources)}, base=base_of(sources))
 
 
-@pytest.mark.parametrize("way", ["add_adapter", "peft"])
+@pytest.mark.parametrize("way", [pytest.param("add_adapter", marks=needs_peft_in_the_library), "peft"])
 def test_a_model_in_memory_with_an_adapter_on_it_is_refused_for_that(way):
     model, config = specialist(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     if way == "peft":

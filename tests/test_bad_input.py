@@ -32,6 +32,7 @@ from transformers import (
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from tests.tiny import specialist, tokenizer
+from tests.versions import TESTED
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +337,9 @@ def test_a_model_that_keeps_another_state_than_keys_and_values_is_refused(fuse_w
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
     for other in (tmp_path, model):
-        with pytest.raises(ValueError, match=saying("key-value cache", "'other' is a 'mamba' model", "Use a trans")):
+        with pytest.raises(
+            ValueError, match=saying("key-value cache", "'other' is a 'mamba' model") if TESTED else "Mamba|mamba"
+        ):
             fuse_without_loading(other)
 
 

@@ -1,6 +1,7 @@
 """What families keep on their causal classes has its effect in a fused model, or is refused by name."""
 
 import json
+from functools import wraps
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from modeling_ultrafuser.causal_ultrafuser import HANDLED, PREPARED, check_causal_class, overridden
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
+from modeling_ultrafuser.versions_ultrafuser import CACHE
 from tests.conftest import stir_gate
 from tests.tiny import VOCAB, specialist, tokenizer
 from tests.versions import TESTED
@@ -330,9 +332,10 @@ def test_a_configuration_that_cannot_be_read_back_is_refused_before_weights_are_
 def test_a_step_that_only_the_fused_model_gets_wrong_is_refused_by_name(fault, kind, monkeypatch):
     forward = LlamaModel.forward
 
-    def odd(self, *args, past_key_values=None, **kwargs):
-        output = forward(self, *args, past_key_values=past_key_values, **kwargs)
-        shared = getattr(past_key_values, "cache", None)
+    @wraps(forward)
+    def odd(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        shared = getattr(kwargs.get(CACHE), "cache", None)
         if type(shared).__name__ == kind:
             if fault == "fails":
                 raise KeyError("layer_7")

@@ -35,6 +35,7 @@ from tests.stand_ins import (
 from tests.test_bad_input import classifier, edit_config, encoder, encoder_decoder, headless, save, vision
 from tests.test_fusing import gemma3, inkling, llava
 from tests.tiny import specialist, tokenizer
+from tests.versions import TESTED
 from ultrafuser.checking.findings import Judgement
 from ultrafuser.checking.judging import judge
 from ultrafuser.checking.reading import parse
@@ -269,7 +270,11 @@ CASES = {
     "encoder-decoder": (kind(encoder_decoder), False, "decoder with a language-model head"),
     "headless": (kind(headless), False, "decoder with a language-model head"),
     "classifier": (kind(classifier), False, "decoder with a language-model head"),
-    "no attention": (other(MambaConfig(**TINY, state_size=4)), False, "key-value cache"),
+    "no attention": (
+        other(MambaConfig(**TINY, state_size=4)),
+        False,
+        "key-value cache" if TESTED else "prepare_inputs_for_generation",
+    ),
     "head with a bias": (other(PHI), False, "must have no bias"),
     "another head with a bias": (other(GPT_J), False, "must have no bias"),
     "a row beyond the vocabulary": (other(MOSHI), False, "100 rows and its vocabulary 99"),

@@ -7,6 +7,7 @@ from packaging import version
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, set_seed
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.versions_ultrafuser import CACHE
 from tests.mixes import MIXES, fuse, naive_gate_weights, naive_greedy, naive_logits, prompt
 from tests.tiny import specialist
 from tests.versions import TESTED
@@ -417,3 +418,17 @@ def test_an_answer_that_ends_by_itself_is_whole():
     small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
     answers = fused.generate_batch([[3, 4, 5]], generation_config=config, continuous_batching_config=small)
     assert [a.generated_tokens for a in answers.values()] == [plain[: plain.index(plain[1]) + 1]]
+
+
+def test_a_model_in_training_mode_generates_as_otherwise_or_says_what_to_do():
+    """Checkpointed layers of older versions drop the cache there."""
+    fused = fuse(MIXES["one family"]())
+    expected = generate(fused, prompt())
+    fused.gradient_checkpointing_enable()
+    fused.train()
+    if CACHE == "cache":
+        assert torch.equal(generate(fused, prompt()), expected)
+    else:
+        with pytest.raises(ValueError, match=r"drop the cache.*`model.eval\(\)`"):
+            generate(fused, prompt())
+    assert torch.equal(generate(fused.eval(), prompt()), expected)

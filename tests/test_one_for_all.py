@@ -35,6 +35,7 @@ from tests.conftest import stir_gate
 from tests.test_bad_input import saying
 from tests.tiny import specialist, tokenizer
 from tests.training import sft_trainer
+from tests.versions import needs_peft_in_the_library
 from ultrafuser.decoding.drafting import self_draft
 
 
@@ -244,6 +245,7 @@ def test_an_adapter_called_as_a_specialist_is_refused_when_another_comes():
         model.add_adapter("mine", lora())
 
 
+@needs_peft_in_the_library
 def test_the_librarys_own_adapters_are_refused_by_the_same_names():
     model = pair()
     model.add_adapter(lora(), "mine")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.conftest import stir_gate
 from tests.training import sft_trainer
+from tests.versions import needs_peft_in_the_library
 
 
 IDS = torch.arange(3, 35)[None]
@@ -158,6 +159,7 @@ def test_tokens_are_the_same_with_and_without_a_cache(trained):
     assert torch.equal(trained.generate(**settings), trained.generate(**settings, use_cache=False))
 
 
+@needs_peft_in_the_library
 def test_adapters_of_the_library_itself_switch_on_and_off(fused):
     expected = logits(copy.deepcopy(fused))
     fused.add_adapter(lora(modules_to_save=None, init_lora_weights=False))
