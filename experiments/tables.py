@@ -143,71 +143,80 @@ def comparison(path: Path) -> str:
 
 
 def headline(path: Path) -> str:
-    """What is ahead of the fused model, and the rivals that one would name first."""
-    named = ("fused", "best specialist per domain (oracle)", "router: prompt perplexity", "uniform logits")
-    found = files(path)
-    means = pooled([{row["name"]: [row[key] for key in _HEADLINE] for row in f["rows"]} for f in found])
-    mixed = pooled([{row["name"]: [row["loss"]["mixed"]] for row in f["rows"]} for f in found])
-    shown = [name for name, (own, _) in means.items() if own < means["fused"][0] or name in named]
-    reads = {row["name"]: row["cost"]["parameters_per_token"] for row in found[0]["rows"]}
+    """What is ahead of the fused model, and the rivals that one would name first, beside the oracle specialist.
+
+    A cell is a domain of one seed; ahead is what has the lower loss there.
+    """
+    named = (FUSED, ORACLE, "router: prompt perplexity", "uniform logits")
+    by_name: dict[str, list[dict]] = {}
+    for found in files(path):
+        for row in found["rows"]:
+            by_name.setdefault(row["name"], []).append(row)
+    means = {name: mean(row["mean"] for row in seeds) for name, seeds in by_name.items()}
     rows = []
-    for name in sorted(shown, key=lambda name: means[name][0]):
-        own, difference = means[name]
-        relative = f"{reads[name] / reads['text specialist']:.1f}"
-        rows.append([name, f"{own:.3f}", f"{difference:+.3f}", *numbers(mixed[name]), relative])
-    return markdown(["", "mean of domains", "to the fused model", "mixed items", "specialists read per token"], rows)
+    for name in sorted(means, key=means.get):
+        if means[name] > means[FUSED] and name not in named:
+            continue
+        pairs = zip(by_name[name], by_name[ORACLE], strict=True)
+        each = [row["loss"][d] - its["loss"][d] for row, its in pairs for d in DOMAINS]
+        ahead = f"{sum(x < 0 for x in each)} of {len(each)}" if name != ORACLE else ""
+        mixed = mean(row["loss"]["mixed"] for row in by_name[name])
+        reads = (
+            by_name[name][0]["cost"]["parameters_per_token"]
+            / by_name["text specialist"][0]["cost"]["parameters_per_token"]
+        )
+        rows.append([name, f"{means[name]:.3f}", f"{mean(each):+.3f}", ahead, f"{mixed:.3f}", f"{reads:.1f}"])
+    heads = ["mean of domains", "to the oracle", "cells ahead of it", "mixed items", "specialists read per token"]
+    return markdown(["", *heads], rows)
 
 
-_HEADLINE = ("mean", "difference")
+FUSED = "fused"
 ORACLE = "best specialist per domain (oracle)"
 
 
-def cells(path: Path, reference: str = ORACLE) -> str:
-    """Nats to a reference by domain, seed after seed, then how many of these cells are ahead of it (below 0).
-
-    The interval is of the mean over domains and of the examples, and holds for every seed: from the lowest end to the
-    highest. Mixed items are no part of the cells.
-    """
+def cells(path: Path) -> str:
+    """Nats to the oracle by domain, seed after seed, and on mixed items; below 0 is ahead."""
     rows = []
-    for name, seeds in _to(files(path), reference).items():
-        if name == reference:
-            continue
-        by_domain = [[one["difference"][d] for one in seeds] for d in DOMAINS]
-        ahead, worst, average = _ahead(seeds)
-        low, high = min(one["interval"][0] for one in seeds), max(one["interval"][1] for one in seeds)
-        mixed = mean(one["difference"]["mixed"] for one in seeds)
-        domains = [" ".join(f"{x:+.3f}" for x in values) for values in by_domain]
-        numbers = [ahead, f"{worst:+.3f}", f"{average:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{mixed:+.3f}"]
-        rows.append([name, *domains, *numbers])
-    return markdown(["", *DOMAINS, "ahead", "worst", "mean", "95 % of every seed", "mixed"], rows)
+    for name, seeds in differences(path, ORACLE).items():
+        values = [[one["difference"][d] for one in seeds] for d in DOMAINS]
+        by_domain = [" ".join(f"{x:+.3f}" for x in own) for own in values]
+        rows.append([name, *by_domain, f"{mean(one['difference']['mixed'] for one in seeds):+.3f}"])
+    return markdown(["", *DOMAINS, "mixed"], rows)
 
 
 def ahead(path: Path) -> str:
-    """Of all cells, one for each setting, seed and domain, those that are ahead of each reference, the worst and the mean."""
+    """Cells (a domain of one seed) that are ahead of each reference, the worst of them, and the mean in nats.
+
+    The interval is of the mean over domains and of the examples, and holds for every seed: from the lowest end to the
+    highest.
+    """
     references = {"oracle": ORACLE, "oracle, a temperature per token": f"{ORACLE}, a temperature per token"}
     references["router"] = "router: prompt perplexity"
-    by_reference = {reference: _to(files(path), reference) for reference in references.values()}
+    found = {reference: differences(path, reference) for reference in references.values()}
     rows = []
-    for name in by_reference[ORACLE]:
-        told = {reference: _ahead(seeds[name]) for reference, seeds in by_reference.items() if reference != name}
-        cells = [f"{told[r][0]}, {told[r][1]:+.3f}, {told[r][2]:+.3f}" if r in told else "" for r in by_reference]
-        rows.append([name, *cells])
+    for name in found[ORACLE]:
+        rows.append([name])
+        for by_name in found.values():
+            seeds = by_name.get(name, [])
+            each = [one["difference"][d] for one in seeds for d in DOMAINS]
+            ends = [end for one in seeds for end in one["interval"]]
+            rows[-1].append(
+                f"{sum(x < 0 for x in each)} of {len(each)}, {max(each):+.3f}, {mean(each):+.3f} "
+                f"[{min(ends):+.3f}, {max(ends):+.3f}]"
+                if seeds
+                else ""
+            )
     return markdown(["cells ahead, worst, mean", *references], rows)
 
 
-def _to(found: list[dict], reference: str) -> dict[str, list[dict]]:
-    """Differences to a reference by row, seed after seed, the best mean first."""
+def differences(path: Path, reference: str) -> dict[str, list[dict]]:
+    """Differences to a reference of all other rows, seed after seed, the best mean first."""
     by_name: dict[str, list[dict]] = {}
-    for one in found:
-        for name, difference in one["against"][reference].items():
-            by_name.setdefault(name, []).append(difference)
-    return dict(sorted(by_name.items(), key=lambda item: _ahead(item[1])[2]))
-
-
-def _ahead(seeds: list[dict]) -> tuple[str, float, float]:
-    """How many cells are ahead, the worst one and the mean."""
-    each = [one["difference"][d] for one in seeds for d in DOMAINS]
-    return f"{sum(x < 0 for x in each)} of {len(each)}", max(each), mean(each)
+    for found in files(path):
+        for name, one in found["against"][reference].items():
+            if name != reference:
+                by_name.setdefault(name, []).append(one)
+    return dict(sorted(by_name.items(), key=lambda item: mean(o["difference"][d] for o in item[1] for d in DOMAINS)))
 
 
 def chosen(path: Path) -> str:
@@ -367,8 +376,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "comparison": comparison,
     "headline": headline,
     "cells": cells,
-    "cells to the oracle with temperatures": partial(cells, reference=f"{ORACLE}, a temperature per token"),
-    "cells to the router": partial(cells, reference="router: prompt perplexity"),
     "ahead": ahead,
     "chosen": chosen,
     "benchmarks": benchmarks,

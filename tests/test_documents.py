@@ -103,22 +103,36 @@ def compared(tmp_path):
         }
 
     for seed, text in ((0, -0.1), (1, 0.05)):
-        rows = {"behind": told(0.3, 0.0, 0.3), "good": told(text, -0.2, -0.4), ORACLE: told(0.0, 0.0, 0.0)}
-        others = (f"{ORACLE}, a temperature per token", "router: prompt perplexity")
-        (tmp_path / f"x-{seed}.json").write_text(json.dumps({"against": dict.fromkeys((ORACLE, *others), rows)}))
+        rows = {"behind": told(0.3, 0.0, 0.3), "good": told(text, -0.2, -0.4)}
+        references = (ORACLE, f"{ORACLE}, a temperature per token", "router: prompt perplexity")
+        against = {reference: {**rows, reference: told(0.0, 0.0, 0.0)} for reference in references}
+        (tmp_path / f"x-{seed}.json").write_text(json.dumps({"against": against}))
     return tmp_path / "x-*.json"
 
 
-def test_cells_are_seeds_and_domains_and_a_tie_is_not_ahead(compared):
+def test_cells_show_every_seed_of_every_domain_and_leave_the_reference_out(compared):
     good, behind = TABLES["cells"](compared).splitlines()[2:]
-    assert good == (
-        "| good | -0.100 +0.050 | -0.200 -0.200 | -0.400 -0.400 | 5 of 6 | +0.050 | -0.208 | -0.500 to +0.150 | -2.000 |"
-    )
-    assert "| 0 of 6 | +0.300 | +0.200 |" in behind
+    assert good == "| good | -0.100 +0.050 | -0.200 -0.200 | -0.400 -0.400 | -2.000 |"
+    assert behind.startswith("| behind | +0.300 +0.300 | +0.000 +0.000 |")
 
 
-def test_cells_ahead_are_counted_over_all_files_and_the_reference_itself_is_left_blank(compared):
-    good, oracle, behind = TABLES["ahead"](compared).splitlines()[2:]
-    assert good == "| good | 5 of 6, +0.050, -0.208 | 5 of 6, +0.050, -0.208 | 5 of 6, +0.050, -0.208 |"
-    assert oracle.startswith(f"| {ORACLE} |  | 0 of 6, ")
-    assert behind.startswith("| behind | 0 of 6, +0.300, +0.200 |")
+def test_cells_ahead_are_counted_over_all_files_and_a_tie_is_not_ahead(compared):
+    good, behind = TABLES["ahead"](compared).splitlines()[2:]
+    counted = "5 of 6, +0.050, -0.208 [-0.500, +0.150]"
+    assert good == f"| good | {counted} | {counted} | {counted} |"
+    assert behind.startswith("| behind | 0 of 6, +0.300, +0.200 ")
+
+
+def test_the_headline_shows_what_is_ahead_of_the_fused_model_and_counts_cells_ahead_of_the_oracle(tmp_path):
+    rows = []
+    for name, text, mixed in (("fused", 3.0, 4.0), (ORACLE, 2.5, 6.0), ("better", 1.9, 3.0), ("worse", 9.0, 9.0)):
+        loss = {"text": text, "code": 2.0, "math": 1.0, "mixed": mixed}
+        cost = {"parameters_per_token": 3 if name == "fused" else 1}
+        rows.append({"name": name, "loss": loss, "mean": (text + 3.0) / 3, "cost": cost})
+    rows.append(rows[-1] | {"name": "text specialist"})
+    (tmp_path / "x-0.json").write_text(json.dumps({"rows": rows}))
+    assert TABLES["headline"](tmp_path / "x-*.json").splitlines()[2:] == [
+        "| better | 1.633 | -0.200 | 1 of 3 | 3.000 | 1.0 |",
+        f"| {ORACLE} | 1.833 | +0.000 |  | 6.000 | 1.0 |",
+        "| fused | 2.000 | +0.167 | 0 of 3 | 4.000 | 3.0 |",
+    ]
