@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tests import durability
+from ultrafuser import cli
 
 
 def holds(found):
@@ -83,6 +84,18 @@ def test_ctrl_c_ends_a_command_without_a_traceback(when):
     act, code, said = INTERRUPTED[when]
     done = subprocess.run([sys.executable, "-c", COMMAND.format(act)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_ctrl_c_before_a_command_is_read_is_told_as_well(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (ended.value.code, capsys.readouterr().err) == (130, "Stopped. What was finished is kept.\n")
 
 
 # stops itself once it has started processes, and has told which

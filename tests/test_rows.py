@@ -354,6 +354,16 @@ def test_names_that_are_too_long_to_look_for_are_refused_at_once(arguments):
         load(arguments, "code")
 
 
+def test_a_folder_of_too_many_files_is_not_looked_through(tmp_path, monkeypatch):
+    monkeypatch.setattr("ultrafuser.row_files.MOST_FILES", 3)
+    for n in range(4):
+        raw(tmp_path, b'{"text": "a"}\n', f"{n}.jsonl")
+    with pytest.raises(ValueError, match="holds up to 3 files.*domain 'code' holds more"):
+        load({"path": str(tmp_path)}, "code")
+    (tmp_path / "3.jsonl").unlink()
+    assert load({"path": str(tmp_path)}, "code").num_rows == 3
+
+
 def test_what_load_dataset_says_is_said_of_a_domain(tmp_path):
     file = raw(tmp_path, b"a,b\n1\n", "code.csv")
     arguments = {"path": "csv", "data_files": str(file), "split": "nowhere"}

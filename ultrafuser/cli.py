@@ -486,7 +486,11 @@ def main() -> None:
     """Entry point of the console script."""
     sys.unraisablehook = _interrupted_again
     try:
-        app()
+        try:
+            app()
+        except KeyboardInterrupt as interrupted:
+            # before the command line is read
+            raise SystemExit(INTERRUPTED) from interrupted
     except SystemExit as ended:
         if ended.code == INTERRUPTED:
             echo("Stopped. What was finished is kept.", err=True)

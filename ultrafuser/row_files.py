@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from trainers.rows import (
 
 
 MOST_CHARACTERS = 4096  # of a name
+MOST_FILES = 10_000
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # in this order where rows hold several
 FORMS = (CHAT, PAIR, TEXT, OLD_CHAT, TOKENS)
@@ -68,6 +70,7 @@ def load(arguments: dict[str, Any], domain: str | None = None, *, text_field: st
             f"The names of files and sets have at most {MOST_CHARACTERS} characters, but the arguments for {whose} hold one "
             f"of {len(long):,}: {long[:60]!r}... Correct it."
         )
+    _check_size(arguments.get("path"), whose)
     forms = [(text_field,) if form == TEXT else form for form in FORMS]
     if files := _local(arguments):
         return _load_files(files, domain, whose, forms)
@@ -82,6 +85,21 @@ def load(arguments: dict[str, Any], domain: str | None = None, *, text_field: st
         )
     beside = BESIDE_TOKENS if columns == TOKENS else BESIDE
     return dataset.select_columns([*columns, *(c for c in beside if c in dataset.column_names), *more])
+
+
+def _check_size(path: Any, whose: str) -> None:
+    """Refuses a folder that `load_dataset` would look through for ages, such as the root of a disk.
+
+    Raises:
+        ValueError: Naming the folder.
+    """
+    if isinstance(path, str) and os.path.isdir(path):
+        files = (file for _, _, names in os.walk(path) for file in names)
+        if next(itertools.islice(files, MOST_FILES, None), None) is not None:
+            raise ValueError(
+                f"A folder of rows holds up to {MOST_FILES:,} files, because all are looked through, but {path!r} for {whose} "
+                f"holds more. Name the folder that holds the rows."
+            )
 
 
 def _words(value: Any) -> Iterator[str]:
