@@ -143,7 +143,7 @@ def _run(words, under, kill_at, environment, answer):
     import torch
     import transformers.modeling_utils as library
 
-    from ultrafuser.cli import main
+    from ultrafuser import cli
 
     os.environ.update(environment)
     torch.manual_seed(0)
@@ -158,8 +158,15 @@ def _run(words, under, kill_at, environment, answer):
             print(_digest(*words[1:]))
         else:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            main()
+            app = cli.app
+
+            def interruptible():
+                # what came before the command began comes now
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                app()
+
+            cli.app = interruptible
+            cli.main()
     finally:
         os.write(answer, json.dumps(events.seen).encode())
         os.close(answer)
