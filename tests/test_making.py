@@ -204,7 +204,7 @@ def journal_lines(out):
 
 
 def test_a_run_that_is_interrupted_by_hand_ends_at_once_and_goes_on(tmp_path):
-    with TeacherServer(delay=2.0) as server:
+    with TeacherServer(delay=0.5) as server:
         path, out = write_recipe(tmp_path, server.url), tmp_path / "set"
         command = [*CLI, "make", str(path), "--out", str(out)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
