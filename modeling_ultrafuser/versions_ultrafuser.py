@@ -15,10 +15,13 @@ CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.na
 
 
 def takes_cache(method: Callable) -> Callable:
-    """Lets a method with an argument `past_key_values` be given it as `cache`, too, and shows the library its own name.
+    """Lets a method with an argument `past_key_values` be given it as `cache`, where that is the library's name.
 
     The pages of continuous batching always came as `cache`, beside it, and still do.
     """
+    if CACHE == OLD_CACHE:
+        # engines compile the method by its own code
+        return method
 
     @wraps(method)
     def taking(*args, **kwargs):
