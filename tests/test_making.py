@@ -206,7 +206,9 @@ def journal_lines(out):
 def test_a_run_that_is_interrupted_by_hand_ends_at_once_and_goes_on(tmp_path):
     with TeacherServer(delay=0.5) as server:
         path, out = write_recipe(tmp_path, server.url), tmp_path / "set"
-        command = [*CLI, "make", str(path), "--out", str(out)]
+        # whoever runs tests in the background has Ctrl-C ignored
+        heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        command = [*CLI[:2], heard + CLI[2], *CLI[3:], "make", str(path), "--out", str(out)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
         while len(server.answered) < 5:
             time.sleep(0.005)
