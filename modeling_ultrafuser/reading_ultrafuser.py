@@ -268,7 +268,7 @@ def _check_kinds(found: dict, path: str | os.PathLike) -> None:
             ),
             (r"(encoder_)?no_repeat_ngram_size|guidance_scale|max_time|penalty_alpha", is_number, "a number"),
             (
-                r"do_sample|use_cache|output_\w+|remove_invalid_values|renormalize_logits",
+                r"do_sample|use_cache|output_(attentions|hidden_states|scores|logits)|remove_invalid_values|renormalize_logits",
                 lambda v: isinstance(v, bool),
                 "true or false",
             ),

@@ -657,3 +657,11 @@ def test_gaps_between_tokens_and_tokens_in_a_list_are_taken(tmp_path):
     for content in (listed, {"model": {"vocab": {"a": 0, "b": 99_999}}}, {"model": {"vocab": {}}, "added_tokens": []}):
         file.write_text(json.dumps(content))
         check_folder(tmp_path)
+
+
+def test_fields_that_only_begin_as_a_setting_does_are_taken(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "rembert", "output_embedding_size": 1664}))
+    check_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"output_attentions": 1664}))
+    with pytest.raises(ValueError, match="`output_attentions` is true or false"):
+        check_folder(tmp_path)
