@@ -20,14 +20,13 @@ from transformers.utils import logging
 
 from experiments.ledger import digest
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.gates_ultrafuser import GATES
+from modeling_ultrafuser.gates_ultrafuser import GATES, gate_settings
 from trainers import CachedGateTrainer, GateStageConfig, JointStageConfig, JointTrainer
 from ultrafuser.corpora import DOMAINS, documents, splits
-from ultrafuser.evaluation.comparing import MIXED, compare, table_rows
-from ultrafuser.evaluation.contenders import FUSED, Comparison, Measured, best_per_domain, contenders
+from ultrafuser.evaluation.comparing import MIXED, compare
+from ultrafuser.evaluation.contenders import FUSED, Comparison, Measured, best_per_domain
 from ultrafuser.evaluation.measuring import HeldOut, held_out, score
 from ultrafuser.evaluation.statistics import interval, per_example
-from ultrafuser.gate_words import gate_settings
 from ultrafuser.quickstart import LENGTH, new_model, pretrain, to_blocks, train_tokenizer
 
 
@@ -99,29 +98,6 @@ def rivals(
     return found | {"against": against(comparison)}
 
 
-def gates_alone(
-    seed: int, work: Path, *, base: dict, specialist: dict, gates: dict[str, dict], examples_per_domain: int
-) -> dict:
-    """Trains gates and compares them with the oracle, the router and the forecaster, and with nothing else.
-
-    Args:
-        seed: As for `rivals`, and so are all others.
-    """
-    logging.disable_progress_bar()
-    folder, lock = _folder(seed, work, base, specialist)
-    with lock:
-        blocks, tokenizer, _ = _specialists(seed, folder, base, specialist)
-        fusions = _Fusions(folder, tokenizer, {d: blocks[d]["fuse"] for d in DOMAINS}, examples_per_domain, seed)
-        models = {name: fusions.gate(**how) for name, how in gates.items()}
-    comparison = _comparison(folder, models.pop(FUSED), blocks, tokenizer, seed)
-    plan = contenders(comparison)
-    for name in [*(f"{d} specialist" for d in DOMAINS), *REFERENCES, FORECASTER]:
-        comparison.found[name] = plan[name]()
-    for name, file in models.items():
-        comparison.found[name] = comparison.run(_load(file), "fused")
-    return {"rows": table_rows(comparison), "against": against(comparison)}
-
-
 def choose(
     seed: int,
     work: Path,
@@ -132,6 +108,7 @@ def choose(
     fusion: str,
     stage: dict | None,
     examples_per_domain: int,
+    share: float = 1.0,
 ) -> dict:
     """Trains one gate in every setting on a part of the text to fuse with, and measures it on the other.
 
@@ -142,6 +119,7 @@ def choose(
         kept_out: Share of each domain's blocks to fuse with that nothing is trained on.
         gate: As for `_Fusions.gate`, and so are `fusion` and `stage`.
         examples_per_domain: In every batch.
+        share: Share of the blocks to train on that it is trained on.
 
     Returns:
         Nats per token by setting and domain: of the gate, and of the best specialist of each domain.
@@ -153,7 +131,7 @@ def choose(
         with lock:
             blocks, tokenizer, _ = _specialists(seed, folder, **how)
             kept = {d: round((1 - kept_out) * len(blocks[d]["fuse"])) for d in DOMAINS}
-            data = {d: blocks[d]["fuse"][: kept[d]] for d in DOMAINS}
+            data = {d: blocks[d]["fuse"][: round(share * kept[d])] for d in DOMAINS}
             tests = {d: blocks[d]["fuse"][kept[d] :] for d in DOMAINS}
             tests[MIXED] = mixed(tests, seed, EXAMPLES)
             fusions = _Fusions(folder, tokenizer, data, examples_per_domain, seed)
@@ -318,7 +296,8 @@ def _comparison(folder: Path, fused: Path, blocks, tokenizer, seed: int) -> Comp
     """What everybody is measured on, and tuned on."""
     data = {d: _blocks(blocks[d]["held_out"][:EXAMPLES], tokenizer) for d in DOMAINS}
     data[MIXED] = _blocks(mixed({d: blocks[d]["held_out"] for d in DOMAINS}, seed, EXAMPLES), tokenizer)
-    tune = {d: _blocks(blocks[d]["fuse"][:48], tokenizer) for d in DOMAINS}
+    tune = {d: blocks[d]["fuse"][:EXAMPLES] for d in DOMAINS}
+    tune = {d: _blocks(rows, tokenizer) for d, rows in {**tune, MIXED: mixed(tune, seed, EXAMPLES)}.items()}
     one = _load(fused)
     return Comparison(one, one, tokenizer, data, tune, _load(folder / "base"), seed)
 
@@ -368,13 +347,13 @@ def _mean(losses: Tensor, test: HeldOut) -> float:
     return losses[test.scored].mean().item()
 
 
-def check(*, gates: dict[str, dict], joint: dict | None = None, **_) -> None:
+def check(*, gates: dict[str, dict], joint: dict, **_) -> None:
     """Whether gates are such that there are."""
-    if not {FUSED, *(joint or {"after": []})["after"]} <= set(gates):
+    if not {FUSED, *joint["after"]} <= set(gates):
         raise ValueError(f"`gates` must have {FUSED!r} and all of `joint: after:`, but has {list(gates)}.")
     for how in gates.values():
         check_gate(**how)
-    JointStageConfig("nowhere", **PLAIN, **(joint or {"stage": {}})["stage"])
+    JointStageConfig("nowhere", **PLAIN, **joint["stage"])
 
 
 def check_gate(*, gate: str, fusion: str, stage: dict | None = None, **_) -> None:
@@ -385,5 +364,5 @@ def check_gate(*, gate: str, fusion: str, stage: dict | None = None, **_) -> Non
     GateStageConfig("nowhere", **PLAIN, **(stage or {}))
 
 
-RUNS = {"baselines": rivals, "oracle": gates_alone, "settings": choose}
-CHECKS = {"baselines": check, "oracle": check, "settings": check_gate}
+RUNS = {"baselines": rivals, "settings": choose}
+CHECKS = {"baselines": check, "settings": check_gate}

@@ -21,6 +21,8 @@ from ultrafuser.corpora import DOMAINS, documents, splits
 from ultrafuser.quickstart import LENGTH, Schedule, make_specialist, measure, to_blocks, train_tokenizer
 
 
+# what the paper's stage one does without, unless a config says otherwise
+PAPER = {"weight_decay": 0.0, "gate_dropout": 0.0, "mixed_share": 0.0}
 STAGES = {"start": GateStageConfig, "gate": GateStageConfig, "joint": JointStageConfig}
 
 
@@ -58,7 +60,7 @@ def train(
     kept = {d: blocks[d]["fuse"][: round(shares[d] * len(blocks[d]["fuse"]))].tolist() for d in DOMAINS}
     data = {d: Dataset.from_dict({"input_ids": ids, "labels": ids}) for d, ids in kept.items()}
     set_seed(seed)
-    model = UltraFuserForCausalLM.from_specialists({d: folder / d for d in DOMAINS})
+    model = UltraFuserForCausalLM.from_specialists({d: folder / d for d in DOMAINS}, gate="mlp")
 
     def stage(trainer_class, settings: dict) -> GateTrainer | JointTrainer:
         arguments = arguments_of(trainer_class.config_class, examples_per_domain, settings, folder, seed)
@@ -111,10 +113,9 @@ def arguments_of(config_class, examples_per_domain: int, settings: dict, folder:
     """Arguments of a stage, from the config's settings and what keeps a run quiet and on the processor."""
     size = {"per_device_train_batch_size": examples_per_domain * len(DOMAINS), "max_length": LENGTH}
     quiet = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    plain = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "seed": seed}
-    return config_class(
-        str(folder / "stage"), examples_per_domain=examples_per_domain, **size, **quiet, **plain, **settings
-    )
+    plain = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "seed": seed, **PAPER}
+    shared = {"examples_per_domain": examples_per_domain, **size, **quiet, **plain}
+    return config_class(str(folder / "stage"), **{**shared, **settings})
 
 
 def check(*, specialists: dict, shares: dict, examples_per_domain: int, **stages: dict | None) -> None:

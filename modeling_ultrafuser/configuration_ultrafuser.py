@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
-from .gates_ultrafuser import GATES
+from .gates_ultrafuser import GATES, WIDEST
 from .reading_ultrafuser import is_number
 
 
 # counts up when a saved folder changes in a way that older code would misread
 FORMAT_VERSION = 1
 FUSION_NAMES = ("logits", "probabilities")
-WIDEST, HOTTEST = 1 << 16, 1_000_000  # of a gate's hidden layer, and of its temperature
+HOTTEST = 1_000_000  # temperature of a gate
 AUTO_MAP = {
     "AutoConfig": "configuration_ultrafuser.UltraFuserConfig",
     "AutoModel": "modeling_ultrafuser.UltraFuserModel",
@@ -57,7 +57,8 @@ class UltraFuserConfig(PreTrainedConfig):
     Args:
         specialist_names: Name of each specialist, in the order of the gate's columns.
         specialists: Configuration of each specialist's backbone, in the same order. Dicts are accepted.
-        gate: How gate weights are computed, a name in `GATES`: "mlp" is the paper's.
+        gate: How gate weights are computed, a name in `GATES`. "mlp" is the paper's, and what a folder means that says
+            nothing; `from_specialists` chooses `DEFAULT_GATE`.
         gate_hidden_size: Width of the hidden layer of a gate that has one. 512 in the paper (section 4.1).
         gate_temperature: Gate scores are divided by it before the softmax. Above 1 is softer, below 1 is sharper.
         gate_calibration: Whether the gate also predicts temperatures, see `Gate`.

@@ -28,7 +28,7 @@ from .checking_ultrafuser import (
     refuse_other_tensors,
 )
 from .configuration_ultrafuser import SCALE_FIELDS, UltraFuserConfig, soft_cap, spoken_rows
-from .gates_ultrafuser import GATES
+from .gates_ultrafuser import DEFAULT_GATE, GATES, gate_settings
 from .gguf_ultrafuser import dequantised, gguf_arguments, is_gguf
 from .lora_ultrafuser import about_base, adaptable, adapted_state, layout, probe_rows, read_adapters, read_parts
 from .probing_ultrafuser import check_steps, step_alone, step_within
@@ -48,12 +48,12 @@ def fuse_specialists(
     cls: type[PreTrainedModel],
     specialists: dict[str, str | os.PathLike | PreTrainedModel],
     *,
-    gate: str = "mlp",
+    gate: str = DEFAULT_GATE,
     fusion: str = "logits",
     dtype: str | torch.dtype = "auto",
-    gate_hidden_size: int = 512,
+    gate_hidden_size: int | None = None,
     gate_temperature: float = 1.0,
-    gate_calibration: bool = False,
+    gate_calibration: bool | None = None,
     gate_switch_probability: float | None = None,
     revisions: dict[str, str] | None = None,
     device_map=None,
@@ -71,12 +71,13 @@ def fuse_specialists(
         specialists: Name to Hub id, local folder or model in memory, in the order of the gate's columns. Models in
             memory are copied. For multimodal checkpoints the text part is taken. LoRA adapters of one base, as PEFT
             saves them, are fused on that base, which is loaded once; one of the specialists may be the base itself.
-        gate: "mlp", "linear", "constant" or "uniform". A new gate gives every specialist the same weight.
+        gate: A name in `GATES`, or a word that says more, see `gate_settings`: "mlp" is the paper's. A new gate gives every
+            specialist the same weight.
         fusion: "logits" or "probabilities".
         dtype: Of the specialists and the head. "auto" takes what all specialists share; required if they differ.
-        gate_hidden_size: Width of the hidden layer of a gate that has one.
+        gate_hidden_size: Width of the hidden layer of a gate that has one. Default: what `gate` says, or else 512.
         gate_temperature: Divides the gate's scores before the softmax.
-        gate_calibration: Whether the gate also predicts temperatures, token by token.
+        gate_calibration: Whether the gate also predicts temperatures, token by token. Default: what `gate` says.
         gate_switch_probability: Of the "posterior" gate, see `UltraFuserConfig`.
         revisions: Name to branch, tag or commit of its Hub repository. Pin commits for results to be repeatable.
         device_map: Where the fused model goes, as for `from_pretrained`.
@@ -101,11 +102,11 @@ def fuse_specialists(
     hub = {name: {**hub_kwargs, "revision": (revisions or {}).get(name) or "main"} for name in names}
     if set(revisions or {}) - set(names):
         raise ValueError(f"`revisions` names {sorted(set(revisions) - set(names))}, but specialists are {names}.")
+    given = {"gate_hidden_size": gate_hidden_size, "gate_calibration": gate_calibration}
     choices = {
-        "gate": gate,
-        "gate_hidden_size": gate_hidden_size,
+        **gate_settings(gate),
+        **{field: value for field, value in given.items() if value is not None},
         "gate_temperature": gate_temperature,
-        "gate_calibration": gate_calibration,
         "gate_switch_probability": gate_switch_probability,
         "fusion": fusion,
     }
@@ -183,7 +184,7 @@ def fuse_specialists(
         # the columns are a view of the whole head, which must not stay while the next specialist is loaded
         del model, columns
     state["lm_head.weight"] = head
-    new_gate = GATES[gate](config)
+    new_gate = GATES[config.gate](config)
     new_gate.init_weights()
     state |= {f"model.fusion_gate.{key}": t for key, t in new_gate.state_dict().items()}
 

@@ -56,6 +56,7 @@ class Gate(nn.Module):
     Attributes:
         has_width: Whether it has a hidden layer, `gate_hidden_size` wide.
         can_calibrate: Whether it can also predict temperatures.
+        learning_rate: Peak learning rate of stage one that suits it beside specialists of a million parameters.
         dropout: Probability with which training hides each number of the hidden states: the trainers set it.
         reads_states: Whether it reads hidden states.
         reads_past: Whether it also reads how well each specialist has predicted the text so far.
@@ -64,6 +65,7 @@ class Gate(nn.Module):
 
     has_width = False
     can_calibrate = False
+    learning_rate = 1e-2
     dropout = 0.0
     reads_states = True
     reads_past = False

@@ -25,6 +25,7 @@ class CrossGate(Gate):
 
     has_width = True
     can_calibrate = True
+    learning_rate = 3e-3
 
     def __init__(self, config):
         super().__init__(config)

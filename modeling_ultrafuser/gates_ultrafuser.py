@@ -1,4 +1,6 @@
-"""All gates by the name that a configuration gives."""
+"""All gates by the name that a configuration gives, and a gate in one word: "mlp", "mlp:64", "cross:128+calibration"."""
+
+import re
 
 from .gate_base_ultrafuser import Gate
 from .gate_constant_ultrafuser import ConstantGate
@@ -19,3 +21,33 @@ GATES: dict[str, type[Gate]] = {
     "uniform": UniformGate,
     "posterior": PosteriorGate,
 }
+
+# of a new model: ahead of the best specialist on every domain, without a state, see "Is fusing worth it?" in EXPERIMENTS.md
+DEFAULT_GATE = "cross:128+calibration"
+CALIBRATION = "+calibration"
+WIDEST = 1 << 16  # hidden layer
+
+
+def gate_settings(word: str) -> dict:
+    """What a word says of a gate, as fields of the configuration.
+
+    Args:
+        word: A name in `GATES`, a colon and the width of its hidden layer, "+calibration" for `gate_calibration`.
+
+    Raises:
+        ValueError: If there is no such gate.
+    """
+    calibrated = word.endswith(CALIBRATION)
+    kind, colon, width = word.removesuffix(CALIBRATION).partition(":")
+    known = kind in GATES and (GATES[kind].can_calibrate or not calibrated)
+    wide_enough = re.fullmatch(r"[1-9][0-9]{0,8}", width) and int(width) <= WIDEST
+    if not known or (colon and not (GATES[kind].has_width and wide_enough)):
+        wide = [name for name, gate in GATES.items() if gate.has_width]
+        able = [name for name, gate in GATES.items() if gate.can_calibrate]
+        raise ValueError(
+            f"A gate is one of {list(GATES)}; {wide} may say the width of their hidden layer, at most {WIDEST}, as in "
+            f"mlp:64, and {able} that they predict temperatures, as in linear{CALIBRATION}. But got {word!r:.100}. Choose "
+            f"one of those."
+        )
+    settings = {"gate": kind, "gate_calibration": calibrated}
+    return settings | ({"gate_hidden_size": int(width)} if width else {})

@@ -64,7 +64,7 @@ def specialists():
 @pytest.fixture
 def fused(specialists):
     """A fused model whose gate has opinions: a fresh one would weigh all specialists alike."""
-    model = UltraFuserForCausalLM.from_specialists(specialists)
+    model = UltraFuserForCausalLM.from_specialists(specialists, gate="mlp")
     stir_gate(model)
     return model
 

@@ -45,7 +45,7 @@ MIXES = {
 
 def fuse(specialists, **options):
     """A fused model whose gate has opinions but listens to all, and that does not stop by itself."""
-    softness = {"gate_hidden_size": 16, "gate_temperature": 3.0}
+    softness = {"gate": "mlp", "gate_hidden_size": 16, "gate_temperature": 3.0}
     model = UltraFuserForCausalLM.from_specialists(specialists, **softness | options)
     stir_gate(model)
     model.generation_config.eos_token_id = None

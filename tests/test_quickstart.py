@@ -37,7 +37,7 @@ def test_sums_and_products_are_right():
 
 def test_a_quickstart_of_few_steps_leaves_a_folder_that_loads_elsewhere_and_its_numbers(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(quickstart, "documents", partial(documents, characters=40_000))
-    losses = run(tmp_path, schedule=Schedule(specialist_steps=3, gate_steps=2, joint_steps=2))
+    losses = run(tmp_path, schedule=Schedule(base_steps=3, specialist_steps=3, gate_steps=2, joint_steps=2))
     assert json.loads((tmp_path / "results.json").read_text())["nats_per_token"] == losses
     assert set(losses) >= {"text specialist", "uniform fusion", "stage one: gate", "stage two: everything"}
     assert "Held-out loss, nats per token" in capfd.readouterr().out

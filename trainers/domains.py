@@ -80,6 +80,26 @@ def check_kind(dataset, whose: str) -> None:
     )
 
 
+def split(parts: Mapping[str, Dataset], share: float, seed: int) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """Each domain's rows to train on, and a share of them that is held out.
+
+    Raises:
+        ValueError: If a domain has too few rows.
+    """
+    train, held_out = {}, {}
+    for domain in sorted(parts):
+        rows = parts[domain].shuffle(seed=seed)
+        count = round(share * len(rows))
+        if not 0 < count < len(rows):
+            raise ValueError(
+                f"Each domain is measured on rows that nothing is trained on, {share:.0%} of them, but {domain!r} has only "
+                f"{len(rows)} rows. Give it at least {round(0.5 / share) + 1}."
+            )
+        held_out[domain] = rows.select(range(count))
+        train[domain] = rows.select(range(count, len(rows)))
+    return train, held_out
+
+
 def filled(rows: Dataset) -> Dataset:
     """Without the columns of other domains' forms, which were filled up with nulls when all were put together."""
     plain = rows.with_format(None)

@@ -2,6 +2,8 @@
 
 from transformers import PreTrainedModel
 
+from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE
+
 from .settings import GateStageConfig, scaled_rate
 from .stage_base import StageTrainer, specialist_size
 
@@ -19,7 +21,7 @@ class GateTrainer(StageTrainer):
         if not list(model.model.fusion_gate.parameters()):
             raise ValueError(
                 f"Stage one trains the gate, but gate={model.config.gate!r} has no parameters: there is nothing to train. Use "
-                f"the model as it is, or fuse with gate='mlp'."
+                f"the model as it is, or fuse with another gate, {DEFAULT_GATE!r} say."
             )
         if peft_config is not None:
             raise ValueError("Stage one trains the gate alone, so there is nothing to adapt. Give LoRA to stage two.")
@@ -27,4 +29,4 @@ class GateTrainer(StageTrainer):
         model.model.fusion_gate.requires_grad_(True)
 
     def default_learning_rate(self, model: PreTrainedModel) -> float:
-        return scaled_rate(specialist_size(model), 1e-2)
+        return scaled_rate(specialist_size(model), model.model.fusion_gate.learning_rate)

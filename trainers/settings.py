@@ -16,6 +16,8 @@ from .rewards import REWARDS
 
 
 MIX_UNITS = ("example", "token", "supervised")
+MIXED_SHARE, GATE_DROPOUT = 0.25, 0.1  # of stage one, where they can be
+EVAL_STEPS = 25  # between two measurements of held-out rows
 # optimizers that count their steps over all parameters, or go back through the model themselves
 WHOLE_STEPS = re.compile(r"schedule_free|lomo|adalomo|.*layerwise")
 
@@ -56,11 +58,11 @@ class StageConfig(SFTConfig):
     mix_weights: dict | str | None = field(
         default=None, metadata={"help": "For mix='fixed': domain to weight, on any scale."}
     )
-    mixed_share: float = field(
+    mixed_share: float | None = field(
         default=0.0,
         metadata={
             "help": "Share of every batch that changes the domain on the way: pieces of the domains' rows, end to end, "
-            "which teach the gate to follow such changes."
+            "which teach the gate to follow such changes. Default: 0.25 in stage one if there are two domains, else 0."
         },
     )
     mix_unit: str = field(
@@ -89,9 +91,25 @@ class StageConfig(SFTConfig):
     mix_importance: bool = field(
         default=False, metadata={"help": "Weigh losses so that all domains count alike, however often each is drawn."}
     )
-    gate_dropout: float = field(
+    gate_dropout: float | None = field(
         default=0.0,
-        metadata={"help": "Probability with which training hides each number that the gate reads of hidden states."},
+        metadata={
+            "help": "Probability with which training hides each number that the gate reads of hidden states. Default: 0.1 in "
+            "stage one if it reads any, else 0."
+        },
+    )
+    early_stopping: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many measurements of held-out rows without a lower loss, and keep the best. Measured every "
+            "`eval_steps`, with a checkpoint each time."
+        },
+    )
+    held_out: float = field(
+        default=0.1,
+        metadata={
+            "help": "For `early_stopping` without an `eval_dataset`: share of each domain's rows that is held out."
+        },
     )
     gate_entropy: float = field(default=0.0, metadata={"help": "Times the gate's entropy in nats, added to the loss."})
     gate_balance: float = field(
@@ -113,6 +131,10 @@ class StageConfig(SFTConfig):
         }
 
     def __post_init__(self):
+        if self.early_stopping is not None:
+            self.eval_strategy = self.save_strategy = "steps"
+            self.save_steps = self.eval_steps = self.eval_steps or EVAL_STEPS
+            self.load_best_model_at_end, self.metric_for_best_model = True, "eval_loss"
         super().__post_init__()
         # a recipe's values come as they stand there
         for name, kind in StageConfig.__annotations__.items():
@@ -149,12 +171,12 @@ class StageConfig(SFTConfig):
             )
         if self.mix_unit not in MIX_UNITS:
             raise ValueError(f"`mix_unit` must be one of {MIX_UNITS}, but is {self.mix_unit!r}.")
-        if not 0 <= self.mixed_share < 1:
+        if not 0 <= (self.mixed_share or 0) < 1:
             raise ValueError(
                 f"`mixed_share` is a share of every batch and leaves room for the domains, so it must be at least 0 and "
                 f"below 1, but is {self.mixed_share}."
             )
-        if not 0 <= self.gate_dropout < 1:
+        if not 0 <= (self.gate_dropout or 0) < 1:
             raise ValueError(f"`gate_dropout` is a probability below 1, but is {self.gate_dropout}.")
         if self.mix_reward is not None and self.mix_reward not in REWARDS:
             raise ValueError(f"`mix_reward` must be one of {sorted(REWARDS)} or None, but is {self.mix_reward!r}.")
@@ -171,8 +193,10 @@ class StageConfig(SFTConfig):
                 f"mix_policy={self.mix_policy!r} follows losses as they are, but mix_reward={self.mix_reward!r} and "
                 f"mix_smoothing={self.mix_smoothing}. Set mix_reward='loss' and mix_smoothing=1."
             )
-        for name in ("examples_per_domain", "mix_every", "mix_delay", "mix_probe"):
-            if getattr(self, name) < 1:
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"`held_out` is a share of each domain's rows, between 0 and 1, but is {self.held_out}.")
+        for name in ("examples_per_domain", "mix_every", "mix_delay", "mix_probe", "early_stopping"):
+            if (getattr(self, name) or 1) < 1 or getattr(self, name) == 0:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
 
     def _check_schedule(self):
@@ -189,8 +213,19 @@ class StageConfig(SFTConfig):
 
 @dataclass
 class GateStageConfig(StageConfig):
-    """Settings of stage one. The paper: 400 steps, 2e-5 cosine, 64 examples per domain (section 4.1)."""
+    """Settings of stage one. The paper: 400 steps, 2e-5 cosine, 64 examples per domain (section 4.1).
 
+    Weight decay, dropout and mixed examples are not the paper's, but measured, see "How long to train a gate" in
+    EXPERIMENTS.md. The paper's stage sets all three to 0.
+    """
+
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay. Default: 0.1."})
+    mixed_share: float | None = field(
+        default=None, metadata={"help": StageConfig.__dataclass_fields__["mixed_share"].metadata["help"]}
+    )
+    gate_dropout: float | None = field(
+        default=None, metadata={"help": StageConfig.__dataclass_fields__["gate_dropout"].metadata["help"]}
+    )
     max_steps: int = field(default=400, metadata={"help": "Optimizer steps. The paper's 400 (section 4.1)."})
     save_steps: float = field(default=100, metadata={"help": "Steps between checkpoints: resuming needs one."})
     # it would make frozen specialists run a second time, for gradients that nobody needs

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from modeling_ultrafuser.gate_base_ultrafuser import Gate
@@ -20,14 +20,14 @@ from modeling_ultrafuser.gate_base_ultrafuser import Gate
 from .chunked import add_chunked_head
 from .controlling import MixController
 from .domain_trainer import DomainTrainer
-from .domains import DomainCollator, by_domain
+from .domains import DomainCollator, by_domain, split, together
 from .losses import gate_terms
 from .mixed import MIXED
 from .mixing import importance_weights, static_mix
 from .resuming import EndedError, last_complete_checkpoint, load_state, refuse_model_alone, write_state
 from .rewards import REWARDS
 from .sampling import DomainSampler
-from .settings import StageConfig, accumulate
+from .settings import GATE_DROPOUT, MIXED_SHARE, StageConfig, accumulate
 from .stage_logging import domain_metrics
 from .watching import Statistics, keep_head_whole, own_log_probs, watching
 
@@ -77,11 +77,22 @@ class StageTrainer(DomainTrainer):
             )
         parts, self.vocab_size = by_domain(train_dataset), model.config.vocab_size
         self.domains = sorted(parts)
+        if args.mixed_share is None:
+            # rows that are not prepared may be anything
+            plain = (args.dataset_kwargs or {}).get("skip_prepare_dataset") or MIXED in self.domains
+            args.mixed_share = 0.0 if plain or len(self.domains) < 2 else MIXED_SHARE
+        if args.gate_dropout is None:
+            args.gate_dropout = GATE_DROPOUT if model.model.fusion_gate.reads_states else 0.0
         if args.mixed_share and MIXED in self.domains:
             raise ValueError(
                 f"Mixed examples are counted as a domain {MIXED!r}, but there is one of that name already. Rename it, or set "
                 f"mixed_share=0."
             )
+        if args.early_stopping:
+            if kwargs.get("eval_dataset") is None:
+                parts, held_out = split(parts, args.held_out, args.seed)
+                train_dataset, kwargs["eval_dataset"] = parts, together(held_out)
+            kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), EarlyStoppingCallback(args.early_stopping)]
         # what batches are drawn from
         self.drawn = [*self.domains, MIXED] if args.mixed_share else self.domains
         self.own_specialists = [

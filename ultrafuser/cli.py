@@ -16,6 +16,7 @@ import typer
 from .commands import app as commands
 from .commands import pairs
 from .data.commands import app as data_commands
+from .gate_words import DEFAULT as DEFAULT_GATE
 from .gate_words import HELP as GATE_HELP
 from .plain import echo
 
@@ -102,7 +103,7 @@ def check(
     ],
     dtype: Annotated[str, typer.Option(help="Of the fused model. Default: what all specialists share.")] = "auto",
     fusion: Annotated[str, typer.Option(help="logits or probabilities.")] = "logits",
-    gate: Annotated[str, typer.Option(help=GATE_HELP)] = "mlp",
+    gate: Annotated[str, typer.Option(help=GATE_HELP)] = DEFAULT_GATE,
     base: Annotated[str | None, typer.Option(help="Of adapters, if it is not where they say.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything in JSON, for programs.")] = False,
 ) -> None:

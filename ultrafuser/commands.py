@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from .gate_words import DEFAULT as DEFAULT_GATE
 from .gate_words import HELP as GATE_HELP
 from .plain import echo
 
@@ -36,7 +37,7 @@ KEY_VARIABLE = "ULTRAFUSER_KEY"
 def fuse(
     what: Annotated[list[str], typer.Argument(help="NAME=ID or NAME=FOLDER of each specialist; or one YAML recipe.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; there must be nothing in it.")] = None,
-    gate: Annotated[str | None, typer.Option(help=f"{GATE_HELP} Default: mlp.")] = None,
+    gate: Annotated[str | None, typer.Option(help=f"{GATE_HELP} Default: {DEFAULT_GATE}.")] = None,
     fusion: Annotated[str | None, typer.Option(help="logits (default) or probabilities.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights, bfloat16 say. Default: what they share.")] = None,
     chat_template: Annotated[

@@ -10,13 +10,14 @@ from rich.filesize import decimal
 from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
+from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
 
 from . import licences
 from .checking.findings import BLOCKS, Judgement
 from .checking.judging import judge
 from .checking.reading import Source
 from .folders import save_fused
-from .gate_words import HELP, gate_settings
+from .gate_words import HELP
 from .writing import new_folder
 from .yaml_files import read_yaml
 
@@ -32,7 +33,7 @@ class Fusion:
         default=None, metadata={"help": "Name to commit of its repository, for results that can be repeated."}
     )
     chat_template: str | None = field(default=None, metadata={"help": "Whose chat template to take, if they differ."})
-    gate: str = field(default="mlp", metadata={"help": HELP})
+    gate: str = field(default=DEFAULT_GATE, metadata={"help": HELP})
     fusion: str = field(default="logits", metadata={"help": "What is mixed, when fusing: logits or probabilities."})
     base: str | None = field(
         default=None, metadata={"help": "Where the base of specialists that are adapters is, if not where they say."}

@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from datasets import Dataset
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig
 
-from modeling_ultrafuser.gates_ultrafuser import GATES
+from modeling_ultrafuser.gates_ultrafuser import GATES, gate_settings
 from trainers import CachedGateTrainer, GateStageConfig
-from trainers.domains import by_domain
+from trainers.domains import by_domain, split
 
 from .evaluation.measuring import HeldOut, held_out, score
 from .folders import save_fused
-from .gate_words import gate_settings
 from .training import FusedArguments, ingredients_of, load_domains, load_model
 from .writing import new_folder
 
@@ -82,7 +80,7 @@ def compare(
     kinds = {gate: gate_settings(gate) for gate in (UNTRAINED, *gates)}
     # first those that read more: a cache made for them serves all
     kinds = dict(sorted(kinds.items(), key=lambda kind: not GATES[kind[1]["gate"]].reads_past))
-    data, kept_back = _split(by_domain(load_domains(fused, args.dataset_text_field)), args.seed)
+    data, kept_back = split(by_domain(load_domains(fused, args.dataset_text_field)), HELD_OUT, args.seed)
     out, fits = Path(args.output_dir), []
     cache = fused.cache or out.with_name(f"{out.name}-cache")
     # what serves those that predict temperatures serves all
@@ -115,22 +113,6 @@ def table(fits: list[Fit]) -> Table:
     return shown
 
 
-def _split(data: dict[str, Dataset], seed: int) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    """Each domain's rows to train on, and those held out."""
-    train, kept_back = {}, {}
-    for domain in sorted(data):
-        rows = data[domain].shuffle(seed=seed)
-        count = round(HELD_OUT * len(rows))
-        if not count:
-            raise ValueError(
-                f"Gates are compared on rows that none was trained on, {HELD_OUT:.0%} of each domain, but {domain!r} "
-                f"has only {len(rows)} rows. Give it at least {round(0.5 / HELD_OUT) + 1}."
-            )
-        kept_back[domain] = rows.select(range(count))
-        train[domain] = rows.select(range(count, len(rows)))
-    return train, kept_back
-
-
 def _replace_gate(model: PreTrainedModel, settings: dict, seed: int) -> None:
     for field, value in settings.items():
         setattr(model.config, field, value)
@@ -147,7 +129,8 @@ def _parameters(model: PreTrainedModel) -> int:
 def _trained(model, tokenizer: PreTrainedTokenizerBase, args: GateStageConfig, data, *, seed: int, **cache) -> float:
     """Trains the gate. Returns the seconds that it took without the pass."""
     own = copy.deepcopy(args)
-    own.seed, own.save_strategy = seed, SaveStrategy.NO
+    # mixed examples are of the data, which all read from one cache
+    own.seed, own.data_seed, own.save_strategy = seed, args.seed, SaveStrategy.NO
     with TemporaryDirectory() as own.output_dir:
         trainer = CachedGateTrainer(model, own, data, processing_class=tokenizer, **cache)
         trainer.fill()

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from datasets import Dataset
@@ -29,14 +30,14 @@ from transformers import (
 )
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
-from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
+from trainers import CachedGateTrainer, GateStageConfig, JointStageConfig, JointTrainer
 
 from .corpora import DOMAINS, documents, splits
 from .provenance import provenance
 from .writing import sole_writer, write_whole
 
 
-MADE = (*DOMAINS, "stage_one", "stage_two", "fused")  # folders
+MADE = ("base", *DOMAINS, "stage_one", "stage_two", "fused")  # folders
 LENGTH = 256  # tokens per training example
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 PROMPTS = {
@@ -65,10 +66,11 @@ print(json.dumps([generate(p, max_new_tokens=24, do_sample=False)[0]["generated_
 class Schedule:
     """How long and how fast to train. The learning rates are measured to fit specialists of a million parameters."""
 
-    specialist_steps: int = 250
+    base_steps: int = 150
+    specialist_steps: int = 150
     specialist_rate: float = 3e-3
-    gate_steps: int = 200
-    gate_rate: float = 2e-2
+    gate_steps: int = 400
+    gate_rate: float = 3e-3
     joint_steps: int = 40
     joint_rate: float = 3e-4
 
@@ -76,7 +78,7 @@ class Schedule:
 def run(
     out: Path, *, seed: int = 0, schedule: Schedule | None = None, overwrite: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Makes three specialists, fuses them, trains both stages, saves, reloads elsewhere, and prints what came out.
+    """Makes three specialists of one base, fuses them, trains both stages, saves, reloads elsewhere, and prints what came out.
 
     Args:
         out: Folder for the specialists (`out/text`, ...) and the fused model (`out/fused`).
@@ -111,10 +113,11 @@ def _run(out: Path, seed: int, schedule: Schedule) -> dict[str, dict[str, float]
     blocks = {d: {name: to_blocks(texts, tokenizer) for name, texts in parts[d].items()} for d in DOMAINS}
     held_out = {d: blocks[d]["held_out"] for d in DOMAINS}
 
-    console.print("[bold]2/5[/] Three small specialists, each trained on its own domain only")
+    console.print("[bold]2/5[/] A small base, and three specialists that go on from it, each on its own domain only")
+    base = make_base([blocks[d]["specialist"] for d in DOMAINS], tokenizer, out / "base", schedule, seed)
     folders = {d: out / d for d in DOMAINS}
     for domain, folder in folders.items():
-        make_specialist(blocks[domain]["specialist"], tokenizer, folder, schedule, seed)
+        make_specialist(blocks[domain]["specialist"], tokenizer, folder, schedule, seed, base)
 
     console.print("[bold]3/5[/] Fused; then stage one: the gate alone, on text the specialists have not seen")
     model = UltraFuserForCausalLM.from_specialists(folders)
@@ -126,7 +129,9 @@ def _run(out: Path, seed: int, schedule: Schedule) -> dict[str, dict[str, float]
     settings |= {"gradient_checkpointing": False, "seed": seed, **_QUIET}
     steps, rate = schedule.gate_steps, schedule.gate_rate
     arguments = GateStageConfig(str(out / "stage_one"), max_steps=steps, learning_rate=rate, **settings)
-    train(GateTrainer(model, arguments, data, processing_class=tokenizer), "gate")
+    # the specialists do not change, so they run over the text once
+    with TemporaryDirectory() as cache:
+        train(CachedGateTrainer(model, arguments, data, processing_class=tokenizer, cache=cache), "gate")
     rows["stage one: gate"] = measure(model, held_out)
 
     console.print("[bold]4/5[/] Stage two: gate and specialists together")
@@ -173,11 +178,29 @@ def to_blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
 
 
-def make_specialist(
-    blocks: Tensor, tokenizer: PreTrainedTokenizerBase, folder: Path, schedule: Schedule, seed: int
-) -> None:
-    """Trains a small Llama from scratch on one domain and saves it with its tokenizer."""
+def make_base(
+    domains: list[Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path, schedule: Schedule, seed: int
+) -> Path:
+    """Trains a small Llama from scratch on all domains and saves it with its tokenizer."""
+    blocks = torch.cat(domains)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
     model = new_model(tokenizer, seed)
+    pretrain(model, blocks[order], folder, schedule.base_steps, schedule.specialist_rate, seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_specialist(
+    blocks: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    schedule: Schedule,
+    seed: int,
+    base: Path | None = None,
+) -> None:
+    """Trains a small Llama, from its base or from scratch, on one domain and saves it with its tokenizer."""
+    model = new_model(tokenizer, seed) if base is None else LlamaForCausalLM.from_pretrained(base)
     pretrain(model, blocks, folder, schedule.specialist_steps, schedule.specialist_rate, seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -302,7 +325,7 @@ def _print_outcome(
     for text in spoken:
         console.print(f"  {text!r}", markup=False)
     console.print(
-        f"\nEach specialist is good at its own domain only. Averaging all three (uniform fusion) blurs them; the gate "
+        f"\nEach specialist is good at its own domain. Averaging all three (uniform fusion) blurs them; the gate "
         f"learns from the tokens so far who should speak, and stage two lets them adapt to each other.\n"
         f"Took {minutes:.1f} minutes. The fused model is one folder that loads anywhere:\n"
     )

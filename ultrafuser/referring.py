@@ -325,6 +325,7 @@ def _fused(reference: Reference, config: UltraFuserConfig) -> UltraFuserForCausa
         gate=config.gate,
         fusion=config.fusion,
         gate_hidden_size=config.gate_hidden_size,
+        gate_calibration=config.gate_calibration,
         dtype=_dtype(config),
         revisions=reference.specialist_revisions,
         base=reference.base,

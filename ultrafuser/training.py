@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
+from modeling_ultrafuser.gates_ultrafuser import gate_settings
 from modeling_ultrafuser.reading_ultrafuser import in_words
 from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 from trainers import CachedGateTrainer, GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
@@ -24,7 +25,6 @@ from . import pushing
 from .checking import reading
 from .folders import read_ingredients, write_ingredients
 from .fusing import Fusion, described
-from .gate_words import gate_settings
 from .loading import load_model as load_any_model
 from .loading import load_tokenizer
 from .row_files import load

@@ -31,6 +31,7 @@ from modeling_ultrafuser.checking_ultrafuser import (
     parts_of,
 )
 from modeling_ultrafuser.configuration_ultrafuser import spoken_rows
+from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
 from modeling_ultrafuser.gguf_ultrafuser import is_gguf
 from modeling_ultrafuser.lora_ultrafuser import WEIGHTS_FILE, about_base, adaptable, common_base, layout, pairs
 from modeling_ultrafuser.probing_ultrafuser import check_steps
@@ -39,7 +40,6 @@ from modeling_ultrafuser.specialists_ultrafuser import BASE, NO_ROUTER_LOSS
 from modeling_ultrafuser.tokenizing_ultrafuser import merged_generation_config, own_generation_config
 
 from .. import licences
-from ..gate_words import gate_settings
 from ..merges import MERGES
 from ..merges.merging import NotMergeableError, merge
 from .estimating import THEIR_BASE, adapter_sizes, estimate, size
@@ -53,7 +53,7 @@ def judge(
     *,
     dtype: str = "auto",
     fusion: str = "logits",
-    gate: str = "mlp",
+    gate: str = DEFAULT_GATE,
     base: str | None = None,
 ) -> Judgement:
     """Says whether specialists can be fused, from what there is beside their weights.

@@ -1,6 +1,6 @@
 """Who is compared: the fused model, its specialists, and all that a sceptic would make of the same specialists."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from trainers import GateStageConfig, GateTrainer
+from trainers import CachedGateTrainer, GateStageConfig
 
 from ..merges import MERGES
 from ..merges.merging import merge
@@ -32,6 +32,11 @@ from .measuring import HeldOut, Scores, cost, score
 
 
 FUSED = "fused"
+# how a gate that predicts temperatures is tuned
+TEMPERATURES = {
+    "constant": {"learning_rate": 1e-2},
+    "cross": {"learning_rate": 3e-3, "gate_dropout": 0.1, "weight_decay": 0.1, "max_steps": 200},
+}
 
 
 class UntunedError(ValueError):
@@ -112,9 +117,9 @@ def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
     plan["shuffled gate"] = partial(shuffled, comparison)
     plan["best specialist per domain (oracle)"] = partial(routed, comparison, best_per_domain)
     plan["best specialist per request (oracle)"] = partial(routed, comparison, best_per_request)
-    for gate, temperature in (("constant", "one temperature"), ("cross", "a temperature per token")):
+    for temperature, gates in (("one temperature", ["constant"]), ("a temperature per token", ["constant", "cross"])):
         name = f"best specialist per domain (oracle), {temperature}"
-        plan[name] = partial(calibrated_oracle, comparison, gate)
+        plan[name] = partial(calibrated_oracle, comparison, gates)
     plan["fixed-share forecaster"] = partial(
         comparison.run, ensemble(ingredients, "posterior", "probabilities"), "ensemble"
     )
@@ -218,14 +223,15 @@ def tuned_constant(comparison: Comparison) -> Measured:
     return comparison.run(model.eval(), "ensemble", note=note)
 
 
-def calibrated_oracle(comparison: Comparison, gate: str) -> Measured:
+def calibrated_oracle(comparison: Comparison, gates: Sequence[str]) -> Measured:
     """The best specialist per domain, with temperatures tuned on that domain: what calibration alone is worth.
 
-    A domain without tuning examples, such as mixed ones, is tuned for on all.
+    Each gate is trained on three quarters of the domain's tuning examples; the last quarter says which is taken. A domain
+    without tuning examples, such as mixed ones, is tuned for on all.
 
     Args:
         comparison: The specialists' scores among others.
-        gate: "constant" for one temperature, "cross" for one per token.
+        gates: "constant" for one temperature, "cross" for one per token.
 
     Raises:
         UntunedError: If there are no tuning examples.
@@ -234,12 +240,19 @@ def calibrated_oracle(comparison: Comparison, gate: str) -> Measured:
     found = routed(comparison, best_per_domain)
     for domain, examples in comparison.data.items():
         own = {name: measured.scores[domain] for name, measured in comparison.alone().items()}
-        model = tempered(comparison.ingredients, gate, int(best_per_domain(own, examples)[0]))
+        best = int(best_per_domain(own, examples)[0])
         tune = {domain: comparison.tune[domain]} if domain in comparison.tune else comparison.tune
-        settings = {"learning_rate": 3e-3, "gate_dropout": 0.1, "weight_decay": 0.1, "max_steps": 200}
-        _tune(model, comparison, tune, **(settings if gate == "cross" else {"learning_rate": 1e-2}))
-        found.scores[domain] = score(model.eval(), examples)
+        models = [tempered(comparison.ingredients, gate, best) for gate in gates]
+        for gate, model in zip(gates, models, strict=True):
+            _tune(model, comparison, {d: e.first(_fitted(e)) for d, e in tune.items()}, **TEMPERATURES[gate])
+        rest = [e.behind(_fitted(e)) if len(e) > 1 else e for e in tune.values()]
+        found.scores[domain] = score(min(models, key=lambda m: _loss(m.eval(), rest)), examples)
     return found
+
+
+def _fitted(examples: HeldOut) -> int:
+    """How many examples temperatures are fitted on: three quarters, at least one."""
+    return max(len(examples) * 3 // 4, 1)
 
 
 def _tune(model: UltraFuserForCausalLM, comparison: Comparison, tune: Mapping[str, HeldOut], **settings) -> None:
@@ -259,9 +272,11 @@ def _tune(model: UltraFuserForCausalLM, comparison: Comparison, tune: Mapping[st
             # where the model is
             use_cpu=model.device.type == "cpu",
             seed=comparison.seed,
-            **{"max_steps": 60, **settings},
+            **{"max_steps": 60, "mixed_share": 0.0, "gate_dropout": 0.0, "weight_decay": 0.0, **settings},
         )
-        GateTrainer(model, arguments, data, processing_class=comparison.tokenizer).train()
+        CachedGateTrainer(
+            model, arguments, data, processing_class=comparison.tokenizer, cache=f"{folder}/cache", keep="hidden"
+        ).train()
 
 
 def merged(comparison: Comparison, method: str, by_depth: bool) -> Measured:

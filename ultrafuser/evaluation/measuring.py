@@ -47,6 +47,10 @@ class HeldOut:
         """The first examples only."""
         return HeldOut(self.input_ids[:examples], self.attention_mask[:examples], self.scored[:examples])
 
+    def behind(self, examples: int) -> "HeldOut":
+        """All but the first examples."""
+        return HeldOut(self.input_ids[examples:], self.attention_mask[examples:], self.scored[examples:])
+
     def as_rows(self) -> list[dict[str, list[int]]]:
         """The examples as rows to train on: `input_ids`, and `labels` that are -100 on the prompt."""
         rows = []
