@@ -504,14 +504,18 @@ def refuse_other_tensors(
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Without transformers' bars and its report of what was not there: what is wrong is said by an error."""
-    shown, logger = hf_logging.is_progress_bar_enabled(), logging.getLogger("transformers.modeling_utils")
-    level = logger.level
+    shown = hf_logging.is_progress_bar_enabled()
+    # the second tells of layers that are not sharded as soon as the first has a level of its own
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    levels = [logger.level for logger in loggers]
     hf_logging.disable_progress_bar()
-    logger.setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if shown:
             hf_logging.enable_progress_bar()
 
