@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from .gate_words import CANDIDATES
 from .gate_words import DEFAULT as DEFAULT_GATE
 from .gate_words import HELP as GATE_HELP
 from .plain import echo
@@ -204,10 +205,12 @@ def train(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def gates(
-    gate: Annotated[list[str], typer.Option(help=f"{GATE_HELP} Repeat it.")],
     words: Annotated[
         list[str] | None,
         typer.Argument(metavar="RECIPE --FIELD VALUE", help="As for `ultrafuser train --stage gate`."),
+    ] = None,
+    gate: Annotated[
+        list[str] | None, typer.Option(help=f"{GATE_HELP} Repeat it. Default: {', '.join(CANDIDATES)}.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder of a fused model, or its id on the Hub.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="As for `ultrafuser train`.")] = None,
@@ -224,7 +227,9 @@ def gates(
         from .plain import Console
 
         fused, args, model_args = _stage("gate", words, model, data, out, max_steps)
-        fits = comparing.compare(fused, args, model_args, gate, seeds=seeds, say=Console(stderr=True).print)
+        fits = comparing.compare(
+            fused, args, model_args, gate or list(CANDIDATES), seeds=seeds, say=Console(stderr=True).print
+        )
         _console().print(comparing.table(fits))
     echo(f"Wrote the model with the best one, {fits[0].gate!r}, to {str(out or args.output_dir)!r}.")
 
