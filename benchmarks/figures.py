@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from benchmarks import growth, headlines, rivals, serving
+from benchmarks import gates, growth, headlines, rivals, serving
 from ultrafuser.reports.charts import OTHER
 from ultrafuser.reports.colours import PALETTE
 from ultrafuser.reports.figures import save
@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     options = parser.parse_args()
     tables = {"results/*.json: headlines": headlines.table(options.results)}
+    if (costs := options.results / "gate_costs.json").exists():
+        tables["results/gate_costs.json: gates"] = gates.table(json.loads(costs.read_text())["rows"])
     for name, show in {"rivals": show_rivals, "growth": show_growth, "serving": show_serving}.items():
         file = options.results / f"{name}.json"
         if file.exists():

@@ -12,7 +12,7 @@ def table(results: Path) -> str:
     """
     lines = ["|  | measured | against | command |", "|---|---:|---|---|"]
     for name, rows in LINES.items():
-        file = results / f"{name}.json"
+        file = results / f"{FILES.get(name, name)}.json"
         if file.exists():
             found = json.loads(file.read_text())
             lines += [f"| {what} | {read(found)} | {beside} | `benchmarks.{name}` |" for what, beside, read in rows]
@@ -45,6 +45,8 @@ PASSES = "passes per token, quickstart's models"
 ONE, LOOP = "one specialist", "a loop that adds logits"
 SERIAL = {"way": "one at a time, layer checkpointing"}
 CHUNKED = {"fusion": "logits", "stage": "joint", "way": "chunked"}
+DEFAULT, EVIDENCE = "cross:128+calibration", "evidence:128+calibration"
+FILES = {"gates": "gate_costs"}  # of benchmarks whose name is an experiment's
 # benchmark to what it measured, what against, and how its result file says so
 LINES = {
     "decoding": [
@@ -85,6 +87,10 @@ LINES = {
             ("logits, exact", "logits", "cached: hidden"),
             ("logits, likeliest tokens", "logits", "cached: top"),
         )
+    ],
+    "gates": [
+        ("a token under the default gate, 36M each", "the paper's gate", _median("rows", DEFAULT, "token")),
+        ("a token under a gate that looks back", "the paper's gate", _median("rows", EVIDENCE, "token")),
     ],
     "stage_two": [
         ("memory of a step, one specialist at a time", "all at once", _times("peak", **SERIAL)),

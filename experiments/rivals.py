@@ -60,28 +60,28 @@ def rivals(
         work: Folder for models and scores.
         base: Steps and rate of the model that all specialists are tuned from, on all domains; 0 steps: random weights.
         specialist: Steps and rate of each specialist on its own domain.
-        gates: Fused models by the name of their row, "fused" among them, as `_Fusions.gate` takes them.
+        gates: Fused models by the name of their row, "fused" among them, as `Fusions.gate` takes them.
         joint: `after`, the rows of `gates` that stage two goes on from, and `stage`, its settings.
         tuned: Steps and rate of the single models that are tuned on what the fused model is trained on.
         whole: Steps and rate of one model trained from scratch on all data with the compute of all of the above.
         examples_per_domain: In every batch of the stages.
     """
     logging.disable_progress_bar()
-    folder, lock = _folder(seed, work, base, specialist)
+    folder, lock = folder_of(seed, work, base, specialist)
     with lock:
-        blocks, tokenizer, make = _specialists(seed, folder, base, specialist)
+        blocks, tokenizer, make = specialists_of(seed, folder, base, specialist)
         fresh = torch.cat([blocks[d]["fuse"] for d in DOMAINS])
         everything = torch.cat([*(blocks[d]["specialist"] for d in DOMAINS), fresh])
         singles = {
             "one model, all data and compute": (lambda: new_model(tokenizer, seed), everything, whole),
-            **{f"{d} specialist, tuned further": (partial(_load, folder / d), fresh, tuned) for d in DOMAINS},
+            **{f"{d} specialist, tuned further": (partial(load, folder / d), fresh, tuned) for d in DOMAINS},
         }
         if base["steps"]:
-            singles["base, tuned on the same data"] = (partial(_load, folder / "base"), fresh, tuned)
+            singles["base, tuned on the same data"] = (partial(load, folder / "base"), fresh, tuned)
         singles = {name: make(name, model, data, **how) for name, (model, data, how) in singles.items()}
 
         data = {d: blocks[d]["fuse"] for d in DOMAINS}
-        fusions = _Fusions(folder, tokenizer, data, examples_per_domain, seed)
+        fusions = Fusions(folder, tokenizer, data, examples_per_domain, seed)
         models = {name: fusions.gate(**how) for name, how in gates.items()}
         for name in joint["after"]:
             models[f"{name}, {STAGE_TWO}"] = fusions.joint(models[name], data, joint["stage"])
@@ -94,7 +94,7 @@ def rivals(
     comparison = _comparison(folder, files.pop(FUSED), blocks, tokenizer, seed)
     identity = {"base": base, "specialist": specialist, "gates": gates, "joint": joint, "tuned": tuned, "whole": whole}
     out = folder / f"compared-{digest(identity)}"
-    found = compare(comparison, out, more={n: partial(_load, f) for n, f in files.items()}, identity=identity)
+    found = compare(comparison, out, more={n: partial(load, f) for n, f in files.items()}, identity=identity)
     return found | {"against": against(comparison)}
 
 
@@ -117,7 +117,7 @@ def choose(
         work: Folder for models.
         settings: `base` and `specialist` by name of the setting, as `rivals` takes them.
         kept_out: Share of each domain's blocks to fuse with that nothing is trained on.
-        gate: As for `_Fusions.gate`, and so are `fusion` and `stage`.
+        gate: As for `Fusions.gate`, and so are `fusion` and `stage`.
         examples_per_domain: In every batch.
         share: Share of the blocks to train on that it is trained on.
 
@@ -127,17 +127,17 @@ def choose(
     logging.disable_progress_bar()
     found: dict[str, dict] = {"nats_per_token": {}, "oracle": {}}
     for name, how in settings.items():
-        folder, lock = _folder(seed, work, **how)
+        folder, lock = folder_of(seed, work, **how)
         with lock:
-            blocks, tokenizer, _ = _specialists(seed, folder, **how)
+            blocks, tokenizer, _ = specialists_of(seed, folder, **how)
             kept = {d: round((1 - kept_out) * len(blocks[d]["fuse"])) for d in DOMAINS}
             data = {d: blocks[d]["fuse"][: round(share * kept[d])] for d in DOMAINS}
             tests = {d: blocks[d]["fuse"][kept[d] :] for d in DOMAINS}
             tests[MIXED] = mixed(tests, seed, EXAMPLES)
-            fusions = _Fusions(folder, tokenizer, data, examples_per_domain, seed)
-            model = _load(fusions.gate(gate, fusion, stage))
-            tests = {d: _blocks(rows, tokenizer) for d, rows in tests.items()}
-            found["nats_per_token"][name] = {d: _loss(model, x) for d, x in tests.items()}
+            fusions = Fusions(folder, tokenizer, data, examples_per_domain, seed)
+            model = load(fusions.gate(gate, fusion, stage))
+            tests = {d: examples_of(rows, tokenizer) for d, rows in tests.items()}
+            found["nats_per_token"][name] = {d: loss_of(model, x) for d, x in tests.items()}
             found["oracle"][name] = _oracle(folder, tests)
     return found
 
@@ -167,18 +167,18 @@ def mixed(blocks: dict[str, Tensor], seed: int, items: int) -> Tensor:
     return torch.stack(made)
 
 
-def _blocks(blocks: Tensor, tokenizer) -> HeldOut:
+def examples_of(blocks: Tensor, tokenizer) -> HeldOut:
     return held_out([{"input_ids": row} for row in blocks.tolist()], tokenizer)
 
 
-def _folder(seed: int, work: Path, base: dict, specialist: dict) -> tuple[Path, FileLock]:
+def folder_of(seed: int, work: Path, base: dict, specialist: dict) -> tuple[Path, FileLock]:
     """Where specialists and all that is made of them are kept, and what one process at a time holds."""
     folder = work / f"rivals-{seed}-{digest([base, specialist])}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder, FileLock(f"{folder}.lock")
 
 
-def _specialists(seed: int, folder: Path, base: dict, specialist: dict):
+def specialists_of(seed: int, folder: Path, base: dict, specialist: dict):
     """Base and specialists, made unless they are there.
 
     Returns:
@@ -189,7 +189,7 @@ def _specialists(seed: int, folder: Path, base: dict, specialist: dict):
     seen = torch.cat([blocks[d]["specialist"] for d in DOMAINS])
     start = make("base", lambda: new_model(tokenizer, seed), seen, **base)
     for d in DOMAINS:
-        make(d, partial(_load, start), blocks[d]["specialist"], **specialist)
+        make(d, partial(load, start), blocks[d]["specialist"], **specialist)
     return blocks, tokenizer, make
 
 
@@ -206,10 +206,10 @@ def _made(folder: Path, tokenizer, seed: int, name: str, model, blocks: Tensor, 
 
     # base and specialists are what the folder is named after
     target = folder / (name if name in ("base", *DOMAINS) else f"{name} {digest([steps, rate])}")
-    return _kept(target, trained, tokenizer)
+    return kept(target, trained, tokenizer)
 
 
-def _kept(target: Path, make, tokenizer) -> Path:
+def kept(target: Path, make, tokenizer) -> Path:
     """A model's folder, which is written whole or not at all."""
     if not target.exists():
         part = target.parent / "part"
@@ -219,18 +219,18 @@ def _kept(target: Path, make, tokenizer) -> Path:
     return target
 
 
-def _load(folder: Path):
+def load(folder: Path):
     fused = json.loads((folder / "config.json").read_text())["model_type"] == "ultrafuser"
     return (UltraFuserForCausalLM if fused else AutoModelForCausalLM).from_pretrained(folder)
 
 
-class _Fusions:
+class Fusions:
     """Fused models, each made once, of the specialists of one folder.
 
     Args:
         folder: Of specialists.
         tokenizer: Theirs.
-        data: Blocks by domain to train gates on.
+        data: Blocks by domain to train gates on. Of each domain there is a specialist.
         examples_per_domain: In every batch.
         seed: Of first weights and draws.
     """
@@ -240,7 +240,7 @@ class _Fusions:
         self.size = {d: len(rows) for d, rows in data.items()}
         self.shared = {
             "examples_per_domain": examples_per_domain,
-            "per_device_train_batch_size": examples_per_domain * len(DOMAINS),
+            "per_device_train_batch_size": examples_per_domain * len(data),
             "seed": seed,
             **PLAIN,
         }
@@ -256,21 +256,29 @@ class _Fusions:
 
         def trained() -> UltraFuserForCausalLM:
             set_seed(self.seed)
-            parts, choices = {d: self.folder / d for d in DOMAINS}, gate_settings(gate)
-            model = UltraFuserForCausalLM.from_specialists(parts, fusion=fusion, **choices)
+            parts = {d: self.folder / d for d in self.data}
+            model = UltraFuserForCausalLM.from_specialists(parts, gate=gate, fusion=fusion)
             if stage is not None:
-                # a mixture of probabilities without temperatures needs one number of each specialist and token
-                keep = "log_probs" if fusion == "probabilities" and not choices["gate_calibration"] else "hidden"
-                what = [self.size, keep, stage.get("mixed_share"), GATES[choices["gate"]].reads_past]
-                cache = self.folder / f"cache-{digest(what)}"
-                arguments = GateStageConfig(str(self.folder / "stage"), **self.shared, **stage)
-                trainer = CachedGateTrainer(
-                    model, arguments, _rows(self.data), processing_class=self.tokenizer, cache=cache, keep=keep
-                )
-                trainer.train()
+                self.train(model, stage)
             return model
 
-        return _kept(self.folder / f"fused {digest([self.size, gate, fusion, stage])}", trained, self.tokenizer)
+        return kept(self.folder / f"fused {digest([self.size, gate, fusion, stage])}", trained, self.tokenizer)
+
+    def train(self, model: UltraFuserForCausalLM, stage: dict) -> None:
+        """Stage one, from a cache that is kept."""
+        config = model.config
+        # a mixture of probabilities without temperatures needs one number of each specialist and token
+        keep = "log_probs" if config.fusion == "probabilities" and not config.gate_calibration else "hidden"
+        what = [config.specialist_names, self.size, keep, stage.get("mixed_share"), GATES[config.gate].reads_past]
+        arguments = GateStageConfig(str(self.folder / "stage"), **self.shared, **stage)
+        CachedGateTrainer(
+            model,
+            arguments,
+            rows_of(self.data),
+            processing_class=self.tokenizer,
+            cache=self.folder / f"cache-{digest(what)}",
+            keep=keep,
+        ).train()
 
     def joint(self, start: Path, data: dict[str, Tensor], stage: dict) -> Path:
         """A folder of a fused model after stage two.
@@ -283,26 +291,26 @@ class _Fusions:
 
         def trained() -> UltraFuserForCausalLM:
             set_seed(self.seed)
-            model = _load(start)
+            model = load(start)
             arguments = JointStageConfig(str(self.folder / "stage"), **self.shared, **stage)
-            JointTrainer(model, arguments, _rows(data), processing_class=self.tokenizer).train()
+            JointTrainer(model, arguments, rows_of(data), processing_class=self.tokenizer).train()
             return model
 
         sizes = {d: len(rows) for d, rows in data.items()}
-        return _kept(self.folder / f"fused {digest([start.name, sizes, stage])}", trained, self.tokenizer)
+        return kept(self.folder / f"fused {digest([start.name, sizes, stage])}", trained, self.tokenizer)
 
 
 def _comparison(folder: Path, fused: Path, blocks, tokenizer, seed: int) -> Comparison:
     """What everybody is measured on, and tuned on."""
-    data = {d: _blocks(blocks[d]["held_out"][:EXAMPLES], tokenizer) for d in DOMAINS}
-    data[MIXED] = _blocks(mixed({d: blocks[d]["held_out"] for d in DOMAINS}, seed, EXAMPLES), tokenizer)
+    data = {d: examples_of(blocks[d]["held_out"][:EXAMPLES], tokenizer) for d in DOMAINS}
+    data[MIXED] = examples_of(mixed({d: blocks[d]["held_out"] for d in DOMAINS}, seed, EXAMPLES), tokenizer)
     tune = {d: blocks[d]["fuse"][:EXAMPLES] for d in DOMAINS}
-    tune = {d: _blocks(rows, tokenizer) for d, rows in {**tune, MIXED: mixed(tune, seed, EXAMPLES)}.items()}
-    one = _load(fused)
-    return Comparison(one, one, tokenizer, data, tune, _load(folder / "base"), seed)
+    tune = {d: examples_of(rows, tokenizer) for d, rows in {**tune, MIXED: mixed(tune, seed, EXAMPLES)}.items()}
+    one = load(fused)
+    return Comparison(one, one, tokenizer, data, tune, load(folder / "base"), seed)
 
 
-def _rows(blocks: dict[str, Tensor]) -> dict[str, Dataset]:
+def rows_of(blocks: dict[str, Tensor]) -> dict[str, Dataset]:
     rows = {d: part.tolist() for d, part in blocks.items()}
     return {d: Dataset.from_dict({"input_ids": ids, "labels": ids}) for d, ids in rows.items()}
 
@@ -334,12 +342,12 @@ def _difference(comparison: Comparison, row: Measured, reference: Measured) -> d
 
 def _oracle(folder: Path, tests: dict[str, HeldOut]) -> dict[str, float]:
     """Loss of the best specialist by domain."""
-    scores = {d: {n: score(_load(folder / n), x) for n in DOMAINS} for d, x in tests.items()}
+    scores = {d: {n: score(load(folder / n), x) for n in DOMAINS} for d, x in tests.items()}
     best = {d: DOMAINS[int(best_per_domain(scores[d], x)[0])] for d, x in tests.items()}
     return {d: _mean(scores[d][best[d]].losses, x) for d, x in tests.items()}
 
 
-def _loss(model, test: HeldOut) -> float:
+def loss_of(model, test: HeldOut) -> float:
     return _mean(score(model, test).losses, test)
 
 

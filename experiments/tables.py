@@ -232,6 +232,17 @@ def chosen(path: Path) -> str:
     return markdown(["", *heads], rows)
 
 
+def edits(path: Path) -> str:
+    """Nats per token of fused models that a specialist was added to or removed from, mean over seeds."""
+    rows = []
+    for variant, ran in ledger.results(path.name).items():
+        for model in ran[0]["nats_per_token"]:
+            losses = [one["nats_per_token"][model] for one in ran]
+            cells = [f"{mean(one[d] for one in losses):.3f}" if d in losses[0] else "" for d in DOMAINS]
+            rows.append([variant, model, *cells])
+    return markdown(["gate", "model", *DOMAINS], rows)
+
+
 def benchmarks(path: Path) -> str:
     """Scores of each model through lm-eval, the fused model's first."""
     models = {found["model"]: found for found in files(path)}
@@ -378,6 +389,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cells": cells,
     "ahead": ahead,
     "chosen": chosen,
+    "edits": edits,
     "benchmarks": benchmarks,
     "stages beside the paper's": stages_beside_paper,
     "losses beside the paper's": losses_beside_paper,
