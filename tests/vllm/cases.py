@@ -49,7 +49,17 @@ SERVED = {
         ("gemma2", {"attn_logit_softcapping": None, "sliding_window": WINDOW, "layers": 3}),
     ],
     "Qwen 3 and Gemma 3": [("qwen3", {}), ("gemma3_text", {"layers": 3, "sliding_window": WINDOW})],
+    "a cross gate that calibrates": [("llama", {}), ("llama", {"layers": 3, "hidden_size": 160, "head_dim": 32})],
+    "a cross gate that calibrates bounded logits": [
+        ("gemma2", {"attn_logit_softcapping": None, "sliding_window": WINDOW}),
+        ("gemma2", {"attn_logit_softcapping": None, "sliding_window": WINDOW, "layers": 3}),
+    ],
 }
+_CALIBRATED = {"gate": "cross", "gate_hidden_size": 128, "gate_calibration": True}
+# how those are fused that are not fused by default
+CHOICES = {"a cross gate that calibrates": _CALIBRATED, "a cross gate that calibrates bounded logits": _CALIBRATED}
+# a gate's weight, or scale, must differ by more than that between the tokens of a text
+LEAST_SPREAD = 0.1
 
 # what it shows: (family and fields of each specialist, how they are fused, what the refusal says)
 REFUSED = {
@@ -97,13 +107,22 @@ REFUSED = {
 
 
 def save_fused(folder: Path, specialists: list[tuple[str, dict]], choices: dict | None = None) -> None:
-    """Saves a fused model whose gate has opinions, with its tokenizer."""
+    """Saves a fused model whose gate has opinions that differ from token to token, with its tokenizer."""
     set_seed(0)
     parts = {name: specialist(f, **{**_SHAPE, **fields}) for name, (f, fields) in zip("abc", specialists)}  # noqa: B905
     model = UltraFuserForCausalLM.from_specialists(parts, **(choices or {}))
-    stir_gate(model)
+    if model.config.gate_calibration:
+        stir_by_width(model)
+    else:
+        stir_gate(model)
     model.save_pretrained(folder)
     tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+
+
+def stir_by_width(model: PreTrainedModel) -> None:
+    """Draws all of a gate's layers, the last ones too, so that few of its scores are where softmax or clamp end."""
+    for parameter in model.model.fusion_gate.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
 
 def prompts_and_answers(folder: Path, dtype: str) -> dict:
@@ -120,11 +139,13 @@ def prompts_and_answers(folder: Path, dtype: str) -> dict:
         raise ValueError(
             f"Prompts must exceed the attention window, but it is {window} and the longest is {len(prompts[0])}."
         )
+    check_spread(model, prompts[0])
     chat = words.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)["input_ids"]
-    answers = [greedy(model, p) for p in [*prompts, chat]]
+    answers, log_probs = zip(*(greedy(model, p) for p in [*prompts, chat]), strict=True)
     return {
         "prompts": prompts,
-        "answers": answers[:-1],
+        "answers": list(answers[:-1]),
+        "log_probs": list(log_probs[:-1]),
         "window": window,
         "messages": CHAT,
         "chat_answer": answers[-1],
@@ -132,8 +153,29 @@ def prompts_and_answers(folder: Path, dtype: str) -> dict:
     }
 
 
-def greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """The most likely next tokens, up to and with the end of text."""
+@torch.no_grad()
+def check_spread(model: PreTrainedModel, prompt: list[int]) -> None:
+    """Refuses a calibrated gate that says the same at every token: nothing would be compared.
+
+    Raises:
+        ValueError: With the standard deviations over the tokens.
+    """
+    if not model.config.gate_calibration:
+        return
+    output = model(torch.tensor([prompt]))
+    spreads = [t[0, :, 0].std().item() for t in (output.gate_weights, output.logit_scales)]
+    if min(spreads) < LEAST_SPREAD:
+        raise ValueError(f"The gate's weights and scales must differ by {LEAST_SPREAD} between tokens, but got {spreads}.")
+
+
+def greedy(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[float]]:
+    """The most likely next tokens, up to and with the end of text, and their log-probabilities.
+
+    A factor on logits changes which token is the likeliest never, and its probability always.
+    """
     ids = torch.tensor([prompt])
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS)
-    return output[0, len(prompt) :].tolist()
+    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, **options)
+    tokens = output.sequences[0, len(prompt) :]
+    log_probs = torch.cat(output.logits).float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    return tokens.tolist(), log_probs.tolist()

@@ -26,8 +26,13 @@ def answer(job: dict) -> dict:
     except Exception as error:
         return {"refusal": f"{type(error).__name__}: {error}"}
     prompts = [{"prompt_token_ids": p} for p in job["prompts"]]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=job["new_tokens"]), use_tqdm=False)
-    found = {"tokens": [list(o.outputs[0].token_ids) for o in outputs], "dtypes": llm.apply_model(dtypes)[0]}
+    greedy = SamplingParams(temperature=0, max_tokens=job["new_tokens"], logprobs=0)
+    outputs = [o.outputs[0] for o in llm.generate(prompts, greedy, use_tqdm=False)]
+    found = {
+        "tokens": [list(o.token_ids) for o in outputs],
+        "log_probs": [[at[t].logprob for t, at in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs],
+        "dtypes": llm.apply_model(dtypes)[0],
+    }
     del llm, outputs
     gc.collect()
     return found
