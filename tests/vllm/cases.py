@@ -6,7 +6,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from tests.conftest import stir_gate
 from tests.tiny import specialist, tokenizer
 
 
@@ -49,15 +48,25 @@ SERVED = {
         ("gemma2", {"attn_logit_softcapping": None, "sliding_window": WINDOW, "layers": 3}),
     ],
     "Qwen 3 and Gemma 3": [("qwen3", {}), ("gemma3_text", {"layers": 3, "sliding_window": WINDOW})],
-    "a cross gate that calibrates": [("llama", {}), ("llama", {"layers": 3, "hidden_size": 160, "head_dim": 32})],
-    "a cross gate that calibrates bounded logits": [
-        ("gemma2", {"attn_logit_softcapping": None, "sliding_window": WINDOW}),
-        ("gemma2", {"attn_logit_softcapping": None, "sliding_window": WINDOW, "layers": 3}),
+    "the paper's gate": [("llama", {}), ("llama", {"layers": 3, "hidden_size": 160, "head_dim": 32})],
+    "an evidence gate that calibrates": [("llama", {}), ("llama", {"layers": 3, "hidden_size": 160, "head_dim": 32})],
+    "an evidence gate and a window": [
+        ("llama", {}),
+        ("mistral", {"layers": 3, "sliding_window": WINDOW}),
+        ("llama", {"layers": 1}),
     ],
+    "a posterior gate": [("llama", {}), ("llama", {"layers": 3})],
 }
-_CALIBRATED = {"gate": "cross", "gate_hidden_size": 128, "gate_calibration": True}
 # how those are fused that are not fused by default
-CHOICES = {"a cross gate that calibrates": _CALIBRATED, "a cross gate that calibrates bounded logits": _CALIBRATED}
+CHOICES = {
+    "the paper's gate": {"gate": "mlp"},
+    "an evidence gate that calibrates": {"gate": "evidence:128+calibration"},
+    "an evidence gate and a window": {"gate": "evidence:128"},
+    "a posterior gate": {"gate": "posterior", "gate_switch_probability": 0.02},
+}
+# which of those read their prompts in several steps of the engine, and a second time from its cache
+IN_PARTS = ("hidden sizes 128 and 160", "an evidence gate that calibrates", "an evidence gate and a window")
+PARTS = {"max_num_batched_tokens": 32, "max_num_seqs": 4, "enable_prefix_caching": True, "block_size": 32}
 # a gate's weight, or scale, must differ by more than that between the tokens of a text
 LEAST_SPREAD = 0.1
 
@@ -111,10 +120,7 @@ def save_fused(folder: Path, specialists: list[tuple[str, dict]], choices: dict 
     set_seed(0)
     parts = {name: specialist(f, **{**_SHAPE, **fields}) for name, (f, fields) in zip("abc", specialists)}  # noqa: B905
     model = UltraFuserForCausalLM.from_specialists(parts, **(choices or {}))
-    if model.config.gate_calibration:
-        stir_by_width(model)
-    else:
-        stir_gate(model)
+    stir_by_width(model)
     model.save_pretrained(folder)
     tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(folder)
 
@@ -165,7 +171,9 @@ def check_spread(model: PreTrainedModel, prompt: list[int]) -> None:
     output = model(torch.tensor([prompt]))
     spreads = [t[0, :, 0].std().item() for t in (output.gate_weights, output.logit_scales)]
     if min(spreads) < LEAST_SPREAD:
-        raise ValueError(f"The gate's weights and scales must differ by {LEAST_SPREAD} between tokens, but got {spreads}.")
+        raise ValueError(
+            f"The gate's weights and scales must differ by {LEAST_SPREAD} between tokens, but got {spreads}."
+        )
 
 
 def greedy(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[float]]:

