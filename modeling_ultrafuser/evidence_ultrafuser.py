@@ -7,7 +7,7 @@ it to the state.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -277,15 +277,20 @@ def log_likelihoods(states: Tensor, ids: Tensor, head: Tensor, config: UltraFuse
     Returns:
         Shape (batch, seq, specialists).
     """
+    return judged(specialist_parts(states, config), ids, head)
+
+
+def judged(parts: Iterable[tuple[Tensor, slice, float | None]], ids: Tensor, head: Tensor) -> Tensor:
+    """Does the same from what `specialist_parts` gives."""
     size = CHUNK if head.device.type == "cpu" else CHUNK_ELSEWHERE
     found = []
-    for k, (own, columns, cap) in enumerate(specialist_parts(states, config)):
-        weight, tokens, parts = head[:, columns], ids[:, min(k, ids.shape[1] - 1)], []
+    for k, (own, columns, cap) in enumerate(parts):
+        weight, tokens, chunks = head[:, columns], ids[:, min(k, ids.shape[1] - 1)], []
         for h, y in zip(own.flatten(0, 1).split(size), tokens.flatten().split(size), strict=True):
             logits = bounded(F.linear(h.to(weight.device, weight.dtype), weight), cap).float()
             at_y = logits.gather(-1, y.to(weight.device)[:, None])[:, 0]
-            parts.append(at_y - logits.logsumexp(-1))
-        found.append(torch.cat(parts).to(states.device).view(states.shape[:2]))
+            chunks.append(at_y - logits.logsumexp(-1))
+        found.append(torch.cat(chunks).to(own.device).view(own.shape[:2]))
     return torch.stack(found, -1)
 
 

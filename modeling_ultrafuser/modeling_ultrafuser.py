@@ -24,6 +24,7 @@ from transformers.utils import TransformersKwargs
 
 from .adapters_ultrafuser import add_adapters, merged_backbone, run_as_rows
 from .cache_ultrafuser import SpecialistCache
+from .carrying_ultrafuser import Carrier, find_head
 from .causal_ultrafuser import (
     causal_class,
     masks_for_generate,
@@ -193,6 +194,10 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         self.fusion_gate = GATES[config.gate](config)
         # whoever has a head puts it here, for gates that read the past; in a tuple, so that it is no part of the backbone
         self.wide_head: tuple[nn.Module, ...] = ()
+        self.carrier: Carrier | None = None
+        if number_globally and self.fusion_gate.reads_past:
+            self.carrier = Carrier(config, self.fusion_gate.evidence)
+            find_head(self)
         self.resized = False
         self._tell_attention()
         self.post_init()
@@ -292,7 +297,10 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         device = outputs[-1].last_hidden_state.device
         states = [o.last_hidden_state.to(device) for o in outputs]
         views = (specialist_input_ids, specialist_attention_mask, kwargs.get("cu_seq_lens_q"))
-        evidence = read_evidence(self, states, input_ids, past_key_values, attention_mask, position_ids, *views)
+        if self.carrier is None:
+            evidence = read_evidence(self, states, input_ids, past_key_values, attention_mask, position_ids, *views)
+        else:
+            evidence = (self.carrier(states, input_ids, position_ids, self.wide_head[0].weight),)
         fused, gate_output = self.weighed(states, *evidence)
         output_class = UltraFuserModelOutput if self.config.fusion == "logits" else UltraFuserMixtureOutput
         output = output_class(

@@ -23,7 +23,6 @@ def check_servable_by_vllm(config: UltraFuserConfig) -> None:
     """
     _refuse_adapters(config, "vLLM's Transformers backend")
     _refuse_longrope(config, "vLLM's Transformers backend")
-    _refuse_evidence(config, "vLLM's Transformers backend")
 
     def refuse(reason: str, values: list) -> None:
         raise ValueError(

@@ -328,11 +328,10 @@ def test_check_takes_the_choices_of_fusing(case, choices, good, tmp_path):
     assert_agreement({"text": good, "other": CASES[case][0](tmp_path / "other")}, True, "", **choices)
 
 
-def test_a_gate_that_vllm_has_no_place_for_is_told(good, tmp_path):
+def test_what_gates_cost_is_told_and_that_vllm_serves_those_that_look_back(good, tmp_path):
     words = (f"text={good}", f"other={small(tmp_path / 'other')}")
-    assert said(told(*words), "vLLM", "fits")
     found = told(*words, "--gate", "evidence")
-    assert "gate='evidence' also carries" in said(found, "vLLM", "warning")
+    assert said(found, "vLLM", "fits")
     parameters = [f["numbers"]["parameters"]["gate"] for f in (found, told(*words, "--gate", "cross"))]
     assert parameters[0] > parameters[1]
 

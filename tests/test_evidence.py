@@ -593,8 +593,7 @@ def test_others_columns_of_evidence_stay(specialists, tmp_path):
 def test_what_has_no_place_for_a_state_or_no_heads_refuses_in_words(gate, specialists, tmp_path):
     fused = fuse(specialists, gate=gate)
     alike = UltraFuserConfig(specialist_names=["a", "b"], specialists=[specialist().config] * 2, gate=gate)
-    with pytest.raises(ValueError, match=f"vLLM's Transformers backend keeps keys and values .* gate='{gate}'"):
-        check_servable_by_vllm(alike)
+    check_servable_by_vllm(alike)
     with pytest.raises(ValueError, match=f"Continuous batching keeps keys and values .* gate='{gate}'"):
         fused.generate_batch([[5, 6, 7]], max_new_tokens=2)
     offloaded = DynamicCache(config=fused.config)

@@ -6,7 +6,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from tests.conftest import stir_gate
 from tests.tiny import specialist, tokenizer
 
 
@@ -49,7 +48,27 @@ SERVED = {
         ("gemma2", {"attn_logit_softcapping": None, "sliding_window": WINDOW, "layers": 3}),
     ],
     "Qwen 3 and Gemma 3": [("qwen3", {}), ("gemma3_text", {"layers": 3, "sliding_window": WINDOW})],
+    "the paper's gate": [("llama", {}), ("llama", {"layers": 3, "hidden_size": 160, "head_dim": 32})],
+    "an evidence gate that calibrates": [("llama", {}), ("llama", {"layers": 3, "hidden_size": 160, "head_dim": 32})],
+    "an evidence gate and a window": [
+        ("llama", {}),
+        ("mistral", {"layers": 3, "sliding_window": WINDOW}),
+        ("llama", {"layers": 1}),
+    ],
+    "a posterior gate": [("llama", {}), ("llama", {"layers": 3})],
 }
+# how those are fused that are not fused by default
+CHOICES = {
+    "the paper's gate": {"gate": "mlp"},
+    "an evidence gate that calibrates": {"gate": "evidence:128+calibration"},
+    "an evidence gate and a window": {"gate": "evidence:128"},
+    "a posterior gate": {"gate": "posterior", "gate_switch_probability": 0.02},
+}
+# which of those read their prompts in several steps of the engine, and a second time from its cache
+IN_PARTS = ("hidden sizes 128 and 160", "an evidence gate that calibrates", "an evidence gate and a window")
+PARTS = {"max_num_batched_tokens": 32, "max_num_seqs": 4, "enable_prefix_caching": True, "block_size": 32}
+# a gate's weight, or scale, must differ by more than that between the tokens of a text
+LEAST_SPREAD = 0.1
 
 # what it shows: (family and fields of each specialist, how they are fused, what the refusal says)
 REFUSED = {
@@ -97,13 +116,19 @@ REFUSED = {
 
 
 def save_fused(folder: Path, specialists: list[tuple[str, dict]], choices: dict | None = None) -> None:
-    """Saves a fused model whose gate has opinions, with its tokenizer."""
+    """Saves a fused model whose gate has opinions that differ from token to token, with its tokenizer."""
     set_seed(0)
     parts = {name: specialist(f, **{**_SHAPE, **fields}) for name, (f, fields) in zip("abc", specialists)}  # noqa: B905
     model = UltraFuserForCausalLM.from_specialists(parts, **(choices or {}))
-    stir_gate(model)
+    stir_by_width(model)
     model.save_pretrained(folder)
     tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+
+
+def stir_by_width(model: PreTrainedModel) -> None:
+    """Draws all of a gate's layers, the last ones too, so that few of its scores are where softmax or clamp end."""
+    for parameter in model.model.fusion_gate.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
 
 def prompts_and_answers(folder: Path, dtype: str) -> dict:
@@ -120,11 +145,13 @@ def prompts_and_answers(folder: Path, dtype: str) -> dict:
         raise ValueError(
             f"Prompts must exceed the attention window, but it is {window} and the longest is {len(prompts[0])}."
         )
+    check_spread(model, prompts[0])
     chat = words.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)["input_ids"]
-    answers = [greedy(model, p) for p in [*prompts, chat]]
+    answers, log_probs = zip(*(greedy(model, p) for p in [*prompts, chat]), strict=True)
     return {
         "prompts": prompts,
-        "answers": answers[:-1],
+        "answers": list(answers[:-1]),
+        "log_probs": list(log_probs[:-1]),
         "window": window,
         "messages": CHAT,
         "chat_answer": answers[-1],
@@ -132,8 +159,31 @@ def prompts_and_answers(folder: Path, dtype: str) -> dict:
     }
 
 
-def greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """The most likely next tokens, up to and with the end of text."""
+@torch.no_grad()
+def check_spread(model: PreTrainedModel, prompt: list[int]) -> None:
+    """Refuses a calibrated gate that says the same at every token: nothing would be compared.
+
+    Raises:
+        ValueError: With the standard deviations over the tokens.
+    """
+    if not model.config.gate_calibration:
+        return
+    output = model(torch.tensor([prompt]))
+    spreads = [t[0, :, 0].std().item() for t in (output.gate_weights, output.logit_scales)]
+    if min(spreads) < LEAST_SPREAD:
+        raise ValueError(
+            f"The gate's weights and scales must differ by {LEAST_SPREAD} between tokens, but got {spreads}."
+        )
+
+
+def greedy(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[float]]:
+    """The most likely next tokens, up to and with the end of text, and their log-probabilities.
+
+    A factor on logits changes which token is the likeliest never, and its probability always.
+    """
     ids = torch.tensor([prompt])
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS)
-    return output[0, len(prompt) :].tolist()
+    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, **options)
+    tokens = output.sequences[0, len(prompt) :]
+    log_probs = torch.cat(output.logits).float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    return tokens.tolist(), log_probs.tolist()

