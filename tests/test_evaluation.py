@@ -503,9 +503,46 @@ def test_a_lone_specialist_starts_as_itself_and_its_temperature_learns(gate, tun
 def test_the_calibrated_oracle_is_ahead_of_the_oracle_where_it_was_tuned(tunable):
     tunable.found |= {f"{n} specialist": tunable.run(s, "specialist") for n, s in tunable.specialists.items()}
     oracle = contenders.routed(tunable, contenders.best_per_domain)
-    calibrated = contenders.calibrated_oracle(tunable, "constant")
+    calibrated = contenders.calibrated_oracle(tunable, ["constant"])
     for domain, examples in tunable.tune.items():
         ahead = oracle.scores[domain].losses - calibrated.scores[domain].losses
         assert ahead[examples.scored].mean() > 0
     assert set(calibrated.scores) == set(tunable.data)
     assert calibrated.cost == oracle.cost
+
+
+def follows(model, rows, steps=30):
+    """Rows in which what comes after an even token is what the specialist holds likeliest, and after an odd one chance."""
+    ids = torch.randint(3, VOCAB, (rows, 1))
+    for _ in range(steps):
+        with torch.no_grad():
+            likeliest = model(ids).logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, likeliest.where(ids[:, -1:] % 2 == 0, torch.randint(3, VOCAB, (rows, 1)))], -1)
+    return ids
+
+
+def by_chance(model, rows, steps=30):
+    """Rows of nothing but chance: the less sure the better, token for token."""
+    return torch.randint(3, VOCAB, (rows, steps + 1))
+
+
+@pytest.mark.parametrize(("make", "taken"), [(follows, "cross"), (by_chance, "constant")])
+def test_a_temperature_per_token_is_taken_where_it_helps_on_examples_it_was_not_fitted_on(make, taken, comparison):
+    model = comparison.specialists["text"]
+    sets = []
+    for number in (8, 16):
+        ids = make(model, number)
+        scored = torch.ones_like(ids, dtype=torch.bool)
+        scored[:, :1] = False
+        sets.append(HeldOut(ids, torch.ones_like(ids), scored))
+    comparison.tune, comparison.data = ({"text": examples} for examples in sets)
+    comparison.found |= {f"{n} specialist": comparison.run(s, "specialist") for n, s in comparison.specialists.items()}
+    found = {}
+    for gates in (["constant"], ["cross"], ["constant", "cross"]):
+        torch.manual_seed(0)
+        found["+".join(gates)] = contenders.calibrated_oracle(comparison, gates).scores["text"].losses
+    assert torch.equal(found["constant+cross"], found[taken])
+    other = {"cross": "constant", "constant": "cross"}[taken]
+    examples = comparison.data["text"]
+    means = {name: losses[examples.scored].mean().item() for name, losses in found.items()}
+    assert means[taken] < means[other] - 0.01

@@ -9,13 +9,14 @@ from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.tiny import specialist, tokenizer
-from tests.training import CHAT_TEMPLATE, conversations
+from tests.training import CHAT_TEMPLATE, PAPER, conversations
 from trainers import CachedGateTrainer
 from ultrafuser.cli import app
 
 
 NAMES = ["text", "code"]
 SMALL = {"examples_per_domain": 2, "per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True}
+SMALL |= PAPER
 
 
 @pytest.fixture

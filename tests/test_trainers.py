@@ -12,7 +12,7 @@ import trainers.chunked
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.stage_run import data as sums
 from tests.tiny import specialist, tokenizer
-from tests.training import CHAT_TEMPLATE, changed, conversations, weights
+from tests.training import CHAT_TEMPLATE, PAPER, changed, conversations, weights
 from trainers import DomainSampler, GateTrainer, JointTrainer
 from trainers.prompting import ViewCollator
 from trainers.settings import scaled_rate
@@ -33,6 +33,7 @@ def trainer(cls, model, folder, data=None, *, more=None, **settings):
         "per_device_train_batch_size": 6,
         "learning_rate": 1e-2,
         "logging_steps": 1,
+        **PAPER,
         **settings,
     }
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False}

@@ -130,7 +130,9 @@ def _trained(model, tokenizer: PreTrainedTokenizerBase, args: GateStageConfig, d
     """Trains the gate. Returns the seconds that it took without the pass."""
     own = copy.deepcopy(args)
     # mixed examples are of the data, which all read from one cache
-    own.seed, own.data_seed, own.save_strategy = seed, args.seed, SaveStrategy.NO
+    own.seed, own.data_seed = seed, args.seed
+    if not own.early_stopping:
+        own.save_strategy = SaveStrategy.NO
     with TemporaryDirectory() as own.output_dir:
         trainer = CachedGateTrainer(model, own, data, processing_class=tokenizer, **cache)
         trainer.fill()
