@@ -511,38 +511,27 @@ def test_the_calibrated_oracle_is_ahead_of_the_oracle_where_it_was_tuned(tunable
     assert calibrated.cost == oracle.cost
 
 
-def follows(model, rows, steps=30):
-    """Rows in which what comes after an even token is what the specialist holds likeliest, and after an odd one chance."""
+def half_by_chance(model, rows, steps=30):
+    """Rows in which what comes after an even token is what a model holds likeliest, and after an odd one chance."""
     ids = torch.randint(3, VOCAB, (rows, 1))
     for _ in range(steps):
         with torch.no_grad():
             likeliest = model(ids).logits[:, -1:].argmax(-1)
         ids = torch.cat([ids, likeliest.where(ids[:, -1:] % 2 == 0, torch.randint(3, VOCAB, (rows, 1)))], -1)
-    return ids
+    scored = torch.ones_like(ids, dtype=torch.bool)
+    scored[:, 0] = False
+    return HeldOut(ids, torch.ones_like(ids), scored)
 
 
-def by_chance(model, rows, steps=30):
-    """Rows of nothing but chance: the less sure the better, token for token."""
-    return torch.randint(3, VOCAB, (rows, steps + 1))
-
-
-@pytest.mark.parametrize(("make", "taken"), [(follows, "cross"), (by_chance, "constant")])
-def test_a_temperature_per_token_is_taken_where_it_helps_on_examples_it_was_not_fitted_on(make, taken, comparison):
-    model = comparison.specialists["text"]
-    sets = []
-    for number in (8, 16):
-        ids = make(model, number)
-        scored = torch.ones_like(ids, dtype=torch.bool)
-        scored[:, :1] = False
-        sets.append(HeldOut(ids, torch.ones_like(ids), scored))
-    comparison.tune, comparison.data = ({"text": examples} for examples in sets)
+@pytest.mark.parametrize(("rows", "taken", "other"), [(8, "constant", "cross"), (160, "cross", "constant")])
+def test_a_temperature_per_token_is_taken_if_it_helps_beyond_what_it_was_fitted_on(rows, taken, other, comparison):
+    """From few rows it is learned by heart, from many it is learned."""
+    comparison.tune, comparison.data = ({"text": half_by_chance(comparison.specialists["text"], n)} for n in (rows, 16))
     comparison.found |= {f"{n} specialist": comparison.run(s, "specialist") for n, s in comparison.specialists.items()}
     found = {}
     for gates in (["constant"], ["cross"], ["constant", "cross"]):
         torch.manual_seed(0)
         found["+".join(gates)] = contenders.calibrated_oracle(comparison, gates).scores["text"].losses
     assert torch.equal(found["constant+cross"], found[taken])
-    other = {"cross": "constant", "constant": "cross"}[taken]
     examples = comparison.data["text"]
-    means = {name: losses[examples.scored].mean().item() for name, losses in found.items()}
-    assert means[taken] < means[other] - 0.01
+    assert found[taken][examples.scored].mean() < found[other][examples.scored].mean() - 0.05
