@@ -526,7 +526,9 @@ def half_by_chance(model, rows, steps=30):
 @pytest.mark.parametrize(("rows", "taken", "other"), [(8, "constant", "cross"), (160, "cross", "constant")])
 def test_a_temperature_per_token_is_taken_if_it_helps_beyond_what_it_was_fitted_on(rows, taken, other, comparison):
     """From few rows it is learned by heart, from many it is learned."""
-    comparison.tune, comparison.data = ({"text": half_by_chance(comparison.specialists["text"], n)} for n in (rows, 16))
+    comparison.tune, comparison.data = (
+        {"text": half_by_chance(comparison.specialists["text"], n)} for n in (rows, 16)
+    )
     comparison.found |= {f"{n} specialist": comparison.run(s, "specialist") for n, s in comparison.specialists.items()}
     found = {}
     for gates in (["constant"], ["cross"], ["constant", "cross"]):

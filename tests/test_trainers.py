@@ -10,6 +10,7 @@ from trl import SFTConfig
 
 import trainers.chunked
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE
 from tests.stage_run import data as sums
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, PAPER, changed, conversations, weights
@@ -369,10 +370,11 @@ def test_domains_without_a_specialist_cannot_start_the_gate_warm(fused, tmp_path
 
 
 @BOTH
+@pytest.mark.parametrize(("gate", "dtype"), [("mlp", torch.float32), (DEFAULT_GATE, torch.float64)])
 @pytest.mark.parametrize("fusion", ["logits", "probabilities"])
-def test_the_loss_in_chunks_is_the_models_own(fusion, stage, specialists, tmp_path, monkeypatch):
+def test_the_loss_in_chunks_is_the_models_own(fusion, gate, dtype, stage, specialists, tmp_path, monkeypatch):
     monkeypatch.setitem(trainers.chunked.CHUNK, "cpu", 5)
-    model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion)
+    model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion, gate=gate, dtype=dtype)
     for parameter in model.model.fusion_gate.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     run = trainer(stage, model, tmp_path)
