@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig
@@ -106,7 +106,9 @@ def compare(
 
 def table(fits: list[Fit]) -> Table:
     """All gates, the best first."""
-    shown = Table("gate", "seed", "parameters", "seconds", *fits[0].losses, "mean", caption="nats per token, held out")
+    # a word that is cut cannot be copied into the next command
+    gate = Column("gate", no_wrap=True, min_width=max(len(fit.gate) for fit in fits))
+    shown = Table(gate, "seed", "parameters", "seconds", *fits[0].losses, "mean", caption="nats per token, held out")
     for fit in fits:
         losses = (f"{loss:.4f}" for loss in (*fit.losses.values(), fit.mean))
         shown.add_row(fit.gate, str(fit.seed), f"{fit.parameters:,}", f"{fit.seconds:.1f}", *losses)
