@@ -14,6 +14,7 @@ from trl import ModelConfig
 
 from modeling_ultrafuser.gates_ultrafuser import GATES, gate_settings
 from trainers import CachedGateTrainer, GateStageConfig
+from trainers.domain_trainer import data_seed
 from trainers.domains import by_domain, split
 
 from .evaluation.measuring import HeldOut, held_out, score
@@ -132,7 +133,7 @@ def _trained(model, tokenizer: PreTrainedTokenizerBase, args: GateStageConfig, d
     """Trains the gate. Returns the seconds that it took without the pass."""
     own = copy.deepcopy(args)
     # mixed examples are of the data, which all read from one cache
-    own.seed, own.data_seed = seed, args.seed
+    own.seed, own.data_seed = seed, data_seed(args)
     if not own.early_stopping:
         own.save_strategy = SaveStrategy.NO
     with TemporaryDirectory() as own.output_dir:
