@@ -37,8 +37,9 @@ def gate_settings(word: str) -> dict:
     Raises:
         ValueError: If there is no such gate.
     """
-    calibrated = word.endswith(CALIBRATION)
-    kind, colon, width = word.removesuffix(CALIBRATION).partition(":")
+    text = word if isinstance(word, str) else ""
+    calibrated = text.endswith(CALIBRATION)
+    kind, colon, width = text.removesuffix(CALIBRATION).partition(":")
     known = kind in GATES and (GATES[kind].can_calibrate or not calibrated)
     wide_enough = re.fullmatch(r"[1-9][0-9]{0,8}", width) and int(width) <= WIDEST
     if not known or (colon and not (GATES[kind].has_width and wide_enough)):

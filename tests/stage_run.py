@@ -25,12 +25,12 @@ from transformers import TrainerCallback, set_seed
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.tiny import specialist, tokenizer
-from tests.training import CHAT_TEMPLATE, conversations
+from tests.training import CHAT_TEMPLATE, PAPER, conversations
 from trainers import GateTrainer, JointTrainer
 
 
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False, "logging_steps": 1}
-SMALL = {"max_steps": 6, "examples_per_domain": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+SMALL = {"max_steps": 6, "examples_per_domain": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, **PAPER}
 
 
 class Kill(TrainerCallback):
@@ -55,7 +55,7 @@ def build(job):
     """The trainer of a job. It writes down which sums it sees, by step."""
     set_seed(0)
     specialists = {"text": specialist(), "code": specialist(layers=1), "math": specialist(layers=3)}
-    model = UltraFuserForCausalLM.from_specialists(specialists, **job.get("fuse", {}))
+    model = UltraFuserForCausalLM.from_specialists(specialists, **{"gate": "mlp", **job.get("fuse", {})})
     cls = {"gate": GateTrainer, "joint": JointTrainer}[job["stage"]]
     arguments = cls.config_class(job["folder"], **{**QUIET, "save_strategy": "no", **SMALL, **job.get("settings", {})})
     extra = {}

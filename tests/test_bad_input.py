@@ -160,8 +160,6 @@ def test_a_configuration_without_specialists_builds_no_model():
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        ({"gate": "softmax"}, ("Unknown gate 'softmax'", "'mlp', 'cross', 'evidence', 'linear', 'constant'")),
-        ({"gate": None}, ("Unknown gate None",)),
         ({"fusion": "weights"}, ("Unknown fusion 'weights'", "'logits', 'probabilities'")),
         ({"gate_temperature": 0}, ("must be a positive number", "it is 0.", "gate='uniform'")),
         ({"gate_temperature": -1.0}, ("must be a positive number", "-1.0")),
@@ -186,6 +184,17 @@ def test_an_unknown_choice_is_refused_before_a_folder_is_opened(choice, words):
         UltraFuserForCausalLM.from_specialists({"text": "/no/folder", "code": "/no/folder"}, **choice)
     with pytest.raises(ValueError, match=saying(*words)):
         UltraFuserConfig(specialist_names=["text", "code"], specialists=two_configs(), **choice)
+
+
+@pytest.mark.parametrize("gate", ["softmax", None, 3], ids=str)
+def test_an_unknown_gate_is_refused_before_a_folder_is_opened(gate):
+    known = "'mlp', 'cross', 'evidence', 'linear', 'constant'"
+    with pytest.raises(
+        ValueError, match=saying("A gate is one of", known, f"But got {gate!r}", "Choose one of those")
+    ):
+        UltraFuserForCausalLM.from_specialists({"text": "/no/folder", "code": "/no/folder"}, gate=gate)
+    with pytest.raises(ValueError, match=saying(f"Unknown gate {gate!r}", known)):
+        UltraFuserConfig(specialist_names=["text", "code"], specialists=two_configs(), gate=gate)
 
 
 def test_an_unknown_argument_is_refused(good, fuse_without_loading):

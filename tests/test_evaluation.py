@@ -503,9 +503,37 @@ def test_a_lone_specialist_starts_as_itself_and_its_temperature_learns(gate, tun
 def test_the_calibrated_oracle_is_ahead_of_the_oracle_where_it_was_tuned(tunable):
     tunable.found |= {f"{n} specialist": tunable.run(s, "specialist") for n, s in tunable.specialists.items()}
     oracle = contenders.routed(tunable, contenders.best_per_domain)
-    calibrated = contenders.calibrated_oracle(tunable, "constant")
+    calibrated = contenders.calibrated_oracle(tunable, ["constant"])
     for domain, examples in tunable.tune.items():
         ahead = oracle.scores[domain].losses - calibrated.scores[domain].losses
         assert ahead[examples.scored].mean() > 0
     assert set(calibrated.scores) == set(tunable.data)
     assert calibrated.cost == oracle.cost
+
+
+def half_by_chance(model, rows, steps=30):
+    """Rows in which what comes after an even token is what a model holds likeliest, and after an odd one chance."""
+    ids = torch.randint(3, VOCAB, (rows, 1))
+    for _ in range(steps):
+        with torch.no_grad():
+            likeliest = model(ids).logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, likeliest.where(ids[:, -1:] % 2 == 0, torch.randint(3, VOCAB, (rows, 1)))], -1)
+    scored = torch.ones_like(ids, dtype=torch.bool)
+    scored[:, 0] = False
+    return HeldOut(ids, torch.ones_like(ids), scored)
+
+
+@pytest.mark.parametrize(("rows", "taken", "other"), [(8, "constant", "cross"), (160, "cross", "constant")])
+def test_a_temperature_per_token_is_taken_if_it_helps_beyond_what_it_was_fitted_on(rows, taken, other, comparison):
+    """From few rows it is learned by heart, from many it is learned."""
+    comparison.tune, comparison.data = (
+        {"text": half_by_chance(comparison.specialists["text"], n)} for n in (rows, 16)
+    )
+    comparison.found |= {f"{n} specialist": comparison.run(s, "specialist") for n, s in comparison.specialists.items()}
+    found = {}
+    for gates in (["constant"], ["cross"], ["constant", "cross"]):
+        torch.manual_seed(0)
+        found["+".join(gates)] = contenders.calibrated_oracle(comparison, gates).scores["text"].losses
+    assert torch.equal(found["constant+cross"], found[taken])
+    examples = comparison.data["text"]
+    assert found[taken][examples.scored].mean() < found[other][examples.scored].mean() - 0.05

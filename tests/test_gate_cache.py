@@ -15,7 +15,7 @@ from tests.conftest import stir_gate
 from tests.stage_run import data as sums
 from tests.test_trainers import logs
 from tests.tiny import specialist, tokenizer
-from tests.training import CHAT_TEMPLATE, changed, conversations, weights
+from tests.training import CHAT_TEMPLATE, PAPER, changed, conversations, weights
 from trainers import GateTrainer, gate_cache
 from trainers.gate_cache import LOCK, STATE, CachedGateTrainer
 from trainers.top_tokens import mixed_log_probs, summarised
@@ -31,6 +31,7 @@ def build(cls, model, folder, *, data=None, cached=None, more=None, **settings):
         "per_device_train_batch_size": 3,
         "learning_rate": 3e-2,
         "logging_steps": 1,
+        **PAPER,
         **settings,
     }
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False}
@@ -40,8 +41,8 @@ def build(cls, model, folder, *, data=None, cached=None, more=None, **settings):
     return cls(model, arguments, data, processing_class=words, **(cached or {}), **(more or {}))
 
 
-def fuse(specialists, fusion="logits", **settings):
-    model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion, **settings)
+def fuse(specialists, fusion="logits", gate="mlp", **settings):
+    model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion, gate=gate, **settings)
     stir_gate(model)
     return model
 

@@ -9,13 +9,15 @@ from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.tiny import specialist, tokenizer
-from tests.training import CHAT_TEMPLATE, conversations
+from tests.training import CHAT_TEMPLATE, PAPER, conversations
 from trainers import CachedGateTrainer
 from ultrafuser.cli import app
+from ultrafuser.gate_words import CANDIDATES, DEFAULT
 
 
 NAMES = ["text", "code"]
 SMALL = {"examples_per_domain": 2, "per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True}
+SMALL |= PAPER
 
 
 @pytest.fixture
@@ -58,6 +60,17 @@ def test_gates_share_a_cache_and_the_best_one_is_saved(words, tmp_path, monkeypa
     before, after = (load_file(f / "model.safetensors") for f in (tmp_path / "fused", out))
     assert all(torch.equal(after[key], t) for key, t in before.items() if "fusion_gate" not in key)
     assert (out / "tokenizer.json").exists()
+
+
+def test_without_a_word_the_default_is_compared_with_a_linear_and_the_papers_gate(words, tmp_path, monkeypatch):
+    seen = passes(monkeypatch)
+    done = run("gates", *words, "--out", tmp_path / "gated")
+    assert done.exit_code == 0, done.output
+    rows = {line.split("│")[1].strip() for line in done.output.splitlines() if line.startswith("│")}
+    assert rows == {"uniform", *CANDIDATES}
+    assert CANDIDATES[0] == DEFAULT
+    # temperatures are learned from whole logits, and one pass serves all
+    assert len(seen) == 11
 
 
 def test_gates_that_look_back_share_the_cache_with_others_and_one_without_parameters_is_measured_once(

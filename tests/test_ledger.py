@@ -159,12 +159,21 @@ def test_settings_that_a_run_does_not_take_are_refused_before_anything_runs(sett
     ("settings", "said"),
     [
         ({"joint": {"after": ["fused, no gate"], "stage": {}}}, "all of `joint: after:`, but has"),
-        ({"gates": {"fused": {"gate": "mpl", "fusion": "logits"}}, "joint": None}, "A gate is one of"),
         (
-            {"gates": {"fused": {"gate": "mlp", "fusion": "logit"}}, "joint": None},
+            {"gates": {"fused": {"gate": "mpl", "fusion": "logits"}}, "joint": {"after": ["fused"], "stage": {}}},
+            "A gate is one of",
+        ),
+        (
+            {"gates": {"fused": {"gate": "mlp", "fusion": "logit"}}, "joint": {"after": ["fused"], "stage": {}}},
             "`fusion` is logits or probabilities",
         ),
-        ({"gates": {"fused": {"gate": "mlp", "fusion": "logits", "stage": {"step": 1}}}, "joint": None}, "'step'"),
+        (
+            {
+                "gates": {"fused": {"gate": "mlp", "fusion": "logits", "stage": {"step": 1}}},
+                "joint": {"after": ["fused"], "stage": {}},
+            },
+            "'step'",
+        ),
     ],
 )
 def test_gates_that_there_are_not_are_refused_before_anything_runs(settings, said):

@@ -114,7 +114,7 @@ def test_all_linear_takes_every_specialist_and_neither_head_nor_gate(fused):
 
 def test_a_saved_adapter_on_a_fresh_base_speaks_the_same(trained, specialists, fused, tmp_path):
     trained.save_pretrained(tmp_path / "adapter")
-    base = UltraFuserForCausalLM.from_specialists(specialists)
+    base = UltraFuserForCausalLM.from_specialists(specialists, gate="mlp")
     again = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert torch.equal(logits(again), logits(trained))
 

@@ -74,10 +74,24 @@ def assert_equal_folders(one, other):
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {*same}
 
 
+@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+def test_the_default_gate_comes_back_with_its_temperatures(fusion, fuse, tmp_path):
+    fused = fuse("--fusion", fusion)
+    assert run("fuse", refer(fused), "--out", tmp_path / "again")[0] == 0
+    one, again = (UltraFuserForCausalLM.from_pretrained(folder) for folder in (fused, tmp_path / "again"))
+    assert (one.config.gate, one.config.gate_hidden_size, one.config.gate_calibration) == ("cross", 128, True)
+    with torch.no_grad():
+        said, said_again = one(IDS), again(IDS)
+    assert (said.logit_scales - 1).abs().max() > 0.1, "the temperatures are not stirred"
+    assert torch.equal(said_again.logit_scales, said.logit_scales)
+    assert torch.equal(said_again.logits, said.logits)
+
+
 @pytest.mark.parametrize(
     "choices",
     [
         (),
+        ("--gate", "mlp"),
         ("--gate", "linear", "--fusion", "probabilities"),
         ("--gate", "constant", "--dtype", "bfloat16"),
         ("--gate", "uniform"),
@@ -99,8 +113,8 @@ def test_the_folder_comes_back_byte_for_byte_from_what_is_not_the_specialists(ch
 def test_a_recipe_grows_with_the_gate_and_not_with_the_specialists(models, fuse):
     recipe = refer(fuse())
     gate = recipe.with_name("gate.safetensors").stat().st_size
-    # 512 times the hidden sizes, since the gate has a first layer for each, and the two vectors of the hidden layer
-    numbers = 512 * (32 + 32 + 48) + 2 * 512
+    # the hidden layer of the default gate, 128 wide; then three scores and a temperature of it and of all hidden states
+    numbers = 128 * (32 + 32 + 48 + 1) + 4 * (128 + 32 + 32 + 48 + 1)
     assert 4 * numbers <= gate < 4 * numbers + 1000
     assert sum(path.stat().st_size for path in recipe.parent.iterdir()) - gate < 10_000
 

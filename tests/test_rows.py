@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.tiny import specialist, tokenizer
+from tests.training import PAPER
 from trainers import GateStageConfig, GateTrainer
 from trainers.domains import by_domain
 from ultrafuser.cli import app
@@ -62,7 +63,7 @@ def fused():
 
 
 def stage(fused, data, folder, **settings):
-    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_steps": 1}
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_steps": 1, **PAPER}
     settings = {"examples_per_domain": 2, "per_device_train_batch_size": 2, **quiet, **settings}
     words = tokenizer(chat_template=TEMPLATE)
     return GateTrainer(fused, GateStageConfig(str(folder), **settings), data, processing_class=words)

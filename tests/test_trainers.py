@@ -10,9 +10,10 @@ from trl import SFTConfig
 
 import trainers.chunked
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE
 from tests.stage_run import data as sums
 from tests.tiny import specialist, tokenizer
-from tests.training import CHAT_TEMPLATE, changed, conversations, weights
+from tests.training import CHAT_TEMPLATE, PAPER, changed, conversations, weights
 from trainers import DomainSampler, GateTrainer, JointTrainer
 from trainers.prompting import ViewCollator
 from trainers.settings import scaled_rate
@@ -33,6 +34,7 @@ def trainer(cls, model, folder, data=None, *, more=None, **settings):
         "per_device_train_batch_size": 6,
         "learning_rate": 1e-2,
         "logging_steps": 1,
+        **PAPER,
         **settings,
     }
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False}
@@ -368,10 +370,11 @@ def test_domains_without_a_specialist_cannot_start_the_gate_warm(fused, tmp_path
 
 
 @BOTH
+@pytest.mark.parametrize(("gate", "dtype"), [("mlp", torch.float32), (DEFAULT_GATE, torch.float64)])
 @pytest.mark.parametrize("fusion", ["logits", "probabilities"])
-def test_the_loss_in_chunks_is_the_models_own(fusion, stage, specialists, tmp_path, monkeypatch):
+def test_the_loss_in_chunks_is_the_models_own(fusion, gate, dtype, stage, specialists, tmp_path, monkeypatch):
     monkeypatch.setitem(trainers.chunked.CHUNK, "cpu", 5)
-    model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion)
+    model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion, gate=gate, dtype=dtype)
     for parameter in model.model.fusion_gate.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     run = trainer(stage, model, tmp_path)

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE
 from tests.conftest import stir_gate
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, changed, conversations, sft, sft_trainer, weights
@@ -84,23 +85,26 @@ def test_the_gradients_of_the_fused_head_are_the_models_own(kind, request, tmp_p
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("gate", "dtype"), [("mlp", torch.float32), (DEFAULT_GATE, torch.float64)])
 @pytest.mark.parametrize("fusion", ["logits", "probabilities"])
-def test_gradients_are_those_of_the_formula(fusion, specialists):
-    model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion)
+def test_gradients_are_those_of_the_formula(fusion, gate, dtype, specialists):
+    model = UltraFuserForCausalLM.from_specialists(specialists, gate=gate, fusion=fusion, dtype=dtype)
     stir_gate(model)
     ids = torch.randint(3, 99, (2, 12))
 
     hidden = [backbone(ids).last_hidden_state for backbone in model.model.specialists.values()]
-    shares = model.model.fusion_gate(hidden).weights.unbind(-1)
+    shares, scales = model.model.fusion_gate(hidden)
+    scales = torch.ones_like(shares) if scales is None else scales.expand_as(shares)
+    assert (scales != 1).any() == (gate == DEFAULT_GATE)
     heads = model.lm_head.weight.split([h.shape[-1] for h in hidden], dim=1)
-    own = [h @ head.T for h, head in zip(hidden, heads, strict=True)]
+    own = [scale[..., None] * (h @ head.T) for scale, h, head in zip(scales.unbind(-1), hidden, heads, strict=True)]
     if fusion == "probabilities":
         own = [words.softmax(-1) for words in own]
-    total = sum(share[..., None] * words for share, words in zip(shares, own, strict=True))
+    total = sum(share[..., None] * words for share, words in zip(shares.unbind(-1), own, strict=True))
     predicted = (total.log() if fusion == "probabilities" else total.log_softmax(-1))[:, :-1]
     losses = [-predicted.gather(-1, ids[:, 1:, None]).mean(), model(ids, labels=ids).loss]
 
-    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(*(loss.double() for loss in losses), rtol=1.3e-6, atol=1e-5)
     by_formula, by_model = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
     torch.testing.assert_close(by_model, by_formula, rtol=1e-4, atol=1e-6)
 

@@ -12,6 +12,10 @@ CHAT_TEMPLATE = (
 )
 
 
+# what the paper's stage one does without, for tests of anything else
+PAPER = {"weight_decay": 0.0, "gate_dropout": 0.0, "mixed_share": 0.0}
+
+
 def conversations(number=16):
     """Sums, asked and answered: no two of one length are alike."""
     return [

@@ -33,7 +33,7 @@ class DomainTrainer(SFTTrainer):
         """What TRL is given: all rows if it takes them as they are, or else one domain, in whose place all are prepared."""
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             if args.mixed_share:
-                parts = {**parts, MIXED: mixed_examples(parts, args.mixed_share, mixed_seed(args))}
+                parts = {**parts, MIXED: mixed_examples(parts, args.mixed_share, data_seed(args))}
             return dataset if isinstance(dataset, Dataset) and not args.mixed_share else together(parts)
         # TRL looks at the first row for assistants
         self._parts, first = parts, next(iter(parts.values()))
@@ -61,7 +61,7 @@ class DomainTrainer(SFTTrainer):
                 f"masked and examples cut to `max_length={args.max_length}`. Look at the rows, or raise `max_length`."
             )
         if dataset is self._stand_in and args.mixed_share:
-            prepared[MIXED] = mixed_examples(prepared, args.mixed_share, mixed_seed(args))
+            prepared[MIXED] = mixed_examples(prepared, args.mixed_share, data_seed(args))
         return together(prepared)
 
     def _prepare_rows(self, rows: Dataset, whose: str, processing_class, args, packing, formatting_func) -> Dataset:
@@ -131,6 +131,6 @@ class DomainTrainer(SFTTrainer):
         return with_share(shares, self.args.mixed_share) if self.args.mixed_share else shares
 
 
-def mixed_seed(args: StageConfig) -> int:
-    """The seed of mixed examples: of the data, where first weights and draws have another."""
+def data_seed(args: StageConfig) -> int:
+    """The seed of mixed examples and of what is held out, where first weights and draws have another."""
     return args.seed if args.data_seed is None else args.data_seed

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from transformers import EarlyStoppingCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 
@@ -12,6 +13,11 @@ STATE_FILE = "ultrafuser_stage.json"
 
 class EndedError(Exception):
     """A stage that is resumed has no step left."""
+
+
+def has_stopped(stopping: EarlyStoppingCallback | None) -> bool:
+    """Whether a stage was ended because its held-out loss no longer fell."""
+    return stopping is not None and stopping.early_stopping_patience_counter >= stopping.early_stopping_patience
 
 
 def identity(trainer) -> dict:
@@ -39,6 +45,7 @@ def write_state(trainer, folder: str | os.PathLike) -> None:
             "mixes": trainer.sampler.mixes,
             "statistics": statistics,
             "controller": controller,
+            "unimproved": trainer.stopping and trainer.stopping.early_stopping_patience_counter,
         }
         (Path(folder) / STATE_FILE).write_text(json.dumps(state))
 
@@ -68,6 +75,8 @@ def load_state(trainer, checkpoint: str | os.PathLike) -> None:
             )
     trainer.sampler.restore(state["mixes"])
     trainer.statistics.load_state_dict(state["statistics"], trainer.args.process_index, trainer.args.world_size)
+    if trainer.stopping is not None:
+        trainer.stopping.early_stopping_patience_counter = state.get("unimproved") or 0
     if trainer.controller is not None:
         trainer.controller.load_state_dict(state["controller"])
 

@@ -19,12 +19,12 @@ from modeling_ultrafuser.gate_base_ultrafuser import Gate
 
 from .chunked import add_chunked_head
 from .controlling import MixController
-from .domain_trainer import DomainTrainer
+from .domain_trainer import DomainTrainer, data_seed
 from .domains import DomainCollator, by_domain, split, together
 from .losses import gate_terms
 from .mixed import MIXED
 from .mixing import importance_weights, static_mix
-from .resuming import EndedError, last_complete_checkpoint, load_state, refuse_model_alone, write_state
+from .resuming import EndedError, has_stopped, last_complete_checkpoint, load_state, refuse_model_alone, write_state
 from .rewards import REWARDS
 from .sampling import DomainSampler
 from .settings import GATE_DROPOUT, MIXED_SHARE, StageConfig, accumulate
@@ -77,22 +77,18 @@ class StageTrainer(DomainTrainer):
             )
         parts, self.vocab_size = by_domain(train_dataset), model.config.vocab_size
         self.domains = sorted(parts)
-        if args.mixed_share is None:
-            # rows that are not prepared may be anything
-            plain = (args.dataset_kwargs or {}).get("skip_prepare_dataset") or MIXED in self.domains
-            args.mixed_share = 0.0 if plain or len(self.domains) < 2 else MIXED_SHARE
-        if args.gate_dropout is None:
-            args.gate_dropout = GATE_DROPOUT if model.model.fusion_gate.reads_states else 0.0
+        self._fill_in(args, model)
         if args.mixed_share and MIXED in self.domains:
             raise ValueError(
                 f"Mixed examples are counted as a domain {MIXED!r}, but there is one of that name already. Rename it, or set "
                 f"mixed_share=0."
             )
-        if args.early_stopping:
+        self.stopping = EarlyStoppingCallback(args.early_stopping) if args.early_stopping else None
+        if self.stopping is not None:
             if kwargs.get("eval_dataset") is None:
-                parts, held_out = split(parts, args.held_out, args.seed)
+                parts, held_out = split(parts, args.held_out, data_seed(args))
                 train_dataset, kwargs["eval_dataset"] = parts, together(held_out)
-            kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), EarlyStoppingCallback(args.early_stopping)]
+            kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self.stopping]
         # what batches are drawn from
         self.drawn = [*self.domains, MIXED] if args.mixed_share else self.domains
         self.own_specialists = [
@@ -153,6 +149,17 @@ class StageTrainer(DomainTrainer):
         self._begin()
         self.add_callback(_StageCallback(self))
 
+    def _fill_in(self, args: StageConfig, model: PreTrainedModel) -> None:
+        """Settings of stage one that depend on data and gate, where they are left open."""
+        first = self.stage == "gate"
+        # rows that are not prepared may be anything
+        as_they_are = (args.dataset_kwargs or {}).get("skip_prepare_dataset")
+        if args.mixed_share is None:
+            mixable = len(self.domains) > 1 and MIXED not in self.domains and not as_they_are
+            args.mixed_share = MIXED_SHARE if first and mixable else 0.0
+        if args.gate_dropout is None:
+            args.gate_dropout = GATE_DROPOUT if first and model.model.fusion_gate.reads_states else 0.0
+
     def _begin(self) -> None:
         """What a run moves, as it is before the first step."""
         args, places = self.args, self.train_dataset["domain"]
@@ -161,6 +168,8 @@ class StageTrainer(DomainTrainer):
         self.statistics = Statistics(len(self.drawn), len(self.fused.config.specialist_names))
         self.controller = MixController(self) if args.mix_reward is not None else None
         self.warned: set[str] = set()
+        if self.stopping is not None:
+            self.stopping.early_stopping_patience_counter = 0
 
     def _choose_parameters(self, model: PreTrainedModel, args: StageConfig, peft_config) -> None:
         raise NotImplementedError
@@ -336,7 +345,11 @@ class _StageCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         # weights, optimizer and state are those of the checkpoint now
-        if state.global_step >= state.max_steps:
+        stopping = self.trainer.stopping
+        if stopping is not None:
+            # the library looks for it, also in a checkpoint of a run that had none
+            state.stateful_callbacks.setdefault(type(stopping).__name__, stopping.state())
+        if state.global_step >= state.max_steps or has_stopped(stopping):
             raise EndedError
         if self.trainer.controller is not None:
             self.trainer.controller.reward.begin()

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig
 
 from modeling_ultrafuser.gates_ultrafuser import GATES, gate_settings
 from trainers import CachedGateTrainer, GateStageConfig
+from trainers.domain_trainer import data_seed
 from trainers.domains import by_domain, split
 
 from .evaluation.measuring import HeldOut, held_out, score
@@ -106,7 +107,9 @@ def compare(
 
 def table(fits: list[Fit]) -> Table:
     """All gates, the best first."""
-    shown = Table("gate", "seed", "parameters", "seconds", *fits[0].losses, "mean", caption="nats per token, held out")
+    # a word that is cut cannot be copied into the next command
+    gate = Column("gate", no_wrap=True, min_width=max(len(fit.gate) for fit in fits))
+    shown = Table(gate, "seed", "parameters", "seconds", *fits[0].losses, "mean", caption="nats per token, held out")
     for fit in fits:
         losses = (f"{loss:.4f}" for loss in (*fit.losses.values(), fit.mean))
         shown.add_row(fit.gate, str(fit.seed), f"{fit.parameters:,}", f"{fit.seconds:.1f}", *losses)
@@ -130,7 +133,9 @@ def _trained(model, tokenizer: PreTrainedTokenizerBase, args: GateStageConfig, d
     """Trains the gate. Returns the seconds that it took without the pass."""
     own = copy.deepcopy(args)
     # mixed examples are of the data, which all read from one cache
-    own.seed, own.data_seed, own.save_strategy = seed, args.seed, SaveStrategy.NO
+    own.seed, own.data_seed = seed, data_seed(args)
+    if not own.early_stopping:
+        own.save_strategy = SaveStrategy.NO
     with TemporaryDirectory() as own.output_dir:
         trainer = CachedGateTrainer(model, own, data, processing_class=tokenizer, **cache)
         trainer.fill()
