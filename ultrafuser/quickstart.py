@@ -66,10 +66,10 @@ print(json.dumps([generate(p, max_new_tokens=24, do_sample=False)[0]["generated_
 class Schedule:
     """How long and how fast to train. The learning rates are measured to fit specialists of a million parameters."""
 
-    base_steps: int = 150
-    specialist_steps: int = 150
+    base_steps: int = 100
+    specialist_steps: int = 80
     specialist_rate: float = 3e-3
-    gate_steps: int = 400
+    gate_steps: int = 800
     gate_rate: float = 3e-3
     joint_steps: int = 40
     joint_rate: float = 3e-4
