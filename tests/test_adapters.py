@@ -26,13 +26,14 @@ from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.adapters_ultrafuser import AdaptedLinear, Rows
+from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE
 from modeling_ultrafuser.serving_ultrafuser import check_pageable, check_servable_by_vllm
 from tests.conftest import stir_gate
 from tests.hub_server import COMMIT, HubServer
 from tests.mixes import prompt
 from tests.test_check import environment
 from tests.tiny import specialist, tokenizer
-from tests.training import CHAT_TEMPLATE, changed, conversations, sft_trainer, weights
+from tests.training import CHAT_TEMPLATE, PAPER, changed, conversations, sft_trainer, weights
 from tests.versions import needs_peft_in_the_library
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 from trainers.chunked import score_tokens
@@ -398,7 +399,7 @@ SETTINGS = {
 
 
 def trained(model, folder, kind=GateTrainer, config=GateStageConfig, *, cache=None, peft_config=None, **settings):
-    args = config(str(folder), **SETTINGS | settings)
+    args = config(str(folder), **PAPER | SETTINGS | settings)
     extra = {} if cache is None else {"cache": folder / "cache"}
     extra |= {} if peft_config is None else {"peft_config": peft_config}
     words = tokenizer(chat_template=CHAT_TEMPLATE)
@@ -426,9 +427,18 @@ def test_stage_one_trains_the_gate_alone_and_as_on_merged_specialists(fusion, so
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("fusion", "keep"), [("logits", "hidden"), ("logits", "top"), ("probabilities", "log_probs")])
-def test_a_cache_gives_the_losses_of_stage_one(fusion, keep, sources, tmp_path):
-    plain, cached = (pair(sources, fusion=fusion)[0] for _ in range(2))
+@pytest.mark.parametrize(
+    ("gate", "fusion", "keep"),
+    [
+        ("mlp", "logits", "hidden"),
+        ("mlp", "logits", "top"),
+        ("mlp", "probabilities", "log_probs"),
+        (DEFAULT_GATE, "logits", "hidden"),
+        (DEFAULT_GATE, "probabilities", "hidden"),
+    ],
+)
+def test_a_cache_gives_the_losses_of_stage_one(gate, fusion, keep, sources, tmp_path):
+    plain, cached = (pair(sources, gate=gate, fusion=fusion)[0] for _ in range(2))
     cached.load_state_dict(plain.state_dict())
     losses = trained(plain, tmp_path / "plain")
     # of a vocabulary as small as this the likeliest tokens are all tokens
@@ -496,8 +506,8 @@ def test_scores_in_chunks_have_the_gradients_of_the_models_own_loss(fusion, sour
 
 
 @torch.no_grad()
-def test_without_one_of_them_the_others_keep_their_adapters_and_shares(models):
-    fused, ids = models[0], prompt()
+def test_without_one_of_them_the_others_keep_their_adapters_and_shares(sources):
+    fused, ids = pair(sources, gate="mlp")[0], prompt()
     less = remove_specialist(fused, "code")
     for name in ("text", "math"):
         assert torch.equal(less.specialist(name)(ids).logits, fused.specialist(name)(ids).logits)
