@@ -25,7 +25,7 @@ GATES: dict[str, type[Gate]] = {
 # of a new model: ahead of the best specialist on every domain, without a state, see "Is fusing worth it?" in EXPERIMENTS.md
 DEFAULT_GATE = "cross:128+calibration"
 CALIBRATION = "+calibration"
-WIDEST = 1 << 16  # hidden layer
+WIDTH, WIDEST = 512, 1 << 16  # of a hidden layer: the paper's (section 4.1), and the most
 
 
 def gate_settings(word: str) -> dict:
@@ -50,5 +50,4 @@ def gate_settings(word: str) -> dict:
             f"mlp:64, and {able} that they predict temperatures, as in linear{CALIBRATION}. But got {word!r:.100}. Choose "
             f"one of those."
         )
-    settings = {"gate": kind, "gate_calibration": calibrated}
-    return settings | ({"gate_hidden_size": int(width)} if width else {})
+    return {"gate": kind, "gate_calibration": calibrated, "gate_hidden_size": int(width or WIDTH)}
