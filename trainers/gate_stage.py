@@ -3,9 +3,13 @@
 from transformers import PreTrainedModel
 
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE
+from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 
 from .settings import GateStageConfig, scaled_rate
 from .stage_base import StageTrainer, specialist_size
+
+
+LITTLE = 10_000  # tokens of a domain: with fewer the linear gate was ahead, see "How long to train a gate" in EXPERIMENTS.md
 
 
 class GateTrainer(StageTrainer):
@@ -16,6 +20,28 @@ class GateTrainer(StageTrainer):
 
     config_class = GateStageConfig
     stage = "gate"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.fused.model.fusion_gate.has_width and self.args.should_log and (short := self._short_domains()):
+            print_line(
+                f"The domains {short} have fewer than {LITTLE:,} tokens each. With so little text the gate 'linear+calibration' "
+                f"may learn more than {self.fused.config.gate!r}: `ultrafuser gates` tells."
+            )
+
+    def _short_domains(self) -> list[str]:
+        """Domains of little text."""
+        left = dict.fromkeys(self.domains, LITTLE)
+        if "input_ids" not in self.train_dataset.column_names:
+            return []
+        for row in self.train_dataset.with_format(None):
+            if row["domain"] in left:
+                left[row["domain"]] -= len(row["input_ids"])
+                if left[row["domain"]] <= 0:
+                    del left[row["domain"]]
+            if not left:
+                break
+        return sorted(left)
 
     def _choose_parameters(self, model: PreTrainedModel, args: GateStageConfig, peft_config) -> None:
         if not list(model.model.fusion_gate.parameters()):
