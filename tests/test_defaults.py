@@ -1,5 +1,7 @@
 """What a new fused model and stage one are where nothing is said."""
 
+import logging
+
 import pytest
 import torch
 from datasets import Dataset
@@ -7,6 +9,7 @@ from datasets import Dataset
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
 from tests.test_trainers import BOTH, domains, trainer
+from tests.tiny import tokenizer
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 from trainers.mixed import MIXED
 from ultrafuser import gate_words
@@ -170,3 +173,27 @@ def test_the_rate_that_is_not_given_suits_the_gate(stage, specialists, tmp_path)
         rates[gate] = trainer(stage, model, tmp_path, learning_rate=None).args.learning_rate
     expected = {"mlp": 1e-2, "cross": 3e-3} if stage is GateTrainer else {"mlp": 3e-4, "cross": 3e-4}
     assert rates == pytest.approx(expected)
+
+
+# ---- what is said, and what is not
+
+
+@pytest.mark.parametrize(
+    ("little", "gate", "told"), [(10_000, "cross:8", True), (4, "cross:8", False), (10_000, "linear", False)]
+)
+def test_little_text_for_a_wide_gate_is_told(little, gate, told, specialists, tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr("trainers.gate_stage.print_line", heard.append)
+    monkeypatch.setattr("trainers.gate_stage.LITTLE", little)
+    trainer(GateTrainer, UltraFuserForCausalLM.from_specialists(specialists, gate=gate), tmp_path)
+    assert any("With so little text" in line for line in heard) == told
+
+
+def test_loading_tells_of_no_layers_that_are_not_sharded(specialists, tmp_path, caplog, monkeypatch):
+    # transformers' loggers keep what they log to themselves
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for name, model in specialists.items():
+        model.save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+    UltraFuserForCausalLM.from_specialists({name: tmp_path / name for name in specialists})
+    assert "sharded" not in caplog.text
