@@ -45,6 +45,7 @@ NOT_RUN = {
     "accelerate": "several GPUs: test_processes.py has two processes",
     "python tests/families.py": "an hour: test_families.py has a few families",
     "python -m benchmarks.rivals": "minutes: test_benchmarks.py has the smallest sizes",
+    "python -m benchmarks.gates": "minutes: test_benchmarks.py has the smallest sizes",
     "python -m benchmarks.growth": "minutes: test_benchmarks.py has the smallest sizes",
     "python -m benchmarks.serving": "minutes: test_benchmarks.py has the smallest sizes",
     "ultrafuser quickstart": "minutes: test_quickstart.py has fewer steps",

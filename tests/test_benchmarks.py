@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from benchmarks import figures, growth, rivals, serving
+from benchmarks import figures, gates, growth, rivals, serving
 from benchmarks.measuring import compare
 from tests.tiny import specialist
 from tests.vllm import run
@@ -223,3 +223,15 @@ def test_figures_and_tables_of_the_documents_are_made_from_the_result_files(tmp_
     assert out.with_suffix(".md").read_text() == committed.with_suffix(".md").read_text()
     made = {file.name: file.read_text() for file in out.glob("*.svg")}
     assert {name: (committed / name).read_text() for name in made} == made
+
+
+# ---- gates
+
+
+def test_every_gate_is_measured_beside_the_papers_and_those_that_look_back_have_a_state():
+    sizes = {key: TINY[key] for key in ("intermediate_size", "num_hidden_layers", "vocab_size")}
+    rows = gates.measure(1, hidden_size=64, **sizes)
+    assert rows[gates.PAPER]["token"]["median"] == 1
+    assert rows[gates.PAPER]["parameters"] == 64 * 512 + 512 + 512
+    assert {gate for gate, row in rows.items() if row["state_bytes"]} == {"evidence:128+calibration", "posterior"}
+    assert gates.table(rows).count("KiB") == 2
