@@ -196,7 +196,7 @@ class StageConfig(SFTConfig):
         if not 0 < self.held_out < 1:
             raise ValueError(f"`held_out` is a share of each domain's rows, between 0 and 1, but is {self.held_out}.")
         for name in ("examples_per_domain", "mix_every", "mix_delay", "mix_probe", "early_stopping"):
-            if (getattr(self, name) or 1) < 1 or getattr(self, name) == 0:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
 
     def _check_schedule(self):
