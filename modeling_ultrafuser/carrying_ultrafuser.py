@@ -19,8 +19,9 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_ultrafuser import UltraFuserConfig, head_dim, num_attention_heads, num_key_value_heads, soft_cap
+from .configuration_ultrafuser import UltraFuserConfig
 from .evidence_ultrafuser import judged
+from .families_ultrafuser import head_dim, num_attention_heads, num_key_value_heads, soft_cap
 from .gate_base_ultrafuser import Evidence
 
 

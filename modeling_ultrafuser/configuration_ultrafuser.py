@@ -3,13 +3,24 @@
 import copy
 import keyword
 import re
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
+from .families_ultrafuser import (
+    CACHED_LAYERS,
+    SCALE_FIELDS,
+    common,
+    field_of,
+    head_dim,
+    intermediate_size,
+    num_attention_heads,
+    num_key_value_heads,
+    soft_cap,
+    specialist_layer_types,
+)
 from .gates_ultrafuser import GATES, WIDEST
 from .reading_ultrafuser import is_number
 
@@ -24,15 +35,6 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_ultrafuser.UltraFuserForCausalLM",
     "AutoModelForSequenceClassification": "modeling_ultrafuser.UltraFuserForSequenceClassification",
 }
-
-# layers that keep keys and values of every token, or of those in a window, and nothing else
-CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-
-# families that multiply or divide their logits by one number keep it here (Granite, Cohere, Falcon-H1, Inkling, ...)
-SCALE_FIELDS = (
-    *("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier"),
-    "logits_mup_width_multiplier",
-)
 
 # words that transformers looks up on every configuration, or that other code would take for a part of the model
 RESERVED_NAMES = {
@@ -202,17 +204,13 @@ class UltraFuserConfig(PreTrainedConfig):
                 # heads of adapters of one base lie side by side in one cache
                 copies = len(configs) // len(backbones) if field != "head_dim" else 1
                 setattr(self, field, copies * value)
-        self.intermediate_size = sum(_intermediate_size(c) for c in backbones)
+        self.intermediate_size = sum(intermediate_size(c) for c in backbones)
         self.layer_types = [t for c in backbones for t in specialist_layer_types(c)]
         for field, layer_type in (
             ("sliding_window", "sliding_attention"),
             ("attention_chunk_size", "chunked_attention"),
         ):
-            sizes = [
-                of_all_layers(c, partial(_field, name=field))
-                for c in configs
-                if layer_type in specialist_layer_types(c)
-            ]
+            sizes = [field_of(c, field) for c in configs if layer_type in specialist_layer_types(c)]
             if sizes and common(sizes) is not None:
                 setattr(self, field, sizes[0])
         soft_caps = [soft_cap(c) for c in configs]
@@ -323,11 +321,6 @@ class UltraFuserConfig(PreTrainedConfig):
         return output
 
 
-def spoken_rows(config: PreTrainedConfig) -> int:
-    """How many tokens a specialist gives logits to; some pad their vocabulary beyond that."""
-    return min(config.vocab_size, getattr(config, "unpadded_vocab_size", None) or config.vocab_size)
-
-
 def _as_backbone_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
     """A copy that describes the backbone alone: its head is a part of the wide head, scaled and never tied."""
     config = copy.deepcopy(_as_config(config).get_text_config(decoder=True))
@@ -428,28 +421,6 @@ def _unusable(name: str) -> ValueError:
     )
 
 
-def specialist_layer_types(config: PreTrainedConfig) -> list[str]:
-    """Type of each layer of a specialist, made up where its family (such as Mistral) does not write them down."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        return list(layer_types)
-    if getattr(config, "sliding_window", None) is not None:
-        return ["sliding_attention"] * config.num_hidden_layers
-    if getattr(config, "attention_chunk_size", None) is not None:
-        return ["chunked_attention"] * config.num_hidden_layers
-    return ["full_attention"] * config.num_hidden_layers
-
-
-def soft_cap(config: PreTrainedConfig) -> float | None:
-    """The value that bounds a specialist's logits as `cap * tanh(logits / cap)`, or None."""
-    return getattr(config, "final_logit_softcapping", None)
-
-
-def bounded(logits, cap: float | None):
-    """Logits under a soft cap, if there is one."""
-    return logits if cap is None else cap * (logits / cap).tanh()
-
-
 def head_columns(config: UltraFuserConfig) -> Iterator[slice]:
     """Each specialist's columns of the wide head; all of a head that they have in common."""
     start = 0
@@ -458,56 +429,6 @@ def head_columns(config: UltraFuserConfig) -> Iterator[slice]:
         start += specialist.hidden_size if config.adapters is None else 0
 
 
-def common(values):
-    """The value that all share, or None."""
-    values = list(values)
-    return values[0] if all(v == values[0] for v in values) else None
-
-
 def attention_of_all(config: "UltraFuserConfig") -> str | None:
     """The attention implementation that all specialists run by, or None."""
     return common(c._attn_implementation for c in config.backbones)
-
-
-def of_all_layers(config: PreTrainedConfig, read: Callable[[PreTrainedConfig], Any]):
-    """What is read of a configuration, or of all its layers alike; None where its layers differ, as Gemma 4's do."""
-    try:
-        return read(config)
-    except RuntimeError:  # how transformers refuses to say one thing of layers that differ
-        return common(read(layer) for layer in config.per_layer_config)
-
-
-def _field(config: PreTrainedConfig, name: str):
-    return getattr(config, name, None)
-
-
-def num_attention_heads(config: PreTrainedConfig) -> int | None:
-    """Heads of each layer; None where layers differ."""
-    return of_all_layers(config, partial(_field, name="num_attention_heads"))
-
-
-def num_key_value_heads(config: PreTrainedConfig) -> int | None:
-    """Key-value heads of each layer, whether or not the family writes them down; None where layers differ."""
-    return of_all_layers(
-        config, lambda c: getattr(c, "num_key_value_heads", None) or getattr(c, "num_attention_heads", None)
-    )
-
-
-def head_dim(config: PreTrainedConfig) -> int | None:
-    """Width of one attention head, whether or not the family writes it down; None where layers differ."""
-
-    def read(c: PreTrainedConfig) -> int | None:
-        heads = getattr(c, "num_attention_heads", None)
-        return getattr(c, "head_dim", None) or (c.hidden_size // heads if heads else None)
-
-    return of_all_layers(config, read)
-
-
-def _intermediate_size(config: PreTrainedConfig) -> int:
-    size = (
-        of_all_layers(config, partial(_field, name="intermediate_size"))
-        or getattr(config, "n_inner", None)
-        or 4 * config.hidden_size
-    )
-    # Gemma 3n writes one for each layer
-    return max(size) if isinstance(size, list | tuple) else size

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.cache_utils import Cache
 
-from .configuration_ultrafuser import UltraFuserConfig, bounded, head_columns, soft_cap
+from .configuration_ultrafuser import UltraFuserConfig, head_columns
+from .families_ultrafuser import bounded, soft_cap
 from .gate_base_ultrafuser import Evidence, head_factors
 from .specialists_ultrafuser import positions_of
 

@@ -27,7 +27,8 @@ from .checking_ultrafuser import (
     parts_of,
     refuse_other_tensors,
 )
-from .configuration_ultrafuser import SCALE_FIELDS, UltraFuserConfig, soft_cap, spoken_rows
+from .configuration_ultrafuser import UltraFuserConfig
+from .families_ultrafuser import SCALE_FIELDS, soft_cap, spoken_rows
 from .gates_ultrafuser import DEFAULT_GATE, GATES, gate_settings
 from .gguf_ultrafuser import dequantised, gguf_arguments, is_gguf
 from .lora_ultrafuser import about_base, adaptable, adapted_state, layout, probe_rows, read_adapters, read_parts

@@ -33,9 +33,10 @@ from .causal_ultrafuser import (
     tokens_before_switch,
 )
 from .checking_ultrafuser import check_fused
-from .configuration_ultrafuser import UltraFuserConfig, attention_of_all, bounded, head_columns, soft_cap
+from .configuration_ultrafuser import UltraFuserConfig, attention_of_all, head_columns
 from .embeddings_ultrafuser import TokenEmbeddings
 from .evidence_ultrafuser import decoding_layer, last_logits, layer_of, read_evidence
+from .families_ultrafuser import bounded, soft_cap
 from .fusing_ultrafuser import fuse_specialists
 from .gate_base_ultrafuser import Gate, GateOutput, head_factors
 from .gates_ultrafuser import GATES

@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache
 from .cache_ultrafuser import SpecialistCache, paged_record
 from .causal_ultrafuser import masks_for_generate
 from .checking_ultrafuser import empty_backbones
-from .configuration_ultrafuser import UltraFuserConfig, specialist_layer_types
+from .configuration_ultrafuser import UltraFuserConfig
+from .families_ultrafuser import specialist_layer_types
 from .specialists_ultrafuser import run_each
 from .versions_ultrafuser import CACHE
 

@@ -3,15 +3,8 @@
 from transformers.cache_utils import Cache
 
 from .causal_ultrafuser import switching_lengths
-from .configuration_ultrafuser import (
-    UltraFuserConfig,
-    attention_of_all,
-    common,
-    head_dim,
-    num_attention_heads,
-    num_key_value_heads,
-    specialist_layer_types,
-)
+from .configuration_ultrafuser import UltraFuserConfig, attention_of_all
+from .families_ultrafuser import common, head_dim, num_attention_heads, num_key_value_heads, specialist_layer_types
 from .gates_ultrafuser import GATES
 
 

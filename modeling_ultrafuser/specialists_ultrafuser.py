@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from .cache_ultrafuser import SpecialistCache, paged_window
-from .configuration_ultrafuser import specialist_layer_types
+from .families_ultrafuser import specialist_layer_types
 from .versions_ultrafuser import CACHE, OLD_CACHE
 
 

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from modeling_ultrafuser.configuration_ultrafuser import soft_cap
+from modeling_ultrafuser.families_ultrafuser import soft_cap
 from modeling_ultrafuser.gate_base_ultrafuser import head_factors
 
 

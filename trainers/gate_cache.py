@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
-from modeling_ultrafuser.configuration_ultrafuser import soft_cap
+from modeling_ultrafuser.families_ultrafuser import soft_cap
 from modeling_ultrafuser.gate_base_ultrafuser import head_factors
 from modeling_ultrafuser.outputs_ultrafuser import UltraFuserMixtureOutput
 from modeling_ultrafuser.tokenizing_ultrafuser import print_line

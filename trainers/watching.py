@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modeling_ultrafuser.configuration_ultrafuser import soft_cap
+from modeling_ultrafuser.families_ultrafuser import soft_cap
 
 from .chunked import specialist_log_probs
 

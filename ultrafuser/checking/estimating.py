@@ -8,7 +8,12 @@ from transformers import PreTrainedModel
 
 from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.checking_ultrafuser import backbone_class
-from modeling_ultrafuser.configuration_ultrafuser import head_dim, num_key_value_heads, specialist_layer_types
+from modeling_ultrafuser.families_ultrafuser import (
+    CACHED_LAYERS,
+    head_dim,
+    num_key_value_heads,
+    specialist_layer_types,
+)
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from modeling_ultrafuser.lora_ultrafuser import adaptable
 
@@ -18,7 +23,6 @@ THEIR_BASE = "their base"
 # float32: a number, its gradient, and AdamW's two moments
 TRAINED = 4 * 4
 LORA_RANK = 16
-CACHED = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 @dataclass
@@ -137,7 +141,7 @@ def _cache(config: UltraFuserConfig, dtype: torch.dtype) -> int | None:
     total = 0
     for c in config.specialists:
         types = specialist_layer_types(c)
-        if getattr(c, "kv_lora_rank", None) or getattr(c, "kv_sharing_modes", None) or set(types) - set(CACHED):
+        if getattr(c, "kv_lora_rank", None) or getattr(c, "kv_sharing_modes", None) or set(types) - CACHED_LAYERS:
             return None
         total += 2 * len(types) * num_key_value_heads(c) * head_dim(c)
     return total * dtype.itemsize

@@ -30,7 +30,7 @@ from modeling_ultrafuser.checking_ultrafuser import (
     own_config,
     parts_of,
 )
-from modeling_ultrafuser.configuration_ultrafuser import spoken_rows
+from modeling_ultrafuser.families_ultrafuser import spoken_rows
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
 from modeling_ultrafuser.gguf_ultrafuser import is_gguf
 from modeling_ultrafuser.lora_ultrafuser import WEIGHTS_FILE, about_base, adaptable, common_base, layout, pairs

@@ -25,8 +25,8 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, Gen
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.cache_ultrafuser import SpecialistCache
 from modeling_ultrafuser.causal_ultrafuser import starts_over, switching_lengths, tokens_before_switch
-from modeling_ultrafuser.configuration_ultrafuser import soft_cap
 from modeling_ultrafuser.evidence_ultrafuser import MOST_KEPT, read_evidence
+from modeling_ultrafuser.families_ultrafuser import soft_cap
 from modeling_ultrafuser.peft_ultrafuser import has_prefix
 from modeling_ultrafuser.versions_ultrafuser import CACHE
 

@@ -14,8 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.configuration_ultrafuser import head_dim, specialist_layer_types
 from modeling_ultrafuser.evidence_ultrafuser import EvidenceLayer, read_evidence
+from modeling_ultrafuser.families_ultrafuser import head_dim, specialist_layer_types
 from modeling_ultrafuser.gate_base_ultrafuser import head_factors
 from modeling_ultrafuser.outputs_ultrafuser import UltraFuserMixtureOutput, UltraFuserModelOutput
 from modeling_ultrafuser.versions_ultrafuser import CACHE, takes_cache

@@ -1,0 +1,91 @@
+"""What the configurations of all families say, under whatever names: heads, widths, types of layers, soft caps."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+# layers that keep keys and values of every token, or of those in a window, and nothing else
+CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+# families that multiply or divide their logits by one number keep it here (Granite, Cohere, Falcon-H1, Inkling, ...)
+SCALE_FIELDS = (
+    *("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier"),
+    "logits_mup_width_multiplier",
+)
+
+
+def spoken_rows(config: PreTrainedConfig) -> int:
+    """How many tokens a specialist gives logits to; some pad their vocabulary beyond that."""
+    return min(config.vocab_size, getattr(config, "unpadded_vocab_size", None) or config.vocab_size)
+
+
+def specialist_layer_types(config: PreTrainedConfig) -> list[str]:
+    """Type of each layer of a specialist, made up where its family (such as Mistral) does not write them down."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return list(layer_types)
+    if getattr(config, "sliding_window", None) is not None:
+        return ["sliding_attention"] * config.num_hidden_layers
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return ["chunked_attention"] * config.num_hidden_layers
+    return ["full_attention"] * config.num_hidden_layers
+
+
+def soft_cap(config: PreTrainedConfig) -> float | None:
+    """The value that bounds a specialist's logits as `cap * tanh(logits / cap)`, or None."""
+    return getattr(config, "final_logit_softcapping", None)
+
+
+def bounded(logits, cap: float | None):
+    """Logits under a soft cap, if there is one."""
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def common(values):
+    """The value that all share, or None."""
+    values = list(values)
+    return values[0] if all(v == values[0] for v in values) else None
+
+
+def of_all_layers(config: PreTrainedConfig, read: Callable[[PreTrainedConfig], Any]):
+    """What is read of a configuration, or of all its layers alike; None where its layers differ, as Gemma 4's do."""
+    try:
+        return read(config)
+    except RuntimeError:  # how transformers refuses to say one thing of layers that differ
+        return common(read(layer) for layer in config.per_layer_config)
+
+
+def field_of(config: PreTrainedConfig, name: str):
+    """Reads a field, None where it is absent or layers differ."""
+    return of_all_layers(config, lambda c: getattr(c, name, None))
+
+
+def num_attention_heads(config: PreTrainedConfig) -> int | None:
+    """Heads of each layer; None where layers differ."""
+    return field_of(config, "num_attention_heads")
+
+
+def num_key_value_heads(config: PreTrainedConfig) -> int | None:
+    """Key-value heads of each layer, whether or not the family writes them down; None where layers differ."""
+    return of_all_layers(
+        config, lambda c: getattr(c, "num_key_value_heads", None) or getattr(c, "num_attention_heads", None)
+    )
+
+
+def head_dim(config: PreTrainedConfig) -> int | None:
+    """Width of one attention head, whether or not the family writes it down; None where layers differ."""
+
+    def read(c: PreTrainedConfig) -> int | None:
+        heads = getattr(c, "num_attention_heads", None)
+        return getattr(c, "head_dim", None) or (c.hidden_size // heads if heads else None)
+
+    return of_all_layers(config, read)
+
+
+def intermediate_size(config: PreTrainedConfig) -> int:
+    """Width of a block's hidden layer, the widest where layers differ."""
+    size = field_of(config, "intermediate_size") or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    # Gemma 3n writes one for each layer
+    return max(size) if isinstance(size, list | tuple) else size
