@@ -13,7 +13,7 @@ from pathlib import Path
 
 from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 from trainers import GateTrainer, JointTrainer
-from trainers.prompting import ViewCollator, prompt_views
+from trainers.prompt_views import ViewCollator, prompt_views
 from ultrafuser.training import load_domains, load_model, parse
 
 

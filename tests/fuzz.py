@@ -59,7 +59,7 @@ from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.tiny import specialist
-from trainers.settings import StageConfig
+from trainers.stage_config import StageConfig
 from ultrafuser.cli import app
 
 

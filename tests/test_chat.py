@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from tests.tiny import tokenizer
 from tests.training import CHAT_TEMPLATE
-from trainers import rendering
+from trainers import template_sandbox
 from ultrafuser.chatting import Chat
 from ultrafuser.cli import app
 from ultrafuser.reports.colours import assign
@@ -104,7 +104,7 @@ def test_a_conversation_that_is_too_long_is_told_and_not_begun(fused):
     ],
 )
 def test_a_chat_template_that_fails_or_never_ends_is_told_in_a_sentence(template, words, fused, monkeypatch):
-    monkeypatch.setattr(rendering, "SECONDS", 3.0)
+    monkeypatch.setattr(template_sandbox, "SECONDS", 3.0)
     conversation = chat(fused, template)
     assert conversation.answer("hello") == ""
     assert words in " ".join(said(conversation).split())

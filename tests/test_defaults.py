@@ -183,8 +183,8 @@ def test_the_rate_that_is_not_given_suits_the_gate(stage, specialists, tmp_path)
 )
 def test_little_text_for_a_wide_gate_is_told(little, gate, told, specialists, tmp_path, monkeypatch):
     heard = []
-    monkeypatch.setattr("trainers.gate_stage.print_line", heard.append)
-    monkeypatch.setattr("trainers.gate_stage.LITTLE", little)
+    monkeypatch.setattr("trainers.stage_gate.print_line", heard.append)
+    monkeypatch.setattr("trainers.stage_gate.LITTLE", little)
     trainer(GateTrainer, UltraFuserForCausalLM.from_specialists(specialists, gate=gate), tmp_path)
     assert any("With so little text" in line for line in heard) == told
 

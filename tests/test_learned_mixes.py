@@ -14,7 +14,7 @@ from tests.test_trainers import batch_of, logs, trainer
 from tests.tiny import specialist
 from tests.training import changed, weights
 from trainers import GateTrainer, JointTrainer
-from trainers.policies import POLICIES
+from trainers.mix.policies import POLICIES
 
 
 SIZES = {"code": 7, "math": 12, "text": 9}

@@ -23,7 +23,7 @@ from tests.tiny import tokenizer
 from tests.training import CHAT_TEMPLATE, changed, weights
 from tests.vllm import run
 from tests.vllm.cases import save_fused
-from trainers import GateStageConfig, GateTrainer, rendering
+from trainers import GateStageConfig, GateTrainer, template_sandbox
 from ultrafuser.cli import app
 from ultrafuser.data.making import Maker, all_instructions, conversations
 from ultrafuser.data.planning import Plan
@@ -426,7 +426,7 @@ def test_a_prompt_with_a_mistake_is_refused_before_anything_is_sent(name, text, 
 @pytest.mark.parametrize("command", ["plan", "make"])
 def test_a_prompt_that_comes_with_a_recipe_runs_no_code_and_holds_nothing_up(attack, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rendering, "SECONDS", 3.0)
+    monkeypatch.setattr(template_sandbox, "SECONDS", 3.0)
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "meta_topics.md").write_text("{{ number }} {{ description }} " + attack)
     done = cli(command, write_recipe(tmp_path, prompts="own"), *(["--out", "set"] if command == "make" else []))

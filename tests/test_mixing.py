@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from trainers.mixing import effective_epochs, guarded, importance_weights, static_mix
-from trainers.policies import POLICIES
-from trainers.policy_base import Smoothing
-from trainers.reward_base import towards_target, usable_rewards
-from trainers.reward_difficulty import difficulty
-from trainers.reward_gradient import gradient_cosine
-from trainers.reward_regret import regret
-from trainers.reward_similarity import similarity
+from trainers.mix.policies import POLICIES
+from trainers.mix.policies.policy_base import Smoothing
+from trainers.mix.rewards.reward_base import towards_target, usable_rewards
+from trainers.mix.rewards.reward_difficulty import difficulty
+from trainers.mix.rewards.reward_gradient import gradient_cosine
+from trainers.mix.rewards.reward_regret import regret
+from trainers.mix.rewards.reward_similarity import similarity
+from trainers.mix.shares import effective_epochs, guarded, importance_weights, static_mix
 
 
 # the paper's four datasets, in thousands: Mathematics, Medicine, General, NLP (table 1)

@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from transformers import AutoModelForCausalLM
 
-from trainers.resuming import STATE_FILE
+from trainers.stage_checkpoint import STATE_FILE
 
 
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 2}

@@ -10,7 +10,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.mixes import MIXES, fuse, prefer
 from tests.tiny import tokenizer
 from tests.training import changed, weights
-from trainers.prompting import ViewCollator, prompt_views
+from trainers.prompt_views import ViewCollator, prompt_views
 
 
 NAMES = ["text", "code", "math"]

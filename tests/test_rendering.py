@@ -13,8 +13,8 @@ import pytest
 
 from tests.stand_ins import ALPACA, CHATML, INST
 from tests.tiny import tokenizer
-from trainers import rendering
-from trainers.rendering import RenderingError, placeholders, render_chat, render_prompt
+from trainers import template_sandbox
+from trainers.template_sandbox import RenderingError, placeholders, render_chat, render_prompt
 
 
 TALK = [
@@ -57,7 +57,7 @@ def _elsewhere(tmp_path, monkeypatch):
 @pytest.fixture
 def hasty(monkeypatch):
     """No patience, for templates that never end."""
-    monkeypatch.setattr(rendering, "SECONDS", 3.0)
+    monkeypatch.setattr(template_sandbox, "SECONDS", 3.0)
 
 
 @pytest.mark.parametrize("template", [CHATML, INST, ALPACA, "{{ bos_token }}{{ messages | tojson(indent=1) }}"])
@@ -142,7 +142,7 @@ def test_threads_and_forks_get_what_they_asked_for():
 
 
 def test_the_process_that_renders_ends_with_the_one_that_asked():
-    code = "from trainers import rendering as r; r.render_prompt('', {}); print(r._processes['prompt'].pid)"
+    code = "from trainers import template_sandbox as r; r.render_prompt('', {}); print(r._processes['prompt'].pid)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     deadline = time.monotonic() + 60
     while Path("/proc", done.stdout.strip()).exists() and time.monotonic() < deadline:
@@ -152,16 +152,16 @@ def test_the_process_that_renders_ends_with_the_one_that_asked():
 
 
 def test_even_out_of_the_sandbox_a_template_opens_and_starts_nothing(monkeypatch, tmp_path):
-    weak = tmp_path / "rendering.py"
-    source = Path(rendering.__file__).read_text()
+    weak = tmp_path / "template_sandbox.py"
+    source = Path(template_sandbox.__file__).read_text()
     assert "import ImmutableSandboxedEnvironment" in source
     weak.write_text(
         source.replace("import ImmutableSandboxedEnvironment", "import SandboxedEnvironment").replace(
             "    environment = ImmutableSandboxedEnvironment(", "    environment = jinja2.Environment("
         )
     )
-    monkeypatch.setattr(rendering, "__file__", str(weak))
-    monkeypatch.setattr(rendering, "_processes", {})
+    monkeypatch.setattr(template_sandbox, "__file__", str(weak))
+    monkeypatch.setattr(template_sandbox, "_processes", {})
     assert "environ" in render_prompt("{{ cycler.__init__.__globals__.os.environ }}", {})
     assert "TOKEN" not in render_prompt("{{ cycler.__init__.__globals__.os.environ }}", {})
     with pytest.raises(RenderingError, match="Too many open files"):

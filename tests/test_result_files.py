@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.test_hub_card import COMPARISON, JUDGEMENT, NAMES
 from tests.tiny import specialist
-from trainers.resuming import STATE_FILE
+from trainers.stage_checkpoint import STATE_FILE
 from ultrafuser.cli import app
 from ultrafuser.evaluation.comparing import SCORES, _check_identity, _file_names, _kept
 from ultrafuser.result_files import read_results

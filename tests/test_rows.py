@@ -221,7 +221,7 @@ def test_unprepared_rows_of_two_types_are_refused_by_column(fused, tmp_path):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_rows_that_are_cut_or_hold_nothing_to_learn_are_counted_and_told(packing, fused, tmp_path, lines, monkeypatch):
-    monkeypatch.setattr("trainers.gate_stage.LITTLE", 0)
+    monkeypatch.setattr("trainers.stage_gate.LITTLE", 0)
     rows = [{"prompt": "q" * n, "completion": "abc"} for n in (2, 2, 8, 20, 20, 20)]
     data = {"text": SOME, "code": Dataset.from_list(rows)}
     trainer = stage(fused, data, tmp_path, max_length=10, packing=packing)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from tests.mixes import MIXES, fuse
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, conversations
-from trainers.selecting import ifd_scores, select_by_ifd
+from trainers.ifd import ifd_scores, select_by_ifd
 
 
 CHAT = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "It is 4."}]}

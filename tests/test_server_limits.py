@@ -197,7 +197,7 @@ def test_what_the_model_s_own_template_knows_can_be_set(port):
 
 
 def test_a_template_of_the_model_that_never_ends_is_given_up_and_holds_nobody_up(model, monkeypatch):
-    monkeypatch.setattr("trainers.rendering.SECONDS", 1.0)
+    monkeypatch.setattr("trainers.template_sandbox.SECONDS", 1.0)
     with running(app(model, LOOPS)) as port, ThreadPoolExecutor() as pool:
         asked = pool.submit(ask, port, CHAT, conversation())
         assert ask(port, body={"prompt": "2", "max_tokens": 2})[0] == 200

@@ -214,7 +214,7 @@ def test_what_is_wrong_with_a_task_of_somebody_elses_is_one_sentence(fault, fold
 
 
 def test_a_template_without_end_is_given_up(folder, include, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainers.rendering.SECONDS", 1.0)
+    monkeypatch.setattr("trainers.template_sandbox.SECONDS", 1.0)
     whole = yaml.safe_load((include / "chosen.yaml").read_text())
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     (include / "t.yaml").write_text(yaml.safe_dump({**whole, "task": "t", "doc_to_text": loops}))

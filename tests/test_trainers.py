@@ -15,9 +15,9 @@ from tests.stage_run import data as sums
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, PAPER, changed, conversations, weights
 from trainers import DomainSampler, GateTrainer, JointTrainer
-from trainers.prompting import ViewCollator
-from trainers.settings import scaled_rate
-from trainers.watching import own_log_probs
+from trainers.forward_hooks import own_log_probs
+from trainers.prompt_views import ViewCollator
+from trainers.stage_config import scaled_rate
 
 
 BOTH = pytest.mark.parametrize("stage", [GateTrainer, JointTrainer])

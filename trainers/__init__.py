@@ -5,11 +5,11 @@ import importlib
 
 _MODULES = {
     "CachedGateTrainer": "gate_cache",
-    "DomainSampler": "sampling",
-    "GateStageConfig": "settings",
-    "GateTrainer": "gate_stage",
-    "JointStageConfig": "settings",
-    "JointTrainer": "joint_stage",
+    "DomainSampler": "samplers.sampler_base",
+    "GateStageConfig": "stage_config",
+    "GateTrainer": "stage_gate",
+    "JointStageConfig": "stage_config",
+    "JointTrainer": "stage_joint",
 }
 __all__ = [*_MODULES]
 

@@ -11,8 +11,8 @@ from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 
 from .domains import Losses, by_domain, check_kind, filled, readable, together
 from .mixed import MIXED, mixed_examples, with_share
-from .sampling import DomainSampler
-from .settings import StageConfig
+from .samplers.sampler_base import DomainSampler
+from .stage_config import StageConfig
 
 
 class DomainTrainer(SFTTrainer):

@@ -35,10 +35,10 @@ from modeling_ultrafuser.outputs_ultrafuser import UltraFuserMixtureOutput
 from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 
 from .chunked import CHUNK, CHUNK_ELSEWHERE, scattered, score_tokens, specialist_log_probs
-from .gate_stage import GateTrainer
-from .rewards import REWARDS
+from .forward_hooks import capture
+from .mix.rewards import REWARDS
+from .stage_gate import GateTrainer
 from .top_tokens import TOP, mixed_log_probs, summarised, terms
-from .watching import watching
 
 
 KEPT = {"logits": ("hidden", "top"), "probabilities": ("log_probs", "hidden")}  # by fusion rule, the default first
@@ -259,7 +259,7 @@ class CachedGateTrainer(GateTrainer):
         batch.pop("domain")
         labels = batch.pop("labels")[:, 1:]
         mask = labels != -100
-        with watching(self.fused, own=True) as seen, self.accelerator.autocast():
+        with capture(self.fused, own=True) as seen, self.accelerator.autocast():
             self.fused.model(**batch, use_cache=False, return_dict=True)
             states, targets = [h[:, :-1][mask] for h in seen["hidden_states"]], labels[mask]
             said = {"targets": targets, "states": torch.cat(states, -1)}

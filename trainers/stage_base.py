@@ -17,19 +17,27 @@ from transformers.trainer_utils import TrainOutput
 
 from modeling_ultrafuser.gate_base_ultrafuser import Gate
 
+from .batch_statistics import Statistics
 from .chunked import add_chunked_head
-from .controlling import MixController
 from .domain_trainer import DomainTrainer, data_seed
 from .domains import DomainCollator, by_domain, split, together
+from .forward_hooks import capture, keep_head_whole, own_log_probs
 from .losses import gate_terms
+from .mix.mix_controller import MixController
+from .mix.rewards import REWARDS
+from .mix.shares import importance_weights, static_mix
 from .mixed import MIXED
-from .mixing import importance_weights, static_mix
-from .resuming import EndedError, has_stopped, last_complete_checkpoint, load_state, refuse_model_alone, write_state
-from .rewards import REWARDS
-from .sampling import DomainSampler
-from .settings import GATE_DROPOUT, MIXED_SHARE, StageConfig, accumulate
-from .stage_logging import domain_metrics
-from .watching import Statistics, keep_head_whole, own_log_probs, watching
+from .samplers.sampler_base import DomainSampler
+from .stage_checkpoint import (
+    EndedError,
+    has_stopped,
+    last_complete_checkpoint,
+    load_state,
+    refuse_model_alone,
+    write_state,
+)
+from .stage_config import GATE_DROPOUT, MIXED_SHARE, StageConfig, accumulate
+from .stage_metrics import domain_metrics
 
 
 class StageTrainer(DomainTrainer):
@@ -187,7 +195,7 @@ class StageTrainer(DomainTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
         own = self.controller is not None and self.controller.reward.watches_specialists
-        with watching(self.fused, own=own) as seen:
+        with capture(self.fused, own=own) as seen:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, *outputs = result if return_outputs else (result,)
         scores, gate_weights, mask = seen["scores"], seen["gate_weights"][:, :-1], seen["scores"].label_mask

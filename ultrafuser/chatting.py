@@ -15,7 +15,7 @@ from transformers.generation import BaseStreamer
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.gate_base_ultrafuser import GateOutput
-from trainers.rendering import RenderingError, render_chat
+from trainers.template_sandbox import RenderingError, render_chat
 
 from .loading import generating
 from .plain import plain

@@ -52,7 +52,7 @@ from transformers.cli.serving.utils import (
 from transformers.utils import logging
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from trainers.rendering import RenderingError, render_chat
+from trainers.template_sandbox import RenderingError, render_chat
 
 from .folders import fused_config
 from .guarding import LEAST_BYTES, Guard, refusal, run

@@ -19,7 +19,7 @@ from modeling_ultrafuser.gates_ultrafuser import gate_settings
 from modeling_ultrafuser.reading_ultrafuser import in_words
 from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 from trainers import CachedGateTrainer, GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
-from trainers.resuming import STATE_FILE, last_complete_checkpoint
+from trainers.stage_checkpoint import STATE_FILE, last_complete_checkpoint
 
 from . import pushing
 from .checking import reading

@@ -12,7 +12,7 @@ from itertools import combinations, count, product
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from trainers.rendering import RenderingError, render_prompt
+from trainers.template_sandbox import RenderingError, render_prompt
 
 from .reading import read_items, writable
 from .recipe import Domain, Recipe, load_prompts

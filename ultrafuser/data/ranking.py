@@ -101,7 +101,7 @@ def keep_difficult(out: Path, model, tokenizer, share: float, **options) -> dict
 
     Args:
         out: Folder that `cleaning.clean` wrote.
-        model: The model that is asked; see `trainers.selecting.ifd_scores`.
+        model: The model that is asked; see `trainers.ifd.ifd_scores`.
         tokenizer: Its tokenizer, with a chat template.
         share: Part of each domain's records to keep, above 0 and up to 1.
         options: More of `ifd_scores`.
@@ -112,7 +112,7 @@ def keep_difficult(out: Path, model, tokenizer, share: float, **options) -> dict
     # heavy, and only needed here
     from datasets import Dataset
 
-    from trainers.selecting import ifd_scores, select_by_ifd
+    from trainers.ifd import ifd_scores, select_by_ifd
 
     if not 0 < share <= 1:
         raise ValueError(f"{SHARE}, but got {share}.")

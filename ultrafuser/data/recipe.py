@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from trainers.rendering import RenderingError, placeholders
+from trainers.template_sandbox import RenderingError, placeholders
 
 from ..keys import api_key, check_address, check_no_secrets
 from ..yaml_files import read_yaml

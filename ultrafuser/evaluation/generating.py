@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from trainers.prompting import render
+from trainers.prompt_views import render
 
 from ..loading import generating, load_model, load_tokenizer
 from .answering import messages_of

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_ultrafuser.versions_ultrafuser import CACHE
-from trainers.prompting import render, split_conversation
+from trainers.prompt_views import render, split_conversation
 
 from ..loading import generating
 

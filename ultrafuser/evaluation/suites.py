@@ -47,7 +47,7 @@ from lm_eval.tasks import TaskManager
 
 from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.reading_ultrafuser import check_file, read_json
-from trainers.rendering import render_task
+from trainers.template_sandbox import render_task
 
 from ..keys import check_address
 from ..loading import load_config, load_tokenizer, refusing_code

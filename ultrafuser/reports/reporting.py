@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.reading_ultrafuser import read_json
-from trainers.resuming import STATE_FILE
+from trainers.stage_checkpoint import STATE_FILE
 
 from ..corpora import DOMAINS, documents, splits
 from ..evaluation.comparing import gate_statistics

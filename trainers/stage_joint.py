@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from modeling_ultrafuser.adapters_ultrafuser import adapter_parameters
 
 from .serial import SerialBackward
-from .settings import JointStageConfig, scaled_rate
 from .stage_base import StageTrainer, specialist_size
+from .stage_config import JointStageConfig, scaled_rate
 
 
 class JointTrainer(StageTrainer):

@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from .mixing import effective_epochs, guarded
 from .policies import POLICIES
-from .policy_base import Smoothing
-from .reward_base import usable_rewards
+from .policies.policy_base import Smoothing
 from .rewards import REWARDS
+from .rewards.reward_base import usable_rewards
+from .shares import effective_epochs, guarded
 
 
 class MixController:

@@ -4,8 +4,8 @@ import warnings
 
 import numpy as np
 
-from .mixing import effective_epochs
-from .watching import Sums
+from .batch_statistics import Sums
+from .mix.shares import effective_epochs
 
 
 def domain_metrics(trainer) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .watching import own_log_probs, watching
+from ..forward_hooks import capture, own_log_probs
 
 
 class Pool:
@@ -130,7 +130,7 @@ class Pool:
 
     def _forward(self, batch: dict[str, Tensor], **kept) -> dict:
         domain = batch.pop("domain")
-        with self.trainer.compute_loss_context_manager(), watching(self.trainer.fused, **kept) as seen:
+        with self.trainer.compute_loss_context_manager(), capture(self.trainer.fused, **kept) as seen:
             self.trainer.model_wrapped(**batch, use_cache=False, fused_lm_head=True)
         return {**seen, "domain": domain}
 

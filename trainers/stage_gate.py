@@ -5,8 +5,8 @@ from transformers import PreTrainedModel
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE
 from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 
-from .settings import GateStageConfig, scaled_rate
 from .stage_base import StageTrainer, specialist_size
+from .stage_config import GateStageConfig, scaled_rate
 
 
 LITTLE = 10_000  # tokens of a domain: with fewer the linear gate was ahead, see "How long to train a gate" in EXPERIMENTS.md

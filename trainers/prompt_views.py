@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from .rendering import RenderingError, render_chat
+from .template_sandbox import RenderingError, render_chat
 
 
 def prompt_views(

@@ -11,8 +11,8 @@ from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
-from .policies import POLICIES
-from .rewards import REWARDS
+from .mix.policies import POLICIES
+from .mix.rewards import REWARDS
 
 
 MIX_UNITS = ("example", "token", "supervised")

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy import ndarray
 
-from .mixing import softmax
+from ..shares import softmax
 from .policy_base import Policy, log_prior
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy import ndarray
 
-from .pool import Pool
+from ..pool import Pool
 
 
 class Reward:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy import ndarray
 
-from .mixing import softmax
+from ..shares import softmax
 from .policy_base import Policy
 
 

@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .prompting import render, split_conversation
-from .rendering import render_chat
+from .prompt_views import render, split_conversation
+from .template_sandbox import render_chat
 
 
 RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

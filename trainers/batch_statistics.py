@@ -1,0 +1,68 @@
+"""Sums over the tokens of training batches, by domain: losses, gate weights and their entropy."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Sums:
+    """Sums over supervised tokens, by domain; `gate` and `top1` by domain and specialist."""
+
+    tokens: np.ndarray
+    nll: np.ndarray
+    own_nll: np.ndarray
+    entropy: np.ndarray
+    gate: np.ndarray
+    top1: np.ndarray
+
+
+class Statistics:
+    """Running sums of what training batches show. Each process keeps its own; reading one adds them up."""
+
+    def __init__(self, domains: int, specialists: int):
+        self.specialists = specialists
+        self.sums = torch.zeros(domains, 4 + 2 * specialists, dtype=torch.float64)
+        self.read = {}  # sums when they were last read, by reader
+        self.last_mean = torch.full((specialists,), 1 / specialists, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, domain: Tensor, mask: Tensor, log_probs: Tensor, gate_weights: Tensor, own: Tensor | None) -> None:
+        """Takes in one micro-batch. Shapes (batch, seq - 1); of `gate_weights`, (batch, seq - 1, specialists)."""
+        weights, domain = gate_weights[mask].float(), domain[mask]
+        entropy = torch.special.entr(weights).sum(-1)
+        top1 = nn.functional.one_hot(weights.argmax(-1), self.specialists).float()
+        own = torch.zeros_like(entropy) if own is None else -own[mask].float()
+        columns = [torch.ones_like(entropy), -log_probs[mask].float(), own, entropy]
+        found = torch.cat([torch.stack(columns, -1), weights, top1], -1)
+        # one sum after another, in an order that does not change from run to run
+        self.sums += torch.stack([found[domain == d].sum(0) for d in range(len(self.sums))]).cpu().double()
+
+    def since(self, reader: str, accelerator) -> Sums:
+        """What has come in since this reader last asked, over all processes."""
+        new = self.sums - self.read.get(reader, torch.zeros_like(self.sums))
+        self.read[reader] = self.sums.clone()
+        if accelerator.num_processes > 1:
+            new = accelerator.reduce(new.to(accelerator.device), "sum").cpu()
+        new = new.numpy()
+        k = self.specialists
+        return Sums(*new[:, :4].T, gate=new[:, 4 : 4 + k], top1=new[:, 4 + k :])
+
+    def state_dict(self, accelerator) -> list:
+        """Sums of every process, so that a run on as many continues to the last digit."""
+        readers = sorted(self.read)
+        sums = torch.stack([self.sums, *(self.read[r] for r in readers)])[None]
+        if accelerator.num_processes > 1:
+            sums = accelerator.gather(sums.to(accelerator.device))
+        return {"readers": readers, "sums": sums.tolist(), "mean": self.last_mean.tolist()}
+
+    def load_state_dict(self, state: dict, process: int, processes: int) -> None:
+        """Continues from `state_dict()`. Where the number of processes has changed, the first takes all."""
+        saved = torch.tensor(state["sums"], dtype=torch.float64)
+        if len(saved) != processes:
+            saved = torch.cat([saved.sum(0)[None], torch.zeros(processes - 1, *saved.shape[1:], dtype=torch.float64)])
+        self.sums, *read = saved[process].unbind(0)
+        self.read = dict(zip(state["readers"], read, strict=True))
+        self.last_mean = torch.tensor(state["mean"], dtype=torch.float64)

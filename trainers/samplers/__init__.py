@@ -1,0 +1,1 @@
+"""All samplers by the name that settings give."""
