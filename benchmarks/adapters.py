@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from benchmarks.measuring import compare
+from benchmarks.timing import compare
 from modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.provenance import provenance
 

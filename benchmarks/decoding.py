@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, StaticCache, set_seed
 from transformers.utils import logging
 
-from benchmarks.measuring import spread
+from benchmarks.timing import spread
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
-from ultrafuser.corpora import DOMAINS, documents, splits
 from ultrafuser.decoding.compiling import compiled
 from ultrafuser.decoding.drafting import self_draft
 from ultrafuser.decoding.stacking import stack
 from ultrafuser.provenance import provenance
+from ultrafuser.toy.corpora import DOMAINS, documents, splits
 
 
 RESULTS = Path(__file__).parent.parent / "results" / "decoding.json"

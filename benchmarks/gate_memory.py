@@ -22,11 +22,11 @@ from datasets import Dataset
 from transformers import LlamaConfig, set_seed
 from transformers.utils import logging
 
-from benchmarks.measuring import held
+from benchmarks.timing import held
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from trainers import GateStageConfig, GateTrainer
-from ultrafuser.corpora import DOMAINS
-from ultrafuser.quickstart import train_tokenizer
+from ultrafuser.toy.corpora import DOMAINS
+from ultrafuser.toy.quickstart import train_tokenizer
 
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_see
 from transformers.utils import logging
 
 from benchmarks.decoding import SHAPES, check_alike
-from benchmarks.measuring import compare
+from benchmarks.timing import compare
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from ultrafuser.decoding.stacking import stack
 from ultrafuser.provenance import provenance

@@ -12,7 +12,7 @@ def table(results: Path) -> str:
     """
     lines = ["|  | measured | against | command |", "|---|---:|---|---|"]
     for name, rows in LINES.items():
-        file = results / f"{FILES.get(name, name)}.json"
+        file = results / f"{name}.json"
         if file.exists():
             found = json.loads(file.read_text())
             lines += [f"| {what} | {read(found)} | {beside} | `benchmarks.{name}` |" for what, beside, read in rows]
@@ -46,7 +46,6 @@ ONE, LOOP = "one specialist", "a loop that adds logits"
 SERIAL = {"way": "one at a time, layer checkpointing"}
 CHUNKED = {"fusion": "logits", "stage": "joint", "way": "chunked"}
 DEFAULT, EVIDENCE = "cross:128+calibration", "evidence:128+calibration"
-FILES = {"gates": "gate_costs"}  # of benchmarks whose name is an experiment's
 # benchmark to what it measured, what against, and how its result file says so
 LINES = {
     "decoding": [
@@ -72,11 +71,11 @@ LINES = {
             _median("ways", "three adapters on one base, fused", "step"),
         ),
     ],
-    "losses": [
+    "head_losses": [
         ("memory of the loss and its gradients, vocabulary of 32,000", LOOP, _times("peak", **CHUNKED)),
         ("its time", LOOP, _times("time", **CHUNKED)),
     ],
-    "gate_cache": [
+    "cached_epoch": [
         (
             f"an epoch of stage one from a cache, {what}, 100M each",
             "specialists that run",
@@ -88,7 +87,7 @@ LINES = {
             ("logits, likeliest tokens", "logits", "cached: top"),
         )
     ],
-    "gates": [
+    "gate_costs": [
         ("a token under the default gate, 36M each", "the paper's gate", _median("rows", DEFAULT, "token")),
         ("a token under a gate that looks back", "the paper's gate", _median("rows", EVIDENCE, "token")),
     ],

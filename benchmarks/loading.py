@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.utils import logging
 
-from benchmarks.measuring import held
+from benchmarks.timing import held
 from modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.provenance import provenance
 

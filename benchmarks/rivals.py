@@ -28,13 +28,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from transformers.utils import logging
 
 from benchmarks.decoding import SHAPES
-from benchmarks.measuring import compare
+from benchmarks.timing import compare
 from modeling_ultrafuser import UltraFuserForCausalLM
-from ultrafuser.corpora import DOMAINS
 from ultrafuser.decoding.compiling import compiled
 from ultrafuser.decoding.drafting import self_draft
 from ultrafuser.decoding.stacking import stack
 from ultrafuser.provenance import provenance
+from ultrafuser.toy.corpora import DOMAINS
 
 
 RESULTS = Path(__file__).parent.parent / "results" / "rivals.json"

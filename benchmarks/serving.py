@@ -24,11 +24,11 @@ from transformers.utils import logging
 
 from benchmarks.decoding import held_out_prompts
 from benchmarks.growth import REGIMES
-from benchmarks.measuring import compare
+from benchmarks.timing import compare
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
-from ultrafuser.corpora import DOMAINS
 from ultrafuser.decoding.stacking import stack
 from ultrafuser.provenance import provenance
+from ultrafuser.toy.corpora import DOMAINS
 
 
 ROOT = Path(__file__).parent.parent

@@ -23,12 +23,12 @@ from datasets import Dataset
 from transformers import LlamaConfig, TrainerCallback, set_seed
 from transformers.utils import logging
 
-from benchmarks.measuring import held
+from benchmarks.timing import held
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from trainers import JointStageConfig, JointTrainer
-from ultrafuser.corpora import DOMAINS
 from ultrafuser.provenance import provenance
-from ultrafuser.quickstart import train_tokenizer
+from ultrafuser.toy.corpora import DOMAINS
+from ultrafuser.toy.quickstart import train_tokenizer
 
 
 RESULTS = Path(__file__).parent.parent / "results" / "stage_two.json"

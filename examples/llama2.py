@@ -14,7 +14,7 @@ from pathlib import Path
 from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 from trainers import GateTrainer, JointTrainer
 from trainers.prompt_views import ViewCollator, prompt_views
-from ultrafuser.training import load_domains, load_model, parse
+from ultrafuser.train.stage_recipe import load_domains, load_model, parse
 
 
 QUESTION = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"

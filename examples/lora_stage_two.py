@@ -12,7 +12,7 @@ from pathlib import Path
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-from ultrafuser.training import parse, train
+from ultrafuser.train.stage_recipe import parse, train
 
 
 def main(recipe: str, *arguments: str) -> None:

@@ -12,7 +12,7 @@ Recipes say which specialists to fuse, or which fused folder to go on from, and 
 
 import sys
 
-from ultrafuser.training import parse, train
+from ultrafuser.train.stage_recipe import parse, train
 
 
 if __name__ == "__main__":

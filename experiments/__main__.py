@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from experiments import ledger
-from experiments.running import check, run_all
+from experiments.run_processes import check, run_all
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ python -m experiments.figures
 from experiments import ledger
 from ultrafuser.reports.charts import draw_mixes
 from ultrafuser.reports.colours import assign
-from ultrafuser.reports.figures import save
+from ultrafuser.reports.plots import save
 
 
 def main() -> None:

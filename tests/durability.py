@@ -263,8 +263,11 @@ def run(kills: int, signals: int, seed: int, only: list[str] | None = None) -> d
         seed: Of the moments.
         only: Names of commands.
     """
-    modules = ("fusing", "editing", "referring", "gates", "training", "evaluation.evaluating", "evaluation.judging")
-    modules += ("data.running", "data.cleaning", "data.looking", "data.sources")
+    modules = (
+        *("build.fusion_recipe", "build.specialist_edits", "build.references", "train.gate_search"),
+        *("train.stage_recipe", "evaluation.evaluation_run", "evaluation.judgements"),
+    )
+    modules += ("data.synthesis_run", "data.cleaning", "data.dataset_report", "data.sources")
     modules = *(f"ultrafuser.{name}" for name in modules), "transformers.trainer"
     found = {}
     with ExitStack() as stack:

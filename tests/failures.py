@@ -31,7 +31,7 @@ from tests.stand_ins import LLAMA_2_13B, many_words, stand_in
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, conversations
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
-from ultrafuser.cli import app
+from ultrafuser.cli.app import app
 from ultrafuser.decoding.drafting import self_draft
 
 

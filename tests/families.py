@@ -45,8 +45,8 @@ from transformers import (
 import modeling_ultrafuser
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from tests.tiny import VOCAB, specialist
-from ultrafuser.checking.findings import BLOCKS
-from ultrafuser.checking.judging import judge
+from ultrafuser.check.checks import judge
+from ultrafuser.check.findings import BLOCKS
 from ultrafuser.provenance import provenance, versions
 
 

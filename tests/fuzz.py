@@ -60,7 +60,7 @@ from typer.testing import CliRunner
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.tiny import specialist
 from trainers.stage_config import StageConfig
-from ultrafuser.cli import app
+from ultrafuser.cli.app import app
 
 
 RESULT = Path(__file__).parents[1] / "results" / "fuzz.json"

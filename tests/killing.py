@@ -1,6 +1,6 @@
 """Runs commands in processes of their own that can be killed anywhere, while the libraries are imported once.
 
-    with Commands("ultrafuser.fusing", HF_ENDPOINT=server.url) as commands:
+    with Commands("ultrafuser.build.fusion_recipe", HF_ENDPOINT=server.url) as commands:
         done = commands.run("fuse", ..., under=tmp_path)             # done.code, done.said, done.events
         commands.run("fuse", ..., under=tmp_path, kill_at=7)         # killed at what would be done.events[7]
 
@@ -143,7 +143,7 @@ def _run(words, under, kill_at, environment, answer):
     import torch
     import transformers.modeling_utils as library
 
-    from ultrafuser import cli
+    from ultrafuser.cli import app as cli
 
     os.environ.update(environment)
     torch.manual_seed(0)
@@ -195,7 +195,7 @@ def _use_once():
 
     from modeling_ultrafuser import UltraFuserForCausalLM
     from tests.tiny import specialist, tokenizer
-    from ultrafuser.cli import app
+    from ultrafuser.cli.app import app
 
     app(["push", "--help"], standalone_mode=False)
     with TemporaryDirectory() as folder:

@@ -128,7 +128,7 @@ def demo(model, folder: str, rounds: int) -> dict:
         bias = (30.0 * (i % 2), 0.0, 0.0)
         return unescape(said(Visitor(port).asks(prompts[i], most=TOKENS, bias=bias)))
 
-    from ultrafuser import demo as web
+    from ultrafuser.serve import demo as web
 
     expected = []
     for i, prompt in enumerate(prompts):

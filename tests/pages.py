@@ -45,7 +45,7 @@ NOT_RUN = {
     "accelerate": "several GPUs: test_processes.py has two processes",
     "python tests/families.py": "an hour: test_families.py has a few families",
     "python -m benchmarks.rivals": "minutes: test_benchmarks.py has the smallest sizes",
-    "python -m benchmarks.gates": "minutes: test_benchmarks.py has the smallest sizes",
+    "python -m benchmarks.gate_costs": "minutes: test_benchmarks.py has the smallest sizes",
     "python -m benchmarks.growth": "minutes: test_benchmarks.py has the smallest sizes",
     "python -m benchmarks.serving": "minutes: test_benchmarks.py has the smallest sizes",
     "ultrafuser quickstart": "minutes: test_quickstart.py has fewer steps",
@@ -131,7 +131,7 @@ def parse(words: list[str]) -> None:
         import typer.main
 
         if program == "ultrafuser":
-            from ultrafuser.cli import app
+            from ultrafuser.cli.app import app
 
             command = typer.main.get_command(app)
         else:
@@ -228,7 +228,7 @@ class Reader:
         if program == "ultrafuser":
             from typer.testing import CliRunner
 
-            from ultrafuser.cli import app
+            from ultrafuser.cli.app import app
 
             done = CliRunner().invoke(app, rest, input=given)
             if done.exit_code:

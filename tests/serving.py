@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from uuid import uuid4
 
-from ultrafuser.guarding import server
+from ultrafuser.serve.guard import server
 
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"

@@ -38,10 +38,10 @@ from tests.versions import needs_peft_in_the_library
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 from trainers.chunked import score_tokens
 from trainers.gate_cache import CachedGateTrainer
-from ultrafuser.cli import app
+from ultrafuser.build.specialist_edits import add_specialist, remove_specialist
+from ultrafuser.cli.app import app
 from ultrafuser.decoding.drafting import self_draft
 from ultrafuser.decoding.stacking import stack
-from ultrafuser.editing import add_specialist, remove_specialist
 from ultrafuser.evaluation.baselines import ensemble
 
 
@@ -557,7 +557,7 @@ def test_adapters_and_their_base_are_fetched_from_the_hub(sources, tmp_path):
         ids[f"lab/{name}"] = Path(rewritten(folder, tmp_path / name, base_model_name_or_path="lab/base"))
     arguments = ["fuse", *(f"{name}=lab/{name}" for name in sources), "--out", str(tmp_path / "fused")]
     with HubServer(ids) as server:
-        command = [sys.executable, "-c", f"from ultrafuser.cli import app; app({arguments!r})"]
+        command = [sys.executable, "-c", f"from ultrafuser.cli.app import app; app({arguments!r})"]
         env = environment(server, tmp_path / "home")
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from benchmarks import figures, gates, growth, rivals, serving
-from benchmarks.measuring import compare
+from benchmarks import cost_figures, gate_costs, growth, rivals, serving
+from benchmarks.timing import compare
 from tests.tiny import specialist
 from tests.vllm import run
 
@@ -193,7 +193,7 @@ def results(tmp_path, measured, monkeypatch):
 def test_figures_and_tables_are_made_from_result_files(results, tmp_path, monkeypatch, capsys):
     out = tmp_path / "figures"
     monkeypatch.setattr(sys, "argv", ["figures", "--results", str(results), "--out", str(out)])
-    figures.main()
+    cost_figures.main()
     assert {file.stem for file in out.glob("*.svg")} == {"rivals", "growth_token", "growth_prompt", "serving"}
     found = json.loads((results / "rivals.json").read_text())["small"]
     drawn, printed = (out / "rivals.svg").read_text(), capsys.readouterr().out
@@ -204,13 +204,13 @@ def test_figures_and_tables_are_made_from_result_files(results, tmp_path, monkey
 
 def test_tables_of_the_page_are_written_anew():
     page = "before\n<!-- results/rivals.json: small -->\n\n| old |\n\n<!-- end -->\nafter\n"
-    written = figures.with_tables(page, {"results/rivals.json: small": "| new |"})
+    written = cost_figures.with_tables(page, {"results/rivals.json: small": "| new |"})
     assert written == page.replace("old", "new")
 
 
 def test_a_missing_result_file_is_told_with_what_writes_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["figures", "--results", str(tmp_path), "--out", str(tmp_path / "figures")])
-    figures.main()
+    cost_figures.main()
     assert "`python -m benchmarks.growth` writes it" in capsys.readouterr().out
     assert not (tmp_path / "figures").exists()
 
@@ -219,7 +219,7 @@ def test_figures_and_tables_of_the_documents_are_made_from_the_result_files(tmp_
     committed, out = ROOT / "docs" / "benchmarks", tmp_path / "benchmarks"
     shutil.copy(committed.with_suffix(".md"), tmp_path)
     monkeypatch.setattr(sys, "argv", ["figures", "--out", str(out)])
-    figures.main()
+    cost_figures.main()
     assert out.with_suffix(".md").read_text() == committed.with_suffix(".md").read_text()
     made = {file.name: file.read_text() for file in out.glob("*.svg")}
     assert {name: (committed / name).read_text() for name in made} == made
@@ -230,8 +230,8 @@ def test_figures_and_tables_of_the_documents_are_made_from_the_result_files(tmp_
 
 def test_every_gate_is_measured_beside_the_papers_and_those_that_look_back_have_a_state():
     sizes = {key: TINY[key] for key in ("intermediate_size", "num_hidden_layers", "vocab_size")}
-    rows = gates.measure(1, hidden_size=64, **sizes)
-    assert rows[gates.PAPER]["token"]["median"] == 1
-    assert rows[gates.PAPER]["parameters"] == 64 * 512 + 512 + 512
+    rows = gate_costs.measure(1, hidden_size=64, **sizes)
+    assert rows[gate_costs.PAPER]["token"]["median"] == 1
+    assert rows[gate_costs.PAPER]["parameters"] == 64 * 512 + 512 + 512
     assert {gate for gate, row in rows.items() if row["state_bytes"]} == {"evidence:128+calibration", "posterior"}
-    assert gates.table(rows).count("KiB") == 2
+    assert gate_costs.table(rows).count("KiB") == 2

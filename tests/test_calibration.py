@@ -16,8 +16,8 @@ from tests.tiny import specialist
 from tests.training import weights
 from trainers import GateTrainer
 from trainers.gate_cache import CachedGateTrainer
+from ultrafuser.build.specialist_edits import add_specialist, remove_specialist
 from ultrafuser.decoding.stacking import stack
-from ultrafuser.editing import add_specialist, remove_specialist
 
 
 ABLE = [name for name, gate in GATES.items() if gate.can_calibrate]

@@ -22,8 +22,8 @@ from modeling_ultrafuser.versions_ultrafuser import CACHE
 from tests.conftest import stir_gate
 from tests.tiny import VOCAB, specialist, tokenizer
 from tests.versions import TESTED
-from ultrafuser.checking.findings import BLOCKS
-from ultrafuser.checking.judging import judge
+from ultrafuser.check.checks import judge
+from ultrafuser.check.findings import BLOCKS
 from ultrafuser.decoding.drafting import self_draft
 
 

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from tests.tiny import tokenizer
 from tests.training import CHAT_TEMPLATE
 from trainers import template_sandbox
-from ultrafuser.chatting import Chat
-from ultrafuser.cli import app
+from ultrafuser.cli.app import app
 from ultrafuser.reports.colours import assign
 from ultrafuser.reports.terminal import speaker_style
+from ultrafuser.serve.chat import Chat
 
 
 def chat(model, template=CHAT_TEMPLATE, *, max_new_tokens=12, **settings):

@@ -36,11 +36,11 @@ from tests.test_bad_input import classifier, edit_config, encoder, encoder_decod
 from tests.test_fusing import gemma3, inkling, llava
 from tests.tiny import specialist, tokenizer
 from tests.versions import TESTED
-from ultrafuser.checking.findings import Judgement
-from ultrafuser.checking.judging import judge
-from ultrafuser.checking.reading import parse
-from ultrafuser.checking.showing import show
-from ultrafuser.cli import app
+from ultrafuser.check.checks import judge
+from ultrafuser.check.findings import Judgement
+from ultrafuser.check.metadata import parse
+from ultrafuser.check.render import show
+from ultrafuser.cli.app import app
 
 
 @pytest.fixture
@@ -489,10 +489,10 @@ def test_three_seven_billion_models_are_checked_in_less_than_5_mb(folders):
 # judges one list of arguments after another, each with a token or without, and prints what it found
 DRIVER = """
 import json, os, sys
-from ultrafuser.checking.findings import Judgement
-from ultrafuser.checking.judging import judge
-from ultrafuser.checking.reading import parse
-from ultrafuser.checking.showing import as_dict
+from ultrafuser.check.findings import Judgement
+from ultrafuser.check.checks import judge
+from ultrafuser.check.metadata import parse
+from ultrafuser.check.render import as_dict
 for arguments, token in json.loads(sys.argv[1]):
     os.environ.pop("HF_TOKEN", None)
     os.environ.update({"HF_TOKEN": token} if token else {})

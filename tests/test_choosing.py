@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from tests.mixes import MIXES, fuse, prompt
 from tests.tiny import specialist, tokenizer
-from ultrafuser.cli import app
+from ultrafuser.cli.app import app
 from ultrafuser.decoding import choosing
 from ultrafuser.decoding.choosing import COMPILED, WAYS, Speeds, decoder, speeds
 from ultrafuser.decoding.stacking import StackedForCausalLM

@@ -12,7 +12,7 @@ from ultrafuser.data.cleaning import DROPPED, KEPT, REPORT, clean, table
 from ultrafuser.data.decontamination import contaminated, gram_hashes, strings
 from ultrafuser.data.duplicates import DuplicateIndex, fingerprint, jaccard
 from ultrafuser.data.filters import broken_code, refusal, wrong_language, wrong_length
-from ultrafuser.data.ranking import keep_difficult, keep_style, read, style_distances
+from ultrafuser.data.ranked_filters import keep_difficult, keep_style, read, style_distances
 from ultrafuser.data.sources import write_records
 
 
@@ -384,7 +384,7 @@ def test_the_style_furthest_from_the_usual_one_goes(tmp_path):
 def test_distances_are_mean_squared_z_scores(tmp_path):
     path = tmp_path / "records.jsonl"
     write_records(odd_one_out(), path)
-    from ultrafuser.data.ranking import style
+    from ultrafuser.data.ranked_filters import style
 
     styles = np.array([style(record) for record in odd_one_out()])
     varies = styles.std(0) > 1e-9

@@ -10,7 +10,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.teacher_server import TINY, TeacherServer, write_recipe
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE
-from ultrafuser.cli import app
+from ultrafuser.cli.app import app
 
 
 DOMAINS = list(TINY["domains"])

@@ -13,7 +13,7 @@ from tests.tiny import tokenizer
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 from trainers.mixed import MIXED
 from ultrafuser import gate_words
-from ultrafuser.fusing import Fusion
+from ultrafuser.build.fusion_recipe import Fusion
 
 
 SIZES = {"text": 8, "code": 6, "math": 9}

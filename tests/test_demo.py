@@ -19,10 +19,10 @@ from tests.training import CHAT_TEMPLATE
 
 
 pytest.importorskip("gradio")
-from ultrafuser.guarding import host_names  # noqa: E402
+from ultrafuser.serve.guard import host_names  # noqa: E402
 
 
-demo = pytest.importorskip("ultrafuser.demo", reason="gradio is not installed", exc_type=ImportError)
+demo = pytest.importorskip("ultrafuser.serve.demo", reason="gradio is not installed", exc_type=ImportError)
 
 NAMES = ["text", "code", "math"]
 PROMPT = "<user>2+2?\n<assistant>"

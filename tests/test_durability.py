@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests import durability
-from ultrafuser import cli
+from ultrafuser.cli import app as cli
 
 
 def holds(found):
@@ -46,7 +46,7 @@ def test_a_command_that_is_stopped_anywhere_loses_nothing(command):
 
 COMMAND = """
 import os, signal, sys, time, weakref
-from ultrafuser import cli
+from ultrafuser.cli import app as cli
 
 class Thing:
     pass

@@ -13,8 +13,8 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.conftest import stir_gate
 from tests.tiny import specialist, tokenizer
-from ultrafuser.cli import app
-from ultrafuser.editing import add_specialist, remove_specialist
+from ultrafuser.build.specialist_edits import add_specialist, remove_specialist
+from ultrafuser.cli.app import app
 
 
 IDS = torch.arange(3, 40)[None]

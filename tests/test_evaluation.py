@@ -13,8 +13,8 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.conftest import stir_gate
 from tests.tiny import VOCAB, specialist, tokenizer
 from tests.training import CHAT_TEMPLATE
-from ultrafuser.cli import app
-from ultrafuser.evaluation import contenders, evaluating, measuring
+from ultrafuser.cli.app import app
+from ultrafuser.evaluation import contenders, evaluation_run, measurement
 from ultrafuser.evaluation.baselines import (
     RandomGate,
     RequestGate,
@@ -26,11 +26,11 @@ from ultrafuser.evaluation.baselines import (
     tempered,
     train_router,
 )
-from ultrafuser.evaluation.comparing import compare
+from ultrafuser.evaluation.comparison import compare
 from ultrafuser.evaluation.contenders import Comparison, merged, trained_choice, tuned_constant
-from ultrafuser.evaluation.evaluating import evaluate, left_out, tables, verdict
-from ultrafuser.evaluation.measuring import HeldOut, Scores, cost, held_out, score
-from ultrafuser.evaluation.statistics import calibration_error, flips, interval, per_example, permutation_test
+from ultrafuser.evaluation.evaluation_run import evaluate, left_out, tables, verdict
+from ultrafuser.evaluation.measurement import HeldOut, Scores, cost, held_out, score
+from ultrafuser.evaluation.resampling import calibration_error, flips, interval, per_example, permutation_test
 from ultrafuser.row_files import parse
 
 
@@ -75,7 +75,7 @@ def test_a_batch_scores_as_single_examples_do(fused, data):
 
 def test_a_batch_holds_no_more_logits_than_allowed(fused, data, monkeypatch):
     whole = score(fused, data)
-    monkeypatch.setattr(measuring, "LOGITS", 2 * data.input_ids.shape[1] * VOCAB)
+    monkeypatch.setattr(measurement, "LOGITS", 2 * data.input_ids.shape[1] * VOCAB)
     batches = []
     by_two = score(fused, data, before=batches.append)
     assert [(rows.start, rows.stop) for rows in batches] == [(0, 2), (2, 4)]
@@ -477,7 +477,7 @@ def test_examples_are_cut_to_the_models_context(comparison, tmp_path, monkeypatc
     tokenizer().save_pretrained(tmp_path / "fused")
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": LINES[2]}))
     seen = []
-    monkeypatch.setattr(evaluating, "compare", lambda comparison, *_, **__: seen.append(comparison) or {})
+    monkeypatch.setattr(evaluation_run, "compare", lambda comparison, *_, **__: seen.append(comparison) or {})
     found = evaluate(str(tmp_path / "fused"), {"text": str(tmp_path / "text.jsonl")}, tmp_path, prompt_tokens=5)
     assert seen[0].data["text"].input_ids.shape == (1, 20)
     assert found["config"]["max_length"] == 20

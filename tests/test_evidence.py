@@ -23,11 +23,11 @@ from tests.tiny import specialist
 from tests.training import changed, sft_trainer, weights
 from trainers import GateTrainer, JointTrainer
 from trainers.gate_cache import CachedGateTrainer
+from ultrafuser.build.specialist_edits import add_specialist, remove_specialist
 from ultrafuser.decoding.drafting import self_draft
 from ultrafuser.decoding.stacking import stack, unstack
-from ultrafuser.editing import add_specialist, remove_specialist
 from ultrafuser.evaluation.baselines import ShuffledGate, ensemble
-from ultrafuser.evaluation.measuring import cost
+from ultrafuser.evaluation.measurement import cost
 
 
 READERS = [name for name, gate in GATES.items() if gate.reads_past]

@@ -24,8 +24,8 @@ from tests.stand_ins import QWEN_1_5B, QWEN_7B, SMALL, llama_2_trio, qwen_trio, 
 from tests.tiny import tokenizer
 from tests.training import CHAT_TEMPLATE, conversations
 from trainers import GateStageConfig, JointStageConfig
-from ultrafuser.checking.judging import judge
-from ultrafuser.cli import app
+from ultrafuser.check.checks import judge
+from ultrafuser.cli.app import app
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -297,7 +297,7 @@ TRAINING = sorted(p for p in RECIPES.glob("*.yaml") if "stage:" in p.read_text()
 def test_every_field_of_every_recipe_is_one_that_its_script_reads(path):
     from trl import ModelConfig
 
-    from ultrafuser.training import FusedArguments
+    from ultrafuser.train.stage_recipe import FusedArguments
 
     stage = JointStageConfig if "joint" in path.stem else GateStageConfig
     known = {f for cls in (stage, ModelConfig, FusedArguments) for f in cls.__dataclass_fields__}

@@ -19,8 +19,8 @@ from tests.stand_ins import many_words
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, changed, conversations, sft_trainer, weights
 from trainers import GateTrainer, JointTrainer
-from ultrafuser.cli import app
-from ultrafuser.training import FusedArguments, load_model
+from ultrafuser.cli.app import app
+from ultrafuser.train.stage_recipe import FusedArguments, load_model
 
 
 TESTS = Path(__file__).parent

@@ -11,7 +11,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, PAPER, conversations
 from trainers import CachedGateTrainer
-from ultrafuser.cli import app
+from ultrafuser.cli.app import app
 from ultrafuser.gate_words import CANDIDATES, DEFAULT
 
 

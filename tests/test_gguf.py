@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
 from tests.mixes import prompt
 from tests.tiny import specialist, tokenizer
-from ultrafuser.cli import app
+from ultrafuser.cli.app import app
 
 
 gguf = pytest.importorskip("gguf")

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.tiny import specialist
-from ultrafuser.cli import app
-from ultrafuser.hub_card import write_card
+from ultrafuser.cli.app import app
+from ultrafuser.hub.model_card import write_card
 
 
 NAMES = ["text", "code", "math"]

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 from tests.tiny import tokenizer
 from tests.training import CHAT_TEMPLATE
-from ultrafuser.cli import app
-from ultrafuser.evaluation import judging
+from ultrafuser.cli.app import app
+from ultrafuser.evaluation import judgements
+from ultrafuser.evaluation.answer_journal import Journal
 from ultrafuser.evaluation.endpoint import Endpoint, EndpointError
-from ultrafuser.evaluation.journal import Journal
 from ultrafuser.evaluation.judge_scores import grading_scores, length_controlled, pairwise_scores
 from ultrafuser.evaluation.questions import Question, load_questions
 
@@ -130,7 +130,7 @@ def questions(tmp_path):
 def run(questions, out, judge, answerer=None, **settings):
     """Judges the answers of an endpoint that says, by default, how many messages it has read."""
     settings = {"method": "grading", **settings}
-    return judging.run(answerer or judge, questions=str(questions), judge=judge, out=out, **settings)
+    return judgements.run(answerer or judge, questions=str(questions), judge=judge, out=out, **settings)
 
 
 def answers_and(verdict):
@@ -264,7 +264,7 @@ def test_options_that_the_judge_refuses_stop_before_anything_is_generated(serve,
     assert server.requests[0]["temperature"] == 0
 
 
-@pytest.mark.parametrize("method", judging.METHODS)
+@pytest.mark.parametrize("method", judgements.METHODS)
 @pytest.mark.parametrize("alive", [0, 3, 5, 7])
 def test_a_server_that_dies_half_way_keeps_all_and_a_rerun_does_only_the_rest(
     method, alive, serve, questions, tmp_path
@@ -398,7 +398,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_asked(settings, fault, s
 
 def test_prompts_of_ones_own_are_used_and_checked(serve, questions, tmp_path):
     for name in ("grading", "grading_with_reference"):
-        (tmp_path / f"{name}.md").write_text((judging.PROMPTS / f"{name}.md").read_text() + "\nBe kind for $$1.")
+        (tmp_path / f"{name}.md").write_text((judgements.PROMPTS / f"{name}.md").read_text() + "\nBe kind for $$1.")
     server = serve(answers_and(lambda prompt: "[[9]]" if prompt.endswith("Be kind for $1.") else "[[1]]"))
     assert run(questions, tmp_path / "out", server.endpoint(), prompts=tmp_path)["score"] == 9
     (tmp_path / "grading.md").write_text("You grade $answer")

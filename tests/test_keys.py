@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.teacher_server import TeacherServer, write_recipe
-from ultrafuser.cli import app
+from ultrafuser.cli.app import app
 from ultrafuser.data.recipe import load_recipe
 from ultrafuser.data.teacher import _count
 from ultrafuser.evaluation.endpoint import Endpoint, EndpointError

@@ -28,7 +28,12 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def commands(server, tmp_path_factory):
     environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path_factory.mktemp("home")), "HF_TOKEN": TOKEN}
-    modules = ("ultrafuser.fusing", "ultrafuser.pushing", "ultrafuser.training", "transformers.trainer")
+    modules = (
+        "ultrafuser.build.fusion_recipe",
+        "ultrafuser.hub.upload",
+        "ultrafuser.train.stage_recipe",
+        "transformers.trainer",
+    )
     with Commands(*modules, **environment) as commands:
         yield commands
 

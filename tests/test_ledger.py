@@ -9,7 +9,7 @@ import yaml
 
 from experiments import ledger
 from experiments.__main__ import main
-from experiments.running import check
+from experiments.run_processes import check
 
 
 CONFIG = {
@@ -99,7 +99,7 @@ RUNS = {"tried": run}
 
 
 def test_a_failed_experiment_keeps_what_it_has_and_goes_on_from_there(root):
-    for name in ("ledger.py", "running.py", "__main__.py"):
+    for name in ("ledger.py", "run_processes.py", "__main__.py"):
         shutil.copy(ledger.ROOT / "experiments" / name, root / "experiments")
     (root / "experiments" / "toy.py").write_text(TOY)
     command = [sys.executable, "-m", "experiments", "--work", str(root / "work")]
@@ -183,7 +183,9 @@ def test_gates_that_there_are_not_are_refused_before_anything_runs(settings, sai
 
 
 def test_an_experiment_that_the_runner_does_not_know_is_refused_before_anything_runs():
-    with pytest.raises(ValueError, match=r"riddles: experiments/training.py runs \['mixes', 'rates', 'stages'\] only"):
+    with pytest.raises(
+        ValueError, match=r"riddles: experiments/stage_runs.py runs \['mixes', 'rates', 'stages'\] only"
+    ):
         check(ledger.read("stages")[0]._replace(experiment="riddles"))
 
 

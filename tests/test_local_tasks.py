@@ -11,8 +11,8 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from ultrafuser.corpora import DOMAINS, documents, splits  # noqa: E402
 from ultrafuser.evaluation import local_tasks  # noqa: E402
+from ultrafuser.toy.corpora import DOMAINS, documents, splits  # noqa: E402
 
 
 FINISHED = {

@@ -12,8 +12,8 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard, HfApi
 from typer.testing import CliRunner
 
-from ultrafuser.cli import app
-from ultrafuser.data.looking import CARD, NUMBERS, PAGE, look, push_to_hub
+from ultrafuser.cli.app import app
+from ultrafuser.data.dataset_report import CARD, NUMBERS, PAGE, look, push_to_hub
 from ultrafuser.data.sources import write_records
 
 

@@ -24,13 +24,13 @@ from tests.training import CHAT_TEMPLATE, changed, weights
 from tests.vllm import run
 from tests.vllm.cases import save_fused
 from trainers import GateStageConfig, GateTrainer, template_sandbox
-from ultrafuser.cli import app
-from ultrafuser.data.making import Maker, all_instructions, conversations
-from ultrafuser.data.planning import Plan
-from ultrafuser.data.reading import read_items
+from ultrafuser.cli.app import app
+from ultrafuser.data.cost_plan import Plan
 from ultrafuser.data.recipe import PROMPTS, load_recipe
-from ultrafuser.data.running import make_set
+from ultrafuser.data.synthesis import Maker, all_instructions, conversations
+from ultrafuser.data.synthesis_run import make_set
 from ultrafuser.data.teacher import Reply
+from ultrafuser.data.teacher_output import read_items
 
 
 ROOT = Path(__file__).parents[1]

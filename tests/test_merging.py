@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.tiny import specialist
-from ultrafuser.merges import MERGES
-from ultrafuser.merges.merging import NotMergeableError, merge
+from ultrafuser.merge import MERGES
+from ultrafuser.merge.merged_model import NotMergeableError, merge
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from ultrafuser.evaluation.measuring import HeldOut, Scores
+from ultrafuser.evaluation.measurement import HeldOut, Scores
 from ultrafuser.evaluation.metrics import NAMES, path
-from ultrafuser.evaluation.statistics import flips
+from ultrafuser.evaluation.resampling import flips
 
 
 evaluate = pytest.importorskip("evaluate")

@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE
-from ultrafuser.chatting import Chat
-from ultrafuser.checking import showing
-from ultrafuser.checking.findings import Judgement
-from ultrafuser.cli import app
+from ultrafuser.check import render
+from ultrafuser.check.findings import Judgement
+from ultrafuser.cli.app import app
 from ultrafuser.data import cleaning
 from ultrafuser.plain import Console, echo, markdown, plain
-from ultrafuser.reports.explaining import Token
+from ultrafuser.reports.explanation import Token
 from ultrafuser.reports.terminal import print_tokens
+from ultrafuser.serve.chat import Chat
 
 
 TITLE = "\x1b]0;pwned\x07"
@@ -90,7 +90,7 @@ def test_explaining_and_checking_print_text(colours):
     print_tokens(tokens, console)
     judgement = Judgement({})
     judgement.note("licence", "fits", f"the licence is {TITLE}", TITLE)
-    showing.show(judgement, console)
+    render.show(judgement, console)
     assert not OBEYED.search(OURS.sub("", console.file.getvalue()))
 
 

@@ -14,7 +14,7 @@ from tests.conftest import stir_gate
 from tests.hub_server import TOKEN, HubServer
 from tests.killing import Commands
 from tests.tiny import specialist, tokenizer
-from ultrafuser import pushing
+from ultrafuser.hub import upload
 
 
 NAMES = ["text", "code"]
@@ -30,7 +30,7 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def commands(server, tmp_path_factory):
     environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path_factory.mktemp("home")), "HF_TOKEN": TOKEN}
-    with Commands("ultrafuser.pushing", **environment) as commands:
+    with Commands("ultrafuser.hub.upload", **environment) as commands:
         yield commands
 
 
@@ -75,7 +75,7 @@ def test_what_is_pushed_is_what_was_there_and_nothing_else_goes(folder, commands
     assert "The licence of `text` is unknown" in done.said
     kept = {f.name for f in folder.iterdir()} & {f.name for f in server.tree("lab/whole")[1].iterdir()}
     sizes = sum((folder / name).stat().st_size for name in kept)
-    assert re.search(rf"{len(kept)} files, {pushing.decimal(sizes)}, to the private model 'lab/whole'", done.said)
+    assert re.search(rf"{len(kept)} files, {upload.decimal(sizes)}, to the private model 'lab/whole'", done.said)
     missing = {f.name for f in folder.iterdir()} - kept
     assert missing == {
         *("training_args.bin", ".env", "model.safetensors.part", "notes.txt", "credentials.json", "checkpoint-2")
@@ -150,10 +150,10 @@ def test_without_a_token_that_the_hub_knows_nothing_is_sent(token, said, folder,
 def test_much_is_asked_about_first(folder, monkeypatch):
     asked = []
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(pushing, "ASK_ABOVE", 10)
-    monkeypatch.setattr(pushing, "_there", lambda *_: None)
-    monkeypatch.setattr(pushing, "HfApi", lambda: None)
-    assert pushing.push(folder, "lab/large", say=asked.append, agree=lambda: asked.append("?")) is None
+    monkeypatch.setattr(upload, "ASK_ABOVE", 10)
+    monkeypatch.setattr(upload, "_there", lambda *_: None)
+    monkeypatch.setattr(upload, "HfApi", lambda: None)
+    assert upload.push(folder, "lab/large", say=asked.append, agree=lambda: asked.append("?")) is None
     assert asked[-1] == "?"
     assert "files" in asked[-2] or "files" in asked[-3]
 
@@ -162,9 +162,9 @@ def test_a_card_that_a_trainer_wrote_is_told(folder, monkeypatch):
     said = []
     (folder / "README.md").write_text("---\ntags:\n- generated_from_trainer\n- trl\n---\nA model.\n")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(pushing, "ASK_ABOVE", 10)
-    monkeypatch.setattr(pushing, "_there", lambda *_: None)
-    assert pushing.push(folder, "lab/trained", say=said.append, agree=lambda: False) is None
+    monkeypatch.setattr(upload, "ASK_ABOVE", 10)
+    monkeypatch.setattr(upload, "_there", lambda *_: None)
+    assert upload.push(folder, "lab/trained", say=said.append, agree=lambda: False) is None
     assert "README.md is a trainer's" in said[0]
     assert (folder / "README.md").read_text().endswith("A model.\n")
 
@@ -268,7 +268,7 @@ def test_what_is_not_whole_or_gives_away_a_secret_is_refused(spoil, said, folder
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     # a request would fail otherwise: tests are offline
     with pytest.raises(ValueError, match=said):
-        pushing.push(folder, "lab/model")
+        upload.push(folder, "lab/model")
 
 
 def test_where_specialists_lay_on_this_machine_is_not_sent(folder, commands, server):
@@ -289,5 +289,5 @@ def test_where_specialists_lay_on_this_machine_is_not_sent(folder, commands, ser
 
 def test_every_file_that_saving_writes_is_sent(models):
     for folder in models.iterdir():
-        assert {f.name for f in folder.iterdir()} == set(pushing.whole_model(folder))
+        assert {f.name for f in folder.iterdir()} == set(upload.whole_model(folder))
         AutoTokenizer.from_pretrained(folder)

@@ -4,10 +4,10 @@ from functools import partial
 import pytest
 from typer.testing import CliRunner
 
-from ultrafuser import quickstart
-from ultrafuser.cli import app
-from ultrafuser.corpora import DOMAINS, documents, splits
-from ultrafuser.quickstart import Schedule, run
+from ultrafuser.cli.app import app
+from ultrafuser.toy import quickstart
+from ultrafuser.toy.corpora import DOMAINS, documents, splits
+from ultrafuser.toy.quickstart import Schedule, run
 
 
 def test_parts_share_no_document_and_leave_none_out():

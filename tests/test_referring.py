@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.conftest import stir_gate
 from tests.tiny import specialist, tokenizer
-from ultrafuser.cli import app
+from ultrafuser.cli.app import app
 
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -256,7 +256,7 @@ def test_a_recipe_with_a_field_of_a_later_version_is_refused(fuse, tmp_path):
 COMMANDS = """
 import sys
 from typer.testing import CliRunner
-from ultrafuser.cli import app
+from ultrafuser.cli.app import app
 for words in (["fuse", "text=owner/text", "code=owner/code", "--out", "fused"], ["refer", "fused", "--out", "refs"],
               ["fuse", "refs/refs.yaml", "--out", "again"]):
     result = CliRunner().invoke(app, words)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE
-from ultrafuser.cli import app
+from ultrafuser.cli.app import app
 
 
 ROOT = Path(__file__).parent.parent
@@ -198,7 +198,7 @@ def test_commands_load_through_the_one_loader():
     wrong = []
     for path in sorted((ROOT / "ultrafuser").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and node.attr == "from_pretrained" and path.name != "loading.py":
+            if isinstance(node, ast.Attribute) and node.attr == "from_pretrained" and path.name != "pretrained.py":
                 wrong += [(path.name, node.lineno)] if getattr(node.value, "id", "").startswith("Auto") else []
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 wrong += [(path.name, node.lineno)] if getattr(node.value, "value", None) is True else []

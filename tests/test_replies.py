@@ -11,16 +11,16 @@ from rich.console import Console
 
 from tests.teacher_server import MODEL, TeacherServer, _send, completion, say, try_again_at_once, write_recipe
 from ultrafuser import replies
-from ultrafuser.data.journal import Journal
-from ultrafuser.data.reading import LONGEST, LONGEST_ITEM, read_items
 from ultrafuser.data.recipe import Teacher as Settings
 from ultrafuser.data.recipe import load_recipe
-from ultrafuser.data.running import make_set
+from ultrafuser.data.synthesis_run import make_set
 from ultrafuser.data.teacher import Request, Teacher
-from ultrafuser.evaluation import judging
-from ultrafuser.evaluation.answering import answer_through
+from ultrafuser.data.teacher_journal import Journal
+from ultrafuser.data.teacher_output import LONGEST, LONGEST_ITEM, read_items
+from ultrafuser.evaluation import judgements
+from ultrafuser.evaluation.answer_journal import Journal as Answers
+from ultrafuser.evaluation.answers import answer_through
 from ultrafuser.evaluation.endpoint import Endpoint
-from ultrafuser.evaluation.journal import Journal as Answers
 from ultrafuser.evaluation.questions import Question
 
 
@@ -228,9 +228,9 @@ def test_one_odd_answer_or_judgement_is_recorded_and_the_rest_is_judged(who, nam
             "out": tmp_path / "out",
             "method": "grading",
         }
-        found = judging.run(Endpoint(MODEL, model.url, **ends), **given)
+        found = judgements.run(Endpoint(MODEL, model.url, **ends), **given)
         sent = odd.count + good.count
-        again = judging.run(Endpoint(MODEL, model.url, **ends), **given)
+        again = judgements.run(Endpoint(MODEL, model.url, **ends), **given)
         assert again == found
         assert odd.count + good.count == sent
     assert found["score"] == 7

@@ -10,10 +10,10 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.conftest import in_browser, stir_gate
 from tests.test_reports import HARD, rows
 from tests.tiny import specialist
-from ultrafuser.cli import app
-from ultrafuser.quickstart import train_tokenizer
-from ultrafuser.reports.explaining import explain, load
-from ultrafuser.reports.reporting import report
+from ultrafuser.cli.app import app
+from ultrafuser.reports.explanation import explain, load
+from ultrafuser.reports.report_folder import report
+from ultrafuser.toy.quickstart import train_tokenizer
 
 
 NASTY = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
@@ -201,4 +201,4 @@ def test_a_model_alone_has_its_gate_measured(folder, tmp_path):
     assert result.exit_code == 0, result.output
     drawn = {file.stem for file in tmp_path.glob("*.svg")}
     assert drawn == {"gate_by_domain", "gate_by_position", "gate_entropy"}
-    assert "held-out text of ultrafuser.corpora, seed 0" in (tmp_path / "index.html").read_text()
+    assert "held-out text of ultrafuser.toy.corpora, seed 0" in (tmp_path / "index.html").read_text()

@@ -17,15 +17,15 @@ from tests.conftest import stir_gate
 from tests.test_trainers import trainer
 from tests.tiny import specialist, tokenizer
 from trainers import GateTrainer
-from ultrafuser.cli import app
-from ultrafuser.quickstart import train_tokenizer
+from ultrafuser.cli.app import app
 from ultrafuser.reports import charts
 from ultrafuser.reports.colours import INK, PALETTE, PAPER, assign, blend, contrast, strength, text_on
-from ultrafuser.reports.explaining import FUSED, explain, load, text_pieces
-from ultrafuser.reports.figures import draw_map, save, tsne
+from ultrafuser.reports.explanation import FUSED, explain, load, text_pieces
 from ultrafuser.reports.page import verdict
-from ultrafuser.reports.reporting import read_training
+from ultrafuser.reports.plots import draw_map, save, tsne
+from ultrafuser.reports.report_folder import read_training
 from ultrafuser.reports.terminal import print_tokens
+from ultrafuser.toy.quickstart import train_tokenizer
 
 
 NAMES = ["text", "code", "math"]

@@ -11,8 +11,8 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.test_hub_card import COMPARISON, JUDGEMENT, NAMES
 from tests.tiny import specialist
 from trainers.stage_checkpoint import STATE_FILE
-from ultrafuser.cli import app
-from ultrafuser.evaluation.comparing import SCORES, _check_identity, _file_names, _kept
+from ultrafuser.cli.app import app
+from ultrafuser.evaluation.comparison import SCORES, _check_identity, _file_names, _kept
 from ultrafuser.result_files import read_results
 
 

@@ -14,8 +14,8 @@ from tests.tiny import specialist, tokenizer
 from tests.training import PAPER
 from trainers import GateStageConfig, GateTrainer
 from trainers.domains import by_domain
-from ultrafuser.cli import app
-from ultrafuser.evaluation.evaluating import _read
+from ultrafuser.cli.app import app
+from ultrafuser.evaluation.evaluation_run import _read
 from ultrafuser.row_files import arguments_of, load
 
 

@@ -15,7 +15,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.conftest import stir_gate
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE
-from ultrafuser.cli import app
+from ultrafuser.cli.app import app
 
 
 pytest.importorskip("fastapi")

@@ -20,9 +20,9 @@ from tests.training import CHAT_TEMPLATE
 
 pytest.importorskip("fastapi")
 pytest.importorskip("openai")
-from ultrafuser import guarding, serving  # noqa: E402
-from ultrafuser.cli import app as command_line  # noqa: E402
-from ultrafuser.serving import template_variables  # noqa: E402
+from ultrafuser.cli.app import app as command_line  # noqa: E402
+from ultrafuser.serve import guard, server  # noqa: E402
+from ultrafuser.serve.server import template_variables  # noqa: E402
 
 
 TEMPLATE = "{% if note is defined %}[{{ note }}]{% endif %}" + CHAT_TEMPLATE
@@ -41,8 +41,8 @@ def model():
 
 
 def app(model, chat_template=TEMPLATE, **settings):
-    settings = {"hosts": guarding.host_names("127.0.0.1")} | settings
-    return serving.application(model, tokenizer(chat_template=chat_template), "fused", **settings)
+    settings = {"hosts": guard.host_names("127.0.0.1")} | settings
+    return server.application(model, tokenizer(chat_template=chat_template), "fused", **settings)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_page_of_the_server_itself_is_answered(port):
 
 def test_names_and_pages_are_answered_once_they_are_allowed(model):
     page = {"Origin": "https://page.example"}
-    hosts = guarding.host_names("127.0.0.1", ["models.example"])
+    hosts = guard.host_names("127.0.0.1", ["models.example"])
     with running(app(model, hosts=hosts, origins=["https://page.example"], key="secret")) as port:
         asked = page | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
         assert ask(port, CHAT, method="OPTIONS", headers=asked)[0] == 200
@@ -138,21 +138,21 @@ def test_without_the_key_nothing_is_answered_but_that_the_server_is_well(model, 
 def test_an_address_that_others_reach_needs_a_key_or_a_word_for_it(host, monkeypatch):
     monkeypatch.delenv("MY_KEY", raising=False)
     with pytest.raises(ValueError, match="MY_KEY holds no key"):
-        guarding.key_for(host, "MY_KEY", False)
-    assert guarding.key_for(host, "MY_KEY", True) is None
+        guard.key_for(host, "MY_KEY", False)
+    assert guard.key_for(host, "MY_KEY", True) is None
     monkeypatch.setenv("MY_KEY", "secret")
-    assert guarding.key_for(host, "MY_KEY", False) == "secret"
+    assert guard.key_for(host, "MY_KEY", False) == "secret"
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.2", "::1"])
 def test_this_machine_alone_needs_no_key(host, monkeypatch):
     monkeypatch.delenv("MY_KEY", raising=False)
-    assert guarding.key_for(host, "MY_KEY", False) is None
+    assert guard.key_for(host, "MY_KEY", False) is None
 
 
 def test_on_all_addresses_names_must_be_allowed_and_numbers_need_not():
-    assert {"*", "models.example"} <= guarding.host_names("0.0.0.0", ["Models.example"])
-    assert "*" not in guarding.host_names("192.168.1.2")
+    assert {"*", "models.example"} <= guard.host_names("0.0.0.0", ["Models.example"])
+    assert "*" not in guard.host_names("192.168.1.2")
 
 
 # ------------------------------------------------------------------------------------------ what requests may hold
@@ -311,7 +311,7 @@ def test_a_body_that_does_not_say_its_length_ends_at_the_limit_too(port):
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/chat", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /he"])
 def test_a_client_that_never_ends_its_request_s_head_is_let_go(sent, model, monkeypatch):
-    monkeypatch.setattr(guarding, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(guard, "HEAD_SECONDS", 0.3)
     with running(app(model)) as port:
         connection = opened(port, sent)
         assert ended(connection)
@@ -319,7 +319,7 @@ def test_a_client_that_never_ends_its_request_s_head_is_let_go(sent, model, monk
 
 
 def test_a_client_that_never_ends_its_body_is_told_and_let_go(model, monkeypatch):
-    monkeypatch.setattr(guarding, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
     with running(app(model)) as port:
         connection = opened(port, request({"prompt": "2"}, length=500))
         assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
@@ -327,7 +327,7 @@ def test_a_client_that_never_ends_its_body_is_told_and_let_go(model, monkeypatch
 
 
 def test_a_client_that_reads_nothing_is_let_go(monkeypatch):
-    monkeypatch.setattr(guarding, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(guard, "STALL_SECONDS", 0.3)
     over = threading.Event()
 
     async def pours(scope, receive, send):
@@ -390,8 +390,8 @@ def test_one_request_that_takes_for_ever_does_not_hold_up_another(port, model):
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
 def test_a_client_that_hangs_up_while_its_prompt_is_read_stops_at_the_next_layer(path, stream, model, monkeypatch):
     asked = []
-    make = serving.Asked.__init__
-    monkeypatch.setattr(serving.Asked, "__init__", lambda self, *given: (make(self, *given), asked.append(self))[0])
+    make = server.Asked.__init__
+    monkeypatch.setattr(server.Asked, "__init__", lambda self, *given: (make(self, *given), asked.append(self))[0])
     text = "9" * (100 if path == COMPLETIONS else 100 - len("<user>\n<assistant>"))
     body = {CHAT: conversation(text), COMPLETIONS: {"prompt": text}, RESPONSES: {"input": text}}[path]
     with running(app(model)) as port, Held(model, tokens=100) as held:
@@ -405,7 +405,7 @@ def test_a_client_that_hangs_up_while_its_prompt_is_read_stops_at_the_next_layer
 
 
 def test_a_client_that_hangs_up_while_it_waits_is_not_answered_at_all(model, monkeypatch):
-    monkeypatch.setattr(serving, "AT_ONCE", 1)
+    monkeypatch.setattr(server, "AT_ONCE", 1)
     with running(app(model)) as port, Held(model, tokens=100) as held:
         first = opened(port, request({"prompt": "9" * 100, "max_tokens": 1}))
         held.reached.wait(30)
@@ -422,8 +422,8 @@ def test_a_client_that_hangs_up_while_it_waits_is_not_answered_at_all(model, mon
 
 
 def test_more_requests_than_may_wait_are_refused_in_words_and_room_is_made_again(model, monkeypatch):
-    monkeypatch.setattr(serving, "AT_ONCE", 1)
-    monkeypatch.setattr(serving, "WAITING", 0)
+    monkeypatch.setattr(server, "AT_ONCE", 1)
+    monkeypatch.setattr(server, "WAITING", 0)
     with running(app(model)) as port, Held(model, tokens=100) as held, ThreadPoolExecutor() as pool:
         first = pool.submit(ask, port, COMPLETIONS, {"prompt": "9" * 100, "max_tokens": 1})
         held.reached.wait(30)
@@ -521,4 +521,4 @@ def test_a_port_that_is_taken_is_told(model):
         taken.listen()
         number = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"Nothing can listen on port {number} of '127.0.0.1'"):
-            guarding.run(app(model), "127.0.0.1", number)
+            guard.run(app(model), "127.0.0.1", number)

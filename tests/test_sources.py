@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from ultrafuser.cli import app
+from ultrafuser.cli.app import app
 from ultrafuser.data.sources import KEYS, SOURCES, MalformedRow, raw_rows, take_in, to_record, write_records
 
 

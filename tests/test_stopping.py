@@ -17,7 +17,7 @@ from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, changed, conversations, weights
 from trainers import CachedGateTrainer, GateTrainer, JointTrainer
 from trainers.domains import split
-from ultrafuser.cli import app
+from ultrafuser.cli.app import app
 
 
 NAMES = ("text", "code", "math")

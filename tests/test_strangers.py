@@ -21,8 +21,8 @@ from modeling_ultrafuser.modeling_ultrafuser import UltraFuserPreTrainedModel
 from modeling_ultrafuser.reading_ultrafuser import check_folder
 from tests import fuzz
 from tests.tiny import specialist
-from ultrafuser.cli import app
-from ultrafuser.referring import sha256
+from ultrafuser.build.references import sha256
+from ultrafuser.cli.app import app
 
 
 IDS = torch.arange(3, 20)[None]
@@ -580,7 +580,7 @@ def test_a_gates_file_holds_the_gate_and_nothing_else(case, refs, tmp_path):
     gate = load_file(refs.with_name("gate.safetensors"))
     change(gate)
     save_file(gate, refs.with_name("gate.safetensors"))
-    from ultrafuser.referring import sha256
+    from ultrafuser.build.references import sha256
 
     changed(refs, lambda r: r["sha256"].update({"gate.safetensors": sha256(refs.with_name("gate.safetensors"))}))
     assert words in said(2, "fuse", refs, "--out", tmp_path / "again")

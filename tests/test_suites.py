@@ -15,7 +15,7 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from tests.tiny import tokenizer  # noqa: E402
-from ultrafuser.cli import app  # noqa: E402
+from ultrafuser.cli.app import app  # noqa: E402
 from ultrafuser.evaluation import suites  # noqa: E402
 from ultrafuser.evaluation.suites import MMLU_GROUPS, SUITES, mmlu_means, run_suite  # noqa: E402
 

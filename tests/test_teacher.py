@@ -8,10 +8,10 @@ import anyio
 import pytest
 
 from tests.teacher_server import KEY, MODEL, TeacherServer, say, try_again_at_once
-from ultrafuser.data.journal import Journal
 from ultrafuser.data.recipe import Budget
 from ultrafuser.data.recipe import Teacher as Settings
 from ultrafuser.data.teacher import Pace, Request, Teacher
+from ultrafuser.data.teacher_journal import Journal
 
 
 def questions(number):

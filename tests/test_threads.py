@@ -10,11 +10,11 @@ import torch
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.conftest import stir_gate
 from tests.tiny import specialist, tokenizer
-from ultrafuser.chatting import Speech, followed, speak
 from ultrafuser.decoding.choosing import decoder
 from ultrafuser.decoding.drafting import self_draft
 from ultrafuser.decoding.stacking import stack
-from ultrafuser.reports.explaining import explain
+from ultrafuser.reports.explanation import explain
+from ultrafuser.serve.chat import Speech, followed, speak
 
 
 THREADS, ROUNDS, TOKENS = 8, 1, 8
@@ -48,7 +48,7 @@ def spoken(model, number):
 
 def steered(model, number):
     """Every second one is steered, each otherwise."""
-    demo = pytest.importorskip("ultrafuser.demo", exc_type=ImportError)
+    demo = pytest.importorskip("ultrafuser.serve.demo", exc_type=ImportError)
     if number % 2:
         return spoken(model, number)
     with demo.steered(model.model.fusion_gate, 2.0, [float(number), 0.0, 0.0]):

@@ -14,8 +14,8 @@ from modeling_ultrafuser.tokenizing_ultrafuser import (
     widest_usable_tokenizer,
 )
 from tests.tiny import specialist, tokenizer
-from ultrafuser.checking.judging import judge
-from ultrafuser.evaluation.generating import _generate
+from ultrafuser.check.checks import judge
+from ultrafuser.evaluation.local_answers import _generate
 
 
 ROWS = 99

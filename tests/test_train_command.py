@@ -15,8 +15,8 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.tiny import specialist, tokenizer
 from tests.training import CHAT_TEMPLATE, conversations
 from trainers import GateStageConfig, GateTrainer
-from ultrafuser import training
-from ultrafuser.cli import app
+from ultrafuser.cli.app import app
+from ultrafuser.train import stage_recipe
 
 
 NAMES = ["text", "code"]
@@ -168,7 +168,7 @@ def test_no_token_is_written_and_what_is_pushed_is_the_model(fused, tmp_path, mo
         sent.append((folder, repository, options))
         assert load_file(folder / "model.safetensors")
 
-    monkeypatch.setattr(training.pushing, "push", push)
+    monkeypatch.setattr(stage_recipe.upload, "push", push)
     more = ["--hub_token", token, "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2"]
     done = run("--stage", "gate", *flags(fused, out), *more, "--push_to_hub", "true", "--hub_model_id", "me/model")
     assert done.exit_code == 0, done.output

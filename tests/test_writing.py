@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ultrafuser.writing import LOCK, new_folder, sole_writer, whole_file, write_whole
+from ultrafuser.atomic import LOCK, new_folder, sole_writer, whole_file, write_whole
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
 
 
 def test_what_a_killed_run_left_is_begun_anew(tmp_path):
-    code = "import os, sys; from pathlib import Path; from ultrafuser.writing import new_folder\n"
+    code = "import os, sys; from pathlib import Path; from ultrafuser.atomic import new_folder\n"
     code += "with new_folder(Path(sys.argv[1])) as part: (part / 'half').touch(); os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code, tmp_path / "out"], check=False)
     assert (tmp_path / "out.part" / "half").exists()
@@ -221,7 +221,7 @@ def test_one_process_at_a_time_goes_on_with_a_folder(tmp_path):
 
 
 def test_a_killed_process_holds_no_lock(tmp_path):
-    code = "import os, sys; from pathlib import Path; from ultrafuser.writing import sole_writer\n"
+    code = "import os, sys; from pathlib import Path; from ultrafuser.atomic import sole_writer\n"
     code += "with sole_writer(Path(sys.argv[1]), 'evaluate', []): os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
     begin(tmp_path)

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..atomic import sole_writer, write_whole
 from ..plain import plain
-from ..writing import sole_writer, write_whole
 from . import filters
 from .arithmetic import wrong_arithmetic
 from .decontamination import contaminated

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TextIO
 
 from tqdm.auto import tqdm
 
-from ..writing import whole_file
+from ..atomic import whole_file
 
 
 KEYS = ("messages", "domain", "topic", "source", "licence")

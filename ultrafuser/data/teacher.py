@@ -8,9 +8,9 @@ import openai
 
 from ..keys import open_client, without_key
 from ..replies import NO_COMPLETION, bounded_client, reply_of
-from .journal import Journal, request_key
 from .recipe import Budget
 from .recipe import Teacher as TeacherSettings
+from .teacher_journal import Journal, request_key
 
 
 CHARACTERS_PER_TOKEN = 4  # of English prose; to foresee, and where a server does not tell

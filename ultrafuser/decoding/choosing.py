@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 
-from ..loading import generating
+from ..pretrained import generating
 from .compiling import compiled
 from .drafting import self_draft
 from .stacking import StackedForCausalLM, stack

@@ -15,7 +15,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.gate_base_ultrafuser import Gate, GateOutput
 from modeling_ultrafuser.gates_ultrafuser import GATES
 
-from .measuring import HeldOut, Scores
+from .measurement import HeldOut, Scores
 
 
 def ensemble(

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modeling_ultrafuser import UltraFuserForCausalLM
 from trainers import CachedGateTrainer, GateStageConfig
 
-from ..merges import MERGES
-from ..merges.merging import merge
+from ..merge import MERGES
+from ..merge.merged_model import merge
 from .baselines import (
     RandomGate,
     RequestGate,
@@ -28,7 +28,7 @@ from .baselines import (
     tempered,
     train_router,
 )
-from .measuring import HeldOut, Scores, cost, score
+from .measurement import HeldOut, Scores, cost, score
 
 
 FUSED = "fused"

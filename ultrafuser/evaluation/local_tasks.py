@@ -18,7 +18,7 @@ import random
 import re
 from pathlib import Path
 
-from ..corpora import DOMAINS, documents, splits
+from ..toy.corpora import DOMAINS, documents, splits
 from . import sandbox
 
 

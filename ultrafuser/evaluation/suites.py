@@ -49,13 +49,13 @@ from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.reading_ultrafuser import check_file, read_json
 from trainers.template_sandbox import render_task
 
+from ..atomic import sole_writer, write_whole
 from ..keys import check_address
-from ..loading import load_config, load_tokenizer, refusing_code
+from ..pretrained import load_config, load_tokenizer, refusing_code
 from ..provenance import digest, provenance
-from ..writing import sole_writer, write_whole
 from ..yaml_files import MOST_BYTES, MOST_NESTED, parse_yaml
 from . import local_tasks, sandbox
-from .comparing import slug
+from .comparison import slug
 
 
 # of a task, under which regular expressions stand

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from .colours import strength, text_on
-from .explaining import FUSED, Token, leaders
+from .explanation import FUSED, Token, leaders
 
 
 OTHER = "#7d8590"  # rows that are no specialist: reads on light and on dark

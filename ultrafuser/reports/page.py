@@ -7,7 +7,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from .colours import strength
-from .explaining import FUSED, Token, leaders, mean_weights
+from .explanation import FUSED, Token, leaders, mean_weights
 
 
 TEMPLATE = Path(__file__).with_name("page.html")

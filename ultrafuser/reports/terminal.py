@@ -6,7 +6,7 @@ from rich.text import Text
 
 from ..plain import Console, plain
 from .colours import assign, blend, strength, text_on
-from .explaining import FUSED, Token, leaders, mean_weights
+from .explanation import FUSED, Token, leaders, mean_weights
 
 
 def print_tokens(tokens: list[Token], console: Console | None = None) -> None:

@@ -4,7 +4,7 @@ import datasets
 import evaluate
 import torch
 
-from ultrafuser.evaluation.statistics import calibration_error
+from ultrafuser.evaluation.resampling import calibration_error
 
 
 class CalibrationError(evaluate.Metric):

@@ -1,0 +1,190 @@
+"""From a few words to the folder of a fused model: what to fuse, one specialist after another, and what was taken."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from rich.filesize import decimal
+from transformers import PreTrainedTokenizerBase
+
+from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
+from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
+
+from .. import licences
+from ..check.findings import BLOCKS, Judgement
+from ..check.checks import judge
+from ..check.metadata import Source
+from ..fused_folders import save_fused
+from ..gate_words import HELP
+from ..atomic import new_folder
+from ..yaml_files import read_yaml
+
+
+@dataclass
+class Fusion:
+    """What to fuse, as a recipe says it."""
+
+    specialists: dict[str, str] | None = field(
+        default=None, metadata={"help": "Name to Hub id or folder, to fuse first. Or give --model_name_or_path."}
+    )
+    specialist_revisions: dict[str, str] | None = field(
+        default=None, metadata={"help": "Name to commit of its repository, for results that can be repeated."}
+    )
+    chat_template: str | None = field(default=None, metadata={"help": "Whose chat template to take, if they differ."})
+    gate: str = field(default=DEFAULT_GATE, metadata={"help": HELP})
+    fusion: str = field(default="logits", metadata={"help": "What is mixed, when fusing: logits or probabilities."})
+    base: str | None = field(
+        default=None, metadata={"help": "Where the base of specialists that are adapters is, if not where they say."}
+    )
+
+    def __post_init__(self):
+        for name in ("specialists", "specialist_revisions"):
+            check_words(name, getattr(self, name) or {})
+        for name in ("chat_template", "gate", "fusion", "base"):
+            value = getattr(self, name)
+            if not isinstance(value, str | None):
+                raise ValueError(f"`{name}` of a recipe is a word, but it is {str(value)[:200]!r}. Correct it.")
+
+
+def check_words(field: str, value) -> None:
+    """Refuses what is no dict from words to words.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    pairs = value.items() if isinstance(value, dict) else [(None, None)]
+    if not all(isinstance(word, str) and word for pair in pairs for word in pair):
+        raise ValueError(
+            f"`{field}` of a recipe says `name: word` for each, but it is {str(value)[:200]!r}. Correct it; put what "
+            f"looks like a number into quotes."
+        )
+
+
+def load_recipe(path: Path) -> tuple[Fusion, dict[str, str]]:
+    """Reads a YAML file that says what to fuse, and may say `dtype` and `out` too.
+
+    Returns:
+        What to fuse; and `dtype` and `out`, where given.
+
+    Raises:
+        ValueError: If it holds something else.
+        OSError: If it cannot be read.
+    """
+    raw = read_yaml(path)
+    known = [f.name for f in fields(Fusion)]
+    unknown = sorted(set(raw) - {*known, "dtype", "out"}) if isinstance(raw, dict) else [type(raw).__name__]
+    if unknown:
+        raise ValueError(
+            f"A recipe for fusing has the fields {[*known, 'dtype', 'out']}, but {str(path)!r} has {unknown}. Recipes "
+            f"for training are for `ultrafuser train`, which fuses first."
+        )
+    rest = {k: raw[k] for k in ("dtype", "out") if k in raw}
+    check_words("dtype and out", rest)
+    return Fusion(**{k: v for k, v in raw.items() if k in known}), rest
+
+
+def plan(recipe: Fusion, dtype: str = "auto") -> Judgement:
+    """What fusing would meet and take, from what there is beside the weights.
+
+    Raises:
+        ValueError: If it is not said what to fuse, or a choice is unknown.
+    """
+    specialists, revisions = recipe.specialists or {}, recipe.specialist_revisions or {}
+    if len(specialists) < 2 or set(revisions) - set(specialists):
+        raise ValueError(
+            f"Fusing needs at least two specialists, name=ID each, and revisions of those, but got specialists "
+            f"{specialists} and revisions {revisions}."
+        )
+    # refuses unknown choices
+    UltraFuserConfig(**gate_settings(recipe.gate), fusion=recipe.fusion)
+    locations = {name: (location, revisions.get(name)) for name, location in specialists.items()}
+    return judge(locations, dtype=dtype, fusion=recipe.fusion, gate=recipe.gate, base=recipe.base)
+
+
+def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str], None] = print) -> None:
+    """Writes the folder of a fused model: weights, code, tokenizer, and where the specialists come from.
+
+    Killed at any time, it leaves nothing that loads; run again, it goes on with the files that the Hub's cache has.
+
+    Args:
+        recipe: What to fuse.
+        out: The folder to write. There must be nothing in it.
+        dtype: Of the specialists and the head; "auto" takes what they share.
+        say: Called with a line about each step.
+
+    Raises:
+        FileExistsError: If there is something in `out`.
+        ValueError: If the specialists cannot be fused.
+        OSError: If one cannot be read, or the disk is too small.
+    """
+    with new_folder(out) as folder:
+        judgement, tokenizer = fetch(recipe, folder, dtype=dtype, say=say)
+        sources = judgement.sources
+        say("fusing")
+        model = UltraFuserForCausalLM.from_specialists(
+            recipe.specialists,
+            **gate_settings(recipe.gate),
+            fusion=recipe.fusion,
+            dtype=dtype,
+            revisions=commits(sources),
+            base=recipe.base,
+        )
+        say("writing")
+        save_fused(folder, model, tokenizer, {n: described(recipe.specialists[n], s) for n, s in sources.items()})
+
+
+def fetch(
+    recipe: Fusion, folder: Path, *, dtype: str, say: Callable[[str], None]
+) -> tuple[Judgement, PreTrainedTokenizerBase]:
+    """Downloads what is to be fused, once it is known that it can be, and that `folder` has room for the outcome.
+
+    Returns:
+        What was found of the specialists, whose weights are on this machine then, and their common tokenizer.
+
+    Raises:
+        ValueError: If the specialists cannot be fused.
+        OSError: If one cannot be read, or the disk is too small.
+    """
+    judgement = plan(recipe, dtype)
+    if blocks := [f"{f.about}: {f.text} {f.fix}".rstrip() for f in judgement.findings if f.status == BLOCKS]:
+        raise ValueError("\n".join(blocks))
+    sources, size = judgement.sources, judgement.numbers["disk"]
+    revisions = commits(sources)
+    tokenizer = common_tokenizer(
+        recipe.specialists,
+        chat_template=recipe.chat_template,
+        revisions=revisions,
+        vocab_size=judgement.numbers["vocab_size"],
+        base=recipe.base,
+    )
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(
+            f"The fused model takes {decimal(size)}, but {decimal(free)} are free at {str(folder)!r}. Make room, or "
+            f"choose a folder on another disk."
+        )
+    for k, (name, source) in enumerate(sources.items(), start=1):
+        say(f"{name} ({k} of {len(sources)}): {recipe.specialists[name]}")
+        if source.download:
+            snapshot_download(source.location, revision=source.commit, allow_patterns=[*source.weights])
+    if judgement.base is not None:
+        say(f"their base: {judgement.base.location}")
+    return judgement, tokenizer
+
+
+def commits(sources: dict[str, Source]) -> dict[str, str]:
+    """The commit of each specialist that is a repository."""
+    return {name: source.commit for name, source in sources.items() if source.commit}
+
+
+def described(location: str, source: Source) -> dict[str, str | None]:
+    """Where a specialist comes from and what its card says of its licence, to be kept beside the model."""
+    card = licences.read_ingredient(location, str(source.folder))
+    stated = {"licence": card.licence, "terms": card.terms, "link": card.link, "problem": card.problem}
+    return {
+        "source": location,
+        "commit": source.commit,
+        **{key: value for key, value in stated.items() if value},
+    }

@@ -1,0 +1,192 @@
+"""Specialists put into and taken out of a fused model whose gate keeps what it learned.
+
+What a gate can keep depends on what its scores read. Gate weights are the softmax of one score per specialist, so as
+long as the scores of the others stay, their shares stay in proportion:
+
+- taken out: new weights of the others = old weights / (1 - old weight of the one taken out);
+- put in: new weights of the others = old weights * (1 - weight of the newcomer).
+
+Both hold exactly, at every token, except for taking a specialist out of a gate that reads the hidden states of all side
+by side ("linear", "cross"), see `remove_specialist`; and for gates that look back ("posterior", "evidence"), which compare
+each specialist's predictions so far with those of all others.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
+from modeling_ultrafuser.checking_ultrafuser import own_config, refuse_other_tensors
+from modeling_ultrafuser.gate_base_ultrafuser import columns_of_others
+
+from ..check import metadata
+from ..fused_folders import fused_config, read_ingredients, read_tokenizer, save_fused
+from .fusion_recipe import described
+from ..atomic import new_folder
+
+
+BACKBONE, GATE, HEAD = "model.specialists.", "model.fusion_gate.", "lm_head.weight"
+
+
+def add(folder: Path, name: str, source: str, out: Path, *, revision: str | None = None) -> None:
+    """Writes a fused folder with one more specialist, see `add_specialist`."""
+    with new_folder(out) as part:
+        config = fused_config(folder)
+        first, rows = config.specialist_names[0], config.vocab_size
+        tokenizer = read_tokenizer(folder)
+        read = metadata.read(name, source, revision)
+        # token ids must mean the same to it; the chat template stays
+        both, revisions = {first: tokenizer, name: source}, {name: read.revision}
+        common_tokenizer(both, chat_template=first, revisions=revisions, vocab_size=rows)
+        model = add_specialist(UltraFuserForCausalLM.from_pretrained(folder), name, source, revision=read.revision)
+        save_fused(part, model, tokenizer, read_ingredients(folder) | {name: described(source, read)})
+
+
+def remove(folder: Path, name: str, out: Path) -> None:
+    """Writes a fused folder without one of its specialists, see `remove_specialist`."""
+    with new_folder(out) as part:
+        _check_name(fused_config(folder), name)
+        model = remove_specialist(UltraFuserForCausalLM.from_pretrained(folder), name)
+        ingredients = {n: i for n, i in read_ingredients(folder).items() if n != name}
+        save_fused(part, model, read_tokenizer(folder), ingredients)
+
+
+def take_out(folder: Path, name: str, out: Path) -> None:
+    """Writes one specialist of a fused folder as an ordinary model's folder, with the fused model's tokenizer."""
+    with new_folder(out) as part:
+        _check_name(fused_config(folder), name)
+        read_tokenizer(folder).save_pretrained(part)
+        UltraFuserForCausalLM.from_pretrained(folder).specialist(name).save_pretrained(part)
+
+
+def remove_specialist(model: UltraFuserForCausalLM, name: str) -> UltraFuserForCausalLM:
+    """A fused model without one of its specialists. The tensors of the others stay as they are, bit by bit.
+
+    With an "mlp" or "constant" gate the others' scores stay, and with them their shares in proportion. A "linear" or
+    "cross" gate scores every specialist from the hidden states of all, so what it read from the one taken out is missing
+    from the others' scores: train it again; so with "evidence". "uniform" and "posterior" have nothing to keep.
+
+    Args:
+        model: A fused model of three specialists or more. It is not changed.
+        name: Of the specialist to take out.
+
+    Raises:
+        ValueError: If there is no such specialist, a single one would be left, or the gate cannot keep what it learned.
+    """
+    names = model.config.specialist_names
+    _check_name(model.config, name)
+    if len(names) == 2:
+        left = next(n for n in names if n != name)
+        raise ValueError(
+            f"A fused model has at least two specialists, but without {name!r} only {left!r} would be left. Take that "
+            f"one by itself: `ultrafuser specialist FOLDER {left}`."
+        )
+    kept = [k for k, n in enumerate(names) if n != name]
+    config = _config(
+        model, [names[k] for k in kept], [model.config.specialists[k] for k in kept], model.generation_config
+    )
+    state = {k: t for k, t in model.state_dict().items() if not k.startswith((f"{BACKBONE}{name}.", GATE))}
+    if model.config.adapters is None:
+        state[HEAD] = state[HEAD][:, columns_of_others(names.index(name), model.config)]
+    else:
+        state |= {key: tensor[kept] for key, tensor in state.items() if ".lora_" in key}
+    gate = model.model.fusion_gate.without(names.index(name), model.config)
+    return _built(model, config, state, gate)
+
+
+def add_specialist(
+    model: UltraFuserForCausalLM, name: str, source: str | os.PathLike, *, revision: str | None = None
+) -> UltraFuserForCausalLM:
+    """A fused model with one more specialist, the last. The tensors of the others stay as they are, bit by bit.
+
+    The others' scores stay. The newcomer's own score is, with a gate that is
+
+    - "mlp", of equal hidden sizes: what the shared layers make of its hidden states, as of everyone's;
+    - "mlp", of different hidden sizes: one number, what the gate makes of a hidden state of zeros, as its first layer
+      starts at zero;
+    - "constant": such that it starts with an equal share, 1 in all specialists;
+    - "linear", "cross" or "evidence": a bias alone, the one that would be an equal share if the others' biases were all
+      they had;
+    - "posterior": what it is for all, without training.
+
+    Then train the gate: nothing so far has shown it when the newcomer is right.
+
+    Args:
+        model: A fused model. It is not changed.
+        name: Of the newcomer.
+        source: Its Hub id or folder.
+        revision: Branch, tag or commit of its repository.
+
+    Raises:
+        ValueError: If it does not fit the others.
+        OSError: If it cannot be read.
+    """
+    config = model.config
+    names = config.specialist_names
+    if name in names:
+        raise ValueError(f"Every specialist has a name of its own, but there is a {name!r} among {names}.")
+    if config.adapters is not None:
+        raise ValueError(
+            f"A specialist is put in beside models of their own, but {names} are adapters of one base. Fuse all adapters "
+            f"anew with `ultrafuser fuse`, and train the gate."
+        )
+    rows = own_config(name, source, revision=revision or "main").get_text_config(decoder=True).vocab_size
+    if rows < config.vocab_size:
+        raise ValueError(
+            f"A specialist is put in without touching the others, whose vocabulary has {config.vocab_size} rows, but "
+            f"{name!r} has only {rows}. Fuse all of them anew: `ultrafuser fuse` cuts every one to {rows}."
+        )
+    # fused with one of the others first: that checks, scales, cuts and probes it as ever
+    pair = UltraFuserForCausalLM.from_specialists(
+        {names[0]: model.specialist(names[0]), name: source},
+        gate="uniform",
+        fusion=config.fusion,
+        dtype=model.dtype,
+        revisions={name: revision} if revision else None,
+    )
+    newcomer = pair.config.specialists[1]
+    new_config = _config(model, [*names, name], [*config.specialists, newcomer], pair.generation_config)
+    state = {k: t for k, t in model.state_dict().items() if not k.startswith(GATE)}
+    state |= {k: t for k, t in pair.state_dict().items() if k.startswith(f"{BACKBONE}{name}.")}
+    state[HEAD] = torch.cat([state[HEAD], pair.lm_head.weight.detach()[:, -newcomer.hidden_size :]], dim=1)
+    gate = model.model.fusion_gate.with_one_more(name, new_config)
+    edited = _built(model, new_config, state, gate)
+    edited.generation_config = pair.generation_config
+    return edited
+
+
+def _check_name(config: UltraFuserConfig, name: str) -> None:
+    if name not in config.specialist_names:
+        raise ValueError(f"There is no specialist {name!r}. Choose one of {config.specialist_names}.")
+
+
+def _config(model: UltraFuserForCausalLM, names: list[str], specialists: list, generation_config) -> UltraFuserConfig:
+    """The model's configuration with other specialists. Whatever follows from them follows anew."""
+    fields = {**model.config.to_dict(), "specialist_names": names, "specialists": specialists}
+    # the longest context is that of the shortest
+    del fields["max_position_embeddings"]
+    ends = {f: getattr(generation_config, f) for f in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return UltraFuserConfig.from_dict({**fields, **ends})
+
+
+def _built(
+    model: UltraFuserForCausalLM, config: UltraFuserConfig, state: dict[str, Tensor], gate: dict[str, Tensor]
+) -> UltraFuserForCausalLM:
+    edited = built(config, state | {f"{GATE}{key}": tensor for key, tensor in gate.items()}, model.dtype)
+    edited.generation_config = model.generation_config
+    return edited
+
+
+def built(config: UltraFuserConfig, state: dict[str, Tensor], dtype: torch.dtype | str) -> UltraFuserForCausalLM:
+    """A fused model of these tensors and no others.
+
+    Raises:
+        ValueError: Naming a tensor that is missing or left over.
+    """
+    model, info = UltraFuserForCausalLM.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    refuse_other_tensors("the model", info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    return model.eval()

@@ -1,0 +1,205 @@
+"""Who speaks: what the gate, each specialist and the fused model make of a text, token by token."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
+from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer
+
+from ..pretrained import generating, load_config, refusing_code
+
+
+FUSED = "fused"
+
+
+@dataclass
+class Candidate:
+    """A token that a model holds likely.
+
+    Attributes:
+        text: The token, decoded by itself.
+        probability: Its probability.
+    """
+
+    text: str
+    probability: float
+
+
+@dataclass
+class Token:
+    """One token of a text and who predicted it.
+
+    What speaks for a token is read one position before it, where it was predicted: its gate weights are
+    `outputs.gate_weights[:, i - 1]`. Nobody predicts the first token of a text, so its fields are empty.
+
+    Attributes:
+        text: What the token adds to the text: nothing, if it only begins a character that a later one completes.
+        id: Its id.
+        generated: Whether the fused model wrote it.
+        weights: Gate weight of each specialist, by name.
+        probabilities: Probability of this token under each specialist and under the fused model ("fused").
+        candidates: Likeliest tokens of each specialist and of the fused model ("fused"), best first.
+    """
+
+    text: str
+    id: int
+    generated: bool = False
+    weights: dict[str, float] = field(default_factory=dict)
+    probabilities: dict[str, float] = field(default_factory=dict)
+    candidates: dict[str, list[Candidate]] = field(default_factory=dict)
+
+    @property
+    def leader(self) -> str | None:
+        """The specialist with the largest weight, or None for the first token."""
+        return max(self.weights, key=self.weights.get, default=None)
+
+
+def load(folder: str, **settings) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
+    """A fused model, on the GPU if there is one, and its tokenizer.
+
+    Args:
+        folder: A saved fused model, or its id on the Hub.
+        settings: Of `from_pretrained`. With a `device_map` the model is where that says.
+
+    Raises:
+        OSError: If there is no such model.
+        ValueError: If it is a model of another kind, or has no tokenizer.
+    """
+    try:
+        config = load_config(folder)
+    except OSError as error:
+        raise OSError(f"There is no model at {folder!r}: neither such a folder nor such an id on the Hub.") from error
+    if not isinstance(config, UltraFuserConfig):
+        raise ValueError(
+            f"Only a fused model has a gate to look at, but {folder!r} is of type {config.model_type!r}. Pass a folder "
+            f"that `UltraFuserForCausalLM.save_pretrained` wrote."
+        )
+    with refusing_code(folder):
+        tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise ValueError(
+            f"Tokens are needed to show who speaks, but {folder!r} holds no tokenizer. Save that of a specialist there: "
+            f"`common_tokenizer(specialists).save_pretrained({folder!r})`."
+        )
+    model = UltraFuserForCausalLM.from_pretrained(folder, **settings).eval()
+    if "device_map" not in settings:
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, tokenizer
+
+
+@torch.inference_mode()
+def explain(
+    model: UltraFuserForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    generate: int = 0,
+    candidates: int = 4,
+) -> list[Token]:
+    """Runs a fused model and each of its specialists over a text.
+
+    Args:
+        model: A fused model.
+        tokenizer: Its tokenizer.
+        text: What to explain, or with `generate` the prompt.
+        generate: Tokens to continue the text by, greedily. Explained like the others.
+        candidates: Likeliest tokens to keep of each specialist and of the fused model.
+
+    Returns:
+        The tokens. Their texts joined are the text, up to what the tokenizer adds or drops.
+
+    Raises:
+        ValueError: If there is no token that was predicted from another one, or the text is too long for the model.
+    """
+    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+    prompt = ids.shape[-1]
+    _check_length(model, prompt, generate)
+    model.eval()
+    if generate:
+        mask = torch.ones_like(ids)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        settings = {"max_new_tokens": generate, "do_sample": False, "pad_token_id": pad, "tokenizer": tokenizer}
+        with generating(model):
+            ids = model.generate(ids, attention_mask=mask, **settings)
+    outputs = model(input_ids=ids, use_cache=False, return_dict=True)
+    gate_weights, logits = outputs.gate_weights[0, :-1].tolist(), outputs.logits
+    del outputs
+
+    pieces = zip(text_pieces(ids[0].tolist(), tokenizer), ids[0].tolist(), strict=True)
+    tokens = [Token(piece, i, generated=place >= prompt) for place, (piece, i) in enumerate(pieces)]
+    names = model.config.specialist_names
+    for token, weights in zip(tokens[1:], gate_weights, strict=True):
+        token.weights = dict(zip(names, weights, strict=True))
+    # one model at a time, because over a large vocabulary probabilities fill the memory
+    _add_predictions(tokens, FUSED, logits, ids, tokenizer, candidates)
+    del logits
+    for name in names:
+        logits = model.specialist(name)(input_ids=ids, use_cache=False, return_dict=True).logits
+        _add_predictions(tokens, name, logits, ids, tokenizer, candidates)
+    return tokens
+
+
+def text_pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What each token adds to the text. Joined, they are the decoded text.
+
+    A token of byte-level BPE may hold a part of a character only. It adds nothing then, and the token that completes
+    the character adds all of it.
+    """
+
+    def decode(part: list[int]) -> str:
+        return tokenizer.decode(part, clean_up_tokenization_spaces=False)
+
+    # tokens are decoded together with those before them, because many tokenizers drop the space that begins a text
+    pieces, context, read, known = [], 0, 0, ""
+    for end in range(1, len(ids) + 1):
+        decoded = decode(ids[context:end])
+        # an incomplete character decodes to the replacement character
+        whole = decoded if end == len(ids) else decoded.rstrip("\ufffd")
+        pieces.append(whole[len(known) :])
+        known = whole
+        if whole == decoded:
+            context, read = read, end
+            known = decode(ids[context:read])
+    return pieces
+
+
+def leaders(tokens: list[Token]) -> list[str | None]:
+    """Who leads at each token; nobody at the first one, nor in a prompt that the model continued."""
+    continued = any(token.generated for token in tokens)
+    return [token.leader if token.generated or not continued else None for token in tokens]
+
+
+def mean_weights(tokens: list[Token]) -> dict[str, float]:
+    """Mean gate weight of each specialist, over the tokens at which somebody leads."""
+    weights = [token.weights for token, leader in zip(tokens, leaders(tokens), strict=True) if leader]
+    return {name: sum(w[name] for w in weights) / len(weights) for name in weights[0]}
+
+
+def _add_predictions(
+    tokens: list[Token], name: str, logits: Tensor, ids: Tensor, tokenizer: PreTrainedTokenizerBase, candidates: int
+) -> None:
+    """What one model predicted at every position but the last."""
+    probabilities = logits[0, :-1].float().softmax(-1)
+    own = probabilities.gather(-1, ids[0, 1:, None].to(probabilities.device))[:, 0].tolist()
+    top = probabilities.topk(min(candidates, probabilities.shape[-1]))
+    likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    for token, probability, (found, values) in zip(tokens[1:], own, likeliest, strict=True):
+        token.probabilities[name] = probability
+        token.candidates[name] = [Candidate(tokenizer.decode(i), p) for i, p in zip(found, values, strict=True)]
+
+
+def _check_length(model: UltraFuserForCausalLM, prompt: int, generate: int) -> None:
+    if prompt + generate < 2 or prompt == 0:
+        raise ValueError(
+            f"A token is explained by what predicted it from the tokens before, so a text needs two tokens, but this one "
+            f"has {prompt}. Pass a longer text, or continue it with `generate`."
+        )
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and prompt + generate > limit:
+        raise ValueError(
+            f"The model reads {limit} tokens (`max_position_embeddings`), but the text has {prompt} and {generate} are "
+            f"to be generated. Pass a shorter text, or a part of it at a time."
+        )

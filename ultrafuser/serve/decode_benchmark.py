@@ -1,0 +1,83 @@
+"""How fast a fused folder decodes on this machine, each way, beside its specialists."""
+
+from rich.filesize import decimal
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+
+from ..decoding.choosing import COMPILED, WAYS, Speeds, decoder, speeds, tokens_per_second
+from ..pretrained import load_model
+
+
+PROMPT = "def area(width, height):\n"
+STREAMED = ("plain", "stacked")  # one token at a time, as a chat shows them
+
+
+def measure(
+    model: UltraFuserForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    *,
+    new_tokens: int,
+    compile_steps: bool = False,
+    assistant: str | None = None,
+) -> tuple[dict[str, float], Speeds]:
+    """Tokens per second of each specialist alone, and of every way in which the fused model decodes.
+
+    Args:
+        model: A fused model.
+        tokenizer: Its tokenizer.
+        prompts: Such as will be asked; several are one batch.
+        new_tokens: Of each prompt.
+        compile_steps: Whether to measure the ways that compile, too.
+        assistant: Folder or Hub id of a small model of the same tokenizer, to draft.
+    """
+    inputs = _inputs(model, tokenizer, prompts)
+    drafter = assistant and load_model(assistant, dtype="auto").to(model.device)
+    ways = tuple(w for w in WAYS if (w not in COMPILED or compile_steps) and (w != "assistant" or drafter))
+    alone = {
+        name: tokens_per_second(model.specialist(name), inputs, new_tokens)[1]
+        for name in model.config.specialist_names
+    }
+    return alone, speeds(model, inputs, ways=ways, assistant=drafter, max_new_tokens=new_tokens)
+
+
+def table(model: UltraFuserForCausalLM, alone: dict[str, float], found: Speeds) -> Table:
+    """What was measured, beside the fastest specialist."""
+    best = max(alone.values())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    shown = Table("", "tokens/s", "time / specialist's", "weights")
+    for name, config in zip(model.config.specialist_names, model.config.specialists, strict=True):
+        own = model.specialist(name).num_parameters() * model.dtype.itemsize
+        shown.add_row(
+            f"{name} alone ({config.model_type})", f"{alone[name]:.1f}", f"{best / alone[name]:.2f}", decimal(own)
+        )
+    shown.add_section()
+    for way, speed in sorted(found.tokens_per_second.items(), key=lambda item: -item[1]):
+        # stacked specialists are copies, made while the ordinary ones are there
+        held = weights * 2 if way.startswith("stacked") else weights
+        mark = " (fastest)" if way == found.fastest else ""
+        shown.add_row(f"fused, {way}{mark}", f"{speed:.1f}", f"{best / speed:.2f}", decimal(held))
+    return shown
+
+
+def for_chat(model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, way: str):
+    """The model to chat with: itself, or stacked where that is asked for, or is found to be faster ("auto").
+
+    Raises:
+        ValueError: If there is no such way, or the model cannot be stacked.
+    """
+    if way == "auto":
+        way = speeds(model, _inputs(model, tokenizer, [PROMPT]), ways=STREAMED).fastest
+    if way not in STREAMED:
+        raise ValueError(f"A chat decodes in one of the ways {[*STREAMED, 'auto']}, but got {way!r}.")
+    return decoder(model, way)[0]
+
+
+def _inputs(model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, Tensor]:
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    inputs = tokenizer(prompts, padding=len(prompts) > 1, padding_side="left", return_tensors="pt").to(model.device)
+    return {key: inputs[key] for key in ("input_ids", "attention_mask")}

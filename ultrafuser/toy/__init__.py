@@ -1,0 +1,1 @@
+"""Small models on text that every machine has."""

@@ -1,0 +1,1 @@
+"""Trains gates and fused models from recipes."""
