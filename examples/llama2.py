@@ -11,7 +11,7 @@ in the templates that it was trained with.
 import sys
 from pathlib import Path
 
-from modeling_ultrafuser.tokenizing_ultrafuser import print_line
+from modeling_ultrafuser.log_ultrafuser import print_line
 from trainers import GateTrainer, JointTrainer
 from trainers.prompt_views import ViewCollator, prompt_views
 from ultrafuser.train.stage_recipe import load_domains, load_model, parse

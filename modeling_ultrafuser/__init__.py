@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from .configuration_ultrafuser import UltraFuserConfig
 from .modeling_ultrafuser import UltraFuserForCausalLM, UltraFuserForSequenceClassification, UltraFuserModel
-from .tokenizing_ultrafuser import common_tokenizer
+from .tokenizer_ultrafuser import common_tokenizer
 
 
 AutoConfig.register("ultrafuser", UltraFuserConfig, exist_ok=True)

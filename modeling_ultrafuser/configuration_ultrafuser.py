@@ -21,8 +21,8 @@ from .families_ultrafuser import (
     soft_cap,
     specialist_layer_types,
 )
+from .files_ultrafuser import is_number
 from .gates_ultrafuser import GATES, WIDEST
-from .reading_ultrafuser import is_number
 
 
 # counts up when a saved folder changes in a way that older code would misread

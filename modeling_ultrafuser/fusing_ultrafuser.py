@@ -10,39 +10,23 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.utils import logging
 
+from .architecture_ultrafuser import auto_class, backbone_class, check_architecture, empty_model, parts_of
 from .causal_ultrafuser import check_head_dtype
-from .checking_ultrafuser import (
-    DTYPE_RULE,
-    as_dtype,
-    auto_class,
-    backbone_class,
-    check_architecture,
-    check_gguf_weights,
-    check_names,
-    check_saving,
-    check_weights,
-    common_dtype,
-    empty_model,
-    own_config,
-    parts_of,
-    refuse_other_tensors,
-)
+from .checkpoint_ultrafuser import check_gguf_weights, check_weights, refuse_other_tensors
 from .configuration_ultrafuser import UltraFuserConfig
 from .families_ultrafuser import SCALE_FIELDS, soft_cap, spoken_rows
+from .files_ultrafuser import in_words
 from .gates_ultrafuser import DEFAULT_GATE, GATES, gate_settings
+from .generation_config_ultrafuser import merged_generation_config, own_generation_config
 from .gguf_ultrafuser import dequantised, gguf_arguments, is_gguf
+from .log_ultrafuser import print_line
 from .lora_ultrafuser import about_base, adaptable, adapted_state, layout, probe_rows, read_adapters, read_parts
+from .plan_ultrafuser import DTYPE_RULE, as_dtype, check_names, check_saving, common_dtype
 from .probing_ultrafuser import check_steps, step_alone, step_within
-from .reading_ultrafuser import in_words, read_headers, weight_files
+from .safetensors_ultrafuser import read_headers, weight_files
+from .specialist_config_ultrafuser import own_config
 from .specialists_ultrafuser import BASE, NO_ROUTER_LOSS
-from .tokenizing_ultrafuser import (
-    load_tokenizer,
-    merged_generation_config,
-    own_generation_config,
-    print_line,
-    tokenizer_notes,
-    widest_usable_tokenizer,
-)
+from .tokenizer_ultrafuser import load_tokenizer, tokenizer_notes, widest_usable_tokenizer
 
 
 def fuse_specialists(

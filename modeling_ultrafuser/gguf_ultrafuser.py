@@ -8,7 +8,7 @@ import struct
 import transformers
 from transformers.utils import is_gguf_available
 
-from .reading_ultrafuser import UnreadableFileError, check_file
+from .files_ultrafuser import UnreadableFileError, check_file
 
 
 # a vocabulary of a quarter of a million tokens, its merges, scores and kinds are a million values

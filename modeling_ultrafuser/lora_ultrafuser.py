@@ -14,8 +14,9 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
 from .adapters_ultrafuser import LINEAR, AdaptedLinear, linear_shape, merged_backbone, run_as_rows
+from .files_ultrafuser import in_words, is_number, read_json
 from .gguf_ultrafuser import is_gguf
-from .reading_ultrafuser import in_words, is_number, read_header, read_json
+from .safetensors_ultrafuser import read_header
 from .specialists_ultrafuser import BASE
 
 

@@ -32,18 +32,18 @@ from .causal_ultrafuser import (
     switching_lengths,
     tokens_before_switch,
 )
-from .checking_ultrafuser import check_fused
+from .checkpoint_ultrafuser import check_fused
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all, head_columns
 from .embeddings_ultrafuser import TokenEmbeddings
 from .evidence_ultrafuser import decoding_layer, last_logits, layer_of, read_evidence
 from .families_ultrafuser import bounded, soft_cap
+from .files_ultrafuser import HUB_OPTIONS, in_words
 from .fusing_ultrafuser import fuse_specialists
 from .gate_base_ultrafuser import Gate, GateOutput, head_factors
 from .gates_ultrafuser import GATES
 from .outputs_ultrafuser import UltraFuserCausalLMOutput, UltraFuserMixtureOutput, UltraFuserModelOutput
 from .peft_ultrafuser import check_adapters, check_head, has_prefix
 from .probing_ultrafuser import check_pages
-from .reading_ultrafuser import HUB_OPTIONS, in_words
 from .serving_ultrafuser import check_answered, check_pageable, check_servable_by_vllm, refuse_cache_of_one_shape
 from .specialists_ultrafuser import (
     BASE,

@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from .architecture_ultrafuser import empty_backbones
 from .cache_ultrafuser import SpecialistCache, paged_record
 from .causal_ultrafuser import masks_for_generate
-from .checking_ultrafuser import empty_backbones
 from .configuration_ultrafuser import UltraFuserConfig
 from .families_ultrafuser import specialist_layer_types
 from .specialists_ultrafuser import run_each

@@ -60,7 +60,7 @@ def logged(call) -> str:
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("modeling_ultrafuser.tokenizing_ultrafuser")
+    logger = logging.getLogger("modeling_ultrafuser")
     logger.addHandler(handler)
     try:
         call()

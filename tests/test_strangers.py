@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, set_see
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM, UltraFuserModel, common_tokenizer
+from modeling_ultrafuser.folder_ultrafuser import check_folder
 from modeling_ultrafuser.modeling_ultrafuser import UltraFuserPreTrainedModel
-from modeling_ultrafuser.reading_ultrafuser import check_folder
 from tests import fuzz
 from tests.tiny import specialist
 from ultrafuser.build.references import sha256

@@ -8,11 +8,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, set_seed
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
-from modeling_ultrafuser.tokenizing_ultrafuser import (
-    merged_generation_config,
-    tokenizer_notes,
-    widest_usable_tokenizer,
-)
+from modeling_ultrafuser.generation_config_ultrafuser import merged_generation_config
+from modeling_ultrafuser.tokenizer_ultrafuser import tokenizer_notes, widest_usable_tokenizer
 from tests.tiny import specialist, tokenizer
 from ultrafuser.check.checks import judge
 from ultrafuser.evaluation.local_answers import _generate

@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset, List, Value
 from torch.utils.data import Sampler
 from trl import SFTTrainer, is_conversational
 
-from modeling_ultrafuser.tokenizing_ultrafuser import print_line
+from modeling_ultrafuser.log_ultrafuser import print_line
 
 from .domains import Losses, by_domain, check_kind, filled, readable, together
 from .mixed import MIXED, mixed_examples, with_share

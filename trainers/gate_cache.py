@@ -31,8 +31,8 @@ from transformers import PreTrainedModel
 
 from modeling_ultrafuser.families_ultrafuser import soft_cap
 from modeling_ultrafuser.gate_base_ultrafuser import head_factors
+from modeling_ultrafuser.log_ultrafuser import print_line
 from modeling_ultrafuser.outputs_ultrafuser import UltraFuserMixtureOutput
-from modeling_ultrafuser.tokenizing_ultrafuser import print_line
 
 from .chunked import CHUNK, CHUNK_ELSEWHERE, scattered, score_tokens, specialist_log_probs
 from .forward_hooks import capture

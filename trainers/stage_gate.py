@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel
 
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE
-from modeling_ultrafuser.tokenizing_ultrafuser import print_line
+from modeling_ultrafuser.log_ultrafuser import print_line
 
 from .stage_base import StageTrainer, specialist_size
 from .stage_config import GateStageConfig, scaled_rate

@@ -6,8 +6,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserConfig
-from modeling_ultrafuser.reading_ultrafuser import UnreadableFileError, check_folder, in_words, read_json
-from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer
+from modeling_ultrafuser.files_ultrafuser import UnreadableFileError, in_words, read_json
+from modeling_ultrafuser.folder_ultrafuser import check_folder
+from modeling_ultrafuser.tokenizer_ultrafuser import load_tokenizer
 
 
 INGREDIENTS = "specialists.json"

@@ -9,7 +9,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from modeling_ultrafuser.reading_ultrafuser import check_file
+from modeling_ultrafuser.files_ultrafuser import check_file
 
 from .yaml_files import MOST_BYTES, parse_yaml
 

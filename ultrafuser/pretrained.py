@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 # so that fused models load with this package's code
 import modeling_ultrafuser  # noqa: F401
-from modeling_ultrafuser.reading_ultrafuser import check_folder, in_words
-from modeling_ultrafuser.tokenizing_ultrafuser import without_code
+from modeling_ultrafuser.files_ultrafuser import in_words
+from modeling_ultrafuser.folder_ultrafuser import check_folder
+from modeling_ultrafuser.tokenizer_ultrafuser import without_code
 
 
 def load_config(source: str | Path, *, trust_remote_code: bool = False, **hub):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from modeling_ultrafuser.reading_ultrafuser import UnreadableFileError, read_json
+from modeling_ultrafuser.files_ultrafuser import UnreadableFileError, read_json
 
 
 Check = Callable[[object], bool]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from modeling_ultrafuser.reading_ultrafuser import UnreadableFileError, check_file
+from modeling_ultrafuser.files_ultrafuser import UnreadableFileError, check_file
 
 
 MOST_BYTES = 1 << 20

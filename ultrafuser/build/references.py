@@ -22,9 +22,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
-from modeling_ultrafuser.checking_ultrafuser import refuse_other_tensors
-from modeling_ultrafuser.reading_ultrafuser import check_file, read_header, read_json
-from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer
+from modeling_ultrafuser.checkpoint_ultrafuser import refuse_other_tensors
+from modeling_ultrafuser.files_ultrafuser import check_file, read_json
+from modeling_ultrafuser.safetensors_ultrafuser import read_header
+from modeling_ultrafuser.tokenizer_ultrafuser import load_tokenizer
 
 from ..check.metadata import Source, parse
 from .specialist_edits import BACKBONE, GATE, HEAD, built

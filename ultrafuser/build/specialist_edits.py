@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
-from modeling_ultrafuser.checking_ultrafuser import own_config, refuse_other_tensors
+from modeling_ultrafuser.checkpoint_ultrafuser import refuse_other_tensors
 from modeling_ultrafuser.gate_base_ultrafuser import columns_of_others
+from modeling_ultrafuser.specialist_config_ultrafuser import own_config
 
 from ..check import metadata
 from ..fused_folders import fused_config, read_ingredients, read_tokenizer, save_fused

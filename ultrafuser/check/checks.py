@@ -15,29 +15,19 @@ from rich.filesize import decimal
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_ultrafuser import UltraFuserConfig
+from modeling_ultrafuser.architecture_ultrafuser import backbone_class, check_architecture, empty_model, parts_of
 from modeling_ultrafuser.causal_ultrafuser import check_head_dtype
-from modeling_ultrafuser.checking_ultrafuser import (
-    as_dtype,
-    backbone_class,
-    check_architecture,
-    check_gguf_weights,
-    check_names,
-    check_saving,
-    check_weights,
-    common_dtype,
-    empty_model,
-    empty_tensors,
-    own_config,
-    parts_of,
-)
+from modeling_ultrafuser.checkpoint_ultrafuser import check_gguf_weights, check_weights, empty_tensors
 from modeling_ultrafuser.families_ultrafuser import spoken_rows
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
+from modeling_ultrafuser.generation_config_ultrafuser import merged_generation_config, own_generation_config
 from modeling_ultrafuser.gguf_ultrafuser import is_gguf
 from modeling_ultrafuser.lora_ultrafuser import WEIGHTS_FILE, about_base, adaptable, common_base, layout, pairs
+from modeling_ultrafuser.plan_ultrafuser import as_dtype, check_names, check_saving, common_dtype
 from modeling_ultrafuser.probing_ultrafuser import check_steps
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
+from modeling_ultrafuser.specialist_config_ultrafuser import own_config
 from modeling_ultrafuser.specialists_ultrafuser import BASE, NO_ROUTER_LOSS
-from modeling_ultrafuser.tokenizing_ultrafuser import merged_generation_config, own_generation_config
 
 from .. import licences
 from ..merge import MERGES
@@ -247,7 +237,7 @@ def _judge_positions(found: Judgement, texts: dict[str, PreTrainedConfig]) -> No
 
 
 def _judge_generation(found: Judgement, sources: dict[str, Source], configs: dict, rows: int) -> None:
-    with found.refusals("generation"), _lines_of("modeling_ultrafuser.tokenizing_ultrafuser") as lines:
+    with found.refusals("generation"), _lines_of("modeling_ultrafuser.log_ultrafuser") as lines:
         own = {n: own_generation_config(s.location, configs[n], revision=s.revision) for n, s in sources.items()}
         merged = merged_generation_config(own, rows)
         ends = {n: c.eos_token_id if c else None for n, c in own.items()}

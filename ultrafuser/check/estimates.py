@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_ultrafuser import UltraFuserConfig
-from modeling_ultrafuser.checking_ultrafuser import backbone_class
+from modeling_ultrafuser.architecture_ultrafuser import backbone_class
 from modeling_ultrafuser.families_ultrafuser import (
     CACHED_LAYERS,
     head_dim,

@@ -26,17 +26,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import SafetensorsFileMetadata
 
 from modeling_ultrafuser.configuration_ultrafuser import validate_specialist_names
+from modeling_ultrafuser.files_ultrafuser import UnreadableFileError, in_words, read_json
+from modeling_ultrafuser.folder_ultrafuser import check_folder
 from modeling_ultrafuser.gguf_ultrafuser import check_gguf, is_gguf
 from modeling_ultrafuser.lora_ultrafuser import CONFIG_FILE, WEIGHTS_FILE
-from modeling_ultrafuser.reading_ultrafuser import (
-    UnreadableFileError,
-    check_folder,
-    checked_header,
-    in_words,
-    read_header,
-    read_json,
-    weight_files,
-)
+from modeling_ultrafuser.safetensors_ultrafuser import checked_header, read_header, weight_files
 
 
 # what is read whole; every file is some kilobytes

@@ -3,9 +3,9 @@
 import json
 import re
 
+from modeling_ultrafuser.files_ultrafuser import read_json
 from modeling_ultrafuser.gguf_ultrafuser import is_gguf
-from modeling_ultrafuser.reading_ultrafuser import read_json
-from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer, tokenizer_notes, widest_usable_tokenizer
+from modeling_ultrafuser.tokenizer_ultrafuser import load_tokenizer, tokenizer_notes, widest_usable_tokenizer
 
 from .findings import FITS, WARNING, Judgement, each
 from .metadata import Source

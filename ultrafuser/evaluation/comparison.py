@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.reading_ultrafuser import read_header, read_json
+from modeling_ultrafuser.files_ultrafuser import read_json
+from modeling_ultrafuser.safetensors_ultrafuser import read_header
 
 from ..atomic import write_whole
 from ..merge.merged_model import NotMergeableError

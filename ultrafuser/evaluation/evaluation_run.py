@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserConfig
-from modeling_ultrafuser.tokenizing_ultrafuser import TOKENIZER_PROBE, load_tokenizer
+from modeling_ultrafuser.tokenizer_ultrafuser import TOKENIZER_PROBE, load_tokenizer
 from trainers.rows import CHAT, PAIR, TEXT, TOKENS, form_of_row, names, problem
 from ultrafuser.atomic import sole_writer
 from ultrafuser.provenance import provenance, weights_digest

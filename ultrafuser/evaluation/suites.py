@@ -46,7 +46,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 from modeling_ultrafuser import UltraFuserConfig
-from modeling_ultrafuser.reading_ultrafuser import check_file, read_json
+from modeling_ultrafuser.files_ultrafuser import check_file, read_json
 from trainers.template_sandbox import render_task
 
 from ..atomic import sole_writer, write_whole

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_ultrafuser import UltraFuserConfig
-from modeling_ultrafuser.reading_ultrafuser import UnreadableFileError
+from modeling_ultrafuser.files_ultrafuser import UnreadableFileError
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
 
 from .. import licences

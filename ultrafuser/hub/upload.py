@@ -13,7 +13,8 @@ from rich.filesize import decimal
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.reading_ultrafuser import UnreadableFileError, read_index
+from modeling_ultrafuser.files_ultrafuser import UnreadableFileError
+from modeling_ultrafuser.safetensors_ultrafuser import read_index
 
 from .. import licences
 from ..fused_folders import INGREDIENTS, fused_config

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
-from modeling_ultrafuser.tokenizing_ultrafuser import load_tokenizer
+from modeling_ultrafuser.tokenizer_ultrafuser import load_tokenizer
 
 from ..pretrained import generating, load_config, refusing_code
 

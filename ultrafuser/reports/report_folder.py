@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.reading_ultrafuser import read_json
+from modeling_ultrafuser.files_ultrafuser import read_json
 from trainers.stage_checkpoint import STATE_FILE
 
 from ..atomic import sole_writer, write_whole

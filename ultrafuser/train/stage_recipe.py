@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
+from modeling_ultrafuser.files_ultrafuser import in_words
 from modeling_ultrafuser.gates_ultrafuser import gate_settings
-from modeling_ultrafuser.reading_ultrafuser import in_words
-from modeling_ultrafuser.tokenizing_ultrafuser import print_line
+from modeling_ultrafuser.log_ultrafuser import print_line
 from trainers import CachedGateTrainer, GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 from trainers.stage_checkpoint import STATE_FILE, last_complete_checkpoint
 

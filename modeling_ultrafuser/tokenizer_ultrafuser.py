@@ -1,4 +1,4 @@
-"""One tokenizer and one generation configuration out of the specialists'."""
+"""One tokenizer out of the specialists'."""
 
 import copy
 import itertools
@@ -9,20 +9,16 @@ from typing import Any
 
 from transformers import (
     AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.convert_slow_tokenizer import convert_slow_tokenizer
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
+from .files_ultrafuser import in_words
+from .folder_ultrafuser import check_folder
 from .gguf_ultrafuser import gguf_arguments, is_gguf
+from .log_ultrafuser import print_line
 from .lora_ultrafuser import adapter_config
-from .reading_ultrafuser import check_folder, in_words
-
-
-logger = logging.get_logger(__name__)
 
 
 # text that tells tokenizers apart which share a vocabulary but split differently
@@ -36,25 +32,11 @@ TOKENIZER_PROBE = (
 # parts of a tokenizer that decide which text is which ids, and what its file says of them that does not
 _PARTS = ("model", "normalizer", "pre_tokenizer", "decoder")
 _OFFSETS = {"trim_offsets"}
-
-
 # names that makers of vocabularies give to rows for tokens to come: <|reserved_special_token_0|>, <unused7>, [control_8]
 _FREE = re.compile(
     r"\W+([\w▁ ]*(reserved|unused|place.?holder|dummy)[\w▁ ]*|control_\d+|special_\d+|extra_(id_)?\d+)\W+",
     re.IGNORECASE,
 )
-
-
-# written by some versions and not by others, and no choice of how to generate
-_NOT_SETTINGS = (
-    *("transformers_version", "_from_model_config"),
-    *("use_cache", "output_attentions", "output_hidden_states"),
-)
-
-
-def print_line(line: str) -> None:
-    """Tells the user what was decided on the way, once, at the library's own verbosity."""
-    logger.warning(line)
 
 
 def common_tokenizer(
@@ -334,61 +316,3 @@ def _without_offsets(part):
     if isinstance(part, dict):
         return {key: _without_offsets(value) for key, value in part.items() if key not in _OFFSETS}
     return part
-
-
-def own_generation_config(source, config: PreTrainedConfig, **hub) -> GenerationConfig | None:
-    """What a specialist's own model would have, without loading it."""
-    if isinstance(source, PreTrainedModel):
-        return getattr(source, "generation_config", None)
-    if is_gguf(source):
-        return GenerationConfig.from_model_config(config)
-    with in_words("The settings of generation", source):
-        try:
-            return GenerationConfig.from_pretrained(source, **hub)
-        except OSError:
-            return GenerationConfig.from_model_config(config)
-
-
-def merged_generation_config(configs: dict[str, GenerationConfig | None], vocab_size: int) -> GenerationConfig:
-    """One generation configuration for all: any specialist's end or stop string ends the text, conflicts are dropped.
-
-    Raises:
-        ValueError: If an end-of-text id lies beyond the fused vocabulary.
-    """
-    written = {n: {} if c is None else c.to_diff_dict() for n, c in configs.items()}
-    for fields in written.values():
-        for key in _NOT_SETTINGS:
-            fields.pop(key, None)
-    ends = {n: f.pop("eos_token_id", None) for n, f in written.items()}
-    stops = [f.pop("stop_strings", None) or [] for f in written.values()]
-    stops = list(dict.fromkeys(s for own in stops for s in ([own] if isinstance(own, str) else own)))
-    ends = {n: e if isinstance(e, list) else [] if e is None else [e] for n, e in ends.items()}
-    beyond = {n: [i for i in ids if i >= vocab_size] for n, ids in ends.items()}
-    if any(beyond.values()):
-        raise ValueError(
-            f"Every end-of-text id must be in the fused vocabulary of {vocab_size} tokens, or the model could not "
-            f"stop, but { ({n: ids for n, ids in beyond.items() if ids}) } lie beyond it. Fuse specialists whose "
-            f"vocabularies all contain them."
-        )
-    eos = sorted({i for ids in ends.values() for i in ids})
-    starts, pads = ([f.pop(key, None) for f in written.values()] for key in ("bos_token_id", "pad_token_id"))
-    bos = next((i for i in starts if i is not None and i < vocab_size), None)
-    pad = next((i for i in pads if i is not None and i < vocab_size), eos[0] if eos else None)
-    merged = {}
-    for key in sorted({k for fields in written.values() for k in fields}):
-        values = {n: f.get(key) for n, f in written.items()}
-        if len({repr(v) if v is not False else "None" for v in values.values()}) == 1:
-            merged[key] = next(iter(values.values()))
-        else:
-            print_line(f"Generation setting `{key}` is dropped, because specialists disagree on it: {values}.")
-    if not merged.get("do_sample"):
-        for key in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
-            if merged.pop(key, None) is not None:
-                print_line(
-                    f"Generation setting `{key}` is dropped, because the fused model does not sample by default."
-                )
-    if stops:
-        merged["stop_strings"] = stops
-        print_line(f"Text ends at {stops}, too, for which `generate` takes `tokenizer=`.")
-    end = eos[0] if len(eos) == 1 else eos or None
-    return GenerationConfig(bos_token_id=bos, eos_token_id=end, pad_token_id=pad, **merged)

@@ -1,0 +1,215 @@
+"""Checks that files hold exactly the tensors that a configuration asks for, from their headers."""
+
+import copy
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import cached_file
+from transformers.utils import logging as hf_logging
+
+from .architecture_ultrafuser import empty_model
+from .files_ultrafuser import in_words, read_json
+from .folder_ultrafuser import check_config, check_folder
+from .gguf_ultrafuser import check_gguf
+from .safetensors_ultrafuser import FLOATS, read_headers, weight_files
+
+
+MOST_NUMBERS_MADE_UP = 1 << 28
+
+
+def check_weights(
+    name: str, config: PreTrainedConfig, header: dict[str, tuple[str, tuple[int, ...]]]
+) -> PreTrainedModel:
+    """Refuses files that do not hold exactly the tensors that a configuration asks for. Reads no numbers.
+
+    Args:
+        name: Of the specialist.
+        config: Its own.
+        header: Type and shape of each tensor in its files.
+
+    Returns:
+        The specialist's model without any numbers.
+
+    Raises:
+        ValueError: Naming the first tensor that is missing, left over, or of another shape or type.
+    """
+    layers = [getattr(c, "num_hidden_layers", None) or 0 for c in (config, config.get_text_config(decoder=True))]
+    if max(layers) > len(header):
+        raise ValueError(
+            f"A layer has one tensor at least, but {name!r} has {max(layers):,} layers by its config.json, and "
+            f"{len(header)} tensors in its files. Correct its config.json, or download both again."
+        )
+    model = empty_model(name, config)
+    with in_words(f"The configuration of {name!r}", config.name_or_path):
+        model.config.validate()  # or saving would refuse it
+        refuse_other_tensors(repr(name), *_odd_tensors(type(model).from_pretrained, model, header))
+    return model
+
+
+def check_gguf_weights(name: str, source: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """Refuses a GGUF file that does not hold as many numbers as its metadata asks for. Reads none.
+
+    Returns:
+        The specialist's model without any numbers.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    shapes = check_gguf(name, source)
+    scaled = sorted(key for key in shapes if key.startswith("rope_"))
+    if scaled and "'rope_type': 'default'" in repr(getattr(config, "rope_parameters", None)):
+        raise ValueError(
+            f"Every tensor of a file must be used, or the fused model would not speak as its specialist does, but `{scaled[0]}` "
+            f"of {source!r}, {name!r}, scales rotary positions, and transformers passes it over. Fuse the folder that it "
+            f"was made from."
+        )
+    model = empty_model(name, config)
+    asked = sum(p.numel() for p in model.parameters())
+    held = sum(math.prod(shape) for key, shape in shapes.items() if key not in scaled)
+    if asked != held:
+        raise ValueError(
+            f"A model's file must hold exactly the tensors that its metadata asks for, because others would be made up or "
+            f"dropped, but {source!r} of {name!r} holds {held:,} numbers, and its metadata asks for {asked:,}. Fetch it "
+            f"again; or fuse the folder that it was made from."
+        )
+    return model
+
+
+def check_fused(load: Callable, cls: type[PreTrainedModel], source: str | os.PathLike, **hub) -> None:
+    """Refuses a fused model's folder that does not hold exactly the tensors that its config.json asks for.
+
+    What the folder holds beside them is passed over if it is the head of a class that this one is not: of the causal
+    language model, or a head for values as TRL saves it. What such a class has and the folder has not is its own matter.
+
+    Args:
+        load: The library's `from_pretrained` of that class.
+        cls: Of the model that is to be loaded.
+        source: Hub id or folder.
+        **hub: As for `from_pretrained`.
+
+    Raises:
+        ValueError: Naming the first tensor that is missing, left over, or of another shape or type.
+        OSError: If there is nothing.
+    """
+    file = cached_file(source, "config.json", **{**hub, "_raise_exceptions_for_missing_entries": False})
+    if file is None:  # the library says so
+        return
+    check_folder(os.path.dirname(file))
+    files = weight_files(source, **hub)
+    raw = read_json(file)
+    if files is None or raw.get("quantization_config") or is_deepspeed_zero3_enabled():
+        return
+    header = read_headers(files)
+    check_config(file, len(header))
+    with in_words("The fused model's configuration", source):
+        config = cls.config_class.from_pretrained(os.path.dirname(file))
+        with torch.device("meta"):
+            model = cls(config)
+        # or saving would refuse it
+        for own in (model.config, *model.config.specialists):
+            own.validate()
+        missing, left_over, *rest = _odd_tensors(load, model, header)
+    ours = re.compile(r"(^|\.)(specialists|fusion_gate|lm_head)\.")
+    passed = re.compile(r"^v_head\." if hasattr(model, "lm_head") else r"^(v_head|lm_head)\.")
+    missing, left_over = {k for k in missing if ours.search(k)}, {k for k in left_over if not passed.search(k)}
+    refuse_other_tensors(f"the fused model {os.fspath(source)!r}", missing, left_over, *rest)
+
+
+def _odd_tensors(
+    load: Callable, model: PreTrainedModel, header: dict[str, tuple[str, tuple[int, ...]]]
+) -> tuple[set[str], set[str], set[tuple], dict[str, str]]:
+    """What files lack of a model, what they have no place for, other shapes, and those that are no floating point."""
+
+    def loaded(state: dict[str, Tensor]) -> dict:
+        # loading translates names as the families need, so it is loading that says which tensors have a place
+        config = copy.deepcopy(model.config)
+        options = {"device_map": "meta", "dtype": torch.float32, "ignore_mismatched_sizes": True}
+        with quiet_loading():
+            return load(None, config=config, state_dict=state, output_loading_info=True, **options)[1]
+
+    made_up = sum(b.numel() for b in model.buffers())
+    if made_up > MOST_NUMBERS_MADE_UP:
+        raise ValueError(
+            f"What is computed from a configuration, such as rotary frequencies, is small beside the weights, but this one "
+            f"asks for {made_up:,} numbers. Correct its config.json."
+        )
+    state = empty_tensors(header)
+    info = loaded(state)
+    missing, others = info["missing_keys"], {key: dtype for key, (dtype, _) in header.items() if dtype not in FLOATS}
+    if others:
+        numbers = {n for n, t in model.state_dict().items() if t.is_floating_point()}
+        without = loaded({k: t for k, t in state.items() if k not in others})
+        # one of several experts that lie in one tensor is missing from its shape
+        missing = missing | numbers & {*without["missing_keys"], *(key for key, _, _ in without["mismatched_keys"])}
+    return missing, info["unexpected_keys"], info["mismatched_keys"], others
+
+
+def empty_tensors(header: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """Tensors of the shapes that files have, without any numbers; whatever is no floating point as integers."""
+    return {
+        key: torch.empty(shape, device="meta", dtype=torch.float32 if dtype in FLOATS else torch.int32)
+        for key, (dtype, shape) in header.items()
+    }
+
+
+def refuse_other_tensors(
+    what: str, missing: set[str], left_over: set[str], mismatched: set[tuple], others: dict[str, str] | None = None
+) -> None:
+    """Refuses files whose tensors are not the model's.
+
+    Args:
+        what: Is loaded, in a word or two.
+        missing: Names of tensors that the configuration asks for and no file holds.
+        left_over: Names of tensors in the files that have no place.
+        mismatched: Name, shape in the files and shape by the configuration.
+        others: Those in the files that are no floating point numbers, with their types.
+
+    Raises:
+        ValueError: Naming the first of each.
+    """
+    told = [
+        f"`{key}` has shape {tuple(saved)} in its files and {tuple(own)} by its config.json"
+        for key, saved, own in sorted(mismatched)[:1]
+    ]
+    if others and missing:
+        key = min(missing & others.keys(), default=min(others))
+        told.append(f"`{key}` is {others[key]} in its files, which are no floating point numbers")
+    elif missing:
+        told.append(f"{len(missing)} are missing, such as `{min(missing)}`")
+    if left_over:
+        told.append(f"{len(left_over)} have no place in the model, such as `{min(left_over)}`")
+    if told:
+        raise ValueError(
+            f"A model's files must hold exactly the tensors that its configuration asks for, because others would be made "
+            f"up or dropped, but of {what} {'; '.join(told)}. Correct its config.json, or download both again."
+        )
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' bars and its report of what was not there: what is wrong is said by an error."""
+    shown = hf_logging.is_progress_bar_enabled()
+    # the second tells of layers that are not sharded as soon as the first has a level of its own
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    levels = [logger.level for logger in loggers]
+    hf_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if shown:
+            hf_logging.enable_progress_bar()
