@@ -1,6 +1,6 @@
 """Tokens per second in transformers and vLLM, by batch: `python -m benchmarks.serving QUICKSTART/fused --venv VENV`.
 
-VENV is vLLM's own environment, as `tests/vllm/run.py` makes it. One specialist and the fused model, in transformers
+VENV is vLLM's own environment, as `tests/vllm/check_vllm.py` makes it. One specialist and the fused model, in transformers
 also stacked, continue the same prompts greedily in float32, after all of them have given the same tokens. vLLM's
 engines are processes of their own that wait while others work; both libraries use two threads, vLLM runs without a
 compiled graph, and starting is not counted. Ways take turns: each number is the ratio to the fused model in
@@ -158,7 +158,7 @@ def vllm_python(venv: Path) -> str:
     python = venv.absolute() / "bin" / "python"
     if not python.exists():
         raise FileNotFoundError(
-            f"vLLM runs in an environment of its own, but {venv} is none. `python tests/vllm/run.py --venv {venv}` "
+            f"vLLM runs in an environment of its own, but {venv} is none. `python tests/vllm/check_vllm.py --venv {venv}` "
             f"makes it; --venv or VLLM_VENV names another."
         )
     return str(python)

@@ -1,6 +1,5 @@
 import gc
 import os
-import shutil
 
 
 # before transformers is imported: tests never reach for the network
@@ -13,11 +12,8 @@ import torch
 from transformers import set_seed
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from tests.tiny import specialist
-
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
+from tests.support.browsers import BROWSER
+from tests.support.tiny import specialist, stir_gate
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +25,6 @@ def browser():
         opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield opened
         opened.close()
-
-
-# with the order kept (`--no-loadscope-reorder`), two workers end together
-LONGEST = ("test_processes.py", "test_docs.py", "test_trainers.py", "test_examples.py", "test_quickstart.py")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_collection_finish():
@@ -67,8 +55,3 @@ def fused(specialists):
     model = UltraFuserForCausalLM.from_specialists(specialists, gate="mlp")
     stir_gate(model)
     return model
-
-
-def stir_gate(model):
-    for parameter in model.model.fusion_gate.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)

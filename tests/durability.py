@@ -19,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tests.killing import Commands, Done
-from tests.teacher_server import TeacherServer, write_recipe
-from tests.test_judging import Server as Judge
+from tests.support.judge_server import Server as Judge
+from tests.support.killing import Commands, Done
+from tests.support.teacher_server import TeacherServer, write_recipe
 
 
 RESULTS = Path(__file__).parents[1] / "results" / "durability.json"
@@ -40,9 +40,8 @@ def make_inputs(root: Path) -> None:
     import torch
 
     from modeling_ultrafuser import UltraFuserForCausalLM
-    from tests.conftest import stir_gate
-    from tests.tiny import specialist, tokenizer
-    from tests.training import CHAT_TEMPLATE, conversations
+    from tests.support.conversations import CHAT_TEMPLATE, conversations
+    from tests.support.tiny import specialist, stir_gate, tokenizer
 
     torch.manual_seed(0)
     for name in NAMES:

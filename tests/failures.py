@@ -26,10 +26,10 @@ from trl import SFTConfig, SFTTrainer
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
-from tests.hub_server import HubServer
-from tests.stand_ins import LLAMA_2_13B, many_words, stand_in
-from tests.tiny import specialist, tokenizer
-from tests.training import CHAT_TEMPLATE, conversations
+from tests.support.conversations import CHAT_TEMPLATE, conversations
+from tests.support.hub_server import HubServer
+from tests.support.stand_ins import LLAMA_2_13B, many_words, stand_in
+from tests.support.tiny import specialist, tokenizer
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 from ultrafuser.cli.app import app
 from ultrafuser.decoding.drafting import self_draft

@@ -44,7 +44,7 @@ from transformers import (
 
 import modeling_ultrafuser
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
-from tests.tiny import VOCAB, specialist
+from tests.support.tiny import VOCAB, specialist
 from ultrafuser.check.checks import judge
 from ultrafuser.check.findings import BLOCKS
 from ultrafuser.provenance import provenance, versions

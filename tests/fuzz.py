@@ -58,7 +58,7 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from tests.tiny import specialist
+from tests.support.tiny import specialist
 from trainers.stage_config import StageConfig
 from ultrafuser.cli.app import app
 

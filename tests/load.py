@@ -24,11 +24,10 @@ import psutil
 import torch
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from tests import test_threads
-from tests.conftest import stir_gate
-from tests.serving import CHAT, COMPLETIONS, Visitor, ask, free_port, opened, request, said
-from tests.tiny import specialist, tokenizer
-from tests.training import CHAT_TEMPLATE
+from tests.support.conversations import CHAT_TEMPLATE
+from tests.support.http_clients import CHAT, COMPLETIONS, Visitor, ask, free_port, opened, request, said
+from tests.support.tiny import specialist, stir_gate, tokenizer
+from tests.support.ways import THREADS, WAYS
 from ultrafuser.provenance import provenance
 
 
@@ -155,15 +154,15 @@ def demo(model, folder: str, rounds: int) -> dict:
 
 def threads(model, rounds: int) -> dict:
     """Eight threads on one model, all ways at once."""
-    ways = list(test_threads.WAYS.values())
+    ways = list(WAYS.values())
     wrong = count = 0
     for _ in range(rounds):
-        pairs = [(way, number) for number in range(test_threads.THREADS) for way in ways]
-        with ThreadPoolExecutor(test_threads.THREADS) as pool:
+        pairs = [(way, number) for number in range(THREADS) for way in ways]
+        with ThreadPoolExecutor(THREADS) as pool:
             found = list(pool.map(lambda pair: pair[0](model, pair[1]), pairs))
         wrong += sum(one != way(model, number) for one, (way, number) in zip(found, pairs, strict=True))
         count += len(pairs)
-    return {"threads": test_threads.THREADS, "ways": len(ways), "asked": count, "answered otherwise": wrong}
+    return {"threads": THREADS, "ways": len(ways), "asked": count, "answered otherwise": wrong}
 
 
 def alone(model, prompt: str) -> str:

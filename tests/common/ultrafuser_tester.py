@@ -1,4 +1,4 @@
-"""What transformers' common tests need to know about the models that they run on. Run it with `run.py`."""
+"""What transformers' common tests need to know about the models that they run on. Run it with `check_common.py`."""
 
 import json
 import unittest

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from tests.tiny import specialist, tokenizer
+from tests.support.tiny import specialist, tokenizer
 
 
 WINDOW = 16

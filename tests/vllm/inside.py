@@ -1,6 +1,6 @@
 """What vLLM says, in a process that cannot import our packages: `python -P inside.py JOBS ANSWERS`.
 
-Run by `run.py` with the Python of vLLM's own environment. The engine runs inside this process, so that what stops it
+Run by `check_vllm.py` with the Python of vLLM's own environment. The engine runs inside this process, so that what stops it
 is an exception here. Reads a list of jobs and writes one answer for each.
 """
 

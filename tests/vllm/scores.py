@@ -4,7 +4,7 @@
 
 QUICKSTART is the folder that `ultrafuser quickstart` wrote: its fused model and each specialist answer the local
 benchmarks (`ultrafuser/evaluation/local_tasks.py`) both ways, in float32. vLLM's own virtual environment is made as by
-`tests/vllm/run.py`. A run that was killed goes on where it was if `--work` is given. Exits with 1 if a score differs.
+`tests/vllm/check_vllm.py`. A run that was killed goes on where it was if `--work` is given. Exits with 1 if a score differs.
 """
 
 import argparse
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[0] = str(ROOT)  # this script's own folder would hide the vllm package
 
 from experiments.tables import scores  # noqa: E402
-from tests.vllm.run import PACKAGES, environment, server, versions_of  # noqa: E402
+from tests.vllm.check_vllm import PACKAGES, environment, server, versions_of  # noqa: E402
 from ultrafuser.evaluation import local_tasks  # noqa: E402
 from ultrafuser.evaluation.suites import run_suite  # noqa: E402
 

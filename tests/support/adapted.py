@@ -1,0 +1,69 @@
+"""Adapters of one base, and the same specialists merged."""
+
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    set_seed,
+)
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+from tests.support.conversations import CHAT_TEMPLATE
+from tests.support.tiny import specialist, stir_gate, tokenizer
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+
+
+ADAPTERS = {
+    "text": {"r": 4, "lora_alpha": 8, "target_modules": ALL},
+    "code": {"r": 2, "lora_alpha": 3, "target_modules": ATTENTION, "use_rslora": True, "lora_dropout": 0.5},
+    "math": {
+        "r": 3,
+        "target_modules": ALL,
+        "rank_pattern": {"down_proj": 6},
+        "alpha_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 1},
+        "layers_to_transform": [1],
+    },
+}
+
+
+BASES = {
+    "llama": lambda: specialist("llama", tied=True),
+    "qwen2": lambda: specialist("qwen2", layers=3),
+    "gemma2": lambda: specialist("gemma2", final_logit_softcapping=1.5, sliding_window=4),
+    "granite": lambda: specialist("granite", logits_scaling=0.25, residual_multiplier=0.5),
+}
+
+
+def make(folder, family="llama"):
+    """A base and adapters of it, as PEFT saves them. Returns name to folder."""
+    set_seed(0)
+    BASES[family]().save_pretrained(folder / "base")
+    if family == "llama":
+        tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(folder / "base")
+    for name, fields in ADAPTERS.items():
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        # opinions of their own: PEFT's random start changes little
+        adapted = get_peft_model(base, LoraConfig(**fields, init_lora_weights=False))
+        for key, parameter in adapted.named_parameters():
+            if "lora_" in key:
+                nn.init.normal_(parameter, std=0.3)
+        adapted.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in ADAPTERS}
+
+
+def pair(sources, **options):
+    """Adapters on one base, and the same specialists merged and fused as models of their own, with one gate."""
+    choices = {"gate_hidden_size": 16, "gate_temperature": 3.0, **options}
+    adapted = UltraFuserForCausalLM.from_specialists(sources, **choices)
+    stir_gate(adapted)
+    alone = {name: adapted.specialist(name) for name in sources}
+    merged = UltraFuserForCausalLM.from_specialists(alone, **choices)
+    merged.model.fusion_gate.load_state_dict(adapted.model.fusion_gate.state_dict())
+    for model in (adapted, merged):
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return adapted, merged

@@ -1,0 +1,106 @@
+"""Ways of decoding: all give the plain way's tokens, one is found to be fastest, and those that cannot say why."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.support.mixes import MIXES, fuse, prompt
+from tests.support.tiny import specialist, tokenizer
+from ultrafuser.cli.app import app
+from ultrafuser.decoding import choosing
+from ultrafuser.decoding.choosing import COMPILED, WAYS, Speeds, decoder, speeds
+from ultrafuser.decoding.stacking import StackedForCausalLM
+
+
+NEW = 8
+
+
+@pytest.fixture
+def fused():
+    return fuse({name: specialist(layers=1) for name in ("text", "code")})
+
+
+def inputs(batch=1):
+    ids = prompt(batch=batch, length=6)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("way", [w for w in WAYS if w not in COMPILED])
+def test_every_way_says_what_the_plain_one_says(fused, way):
+    given = inputs() | {"max_new_tokens": NEW, "do_sample": False}
+    model, options = decoder(fused, way, assistant=specialist(layers=1))
+    assert torch.equal(model.generate(**given, **options), fused.generate(**given))
+
+
+def test_all_ways_but_those_that_compile_are_measured(fused):
+    found = speeds(fused, inputs(), assistant=specialist(layers=1), max_new_tokens=NEW)
+    assert list(found.tokens_per_second) == [w for w in WAYS if w not in COMPILED]
+    assert min(found.tokens_per_second.values()) > 0
+    assert not found.left_out
+
+
+def test_ways_that_a_model_or_a_batch_cannot_go_are_left_out_with_the_reason():
+    found = speeds(fuse(MIXES["windows"]()), inputs(batch=2), max_new_tokens=NEW)
+    assert set(found.tokens_per_second) == {"plain", "self-drafting"}
+    assert "has a window of" in found.left_out["stacked"]
+    assert "batch_size = 1" in found.left_out["prompt lookup"]
+
+
+def test_a_way_that_says_something_else_is_never_chosen(fused, monkeypatch):
+    monkeypatch.setattr(choosing, "self_draft", lambda model, input_ids, *_, **__: input_ids)
+    found = speeds(fused, inputs(), ways=("plain", "self-drafting"), max_new_tokens=NEW)
+    assert found.fastest == "plain"
+    assert "not those of the plain way" in found.left_out["self-drafting"]
+
+
+def test_the_fastest_is_taken_unless_one_is_asked_for(fused, monkeypatch):
+    monkeypatch.setattr(choosing, "speeds", lambda *_, **__: Speeds({"plain": 1.0, "stacked": 2.0}))
+    assert isinstance(decoder(fused, inputs=inputs())[0], StackedForCausalLM)
+    assert decoder(fused, "plain", inputs=inputs()) == (fused, {})
+
+
+def test_what_cannot_be_chosen_is_refused(fused):
+    with pytest.raises(ValueError, match="one of .*'stacked'.* but got 'warp'"):
+        decoder(fused, "warp")
+    with pytest.raises(ValueError, match="small model of the same tokenizer"):
+        decoder(fused, "assistant")
+    with pytest.raises(ValueError, match="Give `inputs` to measure on"):
+        decoder(fused)
+    with pytest.raises(ValueError, match=r"but got \['warp'\]"):
+        speeds(fused, inputs(), ways=("plain", "warp"))
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture
+def folder(fused, tmp_path):
+    fused.save_pretrained(tmp_path / "fused")
+    tokenizer().save_pretrained(tmp_path / "fused")
+    return tmp_path / "fused"
+
+
+def run(*words, **kwargs):
+    return CliRunner().invoke(app, [str(word) for word in words], **kwargs)
+
+
+def test_speed_shows_specialists_and_ways_and_how_to_go_the_fastest(folder):
+    done = run("speed", folder, "--new-tokens", 8, "--prompt", "one two", "--prompt", "one two three")
+    assert done.exit_code == 0, done.output
+    for row in ("text alone (llama)", "code alone (llama)", "fused, plain", "fused, stacked"):
+        assert row in done.output
+    assert "Not prompt lookup: assisted generate is only supported for batch_size = 1" in done.output
+    assert "decoder(model, '" in done.output
+
+
+@pytest.mark.parametrize("decoding", ["plain", "stacked", "auto"])
+def test_a_chat_decodes_as_it_is_told(folder, decoding):
+    said = run("chat", folder, "--max-new-tokens", 6, "--decoding", decoding, input="one two\n")
+    assert said.exit_code == 0, said.output
+    assert said.output == run("chat", folder, "--max-new-tokens", 6, input="one two\n").output
+
+
+def test_a_chat_refuses_what_it_cannot_show_word_by_word(folder):
+    refused = run("chat", folder, "--decoding", "self-drafting", input="one\n")
+    assert refused.exit_code == 2
+    assert "one of the ways ['plain', 'stacked', 'auto']" in refused.output

@@ -1,0 +1,152 @@
+"""A chat in the terminal: the answers are `generate`'s, the colours the gate's."""
+
+import io
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from tests.support.conversations import CHAT_TEMPLATE
+from tests.support.greedy import decoded, generated
+from tests.support.tiny import tokenizer
+from trainers import template_sandbox
+from ultrafuser.cli.app import app
+from ultrafuser.reports.colours import assign
+from ultrafuser.reports.terminal import speaker_style
+from ultrafuser.serve.chat import Chat
+
+
+def chat(model, template=CHAT_TEMPLATE, *, max_new_tokens=12, **settings):
+    console = Console(file=io.StringIO(), width=200, highlight=False, **settings)
+    return Chat(model, tokenizer(chat_template=template), console, max_new_tokens=max_new_tokens)
+
+
+def said(conversation):
+    return conversation.console.file.getvalue()
+
+
+def test_answers_are_those_of_generate_turn_after_turn(fused):
+    conversation = chat(fused)
+    conversation.run(["2+2?", "and 3?"])
+    first = decoded(generated(fused, "<user>2+2?\n<assistant>")[0])
+    second = decoded(generated(fused, f"<user>2+2?\n<assistant>{first}\n<user>and 3?\n<assistant>")[0])
+    assert said(conversation) == f"{first}\n{second}\n"
+    assert [m["content"] for m in conversation.messages] == ["2+2?", first, "and 3?", second]
+
+
+def test_reset_forgets_and_quit_leaves(fused):
+    conversation = chat(fused)
+    conversation.run(["2+2?", "/reset", "2+2?", "/quit", "never answered"])
+    first, second, rest = said(conversation).split("\n")
+    assert first == second
+    assert rest == ""
+
+
+def test_every_token_has_the_colour_of_the_specialist_that_leads(fused):
+    conversation = chat(fused, force_terminal=True, color_system="truecolor")
+    conversation.run(["2+2?"])
+    ids, weights = generated(fused, "<user>2+2?\n<assistant>")
+    names = fused.config.specialist_names
+    assert len({int(w.argmax()) for w in weights}) > 1, "a test of one colour only"
+    expected = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", highlight=False)
+    for token, shares in zip(ids, weights, strict=True):
+        colour = assign(names)[names[shares.argmax()]]
+        expected.print(decoded([token]), style=speaker_style(colour, shares.max().item(), 3), end="", markup=False)
+    expected.print()
+    assert said(conversation) == expected.file.getvalue()
+
+
+def test_who_gives_the_mean_weights_of_the_last_answer(fused):
+    conversation = chat(fused)
+    conversation.run(["/who", "2+2?", "/who", "/what"])
+    lines = said(conversation).splitlines()
+    _, weights = generated(fused, "<user>2+2?\n<assistant>")
+    shares = [f"{w:.0%}" for w in weights.mean(0).tolist()]
+    assert lines[0] == "Nobody has spoken yet."
+    assert lines[2].split() == ["text", shares[0], "code", shares[1], "math", shares[2]]
+    assert lines[3].startswith("There is no /what.")
+
+
+def test_without_a_template_lines_are_continued_as_plain_text_and_it_says_so(fused):
+    conversation = chat(fused, None)
+    conversation.run(["2+2="])
+    first, answer = said(conversation).splitlines()
+    assert "no chat template" in first
+    assert answer == decoded(generated(fused, "2+2=")[0])
+
+
+def test_a_conversation_that_is_too_long_is_told_and_not_begun(fused):
+    conversation = chat(fused)
+    conversation.run(["9" * 300])
+    assert "the model reads 256" in said(conversation)
+    assert conversation.messages == []
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('no users') }}", "cannot render this conversation: no users"),
+        ("{{ messages[0].content.no.such }}", "cannot render"),
+        ("{{ messages | map('upper') | list", "cannot render"),
+        ("{% if false %}x{% endif %}", "renders nothing"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "longer than 3 s"),
+    ],
+)
+def test_a_chat_template_that_fails_or_never_ends_is_told_in_a_sentence(template, words, fused, monkeypatch):
+    monkeypatch.setattr(template_sandbox, "SECONDS", 3.0)
+    conversation = chat(fused, template)
+    assert conversation.answer("hello") == ""
+    assert words in " ".join(said(conversation).split())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prompt_lookup_num_tokens": "x"},
+        {"do_sample": True, "temperature": 1e-320},
+        {"do_sample": True, "repetition_penalty": 1e-320},
+        {"sequence_bias": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_an_answer_that_generation_settings_make_impossible_is_told_in_a_sentence(settings, fused, monkeypatch):
+    for name, value in settings.items():
+        monkeypatch.setattr(fused.generation_config, name, value, raising=False)
+    conversation = chat(fused)
+    assert conversation.answer("hello") == ""
+    assert "What generation_config.json or config.json asks of an answer" in " ".join(said(conversation).split())
+
+
+def test_an_interrupted_answer_is_kept_as_far_as_it_came(fused, monkeypatch):
+    conversation = chat(fused)
+    whole = decoded(generated(fused, "<user>2+2?\n<assistant>")[0])
+
+    def interrupt(module, inputs, weights, calls=[]):  # noqa: B006
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    hook = fused.model.fusion_gate.register_forward_hook(interrupt)
+    conversation.run(["2+2?"])
+    hook.remove()
+    assert conversation.messages[-1]["content"] == whole[:4]
+    conversation.run(["/reset", "2+2?"])
+    assert conversation.messages[-1]["content"] == whole
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, None])
+def test_prompts_piped_in_are_answered_in_plain_text(template, fused, tmp_path):
+    fused.save_pretrained(tmp_path)
+    tokenizer(chat_template=template).save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["chat", str(tmp_path), "--max-new-tokens", "12"], input="2+2?\n")
+    assert result.exit_code == 0
+    prompt = "<user>2+2?\n<assistant>" if template else "2+2?"
+    assert result.stdout.splitlines()[-1] == decoded(generated(fused, prompt)[0])
+    assert "\x1b" not in result.stdout
+
+
+def test_a_folder_of_another_model_is_refused(specialists, tmp_path):
+    specialists["text"].save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["chat", str(tmp_path)], input="2+2?\n")
+    assert result.exit_code == 2
+    assert "of type 'llama'" in result.output
