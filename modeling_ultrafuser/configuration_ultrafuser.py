@@ -1,13 +1,9 @@
 """Configuration of a fused model: which specialists, which gate, which fusion."""
 
 import copy
-import keyword
-import re
-from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .families_ultrafuser import (
     CACHED_LAYERS,
@@ -18,35 +14,22 @@ from .families_ultrafuser import (
     intermediate_size,
     num_attention_heads,
     num_key_value_heads,
-    soft_cap,
     specialist_layer_types,
 )
 from .files_ultrafuser import is_number
+from .fusions_ultrafuser import FUSIONS
 from .gates_ultrafuser import GATES, WIDEST
+from .names_ultrafuser import validate_specialist_names
 
 
 # counts up when a saved folder changes in a way that older code would misread
 FORMAT_VERSION = 1
-FUSION_NAMES = ("logits", "probabilities")
 HOTTEST = 1_000_000  # temperature of a gate
 AUTO_MAP = {
     "AutoConfig": "configuration_ultrafuser.UltraFuserConfig",
     "AutoModel": "modeling_ultrafuser.UltraFuserModel",
     "AutoModelForCausalLM": "modeling_ultrafuser.UltraFuserForCausalLM",
     "AutoModelForSequenceClassification": "modeling_ultrafuser.UltraFuserForSequenceClassification",
-}
-
-# words that transformers looks up on every configuration, or that other code would take for a part of the model
-RESERVED_NAMES = {
-    *("decoder", "encoder", "generator", "text_config", "text_encoder", "audio_encoder", "vision_config"),
-    *("lm_head", "model", "gate", "fusion_gate", "specialists"),
-    *("auto_map", "attn_implementation", "quantization_config"),
-    *dir(nn.ModuleDict()),
-    "smart_apply",  # which transformers gives to every module once it has built a model
-    *vars(GenerationConfig()),  # which a saved configuration must not have
-    # read and checked on any configuration
-    *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "mlp_layer_types", "mtp_layer_types"),
-    *("shared", "default_theta"),
 }
 
 
@@ -108,7 +91,7 @@ class UltraFuserConfig(PreTrainedConfig):
         if self.specialist_names is None:
             self.specialist_names = []
         # before the specialists: a field of that name would have been written over one of them
-        validate_specialist_names(self.specialist_names)
+        validate_specialist_names(self.specialist_names, type(self))
         self.specialists = [_as_backbone_config(c) for c in self.specialists or []]
         if len(self.specialist_names) != len(self.specialists):
             raise ValueError(
@@ -150,7 +133,7 @@ class UltraFuserConfig(PreTrainedConfig):
                 f"{self.format_version!r}. Upgrade with `pip install -U ultrafuser`, or load the folder with its own "
                 f"code: `trust_remote_code=True` in a process that does not import `modeling_ultrafuser`."
             )
-        for field, choices in (("gate", GATES), ("fusion", FUSION_NAMES)):
+        for field, choices in (("gate", GATES), ("fusion", FUSIONS)):
             value = getattr(self, field)
             if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"Unknown {field} {value!r}. Choose one of {list(choices)}.")
@@ -213,16 +196,10 @@ class UltraFuserConfig(PreTrainedConfig):
             sizes = [field_of(c, field) for c in configs if layer_type in specialist_layer_types(c)]
             if sizes and common(sizes) is not None:
                 setattr(self, field, sizes[0])
-        soft_caps = [soft_cap(c) for c in configs]
-        if self.fusion == "logits":
-            if len(set(soft_caps)) > 1:
-                raise ValueError(
-                    f"A logit soft cap is not linear, so mixing logits needs one cap for all specialists, but "
-                    f"`final_logit_softcapping` is {dict(zip(self.specialist_names, soft_caps, strict=True))}. Choose "
-                    f"fusion='probabilities', or fuse specialists of one family."
-                )
-            if soft_caps[0] is not None:
-                self.final_logit_softcapping = soft_caps[0]
+        fusion = FUSIONS[self.fusion]
+        fusion.check(self)
+        if fusion.fused_cap(self) is not None:
+            self.final_logit_softcapping = fusion.fused_cap(self)
         if self.vocab_size is None:
             self.vocab_size = min(c.vocab_size for c in configs)
         if self.max_position_embeddings is None:
@@ -370,63 +347,6 @@ def _specialist_dict(config: PreTrainedConfig) -> dict[str, Any]:
     for key in ("transformers_version", "_name_or_path"):
         output.pop(key, None)
     return output
-
-
-def validate_specialist_names(names: list[str]) -> None:
-    """Refuses names that cannot be module names, or that other code would take for something else.
-
-    Raises:
-        ValueError: Naming the first unusable name and what a usable one looks like.
-    """
-    for name in names:
-        usable = isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is not None
-        reserved = not usable or keyword.iskeyword(name) or name in RESERVED_NAMES or hasattr(UltraFuserConfig, name)
-        if (
-            not usable
-            or reserved
-            or name in PreTrainedConfig.__annotations__
-            or name in UltraFuserConfig.__annotations__
-            or name in UltraFuserConfig._DERIVED
-        ):
-            raise _unusable(name)
-    duplicates = sorted({n for n in names if names.count(n) > 1})
-    if duplicates:
-        raise ValueError(f"Every specialist needs a name of its own, but {duplicates} came more than once in {names}.")
-
-
-def refuse_ambiguous_names(names: list[str], configs: list[PreTrainedConfig], path_parts: set[str]) -> None:
-    """Refuses names for a new fused model that folders which exist may have, but that other code misreads.
-
-    Args:
-        names: Of the specialists.
-        configs: Theirs, whose fields code for any model may look up.
-        path_parts: Words in the paths of their modules, by which PEFT and quantisers find them.
-
-    Raises:
-        ValueError: Naming the first such name and what a usable one looks like.
-    """
-    taken = path_parts.union(*(c.to_dict() for c in configs), *(c.attribute_map for c in configs))
-    for name in names:
-        # PEFT trains whatever has the first in its path, and calls adapters by the others
-        if name in taken or "lora_" in name or name in ("default", "ref"):
-            raise _unusable(name)
-
-
-def _unusable(name: str) -> ValueError:
-    usable_word = re.sub(r"\W+", "_", f"model_{name}", flags=re.ASCII).replace("lora_", "lora")
-    return ValueError(
-        f"A specialist's name becomes the name of a module and of a configuration field, so it must be a word "
-        f"of letters, digits and underscores that starts with a letter and has no other meaning there, but "
-        f"got {name!r}. Try {usable_word!r} or, say, 'text', 'code', 'math'."
-    )
-
-
-def head_columns(config: UltraFuserConfig) -> Iterator[slice]:
-    """Each specialist's columns of the wide head; all of a head that they have in common."""
-    start = 0
-    for specialist in config.specialists:
-        yield slice(start, start + specialist.hidden_size)
-        start += specialist.hidden_size if config.adapters is None else 0
 
 
 def attention_of_all(config: "UltraFuserConfig") -> str | None:

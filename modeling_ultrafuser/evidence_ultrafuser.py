@@ -7,7 +7,7 @@ it to the state.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers.cache_utils import Cache
 
-from .configuration_ultrafuser import UltraFuserConfig, head_columns
-from .families_ultrafuser import bounded, soft_cap
-from .gate_base_ultrafuser import Evidence, head_factors
+from .configuration_ultrafuser import UltraFuserConfig
+from .families_ultrafuser import bounded
+from .fusion_base_ultrafuser import Fusion
+from .gate_base_ultrafuser import Evidence
+from .head_ultrafuser import specialist_parts
 from .specialists_ultrafuser import positions_of
 
 
@@ -313,16 +315,14 @@ def decoding_layer(backbone: nn.Module, cache: Cache | None, logits_to_keep: int
     return layer_of(cache) if type(backbone.wide_head[0]) is nn.Linear else None
 
 
-def last_logits(
-    config: UltraFuserConfig, head: Tensor, layer: EvidenceLayer, shares: Tensor, scales: Tensor | None
-) -> Tensor:
+def last_logits(fusion: Fusion, head: Tensor, layer: EvidenceLayer, shares: Tensor, scales: Tensor | None) -> Tensor:
     """The fused logits of the last token, one specialist at a time.
 
     What each one's logits sum up to is what evidence asks for at the next token, which then takes no product with the
     head of its own.
 
     Args:
-        config: Of the fused model.
+        fusion: The fused model's rule.
         head: The wide head's weight.
         layer: Has read the token.
         shares: Gate weights. Shape (batch, seq, specialists).
@@ -332,30 +332,12 @@ def last_logits(
         Shape (batch, 1, vocab).
     """
     shares, scales = (None if t is None else t[:, -1:].to(head.device) for t in (shares, scales))
-    mixes_logits = config.fusion == "logits"
-    factors = head_factors(shares, scales) if mixes_logits else scales
-    log_shares = shares.clamp(min=torch.finfo(shares.dtype).tiny).log()
-    states, fused, normalisers = layer.past.states[:, -1:], None, []
-    for k, (own, columns, cap) in enumerate(specialist_parts(states.to(head.device), config)):
-        raw = F.linear(own.to(head.dtype), head[:, columns])
-        logits = bounded(raw, cap).float()
-        normalisers.append(logits.logsumexp(-1))
-        if mixes_logits:
-            part = raw.float() * factors[..., k, None]
-            fused = part if fused is None else fused + part
-            continue
-        if factors is not None:
-            logits = bounded(raw * factors[..., k, None].to(raw.dtype), cap).float()
-        part = logits.log_softmax(-1) + log_shares[..., k, None]
-        fused = part if fused is None else torch.logaddexp(fused, part)
+    states, logits, normalisers = layer.past.states[:, -1:], [], []
+    for own, columns, cap in specialist_parts(states.to(head.device), fusion.config):
+        logits.append(F.linear(own.to(head.dtype), head[:, columns]))
+        normalisers.append(bounded(logits[-1], cap).float().logsumexp(-1))
     layer.normalise(torch.stack(normalisers, -1).to(states.device))
-    return (bounded(fused, soft_cap(config)) if mixes_logits else fused).to(states.dtype)
-
-
-def specialist_parts(states: Tensor, config: UltraFuserConfig) -> Iterator[tuple[Tensor, slice, float | None]]:
-    """Of each specialist: its states among all side by side, its columns of the wide head, what bounds its logits."""
-    own = states.split([c.hidden_size for c in config.specialists], -1)
-    yield from zip(own, head_columns(config), map(soft_cap, config.specialists), strict=True)
+    return fusion.fused(logits, shares, scales).to(states.dtype)
 
 
 def accumulated(

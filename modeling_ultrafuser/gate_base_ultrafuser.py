@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import initialization as init
 
+from .fusions_ultrafuser import FUSIONS
+
 
 # a learned factor on logits stays between exp(-2) and exp(2)
 LARGEST_LOG_SCALE = 2.0
@@ -23,9 +25,9 @@ class GateOutput(NamedTuple):
     Attributes:
         weights: Share of each specialist in each token in float32: non-negative, summing to 1 over the last axis. Shape
             (batch, seq, specialists).
-        scales: Factors on the logits of each token in float32, or None without `gate_calibration`. With fusion="logits"
-            one for the fused logits, shape (batch, seq, 1); with fusion="probabilities" one for the logits of each
-            specialist, shape (batch, seq, specialists).
+        scales: Factors on the logits of each token in float32, or None without `gate_calibration`. One for the fused
+            logits, shape (batch, seq, 1), or one for the logits of each specialist, shape (batch, seq, specialists), as
+            the fusion rule has it: see `Fusion.scale_for_each`.
     """
 
     weights: Tensor
@@ -148,22 +150,17 @@ def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return F.linear(hidden_states.float(), weight.float(), None if bias is None else bias.float())
 
 
-def head_factors(gate_weights: Tensor, logit_scales: Tensor | None) -> Tensor:
-    """Factors of the hidden states where logits are mixed. Shape (..., specialists)."""
-    return gate_weights if logit_scales is None else gate_weights * logit_scales
-
-
 def num_scales(config) -> int:
     """Counts the factors on logits that a calibrated gate predicts for a token."""
     if not config.gate_calibration:
         return 0
-    return 1 if config.fusion == "logits" else len(config.specialists)
+    return len(config.specialists) if FUSIONS[config.fusion].scale_for_each else 1
 
 
 def rows_of_others(index: int, config) -> Tensor:
     """Rows of a gate's outputs, scores and scales, without those of one specialist."""
     number = len(config.specialists)
-    gone = {index, number + index} if config.fusion == "probabilities" else {index}
+    gone = {index, number + index} if FUSIONS[config.fusion].scale_for_each else {index}
     return torch.tensor([row for row in range(number + num_scales(config)) if row not in gone])
 
 
@@ -183,7 +180,7 @@ def with_rows_of_one_more(rows: Tensor, config, score: Tensor | None = None) -> 
     """
     scores, scales = rows.tensor_split([len(config.specialists) - 1])
     zeros = torch.zeros_like(rows[:1])
-    added = [zeros] if len(scales) and config.fusion == "probabilities" else []
+    added = [zeros] if len(scales) and FUSIONS[config.fusion].scale_for_each else []
     return torch.cat([scores, zeros if score is None else score, scales, *added])
 
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .fusions_ultrafuser import FUSIONS
 from .gate_base_ultrafuser import Evidence, Gate
 
 
@@ -32,11 +33,6 @@ class PosteriorGate(Gate):
 
 
 def switch_probability(config) -> float:
-    """As the configuration says, or else what suits the fusion rule.
-
-    Chosen on text to fuse with, not on what is reported: where logits are mixed, a second specialist's small weight costs
-    more than a late change, so that changes are held to be rare.
-    """
-    if config.gate_switch_probability is not None:
-        return config.gate_switch_probability
-    return 0.0005 if config.fusion == "probabilities" else 1e-6
+    """Reads it from the configuration; by default it is what suits the fusion rule, chosen on text to fuse with."""
+    given = config.gate_switch_probability
+    return FUSIONS[config.fusion].switch_probability if given is None else given

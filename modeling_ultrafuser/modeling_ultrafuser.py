@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -33,14 +32,15 @@ from .causal_ultrafuser import (
     tokens_before_switch,
 )
 from .checkpoint_ultrafuser import check_fused
-from .configuration_ultrafuser import UltraFuserConfig, attention_of_all, head_columns
+from .configuration_ultrafuser import UltraFuserConfig, attention_of_all
 from .embeddings_ultrafuser import TokenEmbeddings
 from .evidence_ultrafuser import decoding_layer, last_logits, layer_of, read_evidence
-from .families_ultrafuser import bounded, soft_cap
 from .files_ultrafuser import HUB_OPTIONS, in_words
 from .fusing_ultrafuser import fuse_specialists
-from .gate_base_ultrafuser import Gate, GateOutput, head_factors
+from .fusions_ultrafuser import FUSIONS, one_head_rules
+from .gate_base_ultrafuser import Gate, GateOutput
 from .gates_ultrafuser import GATES
+from .head_ultrafuser import head_columns
 from .outputs_ultrafuser import UltraFuserCausalLMOutput, UltraFuserMixtureOutput, UltraFuserModelOutput
 from .peft_ultrafuser import check_adapters, check_head, has_prefix
 from .probing_ultrafuser import check_pages
@@ -193,6 +193,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
                     if isinstance(getattr(module, "layer_idx", None), int):
                         module.layer_idx += start
         self.fusion_gate = GATES[config.gate](config)
+        self.fusion_rule = FUSIONS[config.fusion](config)
         # whoever has a head puts it here, for gates that read the past; in a tuple, so that it is no part of the backbone
         self.wide_head: tuple[nn.Module, ...] = ()
         self.carrier: Carrier | None = None
@@ -303,8 +304,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         else:
             evidence = (self.carrier(states, input_ids, position_ids, self.wide_head[0].weight),)
         fused, gate_output = self.weighed(states, *evidence)
-        output_class = UltraFuserModelOutput if self.config.fusion == "logits" else UltraFuserMixtureOutput
-        output = output_class(
+        output = self.fusion_rule.output_class(
             fused,
             **{CACHE: past_key_values},
             hidden_states=selected(end_to_end(outputs, "hidden_states", fused), output_hidden_states),
@@ -322,32 +322,10 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
             *evidence: See `read_evidence`.
 
         Returns:
-            The fused hidden state, see `mixed`, and what the gate returned.
+            What the head reads, see `Fusion.forward`, and what the gate returned.
         """
         gate_output = self.fusion_gate(hidden_states, *evidence)
-        return self.mixed(hidden_states, *gate_output), gate_output
-
-    def mixed(self, hidden_states: list[Tensor], gate_weights: Tensor, logit_scales: Tensor | None = None) -> Tensor:
-        """Puts the specialists' last hidden states side by side: times their scale, and where logits are mixed weight.
-
-        Adapters of one base have its head in common: where logits are mixed, their scaled states are summed instead.
-
-        Args:
-            hidden_states: Each specialist's. Shapes (batch, seq, hidden), or (tokens, hidden).
-            gate_weights: Shape (batch, seq, specialists), or (tokens, specialists).
-            logit_scales: Shape (batch, seq, 1 or specialists), or without batch.
-
-        Returns:
-            Shape (batch, seq, width of the head), or that of all side by side; or the same of tokens.
-        """
-        logits = self.config.fusion == "logits"
-        factors = head_factors(gate_weights, logit_scales) if logits else logit_scales
-        if factors is not None:
-            factors = factors.to(hidden_states[0].dtype).split(1, dim=-1)
-            hidden_states = [f * h for f, h in zip(factors, hidden_states, strict=True)]
-        if logits and self.config.adapters is not None:
-            return sum(hidden_states)
-        return torch.cat(hidden_states, dim=-1)
+        return self.fusion_rule(hidden_states, *gate_output), gate_output
 
     def _shared_cache(self, cache: Cache | None) -> Cache:
         if cache is None:
@@ -385,8 +363,8 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         return any(causal_class(config)._is_stateful for config in self.config.backbones)
 
     def __setattr__(self, name: str, value) -> None:
-        if name == "lm_head" and self.config.fusion == "probabilities":
-            check_head(value, "fusion='probabilities'")
+        if name == "lm_head" and not FUSIONS[self.config.fusion].one_head:
+            check_head(value, f"fusion={self.config.fusion!r}")
         elif name == "lm_head" and GATES[self.config.gate].reads_past:
             check_head(value, f"the gate {self.config.gate!r}")
         super().__setattr__(name, value)
@@ -439,7 +417,8 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
         )
         layer = decoding_layer(self.model, getattr(outputs, CACHE), logits_to_keep)
         if layer is not None:
-            logits = last_logits(self.config, self.lm_head.weight, layer, outputs.gate_weights, outputs.logit_scales)
+            shares, scales = outputs.gate_weights, outputs.logit_scales
+            logits = last_logits(self.model.fusion_rule, self.lm_head.weight, layer, shares, scales)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits(outputs[0][:, kept], outputs.gate_weights[:, kept])
@@ -460,22 +439,7 @@ class UltraFuserForCausalLM(UltraFuserPreTrainedModel, GenerationMixin):
 
     def logits(self, hidden_states: Tensor, gate_weights: Tensor) -> Tensor:
         """What the head says of what `UltraFuserModel.weighed` returns. Shape (batch, seq, vocab)."""
-        if self.config.fusion == "logits":
-            return bounded(self.lm_head(hidden_states), soft_cap(self.config))
-        return self._log_probabilities(hidden_states, gate_weights).to(hidden_states.dtype)
-
-    def _log_probabilities(self, hidden_states: Tensor, gate_weights: Tensor) -> Tensor:
-        """log sum_k w_k softmax(h_k W_k^T), one specialist at a time. Shape (batch, seq, vocab)."""
-        fused = None
-        # a weight that rounds to 0 has a logarithm without a gradient
-        log_weights = gate_weights.clamp(min=torch.finfo(gate_weights.dtype).tiny).log()
-        configs = self.config.specialists
-        own_states = hidden_states.split([c.hidden_size for c in configs], dim=-1)
-        for k, (config, columns) in enumerate(zip(configs, self._head_columns(), strict=True)):
-            logits = F.linear(own_states[k], self.lm_head.weight[:, columns])
-            own = bounded(logits, soft_cap(config)).float().log_softmax(-1) + log_weights[..., k, None]
-            fused = own if fused is None else torch.logaddexp(fused, own)
-        return fused
+        return self.model.fusion_rule.logits(self.lm_head, hidden_states, gate_weights)
 
     def _head_columns(self) -> Iterator[slice]:
         return head_columns(self.config)
@@ -682,10 +646,10 @@ class UltraFuserForSequenceClassification(GenericForSequenceClassification, Ultr
     def __init__(self, config: UltraFuserConfig):
         # not the library's, which looks the backbone up by the configuration's class
         UltraFuserPreTrainedModel.__init__(self, config)
-        if config.fusion != "logits":
+        if not FUSIONS[config.fusion].one_head:
             raise ValueError(
-                f"A score is read off one hidden state, which a fused model has with fusion='logits', but this one has "
-                f"fusion={config.fusion!r}. Fuse the specialists anew with fusion='logits'."
+                f"A score is read off one hidden state, which a fused model has with {one_head_rules()}, but this one has "
+                f"fusion={config.fusion!r}. Fuse the specialists anew with {one_head_rules()}."
             )
         if GATES[config.gate].reads_past:
             raise ValueError(

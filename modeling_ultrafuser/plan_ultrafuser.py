@@ -10,7 +10,8 @@ from transformers import (
 )
 
 from .architecture_ultrafuser import empty_backbones
-from .configuration_ultrafuser import UltraFuserConfig, refuse_ambiguous_names
+from .configuration_ultrafuser import UltraFuserConfig
+from .names_ultrafuser import refuse_ambiguous_names
 
 
 DTYPE_RULE = (

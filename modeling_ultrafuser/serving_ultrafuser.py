@@ -5,6 +5,7 @@ from transformers.cache_utils import Cache
 from .causal_ultrafuser import switching_lengths
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all
 from .families_ultrafuser import common, head_dim, num_attention_heads, num_key_value_heads, specialist_layer_types
+from .fusions_ultrafuser import FUSIONS, one_head_rules
 from .gates_ultrafuser import GATES
 
 
@@ -24,8 +25,9 @@ def check_servable_by_vllm(config: UltraFuserConfig) -> None:
         )
 
     configs = config.specialists
-    if config.fusion != "logits":
-        refuse("computes logits with one linear head, which needs fusion='logits'", [config.fusion] * len(configs))
+    if not FUSIONS[config.fusion].one_head:
+        rules = one_head_rules()
+        refuse(f"computes logits with one linear head, which needs {rules}", [config.fusion] * len(configs))
     for field, read in (
         ("num_attention_heads", num_attention_heads),
         ("num_key_value_heads", num_key_value_heads),

@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from modeling_ultrafuser.families_ultrafuser import soft_cap
-from modeling_ultrafuser.gate_base_ultrafuser import head_factors
 
 
 # positions whose logits are in memory at once: a processor's caches are small, a GPU's launches cost more than memory
@@ -64,7 +63,7 @@ def add_chunked_head(model: PreTrainedModel) -> None:
 
     @functools.wraps(type(model).forward)
     def forward(self, *args, fused_lm_head=False, labels=None, **kwargs):
-        if not fused_lm_head or (self.config.fusion == "logits" and _is_for_trl(self.get_output_embeddings())):
+        if not fused_lm_head or (self.model.fusion_rule.one_head and _is_for_trl(self.get_output_embeddings())):
             return theirs(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         kwargs.pop("num_items_in_batch", None)
         outputs = self.model(*args, **kwargs | {"use_cache": False, "return_dict": True})
@@ -73,8 +72,8 @@ def add_chunked_head(model: PreTrainedModel) -> None:
         mask = targets != -100
         learns = [head, *self.model.specialists.parameters()]
         weights = outputs.gate_weights
-        if self.config.fusion == "logits":
-            weights = head_factors(weights, outputs.logit_scales)
+        if self.model.fusion_rule.one_head:
+            weights = self.model.fusion_rule.factors(weights, outputs.logit_scales)
         found = score_tokens(
             self.config,
             outputs[0][:, :-1].to(head.device)[mask],

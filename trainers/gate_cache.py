@@ -30,7 +30,6 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from modeling_ultrafuser.families_ultrafuser import soft_cap
-from modeling_ultrafuser.gate_base_ultrafuser import head_factors
 from modeling_ultrafuser.log_ultrafuser import print_line
 from modeling_ultrafuser.outputs_ultrafuser import UltraFuserMixtureOutput
 
@@ -320,10 +319,9 @@ class CachedGateTrainer(GateTrainer):
     ) -> tuple[Tensor, ...]:
         if self.keep == "hidden":
             config, head = self.fused.config, self.fused.lm_head.weight
-            mixed = self.fused.model.mixed(
-                states.split([c.hidden_size for c in config.specialists], -1), weights, scales
-            )
-            factors = head_factors(weights, scales) if config.fusion == "logits" else weights
+            rule = self.fused.model.fusion_rule
+            mixed = rule(states.split([c.hidden_size for c in config.specialists], -1), weights, scales)
+            factors = rule.factors(weights, scales) if rule.one_head else weights
             return score_tokens(config, mixed, factors, head, targets, gate_only=True)
         kept = [self.cache.arrays[name][places].to(weights.device) for name in ADDED if name in self.cache.arrays]
         if self.keep == "top":

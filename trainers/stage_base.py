@@ -132,9 +132,9 @@ class StageTrainer(DomainTrainer):
                 # TRL rounds all that is trained beside quantised weights to bfloat16, which is too coarse for a gate
                 parameter.data = own
         by_zero_3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        if self.fused.config.fusion == "probabilities" and by_zero_3:
+        if not self.fused.model.fusion_rule.one_head and by_zero_3:
             raise ValueError(
-                "With fusion='probabilities' the loss reads the head a part at a time, and ZeRO-3 gathers it only where "
+                f"With fusion={self.fused.config.fusion!r} the loss reads the head a part at a time, and ZeRO-3 gathers it only where "
                 "a whole layer runs. Train with FSDP2, or with ZeRO-2."
             )
         # PEFT trains a copy of the gate

@@ -25,11 +25,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import SafetensorsFileMetadata
 
-from modeling_ultrafuser.configuration_ultrafuser import validate_specialist_names
+from modeling_ultrafuser.configuration_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.files_ultrafuser import UnreadableFileError, in_words, read_json
 from modeling_ultrafuser.folder_ultrafuser import check_folder
 from modeling_ultrafuser.gguf_ultrafuser import check_gguf, is_gguf
 from modeling_ultrafuser.lora_ultrafuser import CONFIG_FILE, WEIGHTS_FILE
+from modeling_ultrafuser.names_ultrafuser import validate_specialist_names
 from modeling_ultrafuser.safetensors_ultrafuser import checked_header, read_header, weight_files
 
 
@@ -109,7 +110,7 @@ def parse(texts: list[str]) -> dict[str, tuple[str, str | None]]:
         name = given[1] if given else _name(location)
         if name in found and not given:
             name = next(n for k in range(2, len(texts) + 1) if (n := f"{name}_{k}") not in found)
-        validate_specialist_names([*found, name])
+        validate_specialist_names([*found, name], UltraFuserConfig)
         found[name] = (location, revision)
     return found
 
@@ -118,7 +119,7 @@ def _name(location: str) -> str:
     """A name that a specialist can have, from the last part of its folder or id."""
     name = re.sub(r"\W+", "_", Path(location).resolve().name, flags=re.ASCII).strip("_")
     try:
-        validate_specialist_names([name])
+        validate_specialist_names([name], UltraFuserConfig)
     except ValueError:
         return f"model_{name}"
     return name

@@ -16,7 +16,6 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.evidence_ultrafuser import EvidenceLayer, read_evidence
 from modeling_ultrafuser.families_ultrafuser import head_dim, specialist_layer_types
-from modeling_ultrafuser.gate_base_ultrafuser import head_factors
 from modeling_ultrafuser.outputs_ultrafuser import UltraFuserMixtureOutput, UltraFuserModelOutput
 from modeling_ultrafuser.versions_ultrafuser import CACHE, takes_cache
 
@@ -181,7 +180,7 @@ class StackedModel(nn.Module):
     def __init__(self, model: UltraFuserForCausalLM):
         super().__init__()
         specialists = list(model.model.specialists.values())
-        self.config, self.fusion = model.config, model.config.fusion
+        self.config = model.config
         # speaks for all in what `check_stackable` asked for
         self.first = first = model.config.specialists[0]
         self.heads, self.key_heads, self.head_dim = (
@@ -200,7 +199,7 @@ class StackedModel(nn.Module):
         scales = torch.tensor([s.rotary_emb.attention_scaling for s in specialists], device=self.angles.device)
         self.register_buffer("angle_scales", scales[:, None, None, None, None], persistent=False)
         self.activation = ACT2FN[first.hidden_act]
-        self.fusion_gate = model.model.fusion_gate
+        self.fusion_gate, self.fusion_rule = model.model.fusion_gate, model.model.fusion_rule
         self.wide_head: tuple[nn.Module, ...] = ()
 
     def specialist_state(self, k: int) -> dict[str, Tensor]:
@@ -263,12 +262,12 @@ class StackedModel(nn.Module):
 
         evidence = read_evidence(self, list(hidden), input_ids, past_key_values, attention_mask, position_ids)
         weights, scales = self.fusion_gate(list(hidden), *evidence)
-        hidden, factors, output_class = hidden.permute(1, 2, 0, 3), scales, UltraFuserMixtureOutput
-        if self.fusion == "logits":
-            factors, output_class = head_factors(weights, scales), UltraFuserModelOutput
+        hidden, factors = hidden.permute(1, 2, 0, 3), self.fusion_rule.factors(weights, scales)
         if factors is not None:
             hidden = hidden * factors.to(hidden.dtype)[..., None]
-        return output_class(hidden.flatten(2), **{CACHE: past_key_values}, gate_weights=weights, logit_scales=scales)
+        return self.fusion_rule.output_class(
+            hidden.flatten(2), **{CACHE: past_key_values}, gate_weights=weights, logit_scales=scales
+        )
 
     def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of every specialist's angles. Shapes (specialists, batch, seq, 1, head_dim)."""

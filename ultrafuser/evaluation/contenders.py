@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from trainers import CachedGateTrainer, GateStageConfig
 
 from ..merge import MERGES
@@ -110,7 +111,7 @@ def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
     fused, ingredients, config = comparison.fused, comparison.ingredients, comparison.ingredients.config
     plan = {f"{n} specialist": partial(comparison.run, s, "specialist") for n, s in comparison.specialists.items()}
     plan[FUSED] = partial(comparison.run, fused, "fused")
-    for fusion in ("logits", "probabilities"):
+    for fusion in FUSIONS:
         plan[f"uniform {fusion}"] = partial(comparison.run, ensemble(ingredients, "uniform", fusion), "ensemble")
     random_gate = RandomGate(config, comparison.seed)
     plan["random gate"] = partial(comparison.run, ensemble(ingredients, random_gate), "control")
