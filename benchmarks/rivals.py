@@ -163,7 +163,10 @@ def experts(shape: dict[str, int]) -> PreTrainedModel:
 
 
 def x_lora(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """PEFT's X-LoRA over the three adapters: a pass without them, weights from it, then a pass with them mixed in."""
+    """Loads PEFT's X-LoRA (Buehler and Buehler, 2024, arXiv 2402.07148) over the three adapters.
+
+    A pass without adapters gives their weights, and a second pass mixes them in.
+    """
     base = copy.deepcopy(base)
     base.config.use_cache = False  # PEFT asks for it: keys and values are those of neither pass
     # PEFT numbers adapters whatever they are called, and finds only those called by their number

@@ -130,8 +130,8 @@ class UltraFuserConfig(PreTrainedConfig):
         if self.format_version not in range(1, FORMAT_VERSION + 1):
             raise ValueError(
                 f"This code reads folders of fused models up to format {FORMAT_VERSION}, but this one is in format "
-                f"{self.format_version!r}. Upgrade with `pip install -U ultrafuser`, or load the folder with its own "
-                f"code: `trust_remote_code=True` in a process that does not import `modeling_ultrafuser`."
+                f"{self.format_version!r}. Install a newer checkout of UltraFuser, or load the folder with its own code: "
+                f"`trust_remote_code=True` in a process that does not import `modeling_ultrafuser`."
             )
         for field, choices in (("gate", GATES), ("fusion", FUSIONS)):
             value = getattr(self, field)

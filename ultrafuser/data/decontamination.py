@@ -1,4 +1,4 @@
-"""Contamination: records that share a 13-gram of words with an evaluation set (Brown et al., 2020, appendix C).
+"""Contamination: records that share a 13-gram of words with an evaluation set (Brown et al., 2020, arXiv 2005.14165, appendix C).
 
 Only hashes are kept, eight bytes for each 13-gram of the evaluation sets, however many records are looked at.
 """

@@ -252,7 +252,7 @@ def _trainer(fused: FusedArguments, out: Path, model_args: ModelConfig) -> tuple
             )
         adapter = get_peft_config(model_args)
         if adapter is not None and not adapter.target_modules and not adapter.target_parameters:
-            # PEFT's own choices are by architecture, and specialists may be of several. QLoRA's (Dettmers et al., 2023)
+            # PEFT's own choices are by architecture, and specialists may be of several. QLoRA's (Dettmers et al., 2023, arXiv 2305.14314)
             adapter.target_modules = "all-linear"
         return JointTrainer, {"peft_config": adapter}
     if fused.cached:
