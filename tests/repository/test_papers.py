@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDERS = ("modeling_ultrafuser", "trainers", "ultrafuser", "experiments", "benchmarks", "examples")
 PAGE = (ROOT / "docs" / "papers.md").read_text()
 ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")

@@ -1,0 +1,1 @@
+"""Builds and changes folders of fused models."""
