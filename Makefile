@@ -1,11 +1,14 @@
-.PHONY: check test slow docs results card
+.PHONY: check test lanes slow docs results card
 
 check:  # the code's form
 	ruff check .
 	ruff format --check .
 
-test:  # seconds to minutes
-	pytest
+test:  # the unit lane
+	pytest -n 2
+
+lanes:  # whole commands, documents and processes
+	pytest -n 2 --dist loadfile -m "e2e or process"
 
 slow:  # minutes, or packages of their own
 	pytest -m slow

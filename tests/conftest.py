@@ -1,5 +1,6 @@
 import gc
 import os
+from pathlib import Path
 
 
 # before transformers is imported: tests never reach for the network
@@ -25,6 +26,38 @@ def browser():
         opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield opened
         opened.close()
+
+
+LANES = ("unit", "e2e", "process", "slow")
+SECONDS = 5  # a unit test that takes longer is named at the end
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Gives each test its lane: `slow` where it says so, else what it says or its folder's name, else `unit`."""
+    for item in items:
+        own = {mark.name for mark in item.iter_markers()} & {*LANES}
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        lane = "slow" if "slow" in own else next(iter(own), folder if folder in LANES else "unit")
+        if lane == "slow":
+            item.own_markers = [mark for mark in item.own_markers if mark.name not in LANES]
+        item.add_marker(lane)
+
+
+LONG = []
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" and report.duration > SECONDS and "unit" in report.keywords:
+        LONG.append(report)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Names unit tests that took long: on a quiet machine they belong into another lane."""
+    if LONG:
+        terminalreporter.section(f"unit tests over {SECONDS} s")
+    for report in sorted(LONG, key=lambda report: -report.duration):
+        terminalreporter.line(f"{report.duration:.1f} s  {report.nodeid}")
 
 
 def pytest_collection_finish():

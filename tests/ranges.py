@@ -50,7 +50,7 @@ def main() -> None:
         names = ", ".join(LIBRARIES)
         versions = f"import {names}; print(*(f'{{m.__name__}} {{m.__version__}}' for m in ({names})))"
         subprocess.run([python, "-c", versions], check=True)
-        command = [python, "-m", "pytest", "-q", "-n", "2", *arguments.pytest]
+        command = [python, "-m", "pytest", "-q", "-n", "2", "-m", "unit or e2e or process", *arguments.pytest]
         sys.exit(subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode)
 
 

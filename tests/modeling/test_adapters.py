@@ -254,6 +254,7 @@ assert torch.equal(model.generate(expected["ids"], max_new_tokens=8, do_sample=F
 """
 
 
+@pytest.mark.process
 @torch.no_grad()
 def test_a_saved_folder_is_the_same_where_neither_our_packages_nor_peft_are(models, tmp_path):
     fused, ids = models[0], prompt()
@@ -501,6 +502,7 @@ def test_fuse_writes_a_folder_that_loads(sources, tmp_path):
     assert {n: t["source"] for n, t in took.items()} == sources
 
 
+@pytest.mark.process
 def test_adapters_and_their_base_are_fetched_from_the_hub(sources, tmp_path):
     ids = {"lab/base": Path(sources["text"]).parent / "base"}
     for name, folder in sources.items():

@@ -525,6 +525,7 @@ def test_an_unknown_specialist_is_refused(fused):
         fused.specialist("law")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("module", "line", "extra"),
     [

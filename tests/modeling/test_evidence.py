@@ -444,6 +444,7 @@ assert "modeling_ultrafuser" not in sys.modules
 """
 
 
+@pytest.mark.process
 def test_saved_models_say_the_same_where_this_package_is_not_installed(specialists, tmp_path):
     for gate in READERS:
         fused, ids = fuse(specialists, gate=gate, fusion="probabilities"), prompt()

@@ -84,6 +84,7 @@ def clean(folders, tmp_path_factory):
     return json.loads((folders / "report.json").read_text())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("fact", clean_process.FACTS)
 def test_in_a_process_without_our_packages(fact, clean):
     if fact == "a_folder_of_format_1_runs_with_its_own_code" and CACHE == "cache":

@@ -180,6 +180,7 @@ def test_a_resumed_run_ends_bit_by_bit_where_an_uninterrupted_one_does(stage, tm
     assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == losses
 
 
+@pytest.mark.process
 def test_a_checkpoint_of_the_trainer_loads_where_our_packages_are_not_installed(fused, tmp_path):
     sft(fused, tmp_path, save_strategy="steps", save_steps=3)
     checkpoint = tmp_path / "checkpoint-3"

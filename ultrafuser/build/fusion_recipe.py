@@ -13,12 +13,12 @@ from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
 
 from .. import licences
-from ..check.findings import BLOCKS, Judgement
+from ..atomic import new_folder
 from ..check.checks import judge
+from ..check.findings import BLOCKS, Judgement
 from ..check.metadata import Source
 from ..fused_folders import save_fused
 from ..gate_words import HELP
-from ..atomic import new_folder
 from ..yaml_files import read_yaml
 
 

@@ -27,12 +27,12 @@ from modeling_ultrafuser.files_ultrafuser import check_file, read_json
 from modeling_ultrafuser.safetensors_ultrafuser import read_header
 from modeling_ultrafuser.tokenizer_ultrafuser import load_tokenizer
 
-from ..check.metadata import Source, parse
-from .specialist_edits import BACKBONE, GATE, HEAD, built
-from ..fused_folders import fused_config, read_ingredients, save_fused
-from .fusion_recipe import Fusion, check_words, commits, described, fetch, plan
 from ..atomic import new_folder
+from ..check.metadata import Source, parse
+from ..fused_folders import fused_config, read_ingredients, save_fused
 from ..yaml_files import read_yaml
+from .fusion_recipe import Fusion, check_words, commits, described, fetch, plan
+from .specialist_edits import BACKBONE, GATE, HEAD, built
 
 
 RECIPE, GATE_FILE = "refs.yaml", "gate.safetensors"

@@ -22,10 +22,10 @@ from modeling_ultrafuser.checkpoint_ultrafuser import refuse_other_tensors
 from modeling_ultrafuser.gate_base_ultrafuser import columns_of_others
 from modeling_ultrafuser.specialist_config_ultrafuser import own_config
 
+from ..atomic import new_folder
 from ..check import metadata
 from ..fused_folders import fused_config, read_ingredients, read_tokenizer, save_fused
 from .fusion_recipe import described
-from ..atomic import new_folder
 
 
 BACKBONE, GATE, HEAD = "model.specialists.", "model.fusion_gate.", "lm_head.weight"

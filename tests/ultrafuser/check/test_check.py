@@ -464,6 +464,7 @@ def test_names_come_from_ids_and_revisions_are_taken_off(tmp_path):
 # ---------------------------------------------------------------------------------- the Hub
 
 
+@pytest.mark.process
 def test_three_seven_billion_models_are_checked_in_less_than_5_mb(folders):
     words = qwen_words()
     ids = {f"Qwen/{name}": folders / name for name in ("Text-7B", "Coder-7B", "Math-7B")}
@@ -504,6 +505,7 @@ for arguments, token in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.process
 def test_what_the_hub_denies_or_does_not_have_is_told(tmp_path):
     set_seed(0)
     for name in ("text", "code", "closed", "hidden", "older"):

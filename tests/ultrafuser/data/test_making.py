@@ -174,6 +174,7 @@ def test_the_same_journal_gives_the_same_bytes_without_a_server(made, tmp_path):
     assert files(again) == files(out)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "at", [0.5, pytest.param(0.1, marks=pytest.mark.slow), pytest.param(0.9, marks=pytest.mark.slow)]
 )
@@ -203,6 +204,7 @@ def journal_lines(out):
     return [line for line in (out / "journal.jsonl").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
+@pytest.mark.process
 def test_a_run_that_is_interrupted_by_hand_ends_at_once_and_goes_on(tmp_path):
     with TeacherServer(delay=0.5) as server:
         path, out = write_recipe(tmp_path, server.url), tmp_path / "set"

@@ -209,6 +209,7 @@ def test_a_server_that_dies_half_way_keeps_all_and_a_rerun_does_only_the_rest(
     assert len(answered) == len(set(answered)) == 4 + {"grading": 4, "pairwise": 6}[method]
 
 
+@pytest.mark.process
 def test_a_killed_run_is_taken_up_where_it_was(serve, questions, tmp_path):
     answered, stuck, release = [], threading.Event(), threading.Event()
 
