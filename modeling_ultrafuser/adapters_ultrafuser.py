@@ -9,18 +9,16 @@ import copy
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
-
-from .cache_ultrafuser import SpecialistCache
-from .specialists_ultrafuser import positions_of, run
-from .versions_ultrafuser import CACHE
 
 
 # what PEFT adapts as x W^T; the second keeps W transposed
 LINEAR = (nn.Linear, Conv1D)
+MERGE_FIRST = (
+    "merge each into its base, `AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()` and "
+    "`.save_pretrained(...)`, and fuse whole models"
+)
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
@@ -150,75 +148,3 @@ def merged_backbone(base: PreTrainedModel, k: int) -> PreTrainedModel:
             owner, _, leaf = name.rpartition(".")
             setattr(backbone.get_submodule(owner), leaf, layer.merged(k))
     return backbone
-
-
-class RowCache(SpecialistCache):
-    """The shared cache as the base sees it: one row for each specialist of each text.
-
-    The shared cache itself holds one row for each text, specialists' heads side by side, so that `generate` reorders,
-    repeats and crops it like any other.
-    """
-
-    def __init__(self, cache: Cache, specialists: int, length: int):
-        super().__init__(cache, 0, length)
-        self.specialists = specialists
-
-    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
-        texts = [s.reshape(-1, self.specialists * s.shape[1], *s.shape[2:]) for s in (key_states, value_states)]
-        found = super().update(*texts, layer_idx, *args, **kwargs)
-        return tuple(s.reshape(-1, s.shape[1] // self.specialists, *s.shape[2:]) for s in found)
-
-
-def run_as_rows(
-    base: PreTrainedModel,
-    specialists: int,
-    input_ids: Tensor,
-    attention_mask: Tensor | dict[str, Tensor] | None,
-    position_ids: Tensor | None,
-    past_key_values: Cache | None,
-    specialist_input_ids: Tensor | None = None,
-    specialist_attention_mask: Tensor | None = None,
-    **kwargs,
-) -> list[BaseModelOutput]:
-    """Runs all specialists in one pass of their base. Returns an output for each."""
-    refused = [key for key in kwargs if key == "cache" or key.startswith("cu_seq_lens")]
-    if refused:
-        raise ValueError(
-            f"Specialists that are adapters of one base are rows of one batch, but {refused} say that texts lie end to "
-            f"end in one row. Use `generate` in place of `generate_batch`, and pad instead of packing."
-        )
-
-    def rows(part: Tensor | dict[str, Tensor] | None):
-        if isinstance(part, dict):
-            return {key: rows(own) for key, own in part.items()}
-        return None if part is None else part.repeat_interleave(specialists, dim=0)
-
-    ids = rows(input_ids) if specialist_input_ids is None else specialist_input_ids.flatten(0, 1)
-    mask, positions = rows(attention_mask), position_ids
-    if specialist_attention_mask is not None:
-        mask = specialist_attention_mask.flatten(0, 1)
-        positions = positions_of(mask, ids.shape[-1])
-    elif positions is not None and len(positions) > 1:
-        positions = rows(positions)
-    if past_key_values is not None:
-        past_key_values = RowCache(past_key_values, specialists, base.config.num_hidden_layers)
-    output = run(
-        base,
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        **{CACHE: past_key_values},
-        **kwargs,
-    )
-
-    def own(values, k: int):
-        return None if values is None else tuple(own[k::specialists] for own in values)
-
-    return [
-        BaseModelOutput(
-            last_hidden_state=output.last_hidden_state[k::specialists],
-            hidden_states=own(output.get("hidden_states"), k),
-            attentions=own(output.get("attentions"), k),
-        )
-        for k in range(specialists)
-    ]

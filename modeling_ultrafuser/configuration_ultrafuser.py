@@ -6,7 +6,6 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .families_ultrafuser import (
-    CACHED_LAYERS,
     SCALE_FIELDS,
     common,
     field_of,
@@ -14,12 +13,14 @@ from .families_ultrafuser import (
     intermediate_size,
     num_attention_heads,
     num_key_value_heads,
+    plain_dict,
     specialist_layer_types,
 )
 from .files_ultrafuser import is_number
 from .fusions_ultrafuser import FUSIONS
 from .gates_ultrafuser import GATES, WIDEST
 from .names_ultrafuser import validate_specialist_names
+from .readers_ultrafuser import reader_of
 
 
 # counts up when a saved folder changes in a way that older code would misread
@@ -170,10 +171,11 @@ class UltraFuserConfig(PreTrainedConfig):
                 f"Fusing needs at least two specialists, but got {self.specialist_names}. A single model can be "
                 f"loaded with its own class."
             )
-        if self.adapters is not None:
-            self._validate_adapters()
-        configs = self.specialists
-        backbones = self.backbones
+        reader_of(self).check(self)
+        if len(self.backbones) < len(self.specialists):
+            # one object, so that what changes it changes it for all
+            self.specialists = self.backbones * len(self.specialists)
+        configs, backbones = self.specialists, self.backbones
         self.hidden_size = sum(c.hidden_size for c in backbones)
         self.num_hidden_layers = sum(c.num_hidden_layers for c in backbones)
         for field, read in (
@@ -206,33 +208,6 @@ class UltraFuserConfig(PreTrainedConfig):
             limits = [getattr(c, "max_position_embeddings", None) for c in configs]
             self.max_position_embeddings = min((n for n in limits if n), default=None)
 
-    def _validate_adapters(self) -> None:
-        chosen, first = self.adapters, self.specialists[0]
-        rank, targets = (chosen.get(key) for key in ("rank", "target_modules")) if isinstance(chosen, dict) else (0, 0)
-        if not isinstance(rank, int) or rank < 1 or not isinstance(targets, list | tuple) or not targets:
-            raise ValueError(
-                f"`adapters` says which adapters specialists are, such as {{'rank': 16, 'target_modules': ['q_proj']}}, "
-                f"but it is {chosen!r}. Leave it out for specialists that are models of their own."
-            )
-        unlike = [
-            n
-            for n, c in zip(self.specialist_names, self.specialists, strict=True)
-            if _specialist_dict(c) != _specialist_dict(first)
-        ]
-        if unlike:
-            raise ValueError(
-                f"Adapters of one base have its configuration, but that of {unlike} is not that of "
-                f"{self.specialist_names[0]!r}. Fuse merged models instead."
-            )
-        recurrent = sorted(set(specialist_layer_types(first)) - CACHED_LAYERS)
-        if recurrent:
-            raise ValueError(
-                f"Adapters of one base are rows of one batch with one key-value cache, but {first.model_type!r} has layers "
-                f"of the types {recurrent}, which keep other states. Fuse merged models instead."
-            )
-        # one object, so that what changes it changes it for all
-        self.specialists = [first] * len(self.specialists)
-
     def validate(self) -> None:
         """Like the library's, but for types of layers: a family may have some that only its own configuration admits."""
         layer_types = self.__dict__.pop("layer_types", None)
@@ -245,8 +220,7 @@ class UltraFuserConfig(PreTrainedConfig):
     @property
     def backbones(self) -> list[PreTrainedConfig]:
         """Configurations of the backbones that there are: one for each specialist, or the base's alone."""
-        configs = self._names_and_configs()[1]
-        return configs if self.__dict__.get("adapters") is None else configs[:1]
+        return reader_of(self).backbones(self._names_and_configs()[1])
 
     @property
     def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:
@@ -292,7 +266,7 @@ class UltraFuserConfig(PreTrainedConfig):
         """Like the library's, with the list of specialists as a list of dicts in its own order."""
         # the library converts a configuration that is a direct attribute, but not one inside a list
         output = super().to_dict()
-        output["specialists"] = [_specialist_dict(c) for c in self._names_and_configs()[1]]
+        output["specialists"] = [plain_dict(c) for c in self._names_and_configs()[1]]
         # vLLM asks for `AutoModel`, which saving the causal language model alone would leave out
         output["auto_map"] = AUTO_MAP
         return output
@@ -340,13 +314,6 @@ def _as_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
             f"than it."
         )
     return AutoConfig.for_model(model_type, **config)
-
-
-def _specialist_dict(config: PreTrainedConfig) -> dict[str, Any]:
-    output = config.to_dict()
-    for key in ("transformers_version", "_name_or_path"):
-        output.pop(key, None)
-    return output
 
 
 def attention_of_all(config: "UltraFuserConfig") -> str | None:

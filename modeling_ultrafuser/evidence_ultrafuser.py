@@ -20,7 +20,7 @@ from .families_ultrafuser import bounded
 from .fusion_base_ultrafuser import Fusion
 from .gate_base_ultrafuser import Evidence
 from .head_ultrafuser import specialist_parts
-from .specialists_ultrafuser import positions_of
+from .inputs_ultrafuser import positions_of
 
 
 # tokens whose logits are in memory at once

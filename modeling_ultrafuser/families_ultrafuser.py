@@ -89,3 +89,11 @@ def intermediate_size(config: PreTrainedConfig) -> int:
     size = field_of(config, "intermediate_size") or getattr(config, "n_inner", None) or 4 * config.hidden_size
     # Gemma 3n writes one for each layer
     return max(size) if isinstance(size, list | tuple) else size
+
+
+def plain_dict(config: PreTrainedConfig) -> dict[str, Any]:
+    """Returns what a configuration says of the model, without where it came from."""
+    output = config.to_dict()
+    for key in ("transformers_version", "_name_or_path"):
+        output.pop(key, None)
+    return output

@@ -19,13 +19,14 @@ from .files_ultrafuser import in_words
 from .gates_ultrafuser import DEFAULT_GATE, GATES, gate_settings
 from .generation_config_ultrafuser import merged_generation_config, own_generation_config
 from .gguf_ultrafuser import dequantised, gguf_arguments, is_gguf
+from .inputs_ultrafuser import NO_ROUTER_LOSS
 from .log_ultrafuser import print_line
-from .lora_ultrafuser import about_base, adaptable, adapted_state, layout, probe_rows, read_adapters, read_parts
+from .lora_ultrafuser import about_base, adaptable, adapted_state, layout, read_adapters, read_parts
 from .plan_ultrafuser import DTYPE_RULE, as_dtype, check_names, check_saving, common_dtype
 from .probing_ultrafuser import check_steps, step_alone, step_within
 from .safetensors_ultrafuser import read_headers, weight_files
 from .specialist_config_ultrafuser import own_config
-from .specialists_ultrafuser import BASE, NO_ROUTER_LOSS
+from .specialists_ultrafuser import BASE
 from .tokenizer_ultrafuser import load_tokenizer, tokenizer_notes, widest_usable_tokenizer
 
 
@@ -189,8 +190,8 @@ def fuse_specialists(
     model.generation_config = generation_config
     model.eval()
     # what a device map has left on the disk cannot be merged
-    if adapters is not None and not any(p.is_meta for p in model.parameters()):
-        probe_rows(model, _tolerance(dtype))
+    if not any(p.is_meta for p in model.parameters()):
+        model.model.reader.probe(_tolerance(dtype))
     return model
 
 

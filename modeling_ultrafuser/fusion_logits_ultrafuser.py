@@ -8,6 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 from .families_ultrafuser import bounded, soft_cap
 from .fusion_base_ultrafuser import Fusion
 from .outputs_ultrafuser import UltraFuserModelOutput
+from .readers_ultrafuser import reader_of
 
 
 class LogitsFusion(Fusion):
@@ -40,7 +41,7 @@ class LogitsFusion(Fusion):
 
     def forward(self, hidden_states: list[Tensor], gate_weights: Tensor, logit_scales: Tensor | None = None) -> Tensor:
         """As `Fusion.forward`. Adapters of one base have its head in common: their scaled states are summed instead."""
-        if self.config.adapters is None:
+        if not reader_of(self.config).shares_head:
             return super().forward(hidden_states, gate_weights, logit_scales)
         return sum(self.scaled(hidden_states, gate_weights, logit_scales))
 

@@ -5,17 +5,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from .families_ultrafuser import soft_cap
-
-
-def head_columns(config) -> Iterator[slice]:
-    """Each specialist's columns of the wide head; all of a head that they have in common."""
-    start = 0
-    for specialist in config.specialists:
-        yield slice(start, start + specialist.hidden_size)
-        start += specialist.hidden_size if config.adapters is None else 0
+from .readers_ultrafuser import reader_of
 
 
 def specialist_parts(states: Tensor, config) -> Iterator[tuple[Tensor, slice, float | None]]:
     """Of each specialist: its states among all side by side, its columns of the wide head, what bounds its logits."""
     own = states.split([c.hidden_size for c in config.specialists], -1)
-    yield from zip(own, head_columns(config), map(soft_cap, config.specialists), strict=True)
+    yield from zip(own, reader_of(config).head_columns(config), map(soft_cap, config.specialists), strict=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
-from .adapters_ultrafuser import LINEAR, AdaptedLinear, linear_shape, merged_backbone, run_as_rows
+from .adapters_ultrafuser import LINEAR, MERGE_FIRST, AdaptedLinear, linear_shape
 from .files_ultrafuser import in_words, is_number, read_json
 from .gguf_ultrafuser import is_gguf
 from .safetensors_ultrafuser import read_header
@@ -21,10 +21,6 @@ from .specialists_ultrafuser import BASE
 
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-MERGE_FIRST = (
-    "merge each into its base, `AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()` and "
-    "`.save_pretrained(...)`, and fuse whole models"
-)
 SAY_BASE = "Say where it is with `base=`, on the command line `--base`"
 
 # fields of a LoRA configuration that say where and how large it is, or how it was trained
@@ -405,24 +401,3 @@ def adapted_state(backbone: nn.Module, state: dict[str, Tensor], adapters: dict[
                 a[k, :rank], b[k, :rank] = own[name]
         state |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
     return state
-
-
-@torch.no_grad()
-def probe_rows(model: PreTrainedModel, tolerance: float) -> None:
-    """Checks that each specialist says as a row of the batch what it says merged and alone.
-
-    Raises:
-        ValueError: If the base does more with its rows than to read each by itself.
-    """
-    base, names = model.model.specialists[BASE], model.config.specialist_names
-    ids = (torch.arange(1, 17, device=model.device) * 7919 % model.config.vocab_size).view(2, 8)
-    outputs = run_as_rows(base, len(names), ids, None, None, None, use_cache=False)
-    for k, name in enumerate(names):
-        own = merged_backbone(base, k)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state.float()
-        difference = (outputs[k].last_hidden_state.float() - own).abs().max()
-        if not difference <= tolerance * own.abs().max().clamp(min=1e-6):
-            raise ValueError(
-                f"Adapters of one base are rows of one batch, but {type(base).__name__} does more with a row than to "
-                f"read it by itself: on a probe, hidden states of {name!r} differ by up to {difference.item():.3g}. "
-                f"Instead {MERGE_FIRST}."
-            )

@@ -85,3 +85,18 @@ class UltraFuserCausalLMOutput(CausalLMOutputWithPast):
 
     gate_weights: Tensor | None = None
     logit_scales: Tensor | None = None
+
+
+def end_to_end(outputs: list[ModelOutput], field: str, *last: Tensor) -> tuple[Tensor, ...] | None:
+    """A field of all specialists' outputs, one after another, and `last`; or None if one lacks it."""
+    values = [o.get(field) for o in outputs]
+    return None if any(v is None for v in values) else (*(t for v in values for t in v), *last)
+
+
+def selected(states: tuple[Tensor, ...] | None, positions: bool | int | list[int] | None) -> tuple | None:
+    """Keeps the states at these positions, counted over all specialists, as the library does for one model."""
+    if states is None or positions is None or isinstance(positions, bool):
+        return states
+    positions = [positions] if isinstance(positions, int) else positions
+    kept = {i % len(states) for i in positions if -len(states) <= i < len(states)}
+    return tuple(state if i in kept else None for i, state in enumerate(states))

@@ -12,7 +12,8 @@ from .cache_ultrafuser import SpecialistCache, paged_record
 from .causal_ultrafuser import masks_for_generate
 from .configuration_ultrafuser import UltraFuserConfig
 from .families_ultrafuser import specialist_layer_types
-from .specialists_ultrafuser import run_each
+from .inputs_ultrafuser import Tokens
+from .reader_separate_ultrafuser import named_masks, read_within
 from .versions_ultrafuser import CACHE
 
 
@@ -56,10 +57,10 @@ def check_pages(config: UltraFuserConfig, specialists: dict[str, PreTrainedModel
             for start, end in ((0, 3), (3, 5)):
                 mask = torch.zeros((1, 1, end - start, end), dtype=backbone.dtype, device=backbone.device)
                 positions = torch.arange(start, end, device=backbone.device)[None]
-                inputs = (positions, dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask, positions, None)
+                tokens = Tokens(positions, dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask, positions)
                 layers = [0, backbone.config.num_hidden_layers]
                 more = {"max_length_k": end} if record.changes_kwargs else {}
-                run_each({name: backbone}, layers, *inputs, cache=record, use_cache=False, **more)
+                read_within(backbone, name, layers, tokens, None, cache=record, use_cache=False, **more)
             odd = _not_as_paged(record.written, layers[1], config)
         except Exception as error:
             odd = f"ends in {type(error).__name__}: {' '.join(str(error).split())[:200].removesuffix('.')}"
@@ -149,8 +150,9 @@ def step_within(
                 embeds = torch.empty((1, end - begin, 0), dtype=backbone.dtype, device=ids.device)
                 own = SpecialistCache(cache, layers[0], layers[1] - layers[0])
                 mask = masks_for_generate(backbone)(backbone.config, embeds, mask, own, position_ids=positions)
-                mask = {f"{name}/{key}": m for key, m in mask.items()} if isinstance(mask, dict) else {name: mask}
-            (output,) = run_each({name: backbone}, layers, ids[:, begin:end], mask, positions, cache, use_cache=True)
+                mask = named_masks(name, mask)
+            tokens = Tokens(ids[:, begin:end], mask, positions)
+            output = read_within(backbone, name, layers, tokens, cache, use_cache=True)
     except Exception as error:
         raise ValueError(
             f"A specialist must generate with the cache that all specialists share, but {name!r} "

@@ -1,12 +1,15 @@
 """Refusals of what engines that know one attention geometry for all layers would serve wrongly."""
 
+from torch import nn
 from transformers.cache_utils import Cache
 
+from .carrying_ultrafuser import Carrier, find_head
 from .causal_ultrafuser import switching_lengths
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all
 from .families_ultrafuser import common, head_dim, num_attention_heads, num_key_value_heads, specialist_layer_types
 from .fusions_ultrafuser import FUSIONS, one_head_rules
 from .gates_ultrafuser import GATES
+from .readers_ultrafuser import reader_of
 
 
 def check_servable_by_vllm(config: UltraFuserConfig) -> None:
@@ -15,7 +18,7 @@ def check_servable_by_vllm(config: UltraFuserConfig) -> None:
     Raises:
         ValueError: Naming the property that differs and its value for each specialist.
     """
-    _refuse_adapters(config, "vLLM's Transformers backend")
+    reader_of(config).check_engine(config, "vLLM's Transformers backend")
     _refuse_longrope(config, "vLLM's Transformers backend")
 
     def refuse(reason: str, values: list) -> None:
@@ -54,15 +57,6 @@ def check_servable_by_vllm(config: UltraFuserConfig) -> None:
         refuse("cannot load mixture-of-experts specialists; the number of experts must be absent", experts)
 
 
-def _refuse_adapters(config: UltraFuserConfig, engine: str) -> None:
-    if config.adapters is not None:
-        raise ValueError(
-            f"{engine} lays tokens of all texts end to end in one row, but {config.specialist_names} are adapters of one "
-            f"base, which reads every text in a row for each. Use `generate` for this model; or take each specialist out "
-            f"merged, `model.specialist(name).save_pretrained(...)`, and fuse those."
-        )
-
-
 def _refuse_longrope(config: UltraFuserConfig, engine: str) -> None:
     for name, specialist in zip(config.specialist_names, config.specialists, strict=True):
         beyond = [n for n in switching_lengths(specialist) if n < (config.max_position_embeddings or n + 1)]
@@ -87,13 +81,30 @@ def _refuse_evidence(config: UltraFuserConfig, engine: str) -> None:
 _EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
+def prepared_for_vllm(backbone: nn.Module) -> Carrier | None:
+    """Numbers layers as vLLM looks them up, among those of all specialists; transformers counts each one's.
+
+    Returns:
+        What hands on evidence from token to token, if the gate reads the past.
+    """
+    for start, specialist in zip(backbone.reader.first_layers, backbone.specialists.values(), strict=False):
+        for module in specialist.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx += start
+    if not backbone.fusion_gate.reads_past:
+        return None
+    carrier = Carrier(backbone.config, backbone.fusion_gate.evidence)
+    find_head(backbone)
+    return carrier
+
+
 def check_pageable(config: UltraFuserConfig) -> None:
     """Refuses what continuous batching (`generate_batch`) cannot keep: its cache knows one attention geometry.
 
     Raises:
         ValueError: Naming each specialist's geometry.
     """
-    _refuse_adapters(config, "Continuous batching")
+    reader_of(config).check_engine(config, "Continuous batching")
     _refuse_longrope(config, "Continuous batching")
     _refuse_evidence(config, "Continuous batching")
     if attention_of_all(config) is None:

@@ -15,7 +15,7 @@ from .configuration_ultrafuser import UltraFuserConfig
 from .files_ultrafuser import in_words, read_json
 from .folder_ultrafuser import check_folder
 from .gguf_ultrafuser import check_gguf, gguf_arguments, is_gguf
-from .specialists_ultrafuser import is_plain
+from .loaded_ultrafuser import is_plain
 
 
 def own_config(name: str, source, **hub) -> PreTrainedConfig:

@@ -74,7 +74,7 @@ def own_log_probs(
     weight = _whole_head(fused)
     found = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     config = fused.config
-    columns = list(fused._head_columns())
+    columns = fused.head_columns()
     for d, k in enumerate(own_specialists):
         chosen = mask & (domain == d)
         head, cap = weight[:, columns[k]], soft_cap(config.specialists[k])

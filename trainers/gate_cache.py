@@ -265,7 +265,7 @@ class CachedGateTrainer(GateTrainer):
             for evidence in seen["evidence"]:
                 said["evidence"] = evidence[:, :-1][mask]
             weight = self.fused.lm_head.weight
-            heads = [weight[:, columns] for columns in self.fused._head_columns()]
+            heads = [weight[:, columns] for columns in self.fused.head_columns()]
             caps = [soft_cap(c) for c in self.fused.config.specialists]
             parts = list(zip(states, heads, caps, strict=True))
             if self.keep == "log_probs":

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modeling_ultrafuser.adapters_ultrafuser import adapter_parameters
-
 from .serial import SerialBackward
 from .stage_base import StageTrainer, specialist_size
 from .stage_config import JointStageConfig, scaled_rate
@@ -50,16 +48,14 @@ class JointTrainer(StageTrainer):
         if peft_config is None:
             model.requires_grad_(True)
         self._trained = [n in chosen for n in names]
-        if model.config.adapters is not None:
-            if peft_config is not None or args.one_specialist_at_a_time:
-                raise ValueError(
-                    f"Specialists that are adapters of one base learn through those, all in one pass, so "
-                    f"{'`peft_config`' if peft_config is not None else '`one_specialist_at_a_time`'} is for specialists "
-                    f"that are models of their own. Leave it out."
-                )
-            model.requires_grad_(False)
-            for parameter in (*adapter_parameters(model), *model.model.fusion_gate.parameters()):
-                parameter.requires_grad_(True)
+        reader = model.model.reader
+        if not reader.one_by_one and (peft_config is not None or args.one_specialist_at_a_time):
+            raise ValueError(
+                f"Specialists that are adapters of one base learn through those, all in one pass, so "
+                f"{'`peft_config`' if peft_config is not None else '`one_specialist_at_a_time`'} is for specialists "
+                f"that are models of their own. Leave it out."
+            )
+        reader.train_only(model, chosen)
         if peft_config is not None:
             if args.train_specialists is not None:
                 raise ValueError(
@@ -70,9 +66,6 @@ class JointTrainer(StageTrainer):
             if list(model.model.fusion_gate.parameters()):
                 peft_config.modules_to_save = sorted(saved | {"fusion_gate"})
         elif set(chosen) != set(names):
-            if model.config.adapters is None:
-                for name in set(names) - set(chosen):
-                    model.model.specialists[name].requires_grad_(False)
             for parameter, dim, places in _kept_parts(model, self._trained):
                 parameter.register_hook(partial(_without, dim=dim, places=places))
 
@@ -117,12 +110,9 @@ class JointTrainer(StageTrainer):
 
 
 def _kept_parts(model: PreTrainedModel, trained: list[bool]) -> list[tuple[nn.Parameter, int, Tensor]]:
-    """What specialists that are not trained have of parameters in which all have a part: dimension, and places in it."""
-    kept = ~torch.tensor(trained)
-    if model.config.adapters is not None:
-        return [(parameter, 0, kept.nonzero()[:, 0]) for parameter in adapter_parameters(model)]
-    sizes = torch.tensor([c.hidden_size for c in model.config.specialists])
-    return [(model.lm_head.weight, 1, torch.repeat_interleave(kept, sizes).nonzero()[:, 0])]
+    """Returns, of each parameter in which all specialists have a part, the dimension and the indices of frozen ones."""
+    parts = model.model.reader.shared_parts([not t for t in trained])
+    return [(model.get_parameter(name), dim, index) for name, (dim, index) in parts.items()]
 
 
 def _without(gradient: Tensor, dim: int, places: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def test_weights_of_a_token_follow_from_what_was_read_in_earlier_passes(fused, e
             _, first, n = batch[0]
             inputs = {"input_ids": ids[:, first : first + n], "position_ids": torch.arange(first, first + n)[None]}
             backbone(**inputs, use_cache=False)
-        found.append(engine.kept[backbone.first_layers[-1], "a"][1])
+        found.append(engine.kept[backbone.reader.first_layers[-1], "a"][1])
     assert not torch.equal(found[0][:, 9], found[1][:, 9])
     assert torch.equal(found[0][:, :3], found[1][:, :3])
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.checkpoint_ultrafuser import refuse_other_tensors
-from modeling_ultrafuser.gate_base_ultrafuser import columns_of_others
 from modeling_ultrafuser.specialist_config_ultrafuser import own_config
 
 from ..atomic import new_folder
@@ -89,10 +88,8 @@ def remove_specialist(model: UltraFuserForCausalLM, name: str) -> UltraFuserForC
         model, [names[k] for k in kept], [model.config.specialists[k] for k in kept], model.generation_config
     )
     state = {k: t for k, t in model.state_dict().items() if not k.startswith((f"{BACKBONE}{name}.", GATE))}
-    if model.config.adapters is None:
-        state[HEAD] = state[HEAD][:, columns_of_others(names.index(name), model.config)]
-    else:
-        state |= {key: tensor[kept] for key, tensor in state.items() if ".lora_" in key}
+    for key, (dim, index) in model.model.reader.shared_parts([n != name for n in names]).items():
+        state[key] = state[key].index_select(dim, index.to(state[key].device))
     gate = model.model.fusion_gate.without(names.index(name), model.config)
     return _built(model, config, state, gate)
 
@@ -128,11 +125,7 @@ def add_specialist(
     names = config.specialist_names
     if name in names:
         raise ValueError(f"Every specialist has a name of its own, but there is a {name!r} among {names}.")
-    if config.adapters is not None:
-        raise ValueError(
-            f"A specialist is put in beside models of their own, but {names} are adapters of one base. Fuse all adapters "
-            f"anew with `ultrafuser fuse`, and train the gate."
-        )
+    model.model.reader_class.check_newcomer(config)
     rows = own_config(name, source, revision=revision or "main").get_text_config(decoder=True).vocab_size
     if rows < config.vocab_size:
         raise ValueError(

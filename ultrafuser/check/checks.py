@@ -22,17 +22,19 @@ from modeling_ultrafuser.families_ultrafuser import spoken_rows
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
 from modeling_ultrafuser.generation_config_ultrafuser import merged_generation_config, own_generation_config
 from modeling_ultrafuser.gguf_ultrafuser import is_gguf
+from modeling_ultrafuser.inputs_ultrafuser import NO_ROUTER_LOSS
 from modeling_ultrafuser.lora_ultrafuser import WEIGHTS_FILE, about_base, adaptable, common_base, layout, pairs
 from modeling_ultrafuser.plan_ultrafuser import as_dtype, check_names, check_saving, common_dtype
 from modeling_ultrafuser.probing_ultrafuser import check_steps
+from modeling_ultrafuser.reader_adapters_ultrafuser import THEIR_BASE
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
 from modeling_ultrafuser.specialist_config_ultrafuser import own_config
-from modeling_ultrafuser.specialists_ultrafuser import BASE, NO_ROUTER_LOSS
+from modeling_ultrafuser.specialists_ultrafuser import BASE
 
 from .. import licences
 from ..merge import MERGES
 from ..merge.merged_model import NotMergeableError, merge
-from .estimates import THEIR_BASE, adapter_sizes, estimate, size
+from .estimates import estimate, part_sizes, size
 from .findings import BLOCKS, FITS, WARNING, Judgement, each
 from .metadata import Source, read
 from .shared_tokenizer import judge_templates, judge_tokenizers
@@ -119,8 +121,7 @@ def judge(
     _judge_merges(found, models)
     if found.verdict != BLOCKS:
         sizes = {n: size(m, texts[n], rows) for n, m in models.items()}
-        if config.adapters is not None:
-            sizes = adapter_sizes(config, models[next(iter(models))], sizes)
+        sizes = part_sizes(config, models[next(iter(models))], sizes)
         dtype = chosen or torch.float32
         download = sum(s.download for s in (*found.sources.values(), found.base) if s is not None)
         found.numbers = estimate(config, sizes, dtype, download)

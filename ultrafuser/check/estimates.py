@@ -16,10 +16,9 @@ from modeling_ultrafuser.families_ultrafuser import (
 )
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from modeling_ultrafuser.lora_ultrafuser import adaptable
+from modeling_ultrafuser.readers_ultrafuser import reader_of
 
 
-# no specialist can have this name
-THEIR_BASE = "their base"
 # float32: a number, its gradient, and AdamW's two moments
 TRAINED = 4 * 4
 LORA_RANK = 16
@@ -64,19 +63,16 @@ def size(model: PreTrainedModel, config, rows: int) -> Size:
     )
 
 
-def adapter_sizes(config: UltraFuserConfig, model: PreTrainedModel, sizes: dict[str, Size]) -> dict[str, Size]:
-    """What a base and its adapters add up to: the base once, and for each specialist adapters of the highest rank.
+def part_sizes(config: UltraFuserConfig, model: PreTrainedModel, sizes: dict[str, Size]) -> dict[str, Size]:
+    """Returns the size of each part of the fused model but its gate: specialists, or a base and adapters of it.
 
     Args:
-        config: Of the fused model.
-        model: The base; on the meta device is enough.
-        sizes: What `size` says of the base, by the name of each specialist.
+        config: Configuration of the fused model.
+        model: The first specialist, or the base; on the meta device is enough.
+        sizes: What `size` returns for each specialist, or for the base, by the specialists' names.
     """
     linear = adaptable(model, backbone_class(config.specialists[0])).values()
-    targets = config.adapters["target_modules"]
-    widths = [sum(shape) for layer, shape in linear if layer.rpartition(".")[2] in targets]
-    own = Size(config.adapters["rank"] * sum(widths), embedding=0, head=0, adapter=0, tied=False)
-    return {THEIR_BASE: sizes[config.specialist_names[0]], **dict.fromkeys(sizes, own)}
+    return reader_of(config).sizes(config, sizes, dict(linear))
 
 
 def estimate(config: UltraFuserConfig, sizes: dict[str, Size], dtype: torch.dtype, download: int = 0) -> dict:
@@ -99,7 +95,7 @@ def estimate(config: UltraFuserConfig, sizes: dict[str, Size], dtype: torch.dtyp
 
     Args:
         config: Of the fused model.
-        sizes: Of each specialist, by name; or what `adapter_sizes` returns.
+        sizes: Of each specialist, by name; or what `part_sizes` returns.
         dtype: Of the specialists and the head.
         download: Bytes that are not on this machine yet.
     """
@@ -111,18 +107,16 @@ def estimate(config: UltraFuserConfig, sizes: dict[str, Size], dtype: torch.dtyp
     weights = numbers * dtype.itemsize + 4 * gate
     adapters = sum(s.adapter for s in sizes.values())
     cost = {"of": largest, "times": round((sum(used.values()) + gate) / used[largest], 2)}
+    reader = reader_of(config)
+    frozen = reader.frozen(sizes)
     training = {
         "gate": weights + (TRAINED - 4) * gate,
-        "joint": TRAINED * (numbers + gate),
-        "joint with LoRA": weights + (TRAINED - 4) * gate + TRAINED * adapters,
+        "joint": frozen * dtype.itemsize + TRAINED * (numbers - frozen + gate),
     }
-    if config.adapters is not None:
+    if reader.one_by_one:
+        training["joint with LoRA"] = weights + (TRAINED - 4) * gate + TRAINED * adapters
+    else:
         cost["rows"] = len(config.specialists)
-        adapters = numbers - sizes[THEIR_BASE].backbone - sizes[THEIR_BASE].head
-        training = {
-            "gate": training["gate"],
-            "joint": weights + (TRAINED - 4) * gate + (TRAINED - dtype.itemsize) * adapters,
-        }
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": config.vocab_size,

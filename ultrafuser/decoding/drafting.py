@@ -23,10 +23,10 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMode, logits_process
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.cache_ultrafuser import SpecialistCache
 from modeling_ultrafuser.causal_ultrafuser import starts_over, switching_lengths, tokens_before_switch
 from modeling_ultrafuser.evidence_ultrafuser import MOST_KEPT, read_evidence
-from modeling_ultrafuser.families_ultrafuser import soft_cap
+from modeling_ultrafuser.families_ultrafuser import bounded, soft_cap
+from modeling_ultrafuser.inputs_ultrafuser import Tokens
 from modeling_ultrafuser.peft_ultrafuser import has_prefix
 from modeling_ultrafuser.versions_ultrafuser import CACHE
 
@@ -197,40 +197,31 @@ class _Reader:
     """The specialists one by one, each with its part of one cache, all of which hold the same tokens between rounds."""
 
     def __init__(self, model: UltraFuserForCausalLM, model_kwargs: dict):
-        self.model, self.specialists = model, list(model.model.specialists.values())
-        self.count, self.columns = len(self.specialists), list(model._head_columns())
+        self.model, self.columns = model, model.head_columns()
+        self.count = len(self.columns)
         self.switches = set().union(*map(switching_lengths, model.config.specialists))
         mask = model_kwargs.get("attention_mask")
         # without padding there is nothing to mask
         self.mask = None if mask is None or mask.all() else mask
-        self.cache = model.model._shared_cache(model_kwargs.get(CACHE))
+        self.cache = model.model.shared_cache(model_kwargs.get(CACHE))
         # or windows would drop what a rejected draft pushed out of them
         self.cache.activate_past_recording()
 
     def read(self, k: int, input_ids: Tensor) -> Tensor:
         """One specialist's hidden states at the tokens it has not read yet. Shape (batch, new, hidden)."""
-        start, end = self.model.model.first_layers[k : k + 2]
-        cache = SpecialistCache(self.cache, start, end - start)
-        past, length = int(cache.get_seq_length()), input_ids.shape[1]
-        mask = positions = None
-        if self.mask is not None:
-            mask = F.pad(self.mask, (0, length - self.mask.shape[1]), value=1)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
-        output = self.specialists[k](
-            input_ids=input_ids[:, past:],
-            attention_mask=mask,
-            position_ids=positions,
-            **{CACHE: cache},
-            use_cache=True,
+        hidden_states = self.model.model.reader.read_rest(
+            k, Tokens(input_ids, self._mask(input_ids.shape[1])), self.cache
         )
         # a device map may have put the specialists on several devices
-        return output.last_hidden_state.to(self.model.lm_head.weight.device)
+        return hidden_states.to(self.model.lm_head.weight.device)
+
+    def _mask(self, length: int) -> Tensor | None:
+        """The mask of the text up to some length, None without padding. Shape (batch, length)."""
+        return None if self.mask is None else F.pad(self.mask, (0, length - self.mask.shape[1]), value=1)
 
     def weighed(self, hidden_states: list[Tensor], input_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """What the head reads at the last `count` tokens, once all specialists have read them, and gate weights there."""
-        backbone, mask = self.model.model, self.mask
-        if mask is not None:
-            mask = F.pad(mask, (0, input_ids.shape[1] - mask.shape[1]), value=1)
+        backbone, mask = self.model.model, self._mask(input_ids.shape[1])
         read = input_ids[:, -hidden_states[0].shape[1] :]
         evidence = [e[:, -count:] for e in read_evidence(backbone, hidden_states, read, self.cache, mask)]
         fused, gate_output = backbone.weighed([h[:, -count:] for h in hidden_states], *evidence)
@@ -241,7 +232,7 @@ class _Reader:
 
         One pass over drafts has one set of factors of rotation (longrope), which change with the length of the text.
         """
-        mask = None if self.mask is None else F.pad(self.mask, (0, length - self.mask.shape[1]), value=1)
+        mask = self._mask(length)
         longest = length if mask is None else int(mask.sum(-1).max())
         if starts_over(self.switches, int(self.cache.get_seq_length()), mask, longest):
             self.cache.reset()
@@ -251,8 +242,7 @@ class _Reader:
     def logits(self, k: int, hidden_states: Tensor) -> Tensor:
         """What one specialist would say. Shape (batch, new, vocab)."""
         logits = F.linear(hidden_states, self.model.lm_head.weight[:, self.columns[k]])
-        cap = soft_cap(self.model.config.specialists[k])
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return bounded(logits, soft_cap(self.model.config.specialists[k]))
 
     def draft(
         self, k: int, input_ids: Tensor, count: int, logits_processor: LogitsProcessorList, sample: bool
@@ -301,9 +291,9 @@ def _padding(config: GenerationConfig) -> int:
 
 def _check(model, config: GenerationConfig, num_drafts: int, model_kwargs: dict) -> None:
     plain = "Decode without `custom_generate`."
-    if not hasattr(model.model, "specialists") or model.config.adapters is not None:
-        found = "these are adapters of one base" if model.config.adapters else f"this is a {type(model).__name__}"
-        raise ValueError(f"Drafting needs specialists that run one by one, but {found}. {plain}")
+    if not model.model.reader_class.one_by_one:
+        kind = "these are adapters of one base" if model.config.adapters else f"this is a {type(model).__name__}"
+        raise ValueError(f"Drafting needs specialists that run one by one, but {kind}. {plain}")
     if has_prefix(model):
         raise ValueError(
             f"Self-drafting reads the text alone, but prefix tuning of PEFT puts a prefix before it. {plain}"

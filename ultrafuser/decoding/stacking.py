@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.evidence_ultrafuser import EvidenceLayer, read_evidence
+from modeling_ultrafuser.evidence_ultrafuser import EvidenceLayer
 from modeling_ultrafuser.families_ultrafuser import head_dim, specialist_layer_types
-from modeling_ultrafuser.outputs_ultrafuser import UltraFuserMixtureOutput, UltraFuserModelOutput
-from modeling_ultrafuser.versions_ultrafuser import CACHE, takes_cache
+from modeling_ultrafuser.inputs_ultrafuser import Tokens
+from modeling_ultrafuser.reader_base_ultrafuser import Reader
+from modeling_ultrafuser.versions_ultrafuser import CACHE
 
 
 # decoder layers that differ from Llama's in nothing but biases and norms of queries and keys
@@ -63,7 +65,7 @@ def unstack(model: "StackedForCausalLM") -> UltraFuserForCausalLM:
         ordinary = UltraFuserForCausalLM(model.config)
     ordinary.model.fusion_gate, ordinary.lm_head = model.model.fusion_gate, model.lm_head
     for k, specialist in enumerate(ordinary.model.specialists.values()):
-        specialist.load_state_dict(model.model.specialist_state(k), assign=True)
+        specialist.load_state_dict(model.model.specialists.specialist_state(k), assign=True)
         # what no checkpoint holds
         specialist.rotary_emb = type(specialist.rotary_emb)(specialist.config).to(model.device)
     ordinary.generation_config = model.generation_config
@@ -77,10 +79,11 @@ def check_stackable(model: UltraFuserForCausalLM) -> None:
         ValueError: Naming the first specialist that cannot, and why.
     """
     way_out = "Decode with the ordinary model: `model.generate(...)`."
-    if model.config.adapters is not None:
+    if not model.model.reader_class.one_by_one:
+        kind = "adapters of one base" if model.config.adapters else "stacked"
         raise ValueError(
-            f"Specialists with weights of their own can be stacked, but {model.config.specialist_names} are adapters of "
-            f"one base, which run in one pass already. {way_out}"
+            f"Specialists that run one by one can be stacked, but {model.config.specialist_names} are {kind}, which run in "
+            f"one pass already. {way_out}"
         )
     specialists = model.model.specialists
     first_name, first = next(iter(specialists.items()))
@@ -126,53 +129,86 @@ def _differences(one: nn.Module, other: nn.Module) -> str:
     return ""
 
 
+# what only specialists that run one by one read or return
+ONE_BY_ONE = (
+    *("specialist_input_ids", "specialist_attention_mask"),
+    *("output_hidden_states", "output_attentions", "cache"),
+)
+
+
 class StackedForCausalLM(UltraFuserForCausalLM):
     """A fused model whose specialists run in one pass. Made by `stack`."""
 
     def __init__(self, model: UltraFuserForCausalLM):
-        # not `UltraFuserForCausalLM.__init__`: it would build the specialists
-        super(UltraFuserForCausalLM, self).__init__(model.config)
-        self.model = StackedModel(model)
-        self.vocab_size, self.lm_head = model.vocab_size, model.lm_head
+        with torch.device("meta"):
+            super().__init__(model.config)
+        self.model.specialists, self.model.reader_class = StackedSpecialists(model), StackedReader
+        self.model.fusion_gate, self.lm_head = model.model.fusion_gate, model.lm_head
         self.generation_config = model.generation_config
 
-    _is_stateful = False
-    # no folder holds its code, and the library looks at every step of a model whose folder does
+    # no folder holds its code, and transformers looks at every step of a model whose folder does
     _auto_class = None
 
-    def specialist(self, name: str):
-        """Refused: the specialists are not modules of their own here."""
-        raise ValueError(f"A stacked model holds no specialist on its own. Ask `unstack(model).specialist({name!r})`.")
-
     def resize_token_embeddings(self, *args, **kwargs):
-        """Refused: a stacked model is for inference."""
+        """Rejects it: a stacked model is for inference."""
         raise ValueError("A stacked model is for inference. Resize the ordinary one, and stack that.")
-
-    def init_continuous_batching(self, *args, **kwargs):
-        """Refused: a stacked model keeps its specialists' keys and values side by side, which pages do not."""
-        raise ValueError(
-            "A stacked model has no paged cache, which `generate_batch` needs. Use `generate`, or the ordinary model: "
-            "`unstack(model).generate_batch(...)`."
-        )
-
-    @takes_cache
-    def create_masks_for_generate(
-        self, config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
-    ) -> Tensor | None:
-        """The attention mask for static caches, made in advance: one for all specialists."""
-        return create_causal_mask(
-            self.config.specialists[0], inputs_embeds, attention_mask, past_key_values, position_ids
-        )
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """Saves the ordinary fused model."""
         unstack(self).save_pretrained(save_directory, **kwargs)
 
 
-class StackedModel(nn.Module):
-    """The backbones as one. Takes the place of `UltraFuserModel`.
+class StackedReader(Reader):
+    """Runs all specialists at once, with their heads side by side in an ordinary cache."""
 
-    Hidden states have the shape (specialists, batch * seq, hidden) from the embedding to the gate.
+    one_by_one = False
+
+    @classmethod
+    def check_engine(cls, config, engine: str) -> None:
+        raise ValueError(
+            f"{engine} needs pages of keys and values, but a stacked model has no paged cache: its specialists' lie side by "
+            f"side. Use `generate`, or the ordinary model: `unstack(model).generate_batch(...)`."
+        )
+
+    def read(
+        self, tokens: Tokens, past_key_values: Cache | None, use_cache: bool | None = None, **kwargs
+    ) -> list[BaseModelOutput]:
+        """As `Reader.read`, but returns last hidden states only.
+
+        Raises:
+            ValueError: If asked for what only specialists run one by one can give.
+        """
+        asked = tokens._asdict() | kwargs
+        refused = [key for key in ONE_BY_ONE if asked.get(key) is not None and asked[key] is not False]
+        if refused:
+            raise ValueError(
+                f"A stacked model reads one prompt of token ids and returns last hidden states only, but got {refused}. "
+                f"Ask the ordinary model: `unstack(model)`."
+            )
+        if isinstance(past_key_values, DynamicCache):
+            # those of the other specialists stay empty, which not every version can shorten
+            layers, count = past_key_values.layers, len(self.specialists.layers)
+            layers[count:] = [layer for layer in layers[count:] if isinstance(layer, EvidenceLayer)]
+        hidden = self.specialists(tokens.input_ids, tokens.attention_mask, tokens.position_ids, past_key_values)
+        return [BaseModelOutput(last_hidden_state=h) for h in hidden]
+
+    def masks(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache, position_ids=None, **kwargs
+    ) -> Tensor | None:
+        """As `Reader.masks`: one for all specialists."""
+        first = self.config.specialists[0]
+        return create_causal_mask(first, inputs_embeds, attention_mask, past_key_values, position_ids)
+
+    def one(self, k: int):
+        """Rejects it: the specialists are not modules of their own here."""
+        name = self.config.specialist_names[k]
+        raise ValueError(f"A stacked model holds no specialist on its own. Ask `unstack(model).specialist({name!r})`.")
+
+
+class StackedSpecialists(nn.Module):
+    """The backbones as one.
+
+    Hidden states have the shape (specialists, batch * seq, hidden) from the embedding to the last norm.
     """
 
     is_causal = True
@@ -180,7 +216,6 @@ class StackedModel(nn.Module):
     def __init__(self, model: UltraFuserForCausalLM):
         super().__init__()
         specialists = list(model.model.specialists.values())
-        self.config = model.config
         # speaks for all in what `check_stackable` asked for
         self.first = first = model.config.specialists[0]
         self.heads, self.key_heads, self.head_dim = (
@@ -199,8 +234,6 @@ class StackedModel(nn.Module):
         scales = torch.tensor([s.rotary_emb.attention_scaling for s in specialists], device=self.angles.device)
         self.register_buffer("angle_scales", scales[:, None, None, None, None], persistent=False)
         self.activation = ACT2FN[first.hidden_act]
-        self.fusion_gate, self.fusion_rule = model.model.fusion_gate, model.model.fusion_rule
-        self.wide_head: tuple[nn.Module, ...] = ()
 
     def specialist_state(self, k: int) -> dict[str, Tensor]:
         """One specialist's weights by their ordinary names."""
@@ -209,65 +242,30 @@ class StackedModel(nn.Module):
             state |= {f"layers.{i}.{key}": weight for key, weight in layer.specialist_state(k).items()}
         return state
 
-    @takes_cache
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs,
-    ) -> UltraFuserModelOutput | UltraFuserMixtureOutput:
-        """Runs all specialists and weighs their last hidden states. See `UltraFuserModel.forward`.
-
-        Raises:
-            ValueError: If asked for what only specialists run one by one can give.
-        """
-        refused = [key for key in ONE_BY_ONE if kwargs.get(key) is not None and kwargs[key] is not False]
-        if refused or input_ids is None:
-            raise ValueError(
-                f"A stacked model reads one prompt of token ids and returns last hidden states only, but got "
-                f"{refused or 'no `input_ids`'}. Ask the ordinary model: `unstack(model)`."
-            )
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache()
-        if isinstance(past_key_values, DynamicCache):
-            # those of the other specialists stay empty, which not every version can shorten
-            others = past_key_values.layers[len(self.layers) :]
-            past_key_values.layers[len(self.layers) :] = [
-                layer for layer in others if isinstance(layer, EvidenceLayer)
-            ]
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        """Returns all last hidden states. Shape (specialists, batch, seq, hidden)."""
         batch, seq = input_ids.shape
         hidden = self.embedding.index_select(1, input_ids.flatten())
         if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(seq, device=input_ids.device) + past)[None]
         mask = create_causal_mask(
             config=self.first,
             inputs_embeds=hidden[0].view(batch, seq, -1),
             attention_mask=attention_mask,
-            **{CACHE: past_key_values},
+            **{CACHE: cache},
             position_ids=position_ids,
         )
         rotation = self.rotation(position_ids, hidden.dtype)
         for i, layer in enumerate(self.layers):
             normed = _rms_norm(hidden, layer.before_attention, self.epsilon)
-            attended = self.attention(layer, i, normed, rotation, mask, past_key_values, batch)
+            attended = self.attention(layer, i, normed, rotation, mask, cache, batch)
             hidden = layer.out(attended, onto=hidden)
             gate, up = layer.gate_up(_rms_norm(hidden, layer.before_mlp, self.epsilon)).chunk(2, dim=-1)
             hidden = layer.down(self.activation(gate) * up, onto=hidden)
-        hidden = _rms_norm(hidden, self.norm, self.epsilon).view(-1, batch, seq, hidden.shape[-1])
-
-        evidence = read_evidence(self, list(hidden), input_ids, past_key_values, attention_mask, position_ids)
-        weights, scales = self.fusion_gate(list(hidden), *evidence)
-        hidden, factors = hidden.permute(1, 2, 0, 3), self.fusion_rule.factors(weights, scales)
-        if factors is not None:
-            hidden = hidden * factors.to(hidden.dtype)[..., None]
-        return self.fusion_rule.output_class(
-            hidden.flatten(2), **{CACHE: past_key_values}, gate_weights=weights, logit_scales=scales
-        )
+        return _rms_norm(hidden, self.norm, self.epsilon).view(-1, batch, seq, hidden.shape[-1])
 
     def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of every specialist's angles. Shapes (specialists, batch, seq, 1, head_dim)."""
@@ -304,12 +302,6 @@ class StackedModel(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.first._attn_implementation, eager_attention_forward)
         attended, _ = attend(self, queries, keys, values, mask, scaling=self.head_dim**-0.5)
         return attended.reshape(rows, count, -1).transpose(0, 1)
-
-
-ONE_BY_ONE = (
-    *("inputs_embeds", "specialist_input_ids", "specialist_attention_mask"),
-    *("output_hidden_states", "output_attentions", "cache"),
-)
 
 
 class StackedLayer(nn.Module):

@@ -188,7 +188,7 @@ def test_stacking_leaves_the_ordinary_model_as_it_was():
     fused, stacked = pair()
     ids = prompt()
     expected = generate(fused, ids)
-    for parameter in stacked.model.layers.parameters():
+    for parameter in stacked.model.specialists.layers.parameters():
         parameter.zero_()
     assert torch.equal(generate(fused, ids), expected)
 

@@ -1,0 +1,163 @@
+"""Generation with a fused model: views of the prompt, drafts, prepared masks, continuous batching."""
+
+import inspect
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .causal_ultrafuser import causal_class, starts_over, switching_lengths, tokens_before_switch
+from .inputs_ultrafuser import positions_of
+from .peft_ultrafuser import has_prefix
+from .probing_ultrafuser import check_pages
+from .serving_ultrafuser import check_answered, check_pageable
+from .versions_ultrafuser import CACHE, takes_cache
+
+
+class FusedGeneration:
+    """Mixin of the causal language model, before `GenerationMixin`: what generation asks of many specialists."""
+
+    @property
+    def _is_stateful(self) -> bool:
+        # recurrent states cannot go back to before a rejected draft, so the library refuses drafts for such models
+        return any(causal_class(config)._is_stateful for config in self.config.backbones)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs) -> dict:
+        """Like the library's, and lets each specialist read the prompt in its own words.
+
+        Generated tokens are the same for all: they are appended to every view, and to its mask. Where a specialist's keys
+        are to be rotated by other factors from here on, the text is read anew.
+
+        Raises:
+            ValueError: If it would have to be, and its beginning is not in `input_ids`.
+        """
+        own_ids, own_mask = kwargs.pop("specialist_input_ids", None), kwargs.pop("specialist_attention_mask", None)
+        mask = kwargs.get("attention_mask")
+        if own_ids is not None:
+            generated = input_ids[:, None, own_ids.shape[-1] :].expand(-1, own_ids.shape[1], -1)
+            own_mask = torch.ones_like(own_ids) if own_mask is None else own_mask
+            own_mask = torch.cat([own_mask, torch.ones_like(generated)], dim=-1)
+            # a chunk of a long prompt ends before the prompt does
+            ahead = 0 if mask is None else own_mask.shape[-1] - mask.shape[-1]
+            own_mask = own_mask[..., : own_mask.shape[-1] - ahead]
+        cache = kwargs.get(CACHE)
+        if cache is not None and self._starts_over(cache, input_ids, own_mask, mask, kwargs.get("position_ids")):
+            cache.reset()
+            kwargs["next_sequence_length"] = None
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if own_ids is not None:
+            inputs["specialist_attention_mask"] = own_mask
+            to_read = inputs["input_ids"].shape[-1]
+            if to_read > generated.shape[-1]:  # a part of the prompt is not in the cache yet
+                own_ids = torch.cat([own_ids, generated], dim=-1)
+                end = own_ids.shape[-1] - ahead
+                inputs["specialist_input_ids"] = own_ids[..., end - to_read : end]
+        return inputs
+
+    def _starts_over(
+        self, cache: Cache, input_ids: Tensor, own_mask: Tensor | None, mask: Tensor | None, positions: Tensor | None
+    ) -> bool:
+        """Whether what is in the cache must be computed anew, for any specialist."""
+        for k, config in enumerate(self.config.specialists):
+            lengths = switching_lengths(config)
+            if not lengths:
+                continue
+            if own_mask is not None:
+                mask, positions = own_mask[:, k], None
+            if positions is None:
+                positions = positions_of(torch.ones_like(input_ids) if mask is None else mask, input_ids.shape[1])
+            length = int(positions.max()) + 1
+            if not starts_over(lengths, cache.get_seq_length(), mask, length):
+                continue
+            whole = length if mask is None else mask.shape[1]
+            if input_ids.shape[1] == whole:
+                return True
+            raise ValueError(
+                f"Keys of {self.config.specialist_names[k]!r} are rotated by other factors once a text is longer than "
+                f"{sorted(lengths)} tokens, so its beginning must be read anew there, but got the last "
+                f"{input_ids.shape[1]} of {whole} tokens alone. Pass the whole text as `input_ids`, and no "
+                f"`prefill_chunk_size`."
+            )
+        return False
+
+    def generate(self, *args, streamer=None, **kwargs):
+        """Like the library's; and a streamer hears the end also where generating fails, so that nobody waits for ever."""
+        try:
+            return super().generate(*args, **kwargs, **({} if streamer is None else {"streamer": streamer}))
+        except BaseException:
+            if streamer is not None:
+                streamer.end()
+            raise
+
+    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer) -> dict:
+        # the library hands a function of one's own neither of these, even if it takes them
+        both = {"streamer": streamer, "tokenizer": kwargs.get("tokenizer")}
+        extracted = super()._extract_generation_mode_kwargs(
+            custom_generate, kwargs, synced_gpus, assistant_model, streamer
+        )
+        taken = inspect.signature(custom_generate).parameters if callable(custom_generate) else {}
+        return extracted | {key: value for key, value in both.items() if key in taken and value is not None}
+
+    def _get_candidate_generator(self, *, input_ids: Tensor, model_kwargs: dict, **kwargs):
+        # a draft model of any kind reads the ordinary input
+        own = {"specialist_input_ids", "specialist_attention_mask"}
+        generator = super()._get_candidate_generator(
+            input_ids=input_ids,
+            model_kwargs={key: value for key, value in model_kwargs.items() if key not in own},
+            **kwargs,
+        )
+        lengths = set().union(*map(switching_lengths, self.config.specialists))
+        if lengths:
+            mask, draft = model_kwargs.get("attention_mask"), generator.get_candidates
+            padding = 0 if mask is None else int((mask == 0).sum())
+
+            def get_candidates(input_ids: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+                """Up to where factors of rotation change: one pass over the drafts has one set of them."""
+                candidates, logits = draft(input_ids, *args, **kwargs)
+                room = tokens_before_switch(lengths, input_ids.shape[1] - padding)
+                if room is None or candidates.shape[1] - input_ids.shape[1] <= room:
+                    return candidates, logits
+                return candidates[:, : input_ids.shape[1] + room], logits[
+                    :, :room
+                ] if room and logits is not None else None
+
+            generator.get_candidates = get_candidates
+        return generator
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Like the library's, and refuses what one paged cache cannot hold before anything starts.
+
+        Raises:
+            ValueError: If the specialists' attention geometry differs, or one does not use the paged cache.
+        """
+        self.model.reader_class.check_engine(self.config, "Continuous batching")
+        check_pageable(self.config)
+        check_pages(self.config, self.model.specialists)
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def generate_batch(self, inputs, *args, **kwargs) -> dict:
+        """Like the library's, which leaves out or cuts short in silence what went wrong.
+
+        Raises:
+            RuntimeError: If a prompt has no whole answer, with the reason.
+        """
+        answers = super().generate_batch(inputs, *args, **kwargs)
+        check_answered(len(inputs), answers)
+        return answers
+
+    @takes_cache
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs) -> dict:
+        """Attention masks for static caches, made in advance for every specialist, as one flat dict.
+
+        Keys are the specialist's name, or "name/layer_type" where its layers need several masks. Adapters of one base
+        need no more than it does.
+
+        Raises:
+            ValueError: If PEFT prepares inputs with a prefix of its own, which takes one mask.
+        """
+        if has_prefix(self):
+            raise ValueError(
+                "Prefix tuning of PEFT makes one attention mask longer, but with a static cache there is one for every "
+                "specialist. Leave `cache_implementation='static'` out."
+            )
+        return self.model.reader.masks(inputs_embeds, attention_mask, past_key_values, **kwargs)

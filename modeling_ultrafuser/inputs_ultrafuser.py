@@ -1,0 +1,106 @@
+"""What a fused model reads, and what it rejects."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .versions_ultrafuser import CACHE, OLD_CACHE
+
+
+NO_ROUTER_LOSS = (
+    "output_router_logits=True of its configuration is set to False, because a fused model's loss has no part that balances "
+    "the experts inside a specialist."
+)
+
+
+class Tokens(NamedTuple):
+    """Tokens to read, the same for all specialists or in each one's own words. See `UltraFuserModel.forward`."""
+
+    input_ids: Tensor | None
+    attention_mask: Tensor | dict[str, Tensor] | None = None
+    position_ids: Tensor | None = None
+    specialist_input_ids: Tensor | None = None
+    specialist_attention_mask: Tensor | None = None
+
+
+def view(tokens: Tokens, k: int) -> Tokens:
+    """Returns what specialist k reads."""
+    ids, mask, positions, all_ids, all_masks = tokens
+    if all_ids is not None:
+        ids = all_ids[:, k]
+    if all_masks is not None:
+        mask = all_masks[:, k]
+        positions = positions_of(mask, ids.shape[-1])
+    return Tokens(ids, mask, positions)
+
+
+def positions_of(mask: Tensor, seq: int) -> Tensor:
+    """Positions of the last tokens under a mask. Shape (batch, seq)."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)[:, -seq:]
+
+
+def check_inputs(names: list[str], tokens: Tokens, inputs_embeds: Tensor | None) -> None:
+    """Rejects what a fused model cannot read.
+
+    Raises:
+        ValueError: Naming the argument and what it must be.
+    """
+    input_ids, views = tokens.input_ids, tokens.specialist_input_ids
+    if inputs_embeds is not None:
+        raise ValueError(
+            "A fused model reads token ids, because its specialists embed the same token differently, but got "
+            "`inputs_embeds`. Pass `input_ids`, or call one specialist: `model.specialist(name)`."
+        )
+    if input_ids is None:
+        raise ValueError("A fused model reads token ids, but `input_ids` is None. Pass a tensor (batch, seq).")
+    for key in ("specialist_input_ids", "specialist_attention_mask"):
+        value = getattr(tokens, key)
+        if value is not None and (value.ndim != 3 or value.shape[1] != len(names)):
+            raise ValueError(
+                f"`{key}` holds one row per specialist, in the order {names}, so its shape "
+                f"must be (batch, {len(names)}, seq), but it is {tuple(value.shape)}."
+            )
+    if views is not None and views.shape[-1] != input_ids.shape[-1]:
+        raise ValueError(
+            f"The views of one prompt must be padded on the left to one length, so that the response starts at "
+            f"one position, but `input_ids` has {input_ids.shape[-1]} tokens and `specialist_input_ids` "
+            f"{views.shape[-1]}."
+        )
+
+
+def check_checkpointed(cache: Cache) -> None:
+    """Rejects a cache where checkpointed layers in training mode would drop it.
+
+    Raises:
+        ValueError: With the way out.
+    """
+    if torch.is_grad_enabled() and cache.get_seq_length():
+        raise ValueError(
+            f"Gradient checkpointing reads no cache, because layers run twice, but one with {cache.get_seq_length()} tokens "
+            f"was given, as prefix tuning does. Train with gradient_checkpointing=False."
+        )
+    if not torch.is_grad_enabled() and CACHE == OLD_CACHE:
+        raise ValueError(
+            "Checkpointed layers in training mode drop the cache before transformers 5.24, so that every token would be "
+            "generated from the one before it alone. Call `model.eval()` first."
+        )
+
+
+def refuse_router_loss(asked: bool | None, *configs) -> None:
+    """Rejects to leave out a loss that was asked for: the one that balances the experts of a mixture of experts.
+
+    Args:
+        asked: What was passed as `output_router_logits`.
+        *configs: Of the fused model and its specialists.
+
+    Raises:
+        ValueError: If it was asked for, by argument or configuration.
+    """
+    if asked or any(getattr(c, "output_router_logits", False) for c in configs):
+        raise ValueError(
+            "A fused model's loss is that of its predictions, without one that balances the experts inside a specialist, but "
+            "output_router_logits=True asks for that. Set it to False; to balance experts, train the specialist before it is "
+            "fused, or alone, `model.specialist(name)`, and fuse it anew."
+        )

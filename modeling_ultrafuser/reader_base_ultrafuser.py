@@ -1,0 +1,170 @@
+"""What all readers share: how tokens reach the specialists, and what else of a fused model depends on it."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from .inputs_ultrafuser import Tokens
+from .specialists_ultrafuser import Specialists
+from .versions_ultrafuser import CACHE
+
+
+class Reader:
+    """Base of all readers: every specialist reads the same tokens, each with its part of one cache.
+
+    A reader is one file with one subclass, and one line in `READERS`. It has no parameters, and is made anew at each
+    call, around modules that are parts of the model. What follows from the configuration alone is a class method.
+
+    Args:
+        config: The fused model's configuration.
+        specialists: What `build` returned.
+
+    Attributes:
+        one_by_one: Whether each specialist is a module of its own, which can run while the others do not.
+        shares_head: Whether all specialists have one head in common.
+    """
+
+    one_by_one = True
+    shares_head = False
+
+    def __init__(self, config, specialists: nn.Module):
+        self.config, self.specialists = config, specialists
+
+    # ---- from the configuration alone
+
+    @classmethod
+    def check(cls, config) -> None:
+        """Rejects a configuration whose specialists cannot be read in this way.
+
+        Raises:
+            ValueError: With the rule, what came, and the way out.
+        """
+
+    @classmethod
+    def check_engine(cls, config, engine: str) -> None:
+        """Rejects an engine that lays the tokens of all texts end to end in one row, if that cannot be read.
+
+        Args:
+            config: The fused model's configuration.
+            engine: Its name, as it begins a sentence.
+
+        Raises:
+            ValueError: With the reason and the way out.
+        """
+
+    @classmethod
+    def check_newcomer(cls, config) -> None:
+        """Rejects adding a specialist to the fused model, if that takes more than a module beside the others.
+
+        Raises:
+            ValueError: With the way out.
+        """
+
+    @classmethod
+    def backbones(cls, configs: list) -> list:
+        """Returns the configurations of the backbones to build, given those of the specialists."""
+        return configs
+
+    @classmethod
+    def build(cls, config) -> Specialists:
+        """Builds the backbones without loading anything."""
+        pairs = zip(config.specialist_names, config.specialists, strict=True)
+        return Specialists({name: AutoModel.from_config(c) for name, c in pairs})
+
+    @classmethod
+    def head_columns(cls, config) -> list[slice]:
+        """Returns each specialist's columns of the head."""
+        starts = [0]
+        for specialist in config.specialists:
+            starts.append(starts[-1] + specialist.hidden_size)
+        return [slice(start, end) for start, end in zip(starts, starts[1:], strict=False)]
+
+    @classmethod
+    def sizes(cls, config, sizes: dict, linear: dict[str, torch.Size]) -> dict:
+        """Returns the size of each part of the fused model but its gate.
+
+        Args:
+            config: The fused model's configuration.
+            sizes: Size of each specialist as a model of its own, by name: a dataclass, see `ultrafuser`'s estimates.
+            linear: Shape of each linear layer of the first specialist's backbone, by name.
+        """
+        return sizes
+
+    @classmethod
+    def frozen(cls, sizes: dict) -> int:
+        """Returns how many numbers the joint stage leaves as they are, given what `sizes` returned."""
+        return 0
+
+    # ---- with the modules
+
+    def read(self, tokens: Tokens, past_key_values: Cache | None, **kwargs) -> list[ModelOutput]:
+        """Runs all specialists on the same tokens. Returns the output of each, in the order of the configuration.
+
+        Args:
+            tokens: What they read.
+            past_key_values: One cache for all of them.
+            **kwargs: Passed on to every backbone.
+        """
+        raise NotImplementedError
+
+    def masks(self, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache, **kwargs):
+        """Returns attention masks for static caches, prepared in advance: a mask, or a dict of them."""
+        raise NotImplementedError
+
+    def input_embeddings(self) -> nn.Module:
+        """Returns the token embeddings as one module."""
+        raise NotImplementedError
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Sets the token embeddings, from what `input_embeddings` returns."""
+        raise NotImplementedError
+
+    def one(self, k: int) -> PreTrainedModel:
+        """Returns the backbone of specialist k as an ordinary model."""
+        raise NotImplementedError
+
+    def shared_parts(self, chosen: list[bool]) -> dict[str, tuple[int, Tensor]]:
+        """Finds the parts of some specialists in the tensors in which all specialists have a part.
+
+        Args:
+            chosen: Whether each specialist is one of them.
+
+        Returns:
+            Name of each tensor in the causal language model to its dimension, and the indices along it.
+        """
+        raise NotImplementedError
+
+    def train_only(self, model: PreTrainedModel, names: list[str]) -> None:
+        """Freezes what the joint stage must not train, but for `shared_parts`.
+
+        Args:
+            model: The causal language model, all of whose parameters are trainable or under an adapter.
+            names: The specialists to train.
+        """
+        raise NotImplementedError
+
+    def probe(self, tolerance: float) -> None:
+        """Checks that each specialist predicts among the others what it predicts alone, if building cannot tell.
+
+        Args:
+            tolerance: Largest relative difference.
+
+        Raises:
+            ValueError: If one does not.
+        """
+
+
+def run(backbone: PreTrainedModel, tokens: Tokens, **kwargs) -> ModelOutput:
+    """Runs a backbone; without autograd if that would only store activations that no gradient needs."""
+    frozen = torch.is_grad_enabled() and not any(p.requires_grad for p in backbone.parameters())
+    if frozen and isinstance(kwargs.get(CACHE), Cache):
+        # prefix tuning trains keys and values
+        kept = (getattr(layer, "keys", None) for layer in kwargs[CACHE].layers)
+        frozen = not any(keys is not None and keys.requires_grad for keys in kept)
+    inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+    with torch.no_grad() if frozen else nullcontext():
+        return backbone(**inputs, position_ids=tokens.position_ids, return_dict=True, **kwargs)
