@@ -17,11 +17,7 @@ class Reader:
     """Base of all readers: every specialist reads the same tokens, each with its part of one cache.
 
     A reader is one file with one subclass, and one line in `READERS`. It has no parameters, and is made anew at each
-    call, around modules that are parts of the model. What follows from the configuration alone is a class method.
-
-    Args:
-        config: The fused model's configuration.
-        specialists: What `build` returned.
+    call, around the modules that `build` made for the model. What follows from the configuration is a class method.
 
     Attributes:
         one_by_one: Whether each specialist is a module of its own, which can run while the others do not.
@@ -34,35 +30,17 @@ class Reader:
     def __init__(self, config, specialists: nn.Module):
         self.config, self.specialists = config, specialists
 
-    # ---- from the configuration alone
-
     @classmethod
     def check(cls, config) -> None:
-        """Rejects a configuration whose specialists cannot be read in this way.
-
-        Raises:
-            ValueError: With the rule, what came, and the way out.
-        """
+        """Rejects, by a ValueError, a configuration whose specialists cannot be read in this way."""
 
     @classmethod
     def check_engine(cls, config, engine: str) -> None:
-        """Rejects an engine that lays the tokens of all texts end to end in one row, if that cannot be read.
-
-        Args:
-            config: The fused model's configuration.
-            engine: Its name, as it begins a sentence.
-
-        Raises:
-            ValueError: With the reason and the way out.
-        """
+        """Rejects, by a ValueError, an engine that lays all texts end to end in one row, if that cannot be read."""
 
     @classmethod
     def check_newcomer(cls, config) -> None:
-        """Rejects adding a specialist to the fused model, if that takes more than a module beside the others.
-
-        Raises:
-            ValueError: With the way out.
-        """
+        """Rejects, by a ValueError, adding a specialist, if that takes more than a module beside the others."""
 
     @classmethod
     def backbones(cls, configs: list) -> list:
@@ -78,10 +56,11 @@ class Reader:
     @classmethod
     def head_columns(cls, config) -> list[slice]:
         """Returns each specialist's columns of the head."""
-        starts = [0]
+        columns, end = [], 0
         for specialist in config.specialists:
-            starts.append(starts[-1] + specialist.hidden_size)
-        return [slice(start, end) for start, end in zip(starts, starts[1:], strict=False)]
+            columns.append(slice(end, end + specialist.hidden_size))
+            end += specialist.hidden_size
+        return columns
 
     @classmethod
     def sizes(cls, config, sizes: dict, linear: dict[str, torch.Size]) -> dict:
@@ -89,17 +68,15 @@ class Reader:
 
         Args:
             config: The fused model's configuration.
-            sizes: Size of each specialist as a model of its own, by name: a dataclass, see `ultrafuser`'s estimates.
+            sizes: Size of each specialist as a model of its own, by name: a dataclass of numbers of parameters.
             linear: Shape of each linear layer of the first specialist's backbone, by name.
         """
         return sizes
 
     @classmethod
     def frozen(cls, sizes: dict) -> int:
-        """Returns how many numbers the joint stage leaves as they are, given what `sizes` returned."""
+        """Returns how many parameters the joint stage leaves as they are, given what `sizes` returned."""
         return 0
-
-    # ---- with the modules
 
     def read(self, tokens: Tokens, past_key_values: Cache | None, **kwargs) -> list[ModelOutput]:
         """Runs all specialists on the same tokens. Returns the output of each, in the order of the configuration.
@@ -128,34 +105,19 @@ class Reader:
         raise NotImplementedError
 
     def shared_parts(self, chosen: list[bool]) -> dict[str, tuple[int, Tensor]]:
-        """Finds the parts of some specialists in the tensors in which all specialists have a part.
-
-        Args:
-            chosen: Whether each specialist is one of them.
+        """Finds the parts of the chosen specialists in those tensors in which all specialists have a part.
 
         Returns:
-            Name of each tensor in the causal language model to its dimension, and the indices along it.
+            Name of the tensor in the causal language model to its dimension, and the indices along it.
         """
         raise NotImplementedError
 
     def train_only(self, model: PreTrainedModel, names: list[str]) -> None:
-        """Freezes what the joint stage must not train, but for `shared_parts`.
-
-        Args:
-            model: The causal language model, all of whose parameters are trainable or under an adapter.
-            names: The specialists to train.
-        """
+        """Freezes what the joint stage must not train of a causal language model, but for `shared_parts`."""
         raise NotImplementedError
 
     def probe(self, tolerance: float) -> None:
-        """Checks that each specialist predicts among the others what it predicts alone, if building cannot tell.
-
-        Args:
-            tolerance: Largest relative difference.
-
-        Raises:
-            ValueError: If one does not.
-        """
+        """Rejects, by a ValueError, specialists that predict among the others what they do not predict alone."""
 
 
 def run(backbone: PreTrainedModel, tokens: Tokens, **kwargs) -> ModelOutput:

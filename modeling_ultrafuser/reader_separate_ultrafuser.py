@@ -36,12 +36,7 @@ class SeparateReader(Reader):
         return read_within(self.specialists[name], name, layers, tokens, past_key_values, **kwargs)
 
     def read_rest(self, k: int, tokens: Tokens, past_key_values: Cache) -> Tensor:
-        """Lets specialist k read what it has not read yet.
-
-        Args:
-            k: Index of the specialist.
-            tokens: The whole text, and its mask unless there is no padding.
-            past_key_values: The cache of all specialists, which tells what each has read.
+        """Lets specialist k read what it has not read yet of a whole text, as its part of the cache tells.
 
         Returns:
             Its last hidden states at the tokens that were new to it. Shape (batch, new, hidden).
@@ -96,16 +91,7 @@ class SeparateReader(Reader):
 def read_within(
     backbone: PreTrainedModel, name: str, layers: list[int], tokens: Tokens, past_key_values: Cache | None, **kwargs
 ) -> ModelOutput:
-    """Runs one specialist's backbone within the cache of all.
-
-    Args:
-        backbone: Its backbone.
-        name: Its name, by which masks that were prepared in advance are found.
-        layers: Indices of its first layer in the cache, and of the first one behind it.
-        tokens: What it reads.
-        past_key_values: The cache of all specialists.
-        **kwargs: Passed on; `cache` is that of continuous batching.
-    """
+    """Runs one specialist's backbone on its layers of the cache: from the first of them to the one behind the last."""
     start, end = layers
     paged = kwargs.pop("cache", None)
     if past_key_values is not None:
