@@ -18,8 +18,6 @@ Stopped, it goes on where it was. Every mutation ends in one of these:
 
 import argparse
 import contextlib
-import copy
-import dataclasses
 import io
 import json
 import os
@@ -27,7 +25,6 @@ import random
 import re
 import resource
 import shutil
-import struct
 import sys
 import tempfile
 import time
@@ -41,346 +38,26 @@ import tests.conftest  # noqa: F401
 
 # isort: split
 import torch
-import yaml
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    MixtralConfig,
-    PreTrainedTokenizerFast,
-    set_seed,
 )
 from transformers.utils import logging
-from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from tests.support.tiny import specialist
-from trainers.stage_config import StageConfig
-from ultrafuser.cli.app import app
+from tests.support.damage import damage_json, damage_kind, damage_weights, damage_yaml
+from tests.support.expectations import Other, expect_files, expect_specialist, same, tensors_of
+from tests.support.fuzz_inputs import FAMILIES, SAMPLES, Inside, build, quietly
 
 
 RESULT = Path(__file__).parents[1] / "results" / "fuzz.json"
 KINDS = ("configurations", "weights", "tokenizers", "adapters", "references", "recipes")
 OUTCOMES = ("right", "words", "inside", "other", "slow", "memory", "dead")
-FAMILIES = ("llama", "qwen2", "gpt_neox", "mixtral")
-# a few more than tokens: some families' tokenizers bring some of their own
-ROWS = 304
 SECONDS, SECONDS_BY_CLOCK, BYTES = 20, 120, 2 << 30
-SAMPLES = (
-    "the quick brown fox jumps over the lazy dog; 12 + 30 = 42",
-    "def f(x):\n    return x + 1  # The Café’s “answer” 日本語 🙂",
-    "  THE   dog\t\tjumps, </s><s> brownfox lazydog!\n\n",
-)
-ODD = (
-    *(None, True, False, 0, -1, 1, 2, 3, 7, 1.5, -0.5, float("nan"), float("inf"), 1e-320, 1e300),
-    *(10**6, 10**12, -(10**9), 2**31, 2**63, 10**400),
-    *(
-        "",
-        "x",
-        "text",
-        "0",
-        "float99",
-        "../..",
-        "/etc/hostname",
-        "\x00",
-        "\x1b[31m",
-        "\ud800",
-        "(.*.*)*=$",
-        "{{ 1 }}",
-        "ä" * 3000,
-    ),
-    *([], [None], [1, 2, 3], ["a", "b"], {}, {"a": 1}, {"": None}, [[[[]]]]),
-)
-# fields that a file may lack and a library knows
-FIELDS = sorted(
-    {
-        *(field for config in (GenerationConfig, LlamaConfig, MixtralConfig) for field in config().to_dict()),
-        *(field.name for config in (LoraConfig, StageConfig) for field in dataclasses.fields(config)),
-    }
-)
-
-
-# ---------------------------------------------------------------------------------- what is damaged
-
-
-def build(folder: Path) -> None:
-    """Writes everything that will be damaged, undamaged."""
-    set_seed(0)
-    words = _tokenizer()
-    for family in FAMILIES:
-        for name in ("text", "code"):
-            more = {"num_local_experts": 2} if family == "mixtral" else {}
-            specialist(family, layers=2, hidden_size=16, vocab_size=ROWS, **more).save_pretrained(
-                folder / family / name
-            )
-            words.save_pretrained(folder / family / name)
-        both = {name: folder / family / name for name in ("text", "code")}
-        fused = UltraFuserForCausalLM.from_specialists(both)
-        fused.save_pretrained(folder / family / "fused")
-        words.save_pretrained(folder / family / "fused")
-        fused.save_pretrained(folder / family / "sharded", max_shard_size="20KB")
-        words.save_pretrained(folder / family / "sharded")
-    for k, name in enumerate(("one", "two")):
-        model = AutoModelForCausalLM.from_pretrained(folder / "llama" / "text")
-        targets = ["q_proj", "down_proj"] if k else ["q_proj", "v_proj"]
-        config = LoraConfig(
-            r=2 + k, lora_alpha=3, target_modules=targets, alpha_pattern={"q_proj": 5}, init_lora_weights=False
-        )
-        get_peft_model(model, config).save_pretrained(folder / "adapters" / name)
-    assert quietly(["fuse", f"text={folder}/llama/text", f"code={folder}/llama/code", "--out", f"{folder}/whole"])
-    assert quietly(["refer", f"{folder}/whole", "--out", f"{folder}/refs"])
-    shutil.copytree(Path(__file__).parents[1] / "examples" / "recipes", folder / "recipes")
-    (folder / "recipes" / "fuse.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "specialists": {n: str(folder / "llama" / n) for n in ("text", "code")},
-                "chat_template": "text",
-                "gate": "mlp",
-                "fusion": "logits",
-                "dtype": "float32",
-                "out": str(folder / "made"),
-            }
-        )
-    )
-    rows = [{"text": text} for text in SAMPLES]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "recipes" / "train.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "stage": "gate",
-                "model_name_or_path": str(folder / "llama" / "fused"),
-                "domains": {n: {"path": "json", "data_files": str(folder / "rows.jsonl")} for n in ("text", "code")},
-                "examples_per_domain": 1,
-                "per_device_train_batch_size": 2,
-                "max_length": 32,
-                "learning_rate": 0.001,
-                "report_to": "none",
-            }
-        )
-    )
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(SAMPLES, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-
-
-# ---------------------------------------------------------------------------------- how it is damaged
-
-
-def paths(value, here=()):
-    """Every place in a tree of dicts and lists."""
-    yield here
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from paths(inner, (*here, key))
-
-
-def damaged_tree(dice: random.Random, tree):
-    """The same with one to three values changed."""
-    tree = copy.deepcopy(tree)
-    for _ in range(dice.choice((1, 1, 1, 2, 3))):
-        places = [p for p in paths(tree) if p]
-        if not places:
-            return dice.choice(ODD)
-        *upper, last = dice.choice(places)
-        owner = tree
-        for key in upper:
-            owner = owner[key]
-        value, how = owner[last], dice.randrange(11)
-        if how == 0:
-            del owner[last]
-        elif how == 1 and isinstance(owner, dict):
-            owner[dice.choice((last + "x", last.upper(), "x", *owner))] = owner.pop(last)
-        elif how == 2 and isinstance(owner, list):
-            owner.insert(last, copy.deepcopy(value))
-        elif how == 3 and len(owner) > 1:
-            other = dice.choice(list(owner) if isinstance(owner, dict) else range(len(owner)))
-            owner[last], owner[other] = owner[other], owner[last]
-        elif how == 4 and isinstance(value, int | float):
-            owner[last] = dice.choice((value + 1, value - 1, value * 2, -value, str(value), [value], value * 1000))
-        elif how == 5:
-            for _ in range(dice.choice((3, 70, 200))):
-                value = [value]
-            owner[last] = value
-        elif how == 6:
-            owner[last] = copy.deepcopy(dice.choice([v for p in places if (v := _at(tree, p)) is not tree]))
-        elif how == 7 and isinstance(owner, dict):
-            owner[dice.choice(FIELDS)] = copy.deepcopy(dice.choice(ODD))
-        else:
-            owner[last] = copy.deepcopy(dice.choice(ODD))
-    return tree
-
-
-def _at(tree, place):
-    for key in place:
-        try:
-            tree = tree[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return tree
-
-
-def damaged_bytes(dice: random.Random, text: bytes) -> bytes:
-    """The same with something flipped, cut, doubled or put in."""
-    at, length = dice.randrange(len(text) + 1), dice.choice((1, 1, 2, 8, 100, 5000))
-    how = dice.randrange(7)
-    if how == 0 and text:
-        at = min(at, len(text) - 1)
-        return text[:at] + bytes([text[at] ^ 1 << dice.randrange(8)]) + text[at + 1 :]
-    if how == 1:
-        return text[:at]
-    if how == 2:
-        return text[:at] + text[at + length :]
-    if how == 3:
-        return text[:at] + text[at : at + length] * 2 + text[at + length :]
-    if how == 4:
-        return text[:at] + dice.randbytes(length) + text[at:]
-    if how == 5:
-        return (
-            text[:at]
-            + dice.choice((b"[" * 100_000, b'{"a":' * 5000, b"null", b"NaN", b"1e999", b"\xff\xfe", b"&a *a "))
-            + text[at:]
-        )
-    return dice.choice((b"", b"null", b"[]", b"{}", b"x", b"0", b"[" * 200_000, text + text))
-
-
-def damage_json(dice: random.Random, path: Path) -> None:
-    if dice.random() < 0.25:
-        path.write_bytes(damaged_bytes(dice, path.read_bytes()))
-    else:
-        with contextlib.suppress(RecursionError):
-            path.write_text(json.dumps(damaged_tree(dice, json.loads(path.read_text()))))
-
-
-def damage_kind(dice: random.Random, path: Path) -> None:
-    """Something else than a file in a file's place."""
-    path.unlink()
-    how = dice.randrange(5)
-    if how == 0:
-        os.mkfifo(path)
-    elif how == 1:
-        path.symlink_to("/dev/zero")
-    elif how == 2:
-        path.mkdir()
-    elif how == 3:
-        path.symlink_to(path.name)
-
-
-def damage_weights(dice: random.Random, path: Path) -> None:
-    """Header or bytes of a safetensors file."""
-    raw = path.read_bytes()
-    length = struct.unpack("<Q", raw[:8])[0]
-    how = dice.random()
-    if how < 0.25:
-        path.write_bytes(damaged_bytes(dice, raw))
-    elif how < 0.35:
-        path.write_bytes(raw[: 8 + length] + damaged_bytes(dice, raw[8 + length :]))
-    elif how < 0.45:
-        at = dice.randrange(8)
-        path.write_bytes(raw[:at] + bytes([dice.randrange(256)]) + raw[at + 1 :])
-    else:
-        header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
-        keys = [k for k in header if k != "__metadata__"]
-        one, other = dice.choice(keys), dice.choice(keys)
-        how = dice.randrange(8)
-        if how == 0:
-            header[dice.choice((one + "x", one.replace("0", "1"), one.replace("layers", "layer"), "x"))] = header.pop(
-                one
-            )
-        elif how == 1:
-            header[one], header[other] = header[other], header[one]
-        elif how == 2:
-            header[one]["dtype"] = dice.choice(
-                ("I32", "U32", "F16", "BF16", "I8", "BOOL", "F64", "X", None, "C64", "F8_E4M3")
-            )
-        elif how == 3:
-            header[one]["shape"] = dice.choice(
-                (header[one]["shape"][::-1], [*header[one]["shape"], 1], [-1], [], None, [1 << 60])
-            )
-        elif how == 4:
-            # a tensor less, whole otherwise
-            start, end = header.pop(one)["data_offsets"]
-            body = body[:start] + body[end:]
-            for key in header.keys() - {"__metadata__"}:
-                if header[key]["data_offsets"][0] >= end:
-                    header[key]["data_offsets"] = [n - end + start for n in header[key]["data_offsets"]]
-        elif how == 5:
-            # a tensor more
-            header[dice.choice(("extra.weight", one + "2", "model.layers.9.mlp.weight"))] = {
-                "dtype": "F32",
-                "shape": [2],
-                "data_offsets": [len(body), len(body) + 8],
-            }
-            body += b"\0" * 8
-        elif how == 6:
-            # integers of the same size
-            header[one]["dtype"] = {"F32": "I32", "F16": "I16", "BF16": "I16"}.get(header[one]["dtype"], "I32")
-        else:
-            header = damaged_tree(dice, header)
-        try:
-            written = json.dumps(header).encode()
-        except RecursionError:
-            written = b"[" * 100_000
-        written += b" " * (-len(written) % 8)
-        path.write_bytes(struct.pack("<Q", len(written)) + written + body)
-
-
-def damage_yaml(dice: random.Random, path: Path) -> None:
-    how = dice.random()
-    if how < 0.4:
-        path.write_bytes(damaged_bytes(dice, path.read_bytes()))
-    elif how < 0.45:
-        path.write_text(
-            "a: &a [x,x,x]\n"
-            + "".join(f"b{i}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9))
-        )
-    elif how < 0.55:
-        tree = yaml.safe_load(path.read_text())
-        path.write_text(
-            yaml.safe_dump(dict(dice.sample(sorted(tree.items()), len(tree))), sort_keys=dice.random() < 0.5)
-        )
-    else:
-        with contextlib.suppress(RecursionError):
-            path.write_text(
-                yaml.safe_dump(damaged_tree(dice, yaml.safe_load(path.read_text())), sort_keys=dice.random() < 0.5)
-            )
 
 
 # ---------------------------------------------------------------------------------- what becomes of it
-
-
-class Inside(Exception):
-    """Something else than words."""
-
-
-class Other(Exception):
-    """Another model than the files say."""
-
-
-def quietly(arguments: list[str]) -> bool:
-    """Whether a command does it. Refusals in words are an answer; anything else is not."""
-    result = CliRunner().invoke(app, arguments)
-    if result.exit_code == 0:
-        return True
-    if isinstance(result.exception, SystemExit) and result.exit_code == 2:
-        if re.search("not enough memory|bad alloc|MemoryError", result.output):
-            raise MemoryError
-        return False
-    raise Inside("".join(traceback.format_exception(result.exception))[-3000:]) from result.exception
 
 
 def in_python(call, *arguments, **options):
@@ -395,51 +72,6 @@ def in_python(call, *arguments, **options):
         raise
     except Exception as error:
         raise Inside("".join(traceback.format_exception(error))[-3000:]) from error
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """What is in a folder's files, read without the code under test."""
-    return {k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
-
-
-def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return (
-        one.dtype == other.dtype
-        and one.shape == other.shape
-        and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-    )
-
-
-def expect_files(model, folder: Path, scratch: Path) -> None:
-    """Refuses a model that does not hold what its folder holds; saving it writes the names that the files have."""
-    with tempfile.TemporaryDirectory(dir=scratch) as again:
-        model.save_pretrained(again)
-        ours, theirs = tensors_of(Path(again)), tensors_of(folder)
-    if ours.keys() != theirs.keys():
-        raise Other(f"names differ: {sorted(ours.keys() ^ theirs.keys())[:3]}")
-    if odd := [k for k in ours if not same(ours[k], theirs[k])]:
-        raise Other(f"{odd[0]} differs")
-
-
-def expect_specialist(model, name: str, folder: Path) -> None:
-    """The same of a specialist of a fused model, up to rows that were cut and the untied head."""
-    theirs = tensors_of(folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as again:
-        model.specialist(name).save_pretrained(again)
-        ours = tensors_of(Path(again))
-    if left := [k for k in theirs.keys() - ours.keys() if not k.endswith("rotary_emb.inv_freq")]:
-        raise Other(f"{left[0]} is not used")
-    tied = {"lm_head.weight", "embed_out.weight"}
-    if made_up := [
-        k
-        for k in ours.keys() - theirs.keys()
-        if k not in tied
-        or "true" not in json.dumps(json.loads((folder / "config.json").read_text()).get("tie_word_embeddings"))
-    ]:
-        raise Other(f"{made_up[0]} is made up")
-    for key, tensor in ours.items():
-        if key in theirs and not same(tensor, theirs[key][: len(tensor)] if tensor.ndim else theirs[key]):
-            raise Other(f"{key} differs")
 
 
 def configurations(dice: random.Random, base: Path, scratch: Path) -> bool:

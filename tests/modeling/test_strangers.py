@@ -5,27 +5,17 @@ import os
 import shutil
 import signal
 import struct
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, set_seed
-from typer.testing import CliRunner
+from transformers import AutoModelForCausalLM
 
-from modeling_ultrafuser import UltraFuserForCausalLM, UltraFuserModel, common_tokenizer
+from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.folder_ultrafuser import check_folder
-from modeling_ultrafuser.modeling_ultrafuser import UltraFuserPreTrainedModel
 from tests import fuzz
-from tests.support.tiny import specialist
-from ultrafuser.build.references import sha256
-from ultrafuser.cli.app import app
-
-
-IDS = torch.arange(3, 20)[None]
+from tests.support.fuzz_inputs import build
+from tests.support.strange_folders import config, copied, edited, make_zoo, said, tensors
 
 
 @pytest.fixture(autouse=True)
@@ -38,43 +28,7 @@ def no_hang():
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
-    """Two specialists over one tokenizer with merges, their fused model in one file and in several, and adapters."""
-    folder = tmp_path_factory.mktemp("zoo")
-    set_seed(0)
-    words = fuzz._tokenizer()
-    for name in ("text", "code"):
-        specialist(layers=2, hidden_size=16, vocab_size=fuzz.ROWS).save_pretrained(folder / name)
-        words.save_pretrained(folder / name)
-    assert said(0, "fuse", f"text={folder}/text", f"code={folder}/code", "--out", folder / "fused")
-    UltraFuserForCausalLM.from_pretrained(folder / "fused").save_pretrained(folder / "shards", max_shard_size="20KB")
-    words.save_pretrained(folder / "shards")
-    for name in ("one", "two"):
-        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-        get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "text"), config).save_pretrained(folder / name)
-    return folder
-
-
-def said(code, *words):
-    """What a command says that ends like this: 0, done; 2, refused in a sentence or two, and no traceback."""
-    result = CliRunner().invoke(app, [str(w) for w in words])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code == code, result.output
-    return " ".join(result.output.replace("│", "").split())
-
-
-def copied(zoo, name, tmp_path):
-    return Path(shutil.copytree(zoo / name, tmp_path / "given" / name))
-
-
-def tensors(change):
-    """A change of the tensors in a folder's one file."""
-
-    def apply(folder):
-        state = load_file(folder / "model.safetensors")
-        change(state)
-        save_file(state, folder / "model.safetensors", {"format": "pt"})
-
-    return apply
+    return make_zoo(tmp_path_factory.mktemp("zoo"))
 
 
 def raw(change):
@@ -98,17 +52,6 @@ def header(change):
     return raw(apply)
 
 
-def edited(file, change):
-    """A change of a JSON file."""
-
-    def apply(folder):
-        found = json.loads((folder / file).read_text())
-        change(found)
-        (folder / file).write_text(json.dumps(found))
-
-    return apply
-
-
 def text(file, written):
     return lambda folder: (folder / file).write_text(written)
 
@@ -123,18 +66,22 @@ def instead(file, make):
     return apply
 
 
-def config(**fields):
-    return edited("config.json", lambda c: c.update(fields))
-
-
 def rotary(**fields):
     return edited("config.json", lambda c: c["rope_parameters"].update(fields))
 
 
 Q = "model.layers.0.self_attn.q_proj.weight"
+
+
 TENFOLD = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 10}
+
+
 GROWING = {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [TENFOLD] * 6}] * 2}
+
+
 GROWN = {"type": "Sequence", "decoders": [{**TENFOLD, "pattern": {"String": "a"}}] * 12}
+
+
 # what a specialist's folder may be, and what is said of it
 SPECIALISTS = {
     "a tensor missing": (tensors(lambda s: s.pop(Q)), "1 are missing, such as"),
@@ -272,6 +219,8 @@ def test_it_is_refused_on_every_other_way_in_too(case, zoo, tmp_path):
 
 
 G = "model.specialists.code.layers.1.self_attn.q_proj.weight"
+
+
 FUSED = {
     "a tensor missing": (tensors(lambda s: s.pop(G)), "1 are missing, such as"),
     "the head missing": (tensors(lambda s: s.pop("lm_head.weight")), "such as `lm_head.weight`"),
@@ -349,82 +298,6 @@ def test_a_tensor_in_two_files_is_refused(zoo, tmp_path):
         UltraFuserForCausalLM.from_pretrained(given)
 
 
-# ---------------------------------------------------------------------------------- what is no mistake
-
-
-def test_the_backbone_alone_leaves_the_head_and_a_head_for_values_where_they_are(zoo, tmp_path):
-    given = copied(zoo, "fused", tmp_path)
-    tensors(lambda s: s.update({"v_head.summary.weight": torch.ones(1, 32)}))(given)
-    assert UltraFuserModel.from_pretrained(given)(IDS).last_hidden_state.shape[-1] == 32
-    assert AutoModel.from_pretrained(given).config.specialist_names == ["text", "code"]
-    assert UltraFuserForCausalLM.from_pretrained(given)(IDS).logits.equal(
-        UltraFuserForCausalLM.from_pretrained(zoo / "fused")(IDS).logits
-    )
-
-
-def test_a_class_with_a_head_of_its_own_gets_a_new_one(zoo, tmp_path):
-    class Scored(UltraFuserPreTrainedModel):
-        def __init__(self, config):
-            super().__init__(config)
-            self.model = UltraFuserModel(config)
-            self.score = nn.Linear(config.hidden_size, 1)
-            self.post_init()
-
-    scored, info = Scored.from_pretrained(zoo / "fused", output_loading_info=True)
-    assert info["missing_keys"] == {"score.weight", "score.bias"}
-    scored.save_pretrained(tmp_path / "scored")
-    again = Scored.from_pretrained(tmp_path / "scored")
-    assert again.score.weight.equal(scored.score.weight)
-
-
-@pytest.mark.parametrize("value", [[], "x", None])
-def test_a_fused_folder_is_saved_again_whatever_it_says_of_its_code(value, zoo, tmp_path):
-    given = copied(zoo, "fused", tmp_path)
-    config(auto_map=value)(given)
-    UltraFuserForCausalLM.from_pretrained(given).save_pretrained(tmp_path / "again")
-    written = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "again", zoo / "fused")]
-    assert written[0]["auto_map"] == written[1]["auto_map"]
-
-
-@pytest.mark.parametrize("value", [False, None])
-def test_a_configuration_that_asks_for_tuples_changes_nothing_but_the_type_of_outputs(value, zoo, tmp_path):
-    given = copied(zoo, "fused", tmp_path)
-    edited("config.json", lambda c: [part.update(return_dict=value) for part in (c, *c["specialists"])])(given)
-    words = ("hello there", "--json")
-    assert said(0, "explain", given, *words) == said(0, "explain", zoo / "fused", *words)
-    model, expected = (UltraFuserForCausalLM.from_pretrained(folder) for folder in (given, zoo / "fused"))
-    assert model(IDS)[0].equal(expected(IDS).logits)
-    assert isinstance(model(IDS), tuple)
-    assert model.specialist("code")(IDS).logits.equal(expected.specialist("code")(IDS).logits)
-
-
-@pytest.mark.parametrize("value", [0.5, ["a"], [0, 1], True, "yes"])
-def test_what_a_specialists_configuration_says_of_outputs_is_the_fused_models_choice(value, zoo, tmp_path):
-    folder, ids = shutil.copytree(zoo / "fused", tmp_path / "fused"), torch.arange(5, 12)[None]
-    config = json.loads((folder / "config.json").read_text())
-    config["specialists"][0]["output_hidden_states"] = value
-    (folder / "config.json").write_text(json.dumps(config))
-    output, expected = (UltraFuserForCausalLM.from_pretrained(f)(ids) for f in (folder, zoo / "fused"))
-    assert torch.equal(output.logits, expected.logits)
-    assert output.hidden_states is None
-
-
-def test_sizes_that_differ_on_purpose_are_the_users_choice(zoo):
-    other = UltraFuserForCausalLM.from_pretrained(zoo / "fused").config
-    other.vocab_size = 310
-    model = UltraFuserForCausalLM.from_pretrained(zoo / "fused", config=other, ignore_mismatched_sizes=True)
-    assert model.lm_head.weight.shape[0] == 310
-    model = UltraFuserForCausalLM.from_pretrained(zoo / "fused")
-    model.resize_token_embeddings(310)
-    assert model.lm_head.weight.shape[0] == 310
-
-
-def test_old_rotary_frequencies_in_a_file_are_passed_over(zoo, tmp_path):
-    given = copied(zoo, "code", tmp_path)
-    tensors(lambda s: s.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))(given)
-    assert said(0, "fuse", f"text={zoo}/text", f"code={given}", "--out", tmp_path / "out")
-
-
 # ---------------------------------------------------------------------------------- adapters
 
 
@@ -461,187 +334,13 @@ def test_an_adapter_that_is_not_what_its_files_say_is_refused(case, zoo, tmp_pat
         UltraFuserForCausalLM.from_specialists({"one": zoo / "one", "two": given})
 
 
-# ---------------------------------------------------------------------------------- code that a tokenizer names
-
-
-def name_code(folder):
-    edited("tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": ["evil/repo--x.T", None]}))(folder)
-
-
-def tells_of_code(folder):
-    return [p for p in folder.rglob("*.json") if "evil" in p.read_text()]
-
-
-def test_a_fused_folder_names_no_code_of_a_specialists_tokenizer(zoo, tmp_path):
-    given, out = copied(zoo, "text", tmp_path), tmp_path / "fused"
-    name_code(given)
-    said(0, "fuse", f"text={given}", f"code={zoo}/code", "--out", out)
-    assert not tells_of_code(out)
-
-
-@pytest.mark.parametrize("words", [("specialist", "code"), ("add", "more={zoo}/code")], ids=str)
-def test_a_folder_made_of_a_fused_one_names_no_code_of_its_tokenizer(words, zoo, tmp_path):
-    given, out = copied(zoo, "fused", tmp_path), tmp_path / "out"
-    name_code(given)
-    said(0, words[0], given, words[1].format(zoo=zoo), "--out", out)
-    assert not tells_of_code(out)
-
-
-def test_a_reference_keeps_no_tokenizer_that_names_code(refs, tmp_path):
-    name_code(copied(tmp_path, "whole", tmp_path))
-    assert "has an `auto_map`" in said(2, "refer", tmp_path / "given" / "whole", "--out", tmp_path / "more")
-    settings = refs.with_name("tokenizer_config.json")
-    settings.write_text('{"auto_map": {"AutoTokenizer": ["evil/repo--x.T", null]}}')
-    changed(refs, lambda r: r.setdefault("sha256", {}).update({settings.name: sha256(settings)}))
-    assert "has an `auto_map`" in said(2, "fuse", refs, "--out", tmp_path / "again")
-
-
-# ---------------------------------------------------------------------------------- references
-
-
-@pytest.fixture
-def refs(zoo, tmp_path):
-    """A reference to a model of specialists whose files are several."""
-    for name in ("text", "code"):
-        AutoModelForCausalLM.from_pretrained(zoo / name).save_pretrained(tmp_path / name, max_shard_size="20KB")
-        AutoTokenizer.from_pretrained(zoo / name).save_pretrained(tmp_path / name)
-    said(0, "fuse", f"text={tmp_path}/text", f"code={tmp_path}/code", "--out", tmp_path / "whole")
-    said(0, "refer", tmp_path / "whole", "--out", tmp_path / "refs")
-    return tmp_path / "refs" / "refs.yaml"
-
-
-def changed(file, change, **options):
-    found = yaml.safe_load(file.read_text())
-    change(found)
-    file.write_text(yaml.safe_dump(found, **options))
-
-
-def test_the_order_of_a_references_keys_means_nothing(refs, tmp_path):
-    assert list(yaml.safe_load(refs.read_text())["specialists"]) == ["text", "code"]
-    changed(refs, lambda r: None, sort_keys=True)
-    assert list(yaml.safe_load(refs.read_text())["specialists"]) == ["code", "text"]
-    said(0, "fuse", refs, "--out", tmp_path / "again")
-    for file in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-
-
-def test_every_file_that_is_read_is_pinned(refs, tmp_path):
-    pinned = yaml.safe_load(refs.read_text())["specialist_sha256"]["code"]
-    shards = {p.name for p in (tmp_path / "code").glob("*.safetensors*")}
-    assert len(shards) > 2
-    assert {*shards, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= {*pinned}
-
-
-REFERENCES = {
-    "hashes of nothing": (
-        lambda r: r.update(specialist_sha256={"text": {}, "code": {}}),
-        "pins every file that is read",
-    ),
-    "no hashes": (lambda r: r.update(specialist_sha256={}), "pins the files of every specialist"),
-    "a shard not pinned": (
-        lambda r: r["specialist_sha256"]["code"].pop("model.safetensors.index.json"),
-        "pins every file that is read",
-    ),
-    "the gate not pinned": (lambda r: r["sha256"].pop("gate.safetensors"), "pins every file that is read"),
-    "the configuration not pinned": (lambda r: r["sha256"].pop("config.json"), "pins every file that is read"),
-    "a file elsewhere": (
-        lambda r: r["specialist_sha256"]["code"].update({"../../etc/passwd": "0" * 64}),
-        "names '../../etc",
-    ),
-    "a device": (lambda r: r["sha256"].update({"/dev/zero": "0" * 64}), "names '/dev/zero'"),
-    "specialists renamed": (
-        lambda r: [r[k].update(maths=r[k].pop("code")) for k in ("specialists", "specialist_sha256")],
-        "names the specialists of the configuration",
-    ),
-    "specialists as a list": (lambda r: r.update(specialists=["a", "b"]), "`name: word` for each"),
-    "no specialists": (lambda r: r.pop("specialists"), "`name: word` for each"),
-    "a template that is a list": (lambda r: r.update(chat_template=[1]), "is a name"),
-}
-
-
-@pytest.mark.parametrize("case", REFERENCES)
-def test_a_reference_that_leaves_something_open_is_refused(case, refs, tmp_path):
-    change, words = REFERENCES[case]
-    changed(refs, change, sort_keys=False)
-    assert words in said(2, "fuse", refs, "--out", tmp_path / "again")
-
-
-GATES = {
-    "the head with it": (lambda g: g.update({"lm_head.weight": torch.zeros(304, 32)}), "have no place"),
-    "a tensor missing": (lambda g: g.pop(next(iter(g))), "are missing"),
-    "another shape": (lambda g: g.update({k: t[:1] for k, t in list(g.items())[:1]}), "has shape"),
-    "another type": (lambda g: g.update({k: t.half() for k, t in g.items()}), "float16"),
-}
-
-
-@pytest.mark.parametrize("case", GATES)
-def test_a_gates_file_holds_the_gate_and_nothing_else(case, refs, tmp_path):
-    change, words = GATES[case]
-    gate = load_file(refs.with_name("gate.safetensors"))
-    change(gate)
-    save_file(gate, refs.with_name("gate.safetensors"))
-    from ultrafuser.build.references import sha256
-
-    changed(refs, lambda r: r["sha256"].update({"gate.safetensors": sha256(refs.with_name("gate.safetensors"))}))
-    assert words in said(2, "fuse", refs, "--out", tmp_path / "again")
-
-
-# ---------------------------------------------------------------------------------- recipes
-
-
-BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{chr(98 + k)}: &{chr(98 + k)} [{','.join(['*' + chr(97 + k)] * 9)}]\n" for k in range(9)
-)
-YAML = {
-    "cut off": "specialists: {a: b",
-    "a bomb of aliases": BOMB,
-    "a merge of an alias": "a: &a {x: 1}\nspecialists: {<<: *a}\n",
-    "an alias of itself": "specialists: &a [*a]\n",
-    "a key twice": "specialists: {a: x, a: y}\n",
-    "a number for a key": "specialists: {1: x, 2: y}\n",
-    "an object of Python's": "specialists: !!python/object/apply:os.system [ls]\n",
-    "without bottom": "[" * 100_000,
-    "many levels": "a: " + "{a: " * 100 + "1" + "}" * 100,
-    "bytes": "\x00\x01",
-    "a long number": "specialists: " + "9" * 5000,
-}
-
-
-@pytest.mark.parametrize("case", YAML)
-@pytest.mark.parametrize("command", [("fuse",), ("train", "--stage", "gate"), ("data", "plan")], ids=lambda c: c[0])
-def test_yaml_that_is_more_than_plain_values_is_refused_in_a_sentence(case, command, tmp_path):
-    file = tmp_path / "recipe.yaml"
-    file.write_text(YAML[case])
-    name, *rest = command
-    found = said(2, name, *rest, file, *([] if name == "data" else ["--out", tmp_path / "out"]))
-    assert "recipe.yaml" in found
-    assert len(found) < 1000
-
-
-@pytest.mark.parametrize("name", ["backbones", "rope_parameters", "shared", "specialist_names", "sub_configs"])
-def test_a_name_that_is_the_configurations_own_is_refused(name, zoo, tmp_path):
-    found = said(2, "fuse", f"text={zoo}/text", f"{name}={zoo}/code", "--out", tmp_path / "out")
-    assert f"got '{name}'" in found
-
-
-def test_the_card_of_a_specialist_may_say_anything(zoo, tmp_path):
-    given = copied(zoo, "code", tmp_path)
-    for card in ("---\nlicense: {a: [b\n---\n", f"---\n{BOMB}license: *j\n---\n", "---\n- 5\n---\n", "\x00"):
-        (given / "README.md").write_text(card)
-        assert "malformed" in said(0, "check", zoo / "text", given) or card == "\x00"
-
-
-def test_slow_and_fast_tokenizers_of_one_kind_are_one(zoo):
-    assert common_tokenizer({"text": zoo / "text", "code": zoo / "code"}).vocab_size == 300
-
-
 # ---------------------------------------------------------------------------------- at random
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz") / "base"
-    fuzz.build(folder)
+    build(folder)
     return folder
 
 

@@ -1,23 +1,18 @@
 import copy
-import warnings
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from torch.nn import functional as F  # noqa: N812
-from trl import SFTConfig
+from peft import LoraConfig
 
 import trainers.chunked
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE
-from tests.support.conversations import CHAT_TEMPLATE, changed, conversations, weights
+from tests.support.conversations import changed, conversations, weights
 from tests.support.stage_run import data as sums
 from tests.support.stages import BOTH, batch_of, domains, logs, trainer
-from tests.support.tiny import specialist, tokenizer
+from tests.support.tiny import specialist
 from trainers import DomainSampler, GateTrainer, JointTrainer
-from trainers.forward_hooks import own_log_probs
-from trainers.prompt_views import ViewCollator
 from trainers.stage_config import scaled_rate
 
 
@@ -173,168 +168,6 @@ def test_the_default_rate_is_the_papers_for_large_specialists_and_higher_for_sma
         assert 2e-5 < scaled_rate(1e8, at_a_million) < scaled_rate(1e7, at_a_million) < at_a_million
 
 
-# ---- what is refused
-
-
-def test_a_stage_does_not_resume_from_another(fused, tmp_path):
-    trainer(GateTrainer, fused, tmp_path, save_strategy="steps", save_steps=3).train()
-    with pytest.raises(ValueError, match="stage is 'gate' in .*checkpoint-3' and 'joint' here. Start a new run from"):
-        trainer(JointTrainer, fused, tmp_path / "two").train(str(tmp_path / "checkpoint-3"))
-
-
-def test_a_stage_does_not_resume_with_other_data(fused, tmp_path):
-    trainer(GateTrainer, fused, tmp_path, save_strategy="steps", save_steps=3).train()
-    stage = trainer(GateTrainer, fused, tmp_path, domains({"text": 7, "code": 6, "math": 9}))
-    with pytest.raises(ValueError, match="sizes is \\[6, 9, 8\\] in .* and \\[6, 9, 7\\] here"):
-        stage.train(str(tmp_path / "checkpoint-3"))
-
-
-def test_a_stage_does_not_resume_from_another_trainers_checkpoint(fused, tmp_path):
-    (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(ValueError, match="has no ultrafuser_stage.json: it is another trainer's, or was cut off"):
-        trainer(GateTrainer, fused, tmp_path).train(str(tmp_path / "checkpoint-3"))
-
-
-def test_a_stage_does_not_resume_from_a_model_alone(fused, tmp_path):
-    trainer(GateTrainer, fused, tmp_path, save_strategy="steps", save_steps=3, save_only_model=True).train()
-    for checkpoint in (str(tmp_path / "checkpoint-3"), True):
-        with pytest.raises(ValueError, match="holds the model alone, as `save_only_model=True` asks for. Start"):
-            trainer(GateTrainer, fused, tmp_path, save_only_model=True).train(checkpoint)
-
-
-@BOTH
-def test_another_trainers_settings_are_refused(stage, fused, tmp_path):
-    with pytest.raises(ValueError, match=f"reads its settings from a {stage.config_class.__name__}, but got a SFTCo"):
-        stage(fused, SFTConfig(str(tmp_path), use_cpu=True, bf16=False), domains({"text": 8}))
-
-
-def test_batches_that_do_not_divide_a_step_are_refused(fused, tmp_path):
-    with pytest.raises(ValueError, match="6 examples, but per_device_train_batch_size=4 .* Choose a divisor of 6"):
-        trainer(GateTrainer, fused, tmp_path, per_device_train_batch_size=4)
-    with pytest.raises(ValueError, match="follows from `examples_per_domain` and is 2 here, but it was set to 5"):
-        trainer(GateTrainer, fused, tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=5)
-
-
-def test_a_domain_that_masking_leaves_empty_is_named(fused, tmp_path):
-    pairs = [{"prompt": f"{i}+{i}?", "completion": f"It is {2 * i}."} for i in range(6)]
-    long = [{"prompt": pair["prompt"] * 20, "completion": pair["completion"]} for pair in pairs]
-    data = {name: Dataset.from_list(rows) for name, rows in {"text": pairs, "code": long, "math": pairs}.items()}
-    with pytest.raises(ValueError, match="nothing is left of \\['code'\\] once prompts are masked"):
-        trainer(GateTrainer, fused, tmp_path, data, max_length=32)
-
-
-def test_a_domain_whose_batches_hold_no_label_stops_the_run(fused, tmp_path):
-    stage = trainer(GateTrainer, fused, tmp_path, sums({"text": 9, "code": 7, "math": 12}))
-    inner = stage.data_collator.collator
-    masked = {tuple(row["input_ids"]) for row in stage.train_dataset if row["domain"] == "code"}
-
-    def collate(rows):
-        batch = inner(rows)
-        batch["labels"][[tuple(row["input_ids"]) in masked for row in rows]] = -100
-        return batch
-
-    stage.data_collator.collator = collate
-    with pytest.raises(ValueError, match=r"since the last log \['code'\] held none: all its labels are -100"):
-        stage.train()
-
-
-# ---- what is watched
-
-
-@BOTH
-@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
-def test_logged_numbers_are_those_of_the_model(stage, fusion, specialists, tmp_path):
-    model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion)
-    for parameter in model.model.fusion_gate.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    run = trainer(stage, model, tmp_path, sums({"text": 9, "code": 7, "math": 12}), learning_rate=0.0, max_steps=1)
-    batch = batch_of(run)
-    run.train()
-    (found,) = logs(run)
-    domain = batch.pop("domain")[:, 1:]
-    labels = batch.pop("labels")[:, 1:]
-    with torch.no_grad():
-        outputs = model.eval()(**batch, use_cache=False)
-    nll = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-    gate = outputs.gate_weights[:, :-1]
-    assert found["loss"] == pytest.approx((nll.sum() / (labels != -100).sum()).item(), rel=1e-5)
-    for d, name in enumerate(("code", "math", "text")):
-        mask = (labels != -100) & (domain == d)
-        assert found[f"tokens/{name}"] == mask.sum()
-        assert found[f"loss/{name}"] == pytest.approx(nll[mask].mean().item(), abs=1e-5)
-        entropy = torch.special.entr(gate).sum(-1)[mask].mean()
-        assert found[f"gate_entropy/{name}"] == pytest.approx(entropy.item(), abs=1e-5)
-        for k, own in enumerate(model.config.specialist_names):
-            assert found[f"gate/{name}/{own}"] == pytest.approx(gate[mask][:, k].mean().item(), abs=1e-5)
-            top1 = (gate[mask].argmax(-1) == k).float().mean()
-            assert found[f"top1/{name}/{own}"] == pytest.approx(top1.item(), abs=1e-5)
-
-
-def test_a_gate_that_has_collapsed_is_told_once(specialists, tmp_path):
-    model = UltraFuserForCausalLM.from_specialists(specialists, gate="constant")
-    (numbers,) = model.model.fusion_gate.parameters()
-    numbers.data.flatten()[0] = 9.0
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        trainer(GateTrainer, model, tmp_path, learning_rate=0.0).train()
-    told = [str(w.message) for w in told if "collapsed" in str(w.message)]
-    assert len(told) == 1
-    assert "'text' has 100.0%" in told[0]
-
-
-def test_a_gate_that_does_not_move_is_told(specialists, tmp_path):
-    model = UltraFuserForCausalLM.from_specialists(specialists)
-    with pytest.warns(UserWarning, match="hardly moved after 21 steps.*Raise `learning_rate`"):
-        trainer(GateTrainer, model, tmp_path, learning_rate=1e-8, max_steps=22).train()
-
-
-# ---- gate terms
-
-
-def test_gate_terms_move_the_gate_their_way(fused, tmp_path):
-    for parameter in fused.model.fusion_gate.parameters():
-        parameter.data *= 0.2  # opinions that can change
-
-    def last(**settings):
-        run = trainer(
-            GateTrainer,
-            copy.deepcopy(fused),
-            tmp_path,
-            max_steps=15,
-            learning_rate=3e-2,
-            **settings,
-        )
-        run.train()
-        found = logs(run)[-1]
-        shares = {n: [found[f"gate/{d}/{n}"] for d in run.domains] for n in run.domains}
-        return {
-            "entropy": sum(found[f"gate_entropy/{d}"] for d in run.domains),
-            "unbalance": sum(sum(of) ** 2 for of in shares.values()),
-            "own": sum(found[f"gate/{d}/{d}"] for d in run.domains),
-        }
-
-    plain = last()
-    assert last(gate_entropy=1.0)["entropy"] < plain["entropy"] - 0.1
-    assert last(gate_balance=5.0)["unbalance"] < plain["unbalance"]
-    assert last(gate_domain=5.0, gate_domain_steps=100)["own"] > plain["own"] + 0.02
-
-
-def test_the_warm_start_of_the_gate_ends(fused, tmp_path):
-    def losses(**settings):
-        run = trainer(GateTrainer, copy.deepcopy(fused), tmp_path, learning_rate=0.0, max_steps=4, **settings)
-        run.train()
-        return [entry["loss"] for entry in logs(run)]
-
-    extra = [a - b for a, b in zip(losses(gate_domain=1.0, gate_domain_steps=2), losses(), strict=True)]
-    assert extra[0] > 1.5 * extra[1] > 0
-    assert extra[2:] == [0, 0]
-
-
-def test_domains_without_a_specialist_cannot_start_the_gate_warm(fused, tmp_path):
-    with pytest.raises(ValueError, match="domains must be named as specialists are, but domains are \\['a', 'b'\\]"):
-        trainer(GateTrainer, fused, tmp_path, domains({"a": 4, "b": 4}), gate_domain=1.0)
-
-
 # ---- the loss
 
 
@@ -420,102 +253,3 @@ def test_evaluation_is_trls_own(labelled, fused, tmp_path):
     batch = stage.data_collator(rows)
     with torch.no_grad():
         assert found[0] == pytest.approx(fused.eval()(**batch, use_cache=False).loss.item(), rel=1e-5)
-
-
-# ---- nothing goes wrong in silence
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"gate_domain": 1.0, "label_smoothing_factor": 0.1}, "\\['gate_domain'\\] are added to TRL's own loss"),
-        ({"mix_importance": True, "loss_type": "dft"}, "loss_type='dft'"),
-        ({"auto_find_batch_size": True}, "draws are counted in batches"),
-        ({"mix_reward": "similarity", "packing": True}, "scores examples one by one"),
-        ({"mix_reward": "loss", "mix_floor": 0.6}, "A floor is a share of the mix"),
-        ({"mix_reward": "gradient", "mix_probe": 1}, "two halves of the pool"),
-        ({"mix_reward": "regret", "mix_policy": "aioli"}, "follows losses as they are"),
-        ({"mix_shadow": True}, "`mix_reward` is None"),
-        ({"mix": "fixed", "mix_weights": {"poetry": 1}}, "the domains are \\['code', 'math', 'text'\\]"),
-    ],
-    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
-)
-def test_settings_that_would_be_ignored_or_fail_later_are_refused(settings, sentence, fused, tmp_path):
-    with pytest.raises(ValueError, match=sentence):
-        trainer(GateTrainer, fused, tmp_path, **settings)
-
-
-def test_a_resume_with_nothing_to_resume_from_is_refused(fused, tmp_path):
-    (tmp_path / "checkpoint-2").mkdir()
-    stage = trainer(GateTrainer, fused, tmp_path)
-    with pytest.raises(ValueError, match="no complete checkpoint of a stage"):
-        stage.train(resume_from_checkpoint=True)
-
-
-@BOTH
-def test_a_model_with_adapters_already_is_refused(stage, fused, tmp_path):
-    adapted = get_peft_model(fused, LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="it adds adapters itself"):
-        trainer(stage, adapted, tmp_path)
-
-
-def test_a_stream_of_data_is_refused(fused, tmp_path):
-    with pytest.raises(ValueError, match="got an IterableDataset"):
-        trainer(GateTrainer, fused, tmp_path, {"text": Dataset.from_list(conversations()).to_iterable_dataset()})
-
-
-def test_each_domain_may_come_in_a_format_of_its_own(fused, tmp_path):
-    pairs = [{"prompt": f"{i}+{i}?", "completion": f" {2 * i}", "domain": "another"} for i in range(6)]
-    data = {"text": Dataset.from_list(conversations(6)), "code": Dataset.from_list(pairs)}
-    stage = trainer(GateTrainer, fused, tmp_path, data, examples_per_domain=3)
-    stage.train()
-    rows = {name: [r for r in stage.train_dataset if r["domain"] == name] for name in data}
-    assert all(len(part) == 6 for part in rows.values())
-    # of a completion only that is learned; of a conversation, here, everything
-    assert all(-100 in row["labels"] for row in rows["code"])
-    assert not any(-100 in row["labels"] for row in rows["text"])
-
-
-def test_a_second_training_begins_anew(fused, tmp_path):
-    settings = {"mix_reward": "loss", "mix_every": 1, "mix_delay": 1, "max_steps": 2, "learning_rate": 0.0}
-    stage = trainer(GateTrainer, fused, tmp_path, **settings)
-    stage.train()
-    first = stage.controller.mixes
-    stage.train()
-    assert stage.controller.mixes == first
-    assert len(first) == 3
-
-
-def test_regret_reads_a_specialist_as_it_speaks_under_a_soft_cap_of_its_own(tmp_path):
-    pair = {n: specialist("gemma2", layers=k, final_logit_softcapping=2.0 + k) for k, n in ((1, "text"), (2, "code"))}
-    model = UltraFuserForCausalLM.from_specialists(pair, fusion="probabilities")
-    stage = trainer(GateTrainer, model, tmp_path, domains({"text": 4, "code": 4}), examples_per_domain=3)
-    batch = stage.data_collator([stage.train_dataset[i] for i in range(8)])
-    states = [
-        s(batch["input_ids"], batch["attention_mask"]).last_hidden_state for s in model.model.specialists.values()
-    ]
-    domain, labels = batch["domain"][:, 1:], batch["labels"]
-    found = own_log_probs(model, stage.own_specialists, states, labels, domain, labels[:, 1:] != -100)
-    for row in range(8):
-        own = pair[stage.domains[domain[row, 0]]]
-        logits = own(batch["input_ids"][row : row + 1], attention_mask=batch["attention_mask"][row : row + 1]).logits
-        expected = -F.cross_entropy(logits[0, :-1], labels[row, 1:], reduction="none")
-        assert torch.allclose(found[row], expected, atol=1e-5)
-
-
-@BOTH
-def test_every_specialist_may_read_the_prompt_in_its_own_template(stage, fused, tmp_path):
-    words = tokenizer(chat_template=CHAT_TEMPLATE)
-    templates = {"text": CHAT_TEMPLATE, "code": CHAT_TEMPLATE.replace("<", "[["), "math": CHAT_TEMPLATE}
-    views = ViewCollator(words, templates, fused.config.specialist_names)
-    unprepared = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    more = {"data_collator": views}
-    run = trainer(stage, fused, tmp_path, max_steps=1, mix_reward="regret", mix_every=1, more=more, **unprepared)
-    rows = [run.train_dataset[i] for i in list(run.sampler)[:6]]
-    batch = views(rows)
-    batch.pop("domain")
-    with torch.no_grad():
-        expected = fused(**batch).loss.item()
-    run.train()
-    assert run.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-5)
-    assert (run.controller.rewards > 0).all()

@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,24 +10,14 @@ import torch
 from huggingface_hub import get_local_safetensors_metadata
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GPTJConfig, MambaConfig, MoshiConfig, PhiConfig, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.support.checkpoints import (
-    classifier,
-    edit_config,
-    encoder,
-    encoder_decoder,
-    gemma3,
-    headless,
-    inkling,
-    llava,
     save,
-    vision,
 )
-from tests.support.hub_server import COMMIT, TOKEN, HubServer, environment
+from tests.support.hub_server import COMMIT
 from tests.support.stand_ins import (
     LLAMA_2_13B,
     LLAMA_3_8B,
@@ -44,8 +31,7 @@ from tests.support.stand_ins import (
     stand_in,
     write_holes,
 )
-from tests.support.tiny import specialist, tokenizer
-from tests.support.versions import TESTED
+from tests.support.tiny import specialist
 from ultrafuser.check.checks import judge
 from ultrafuser.check.findings import Judgement
 from ultrafuser.check.metadata import parse
@@ -195,174 +181,6 @@ def small(folder, family="llama", words=None, **fields):
     return save(specialist(family, **{"layers": 1, "hidden_size": 16, **fields}), folder, words)
 
 
-def edited(folder, **fields):
-    edit_config(small(folder), **fields)
-    return folder
-
-
-def only_files(folder, **files):
-    folder.mkdir()
-    for name, text in files.items():
-        (folder / f"{name}.json").write_text(text)
-    return folder
-
-
-def with_file(folder, change):
-    change(small(folder) / "model.safetensors")
-    return folder
-
-
-def lowercase():
-    words = tokenizer()
-    state = json.loads(words.backend_tokenizer.to_str())
-    state["normalizer"] = {"type": "Lowercase"}
-    words._tokenizer = type(words.backend_tokenizer).from_str(json.dumps(state))
-    return words
-
-
-def with_ids(folder, **ids):
-    model = specialist(layers=1, hidden_size=16, vocab_size=104)
-    for key, value in ids.items():
-        setattr(model.generation_config, key, value)
-    return save(model, folder)
-
-
-def bare(folder):
-    specialist(layers=1, hidden_size=16).save_pretrained(folder)
-    return folder
-
-
-def other(config):
-    return lambda folder: save(AutoModelForCausalLM.from_config(config), folder)
-
-
-def kind(build):
-    def write(folder):
-        build().save_pretrained(folder)
-        return folder
-
-    return write
-
-
-def bfloat16(folder):
-    return save(specialist(layers=1, hidden_size=16).bfloat16(), folder)
-
-
-def adapted(folder):
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(small(folder)), LoraConfig(target_modules=["q_proj"]))
-    model.save_pretrained(folder)
-    return folder
-
-
-def fused(folder):
-    return save(UltraFuserForCausalLM.from_specialists({n: specialist(layers=1) for n in ("text", "code")}), folder)
-
-
-TINY = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1}
-PHI = PhiConfig(**TINY, intermediate_size=16, num_attention_heads=2)
-GPT_J = GPTJConfig(vocab_size=99, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, eos_token_id=2)
-# its embedding has a row more than its head, and its backbone no head at all
-MOSHI = MoshiConfig(**TINY, num_attention_heads=2, ffn_dim=32, num_codebooks=2)
-# a folder beside a good one, whether they can be fused, and what is said
-CASES = {
-    "equal": (small, True, ""),
-    "no folder": (lambda f: f, False, "no folder here"),
-    "empty folder": (only_files, False, "no config.json"),
-    "a file": (lambda f: small(f) / "model.safetensors", False, "is the file"),
-    "adapter": (lambda f: only_files(f, adapter_config='{"peft_type": "LORA"}'), False, "only an adapter"),
-    "adapter beside a model": (adapted, False, "holds one plain model"),
-    "quantised": (lambda f: edited(f, quantization_config={"quant_method": "awq"}), False, "quantised"),
-    "remote code": (lambda f: edited(f, model_type="novel", auto_map={"AutoConfig": "x.Y"}), False, "never run here"),
-    "unknown": (lambda f: edited(f, model_type="novel"), False, "is unknown"),
-    "fused already": (fused, False, "itself a fused model"),
-    "encoder": (kind(encoder), False, "decoder with a language-model head"),
-    "vision alone": (kind(vision), False, "decoder with a language-model head"),
-    "encoder-decoder": (kind(encoder_decoder), False, "decoder with a language-model head"),
-    "headless": (kind(headless), False, "decoder with a language-model head"),
-    "classifier": (kind(classifier), False, "decoder with a language-model head"),
-    "no attention": (
-        other(MambaConfig(**TINY, state_size=4)),
-        False,
-        "key-value cache" if TESTED else "prepare_inputs_for_generation",
-    ),
-    "head with a bias": (other(PHI), False, "must have no bias"),
-    "another head with a bias": (other(GPT_J), False, "must have no bias"),
-    "a row beyond the vocabulary": (other(MOSHI), False, "100 rows and its vocabulary 99"),
-    "vision and text": (lambda f: save(gemma3(), f), True, "only the text part, 'gemma3_text'"),
-    "vision around a llama": (lambda f: save(llava(), f), True, "only the text part, 'llama', is fused"),
-    "pickle": (lambda f: with_file(f, lambda w: w.rename(w.with_name("pytorch_model.bin"))), False, "other formats"),
-    "half a download": (lambda f: with_file(f, lambda w: os.truncate(w, 9000)), False, "a broken download"),
-    "a cut header": (lambda f: with_file(f, lambda w: os.truncate(w, 90)), False, "not whole"),
-    "rows misstated": (
-        lambda f: edited(f, vocab_size=104),
-        False,
-        "(99, 16) in its files and (104, 16) by its config",
-    ),
-    "other tokenizer": (lambda f: small(f, words=tokenizer(swap="ab")), False, "2 ids differ, the first is 69"),
-    "shorter tokenizer": (lambda f: small(f, words=tokenizer(90)), False, "9 ids differ"),
-    "splitting otherwise": (lambda f: small(f, words=lowercase()), False, "splits text differently"),
-    "no tokenizer": (bare, True, "its folder holds none"),
-    "other dtype": (bfloat16, False, "one dtype"),
-    "soft cap": (lambda f: small(f, "gemma2"), False, "soft cap"),
-    "more rows": (lambda f: small(f, vocab_size=104), True, "cut to 99 rows"),
-    "more rows, tied": (lambda f: small(f, vocab_size=104, tied=True), True, "cut to 99 rows"),
-    "fewer rows": (lambda f: small(f, vocab_size=97), False, "every tokenizer can produce tokens beyond"),
-    "fewer rows and tokens": (lambda f: small(f, vocab_size=97, words=tokenizer(97)), True, "other 97"),
-    "padding beyond": (lambda f: with_ids(f, pad_token_id=103), True, "cut to 99"),
-    "beginning beyond": (lambda f: with_ids(f, bos_token_id=103), True, "cut to 99"),
-    "end beyond": (lambda f: with_ids(f, eos_token_id=[2, 103]), False, "end-of-text id"),
-    "other end": (lambda f: small(f, eos_token_id=3), True, "the text ends at any"),
-    "scaled logits": (lambda f: small(f, "granite", logits_scaling=4.0), True, "granite"),
-    "other family": (lambda f: small(f, "gpt_neox"), True, "gpt_neox"),
-    "asking for a loss of its router": (
-        lambda f: small(f, "mixtral", num_local_experts=4, num_experts_per_tok=2, output_router_logits=True),
-        True,
-        "no part that balances",
-    ),
-    "scaled states": (lambda f: save(inkling(), f), True, "inkling_text"),
-    "padded rows": (lambda f: save(inkling(vocab_size=104, unpadded_vocab_size=99), f), True, "cut to 99 rows"),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_check_says_what_fusing_does(case, good, tmp_path):
-    build, fits, words = CASES[case]
-    both = {"text": good, "other": build(tmp_path / "other")}
-    assert_agreement(both, fits, words)
-
-
-@pytest.mark.parametrize(
-    ("case", "choices"), [("other dtype", {"dtype": "bfloat16"}), ("soft cap", {"fusion": "probabilities"})]
-)
-def test_check_takes_the_choices_of_fusing(case, choices, good, tmp_path):
-    assert_agreement({"text": good, "other": CASES[case][0](tmp_path / "other")}, True, "", **choices)
-
-
-def test_what_gates_cost_is_told_and_that_vllm_serves_those_that_look_back(good, tmp_path):
-    words = (f"text={good}", f"other={small(tmp_path / 'other')}")
-    found = told(*words, "--gate", "evidence")
-    assert said(found, "vLLM", "fits")
-    parameters = [f["numbers"]["parameters"]["gate"] for f in (found, told(*words, "--gate", "cross"))]
-    assert parameters[0] > parameters[1]
-
-
-def test_one_specialist_is_too_few(good):
-    assert_agreement({"text": good}, False, "at least two")
-
-
-def assert_agreement(folders, fits, words, **choices):
-    found = judge({name: (str(folder), None) for name, folder in folders.items()}, **choices)
-    assert (found.verdict != "blocks") == fits, found.findings
-    assert any(words in f.text for f in found.findings), found.findings
-    assert all(f.fix for f in found.findings if f.status != "fits"), found.findings
-    try:
-        UltraFuserForCausalLM.from_specialists(folders, **choices)
-    except (ValueError, OSError, RuntimeError, SafetensorError):
-        assert not fits
-    else:
-        assert fits
-
-
 # ---------------------------------------------------------------------------------- numbers
 
 
@@ -462,88 +280,6 @@ def test_names_come_from_ids_and_revisions_are_taken_off(tmp_path):
 
 
 # ---------------------------------------------------------------------------------- the Hub
-
-
-@pytest.mark.process
-def test_three_seven_billion_models_are_checked_in_less_than_5_mb(folders):
-    words = qwen_words()
-    ids = {f"Qwen/{name}": folders / name for name in ("Text-7B", "Coder-7B", "Math-7B")}
-    first = stand_in(folders / "Text-7B", words, shards=4, template="chat", **QWEN_7B)
-    # as most repositories have it, but nothing writes it any more
-    added = {str(i): {"content": t} for t, i in words.get_added_vocab().items()}
-    path = first / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": added}))
-    for name in ("Coder-7B", "Math-7B"):
-        shutil.copytree(first, folders / name, copy_function=os.link)
-    assert (folders / "Text-7B" / "tokenizer.json").stat().st_size > 4e6
-    with HubServer(ids) as server:
-        code = "import sys; from ultrafuser.cli import main; sys.argv[0] = 'ultrafuser'; main()"
-        command = [sys.executable, "-c", code, "check", *ids, "--json"]
-        shown = subprocess.run(command, env=environment(server, folders / "home"), capture_output=True, text=True)
-        assert shown.returncode == 0, shown.stderr
-        found = json.loads(shown.stdout)
-        assert server.sent < 5e6
-        assert not [r for r in server.requests if r.startswith("GET") and r.endswith("tokenizer.json")]
-    assert {s["commit"] for s in found["specialists"].values()} == {COMMIT}
-    told = {f["text"] for f in found["findings"] if f["about"] == "tokenizer"}
-    assert told == {"the same for all, told from the hashes of the files on the Hub."}
-    assert found["merges"]["possible"]
-    assert found["numbers"]["download"] == pytest.approx(3 * 2 * 7.62e9, rel=0.01)
-
-
-# judges one list of arguments after another, each with a token or without, and prints what it found
-DRIVER = """
-import json, os, sys
-from ultrafuser.check.findings import Judgement
-from ultrafuser.check.checks import judge
-from ultrafuser.check.metadata import parse
-from ultrafuser.check.render import as_dict
-for arguments, token in json.loads(sys.argv[1]):
-    os.environ.pop("HF_TOKEN", None)
-    os.environ.update({"HF_TOKEN": token} if token else {})
-    print(json.dumps(as_dict(judge(parse(arguments)))))
-"""
-
-
-@pytest.mark.process
-def test_what_the_hub_denies_or_does_not_have_is_told(tmp_path):
-    set_seed(0)
-    for name in ("text", "code", "closed", "hidden", "older"):
-        small(tmp_path / name)
-    small(tmp_path / "different", words=tokenizer(swap="ab"))
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    ids = {f"lab/{path.name}": path for path in tmp_path.iterdir()}
-    cases = {
-        "fits": (["lab/text", "lab/code@main"], None),
-        "gated": (["lab/text", "lab/closed"], None),
-        "gated, wrong token": (["lab/text", "lab/closed"], "hf_wrong"),
-        "gated, right token": (["lab/text", "lab/closed"], TOKEN),
-        "private": (["lab/text", "lab/hidden"], None),
-        "private, right token": (["lab/text", "lab/hidden"], TOKEN),
-        "no such revision": (["lab/text", "lab/code@v9"], None),
-        "different tokenizer": (["lab/text", "lab/different"], None),
-        "adapter": (["lab/text", "lab/adapter"], None),
-        "a folder and the Hub": ([str(tmp_path / "text"), "lab/code"], None),
-    }
-    with HubServer(ids, gated=["lab/closed"], private=["lab/hidden"]) as server:
-        command = [sys.executable, "-c", DRIVER, json.dumps(list(cases.values()))]
-        home = tmp_path / "home"
-        shown = subprocess.run(command, env=environment(server, home), capture_output=True, text=True)
-        assert shown.returncode == 0, shown.stderr
-    found = dict(zip(cases, map(json.loads, shown.stdout.splitlines()), strict=True))
-    blocks = {case: [f["text"] for f in j["findings"] if f["status"] == "blocks"] for case, j in found.items()}
-    for case in ("fits", "gated, right token", "private, right token", "a folder and the Hub"):
-        assert blocks[case] == [], case
-    assert "'lab/closed') is gated, and no token was found" in blocks["gated"][0]
-    assert "is gated, and a token was found" in blocks["gated, wrong token"][0]
-    assert "private, and no token was found" in blocks["private"][0]
-    assert "'lab/code', revision 'v9') has no such revision" in blocks["no such revision"][0]
-    assert "2 ids differ, the first is 69" in blocks["different tokenizer"][0]
-    assert "holds only an adapter" in blocks["adapter"][0]
-    assert "open to your token" in str(found["gated, right token"]["findings"])
-    for secret in (TOKEN, "hf_wrong"):
-        assert secret not in shown.stdout + shown.stderr
 
 
 def test_offline_what_has_been_downloaded_is_read(good, tmp_path, monkeypatch):
