@@ -1,4 +1,4 @@
-"""What the result files say first: one line for each benchmark, ours beside what it is measured against."""
+"""Prints the headline of each result file: one line for each benchmark, ours beside what it is measured against."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What adding and removing a specialist costs the gate: right away, after a few steps, and beside one trained anew."""
+"""Measures what adding and removing a specialist costs: at once, after a few steps, and beside a gate trained anew."""
 
 from pathlib import Path
 
@@ -64,12 +64,12 @@ def edit(
 
 
 def _losses(model, tests: dict) -> dict[str, float]:
-    """Of the domains that it has a specialist of."""
+    """Averages over the domains that the model has a specialist for."""
     return {d: loss_of(model, tests[d]) for d in model.config.specialist_names}
 
 
 def check(*, again: dict | None, **gate) -> None:
-    """Whether the gate is one that there is, with settings that stage one takes."""
+    """Checks that the gate exists, with settings that stage one takes."""
     check_gate(**gate)
     GateStageConfig("nowhere", bf16=False, **(again or {}))
 

@@ -11,7 +11,7 @@ from experiments import ledger
 
 
 def check(run: ledger.Run) -> None:
-    """Whether the run's function takes its settings.
+    """Checks that the run's function takes its settings.
 
     Raises:
         ValueError: If there is no such function or it does not take them.

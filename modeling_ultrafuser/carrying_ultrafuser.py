@@ -124,7 +124,7 @@ class Carrier(nn.Module):
         return torch.ops.ultrafuser.carried_on(log_probs, begins, first, before, *self.wanted)
 
     def _previous(self, left: Tensor, positions: Tensor) -> Tensor:
-        """What the token before each has left; at the first of a text, what that one leaves. Shape (tokens, numbers)."""
+        """Returns what the token before each left; at the first of a text, what the first one leaves. Shape (tokens, numbers)."""
         queries = SHARPNESS * self._digits(positions - 1, left.dtype).expand(1, self.heads, -1, -1)
         keys = self._digits(positions, left.dtype).expand(1, self.groups, -1, -1)
         values = F.pad(left, (0, -left.shape[1] % self.room)).view(left.shape[0], -1, self.groups, self.size)

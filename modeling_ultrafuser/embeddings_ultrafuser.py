@@ -76,7 +76,7 @@ class TokenEmbeddings(nn.ModuleDict):
         )
 
     def __eq__(self, other) -> bool:
-        """Whether both hold the same modules. Who compares with another module looks for the one path to save.
+        """Returns whether both hold the same modules. Who compares with another module looks for the one path to save.
 
         Raises:
             ValueError: If an embedding is to be saved by the path of one module.
@@ -98,7 +98,7 @@ class TokenEmbeddings(nn.ModuleDict):
 
 
 class Handles:
-    """What registering a hook on several modules returns."""
+    """Handle of a hook that is registered on several modules."""
 
     def __init__(self, handles: list):
         self.handles = handles

@@ -1,4 +1,4 @@
-"""What all fusion rules share: from hidden states, gate weights and heads to one prediction."""
+"""Base of all fusion rules: from hidden states, gate weights and heads to one prediction."""
 
 from collections.abc import Iterable
 

@@ -46,7 +46,7 @@ class CrossGate(Gate):
         init.normal_(self.hidden_weight, std=self.hidden_weight.shape[1] ** -0.5)
 
     def without(self, index: int, config) -> dict[str, Tensor]:
-        """What it read from the removed specialist is missing from the others' scores: train it again."""
+        """Removes a specialist. What the gate read from it is missing from the others' scores: train it again."""
         kept, columns, state = rows_of_others(index, config), columns_of_others(index, config), self.state_dict()
         return {
             "hidden_weight": state["hidden_weight"][:, columns],

@@ -29,7 +29,7 @@ class LinearGate(Gate):
         return linear(torch.cat(hidden_states, dim=-1), self.weight, self.bias)
 
     def without(self, index: int, config) -> dict[str, Tensor]:
-        """What it read from the removed specialist is missing from the others' scores: train it again."""
+        """Removes a specialist. What the gate read from it is missing from the others' scores: train it again."""
         kept = rows_of_others(index, config)
         weight = self.weight.detach()[kept][:, columns_of_others(index, config)]
         return {"weight": weight, "bias": self.bias.detach()[kept]}

@@ -29,7 +29,7 @@ WIDTH, WIDEST = 512, 1 << 16  # of a hidden layer: the paper's (section 4.1), an
 
 
 def gate_settings(word: str) -> dict:
-    """What a word says of a gate, as fields of the configuration.
+    """Parses a gate in one word into fields of the configuration.
 
     Args:
         word: A name in `GATES`, a colon and the width of its hidden layer, "+calibration" for `gate_calibration`.

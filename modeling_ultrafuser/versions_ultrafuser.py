@@ -1,4 +1,4 @@
-"""What versions of transformers call differently, in one place."""
+"""Names that differ between versions of transformers, in one place."""
 
 import inspect
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What trainers can add to the model's own loss: terms on gate weights."""
+"""Computes terms that trainers can add to the model's loss: terms on gate weights."""
 
 import torch
 from torch import Tensor

@@ -43,7 +43,7 @@ def _basis(weights: Tensor) -> Tensor:
 
 @torch.no_grad()
 def summarised(log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """What is kept of each token.
+    """Names the arrays that are kept of each token.
 
     Args:
         log_probs: Of all words under each specialist. Shape (tokens, specialists, vocab).

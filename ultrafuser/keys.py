@@ -144,7 +144,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def described(url: str, variable: str | None) -> str:
-    """What is sent where, for somebody to read before it is."""
+    """Describes what is sent where, to be shown before it is sent."""
     return f"{url} with {'no key' if variable is None else f'the key in {variable}'}"
 
 

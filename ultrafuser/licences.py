@@ -1,4 +1,4 @@
-"""What the licences of a fused model's ingredients mean for the whole. A first look, no legal advice."""
+"""Derives what the ingredients' licences mean for a fused model. A first look, no legal advice."""
 
 import os
 import re
@@ -116,7 +116,7 @@ def common_licence(ingredients: list[Ingredient]) -> dict[str, str]:
 
 
 def warnings(ingredients: list[Ingredient]) -> list[str]:
-    """What stands in the way of passing the whole on, in sentences."""
+    """Lists obstacles to distributing the whole, in sentences."""
     found = []
     for i in ingredients:
         if i.problem:

@@ -45,7 +45,7 @@ width:max-content;font:15px/1.35 ui-monospace,monospace'>{code}</pre>"
 
 
 def typed(words: list[str], lines: list[str], folder: Path) -> str:
-    """What a command prints in a terminal, with the lines that somebody types when it waits for them."""
+    """Returns the output of a command in a terminal, with the lines that somebody types when it waits for them."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
     terminal = {"TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": str(COLUMNS), "HF_HUB_OFFLINE": "1"}

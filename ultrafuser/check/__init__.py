@@ -1,1 +1,1 @@
-"""Whether models fit together, told from what there is beside their weights."""
+"""Judges from metadata whether models fit together."""

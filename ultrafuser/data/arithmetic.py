@@ -110,7 +110,7 @@ def chains(line: str) -> Iterator[list[str]]:
 
 
 def _is_complete(line: str, run: str, start: int, end: int) -> bool:
-    """Whether nothing before or behind belongs to the same expression."""
+    """Returns whether the run is a whole expression, with nothing of it before or behind."""
     begin = start + len(run) - len(run.lstrip())
     before, behind = line[:begin], line[start + len(run.rstrip()) :]
     if re.match(r"[^\s.,;:)\]}\"'<>]|[.,:]\d", behind) or NOT_BEFORE.match(behind):

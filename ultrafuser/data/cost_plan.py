@@ -1,4 +1,4 @@
-"""What following a recipe will take: calls, tokens, money and time, foreseen without sending anything."""
+"""Estimates what following a recipe takes: calls, tokens, money and time, without sending anything."""
 
 from collections import Counter, defaultdict
 
@@ -10,7 +10,7 @@ from .teacher import CHARACTERS_PER_TOKEN, cost
 
 
 class Plan:
-    """What a recipe asks for, if every reply has the foreseen length and can be used.
+    """Counts what a recipe asks for, if every reply has the expected length and can be used.
 
     Then the requests of a step differ, within a domain, only by how many items they ask for and how many exist
     already: one of each sort is made and counted as often as it would be sent.
@@ -96,7 +96,7 @@ class Plan:
 
     @property
     def money(self) -> float:
-        """What it costs, in the unit of the teacher's prices."""
+        """Returns the cost in the unit of the teacher's prices."""
         return cost(self.recipe.teacher, self.total["tokens_in"], self.total["tokens_out"])
 
     def table(self) -> Table:
@@ -114,7 +114,7 @@ class Plan:
         return [*(f"{amount:,}" for amount in amounts), f"{cost(self.recipe.teacher, *amounts[1:]):,.2f}"]
 
     def assumptions(self) -> str:
-        """What the numbers rest on, the time that follows, and what the budget says to it."""
+        """Lists the assumptions behind the numbers, the time that follows, and the budget's limits."""
         teacher, budget = self.recipe.teacher, self.recipe.budget
         lengths = "; ".join(
             f"{name}: {d.instruction_tokens} an instruction, {d.answer_tokens} an answer"

@@ -23,7 +23,7 @@ MOST_CANDIDATES = 50
 
 
 class Fingerprint(NamedTuple):
-    """What is compared: a digest of the normalised text, a key for each band, and the sorted hashes of its shingles."""
+    """Fingerprint of a record: a digest of the normalised text, a key for each band, and the sorted hashes of its shingles."""
 
     digest: bytes
     bands: list[int]

@@ -34,7 +34,7 @@ REFUSAL = re.compile(
 
 
 def answers(record: dict) -> list[str]:
-    """What the assistant says, turn by turn."""
+    """Returns the assistant's messages, turn by turn."""
     return [m["content"] for m in record["messages"] if m["role"] == "assistant"]
 
 

@@ -74,7 +74,7 @@ def style_distances(path: Path) -> np.ndarray:
 
 
 def keep_style(out: Path, share: float) -> dict:
-    """Of a cleaned set keeps the part of each domain whose style is nearest to the usual one.
+    """Keeps the part of each domain of a cleaned set whose style is nearest to the usual one.
 
     Args:
         out: Folder that `cleaning.clean` wrote.
@@ -97,7 +97,7 @@ def keep_style(out: Path, share: float) -> dict:
 
 
 def keep_difficult(out: Path, model, tokenizer, share: float, **options) -> dict:
-    """Of a cleaned set keeps the part of each domain with the highest instruction-following difficulty.
+    """Keeps the part of each domain of a cleaned set with the highest instruction-following difficulty.
 
     Args:
         out: Folder that `cleaning.clean` wrote.

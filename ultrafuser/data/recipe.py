@@ -1,4 +1,4 @@
-"""What data to make, with which teacher, at what cost: one YAML file, checked whole before anything is sent."""
+"""Reads a recipe: the data to make, with which teacher, at what cost; one YAML file, checked before anything is sent."""
 
 import difflib
 from pathlib import Path
@@ -107,7 +107,7 @@ class Teacher(_Part):
 
 
 class Budget(_Part):
-    """What the whole set may cost, all runs together.
+    """Limits on the cost of the whole set, all runs together.
 
     Nothing is sent whose longest reply could go beyond, so that only a prompt of more tokens than foreseen, or a
     teacher without `max_tokens`, can.
@@ -131,7 +131,7 @@ class Skills(_Part):
 
 
 class Domain(_Part):
-    """What is made for one domain."""
+    """Instructions and answers to make for one domain."""
 
     description: str
     """What the domain is about, for the teacher."""

@@ -32,7 +32,7 @@ RECORDS = Features(CONVERSATIONS | {"source": TEXT, "licence": TEXT})
 
 
 class Maker:
-    """What every step needs.
+    """State that every step needs.
 
     Attributes:
         recipe: What is made.
@@ -48,7 +48,7 @@ class Maker:
         self.seen: dict[str, set[str]] = {name: set() for name in recipe.domains}
 
     def request(self, step: str, row: dict, number: int | None, known: list[str], sample: int) -> Request:
-        """What a step asks about one row."""
+        """Returns a step's request about one row."""
         domain = self.recipe.domains[row["domain"]]
         filled = {"instruction": "", "conversation": row.get("messages"), **row}
         filled |= {"description": domain.description, "number": number, "known": known[-KNOWN_ITEMS:]}

@@ -29,7 +29,7 @@ ROUNDS = 3
 
 @dataclass
 class Speeds:
-    """What was measured.
+    """Measurement of one strategy.
 
     Attributes:
         tokens_per_second: Of each way, over all prompts together; the median over rounds.
@@ -124,7 +124,7 @@ def speeds(
 def tokens_per_second(
     model: PreTrainedModel, inputs: dict[str, Tensor], max_new_tokens: int, options: dict | None = None
 ) -> tuple[Tensor, float]:
-    """What a model says greedily, and how fast: the median over a few rounds.
+    """Generates greedily and measures the speed: the median over a few rounds.
 
     The first round is not counted, in which things are made that are made once, such as graphs.
     """

@@ -46,7 +46,7 @@ class UntunedError(ValueError):
 
 @dataclass
 class Measured:
-    """What one contender got: its scores by domain, what it costs, and how it was made where that needs saying."""
+    """Result of one contender: its scores by domain, its cost, and how it was made where that needs saying."""
 
     kind: str
     scores: dict[str, Scores]
@@ -56,7 +56,7 @@ class Measured:
 
 @dataclass
 class Comparison:
-    """What every contender is made of and measured on.
+    """Models and data that every contender is made of and measured on.
 
     Attributes:
         fused: The fused model.
@@ -102,7 +102,7 @@ class Comparison:
         return Measured(kind, scores, cost(model, reference, examples.input_ids[:1, :16]), note)
 
     def alone(self) -> dict[str, Measured]:
-        """What each specialist got by itself."""
+        """Returns the results of each specialist alone."""
         return {name: self.found[f"{name} specialist"] for name in self.specialists}
 
 

@@ -73,7 +73,7 @@ def write(folder: str | Path, seed: int = 0) -> None:
 
 
 def wrote(file: Path, text: str) -> bool:
-    """Whether `write` wrote such a file."""
+    """Returns whether `write` wrote this file."""
     template = TEMPLATES / file.name
     return template.exists() and text == template.read_text().replace("FOLDER", str(file.parent.resolve()))
 
@@ -110,7 +110,7 @@ def unfinished_functions(sources: list[str]) -> list[dict]:
 
 
 def runs(item: dict, answers: list[str]) -> dict[str, float]:
-    """Whether the finished function runs and returns something: lm-eval's `process_results` of `ultrafuser_code`."""
+    """Checks that the finished function runs and returns something: lm-eval's `process_results` of `ultrafuser_code`."""
     outcome = sandbox.run(item["prompt"] + answers[0] + item["rest"], item["call"])
     return {"runs": float(outcome.status == "passed" and outcome.value != "None")}
 

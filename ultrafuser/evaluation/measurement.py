@@ -1,4 +1,4 @@
-"""What one model makes of held-out text, token by token, and what it costs to run."""
+"""Scores held-out text with one model, token by token, and measures what it costs to run."""
 
 import time
 from collections.abc import Callable
@@ -123,7 +123,7 @@ def _tokens(row: dict, number: int, tokenizer: PreTrainedTokenizerBase, prompt_t
 
 @dataclass
 class Scores:
-    """What one model made of one domain. All of shape (examples, seq); the first token, which nobody predicts, is 0.
+    """Scores of one model on one domain. All of shape (examples, seq); the first token, which is not predicted, is 0.
 
     Attributes:
         losses: Negative log-likelihood of each token, in nats.
@@ -170,7 +170,7 @@ def score(
 def cost(
     model: PreTrainedModel, reference: PreTrainedModel, prompt: Tensor, *, new_tokens: int = 32, repeats: int = 3
 ) -> dict[str, float]:
-    """What it takes to run a model.
+    """Cost of running a model.
 
     Args:
         model: Any causal language model.

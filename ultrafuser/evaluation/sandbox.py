@@ -55,7 +55,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Outcome(NamedTuple):
-    """What came of a snippet.
+    """Outcome of a snippet.
 
     Attributes:
         status: "passed", "error" or "timeout".
@@ -111,7 +111,7 @@ def run(code: str, expression: str = "None", *, seconds: float = 5, megabytes: i
 
 
 def confinement() -> str:
-    """What holds a snippet on this machine, for whoever writes down what it came to."""
+    """Describes the sandbox of this machine, for result files."""
     return (
         "bwrap, seccomp, limits and an audit hook"
         if _bwrap_works()

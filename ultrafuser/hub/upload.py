@@ -204,7 +204,7 @@ def _check_within(folder: Path, file: str) -> None:
 
 
 def _words(path: Path) -> bytes:
-    """What of a file may be words of somebody: of weights, the header."""
+    """Returns the part of a file that may be text: of weights, the header."""
     if path.suffix != ".safetensors":
         return path.read_bytes()
     with path.open("rb") as file:
@@ -212,7 +212,7 @@ def _words(path: Path) -> bytes:
 
 
 def _content(path: Path) -> Path | bytes:
-    """What is sent of a file: where specialists lay on this machine is nobody's business."""
+    """Returns a file's content as it is sent, without the paths of specialists on this machine."""
     if path.name != INGREDIENTS:
         return path
     text = path.read_text(encoding="utf-8")
@@ -249,7 +249,7 @@ def _matches(file: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _there(api: HfApi, repo_id: str, revision: str | None) -> ModelInfo | None:
-    """What the Hub has now: at the revision, or at main, from which a new branch starts; None if there is nothing."""
+    """Lists the files on the Hub at the revision, or at main, from which a new branch starts; None if there are none."""
     try:
         return api.model_info(repo_id, revision=revision)
     except RevisionNotFoundError:

@@ -1,4 +1,4 @@
-"""What all merges share."""
+"""Base of all merges."""
 
 from torch import Tensor
 

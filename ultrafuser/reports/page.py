@@ -121,7 +121,7 @@ def _text(title: str, tokens: list[Token], colours: Mapping[str, str]) -> dict:
 
 
 def _numbers(token: Token) -> dict:
-    """What the page shows of a token on demand. More digits would only make the file larger."""
+    """Returns the details of a token that the page shows on demand. More digits would only make the file larger."""
     return {
         "text": token.text,
         "weights": {name: round(weight, 6) for name, weight in token.weights.items()},

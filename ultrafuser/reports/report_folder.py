@@ -149,7 +149,7 @@ def measure_gate(
 
 
 def read_training(checkpoints: Sequence[Path]) -> dict[str, dict]:
-    """What a stage's checkpoints tell about its course: log, domains and mixes, by the name of the stage's folder.
+    """Reads log, domains and mixes of a stage from its checkpoints, by the name of the stage's folder.
 
     Raises:
         ValueError: If a folder is not a stage's checkpoint.

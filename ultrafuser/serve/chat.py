@@ -87,7 +87,7 @@ class Speech(BaseStreamer):
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> torch.Tensor:
-    """What the model reads: a conversation, or without a chat template its last message as plain text. Shape (1, seq).
+    """Encodes a conversation, or without a chat template its last message as plain text. Shape (1, seq).
 
     Raises:
         ValueError: If the template cannot render it.

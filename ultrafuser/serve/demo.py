@@ -132,7 +132,7 @@ def stream(
 
 
 class _Join(BaseModel):
-    """What the page sends when a button is pressed."""
+    """Fields that the page sends when a button is pressed."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -175,7 +175,7 @@ class Page:
             self._count(session, -1)
 
     def _is_pressed(self, body: bytes) -> bool:
-        """Whether it is what a button of the page sends."""
+        """Returns whether these are the fields that a button of the page sends."""
         try:
             pressed = _Join.model_validate_json(body)
         except ValidationError:
@@ -192,7 +192,7 @@ class Page:
             self.changed.notify_all()
 
     def listens(self, session: str | None, seconds: float = 0) -> bool:
-        """Whether a visitor listens, or does within some time."""
+        """Returns whether a visitor listens, or does within some time."""
         with self.changed:
             return self.changed.wait_for(lambda: session in self.listening, seconds)
 

@@ -1,4 +1,4 @@
-"""What `serve` and `demo` take from clients: known hosts and origins, a key, little data, in little time."""
+"""Guards `serve` and `demo`: known hosts and origins, a key, little data, in little time."""
 
 import asyncio
 import base64
