@@ -6,6 +6,8 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
+from .families_ultrafuser import common, head_dim, num_key_value_heads, of_each
+
 
 class SpecialistCache(Cache):
     """One specialist's layers of a shared cache, counted from 0.
@@ -36,6 +38,25 @@ class SpecialistCache(Cache):
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         # through the shared cache, which knows about offloading and prefetching
         return self.cache.update(key_states, value_states, layer_idx + self.start, *args, **kwargs)
+
+
+def refuse_cache_of_one_shape(config, cache: Cache) -> None:
+    """Rejects keys and values of one shape for all layers, as PEFT's prefix tuning makes them, where shapes differ.
+
+    Raises:
+        ValueError: Naming each specialist's geometry.
+    """
+    # these fields are absent where specialists differ
+    if hasattr(config, "num_key_value_heads") and hasattr(config, "head_dim"):
+        return
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    if any(k is None for k in keys) or common((k.shape[1], k.shape[3]) for k in keys if k.ndim == 4) is None:
+        return
+    geometry = of_each(config, lambda c: {read.__name__: read(c) for read in (num_key_value_heads, head_dim)})
+    raise ValueError(
+        f"Keys and values were given in one shape for all layers (prefix tuning does), {tuple(keys[0].shape)}, but those "
+        f"of the specialists differ: {geometry}. Use LoRA, or prefix tuning on one specialist: `model.specialist(name)`."
+    )
 
 
 def paged_window(cache: PagedAttentionCache, start: int) -> PagedAttentionCache:

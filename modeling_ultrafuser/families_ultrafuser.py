@@ -57,6 +57,11 @@ def of_all_layers(config: PreTrainedConfig, read: Callable[[PreTrainedConfig], A
         return common(read(layer) for layer in config.per_layer_config)
 
 
+def of_each(config, read: Callable[[PreTrainedConfig], Any]) -> dict[str, Any]:
+    """Returns what is read of the configuration of each of a fused model's specialists, by name."""
+    return {name: read(c) for name, c in zip(config.specialist_names, config.specialists, strict=True)}
+
+
 def field_of(config: PreTrainedConfig, name: str):
     """Reads a field, None where it is absent or layers differ."""
     return of_all_layers(config, lambda c: getattr(c, name, None))

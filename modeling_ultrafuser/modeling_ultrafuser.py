@@ -18,6 +18,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .cache_ultrafuser import refuse_cache_of_one_shape
 from .carrying_ultrafuser import Carrier
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all
 from .evidence_ultrafuser import decoding_layer, last_logits, layer_of, read_evidence
@@ -39,7 +40,7 @@ from .peft_ultrafuser import check_head
 from .pretrained_ultrafuser import UltraFuserPreTrainedModel
 from .reader_base_ultrafuser import Reader
 from .readers_ultrafuser import reader_of
-from .serving_ultrafuser import check_servable_by_vllm, prepared_for_vllm, refuse_cache_of_one_shape
+from .serving_ultrafuser import check_servable_by_vllm, prepared_for_vllm
 from .versions_ultrafuser import CACHE, takes_cache
 
 

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .adapters_ultrafuser import MERGE_FIRST, adapter_parameters, add_adapters, merged_backbone
 from .cache_ultrafuser import SpecialistCache
 from .causal_ultrafuser import masks_for_generate
-from .families_ultrafuser import CACHED_LAYERS, plain_dict, specialist_layer_types
+from .families_ultrafuser import CACHED_LAYERS, of_each, plain_dict, specialist_layer_types
 from .inputs_ultrafuser import Tokens, positions_of
 from .reader_base_ultrafuser import Reader, run
 from .specialists_ultrafuser import BASE, Specialists
@@ -37,8 +37,7 @@ class AdapterReader(Reader):
                 f"`adapters` says which adapters specialists are, such as {{'rank': 16, 'target_modules': ['q_proj']}}, "
                 f"but it is {chosen!r}. Leave it out for specialists that are models of their own."
             )
-        pairs = zip(config.specialist_names, config.specialists, strict=True)
-        unlike = [name for name, c in pairs if plain_dict(c) != plain_dict(first)]
+        unlike = [name for name, plain in of_each(config, plain_dict).items() if plain != plain_dict(first)]
         if unlike:
             raise ValueError(
                 f"Adapters of one base have its configuration, but that of {unlike} is not that of "

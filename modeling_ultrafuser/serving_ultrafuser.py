@@ -1,12 +1,19 @@
 """Refusals of what engines that know one attention geometry for all layers would serve wrongly."""
 
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers import PreTrainedConfig
 
 from .carrying_ultrafuser import Carrier, find_head
 from .causal_ultrafuser import switching_lengths
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all
-from .families_ultrafuser import common, head_dim, num_attention_heads, num_key_value_heads, specialist_layer_types
+from .families_ultrafuser import (
+    common,
+    head_dim,
+    num_attention_heads,
+    num_key_value_heads,
+    of_each,
+    specialist_layer_types,
+)
 from .fusions_ultrafuser import FUSIONS, one_head_rules
 from .gates_ultrafuser import GATES
 from .readers_ultrafuser import reader_of
@@ -18,46 +25,46 @@ def check_servable_by_vllm(config: UltraFuserConfig) -> None:
     Raises:
         ValueError: Naming the property that differs and its value for each specialist.
     """
-    reader_of(config).check_engine(config, "vLLM's Transformers backend")
-    _refuse_longrope(config, "vLLM's Transformers backend")
+    _check_texts_end_to_end(config, "vLLM's Transformers backend")
 
-    def refuse(reason: str, values: list) -> None:
+    def refuse(reason: str, values: dict) -> None:
         raise ValueError(
-            f"vLLM's Transformers backend {reason}, but it is {dict(zip(config.specialist_names, values, strict=True))}. "
-            f"Use transformers for this model: `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
+            f"vLLM's Transformers backend {reason}, but it is {values}. Use transformers for this model: "
+            f"`AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
         )
 
-    configs = config.specialists
     if not FUSIONS[config.fusion].one_head:
         rules = one_head_rules()
-        refuse(f"computes logits with one linear head, which needs {rules}", [config.fusion] * len(configs))
-    for field, read in (
-        ("num_attention_heads", num_attention_heads),
-        ("num_key_value_heads", num_key_value_heads),
-        ("head_dim", head_dim),
-    ):
-        values = [read(c) for c in configs]
-        if common(values) is None:
-            refuse(f"knows one `{field}` for all specialists", values)
-    windows = [c.sliding_window if "sliding_attention" in specialist_layer_types(c) else None for c in configs]
-    if len({w for w in windows if w is not None}) > 1:
+        refuse(f"computes logits with one linear head, which needs {rules}", of_each(config, lambda _: config.fusion))
+    for read in (num_attention_heads, num_key_value_heads, head_dim):
+        values = of_each(config, read)
+        if common(values.values()) is None:
+            refuse(f"knows one `{read.__name__}` for all specialists", values)
+    windows = of_each(config, lambda c: c.sliding_window if "sliding_attention" in specialist_layer_types(c) else None)
+    if len({*windows.values()} - {None}) > 1:
         refuse("knows one attention window for all specialists", windows)
-    types = [sorted(set(specialist_layer_types(c)) - {"full_attention", "sliding_attention"}) for c in configs]
-    if any(types):
+    types = of_each(config, lambda c: sorted(set(specialist_layer_types(c)) - ATTENTION))
+    if any(types.values()):
         refuse("serves full and sliding attention only in a fused model; other layer types must be absent", types)
     for field, what in (
         ("attn_logit_softcapping", "knows one attention soft cap for all specialists; it must be None in each"),
         ("kv_lora_rank", "cannot mix latent attention (MLA) with others; `kv_lora_rank` must be absent"),
     ):
-        values = [getattr(c, field, None) for c in configs]
-        if any(v is not None for v in values):
+        values = of_each(config, lambda c, field=field: getattr(c, field, None))
+        if set(values.values()) != {None}:
             refuse(what, values)
-    experts = [next((v for f in _EXPERT_FIELDS if (v := getattr(c, f, None))), None) for c in configs]
-    if any(experts):
+    experts = of_each(config, lambda c: next((v for f in EXPERTS if (v := getattr(c, f, None))), None))
+    if any(experts.values()):
         refuse("cannot load mixture-of-experts specialists; the number of experts must be absent", experts)
 
 
-def _refuse_longrope(config: UltraFuserConfig, engine: str) -> None:
+# layers that engines serve
+ATTENTION = {"full_attention", "sliding_attention"}
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _check_texts_end_to_end(config: UltraFuserConfig, engine: str) -> None:
+    reader_of(config).check_engine(config, engine)
     for name, specialist in zip(config.specialist_names, config.specialists, strict=True):
         beyond = [n for n in switching_lengths(specialist) if n < (config.max_position_embeddings or n + 1)]
         if beyond:
@@ -76,9 +83,6 @@ def _refuse_evidence(config: UltraFuserConfig, engine: str) -> None:
             f"token to token how well each specialist has predicted the text so far. Use `generate` for this model, or "
             f"another gate, one of {stateless}."
         )
-
-
-_EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def prepared_for_vllm(backbone: nn.Module) -> Carrier | None:
@@ -104,37 +108,29 @@ def check_pageable(config: UltraFuserConfig) -> None:
     Raises:
         ValueError: Naming each specialist's geometry.
     """
-    reader_of(config).check_engine(config, "Continuous batching")
-    _refuse_longrope(config, "Continuous batching")
+    _check_texts_end_to_end(config, "Continuous batching")
     _refuse_evidence(config, "Continuous batching")
     if attention_of_all(config) is None:
-        own = {n: c._attn_implementation for n, c in zip(config.specialist_names, config.specialists, strict=True)}
         raise ValueError(
             f"Continuous batching puts one paged attention in place of that of all layers, but specialists attend by "
-            f"{own}. Let all attend alike first: `model.set_attn_implementation('eager')`."
+            f"{of_each(config, lambda c: c._attn_implementation)}. Let all attend alike first: "
+            f"`model.set_attn_implementation('eager')`."
         )
-    types = {
-        n: set(specialist_layer_types(c)) for n, c in zip(config.specialist_names, config.specialists, strict=True)
-    }
-    used = set().union(*types.values())
+    used = set().union(*map(specialist_layer_types, config.specialists))
     # these fields are absent where specialists differ
     one_shape = hasattr(config, "num_key_value_heads") and hasattr(config, "head_dim")
     one_window = "sliding_attention" not in used or hasattr(config, "sliding_window")
-    if one_shape and one_window and used <= {"full_attention", "sliding_attention"}:
+    if one_shape and one_window and used <= ATTENTION:
         return
-    geometry = {
-        name: {
-            "layer_types": sorted(types[name]),
-            "num_key_value_heads": num_key_value_heads(c),
-            "num_attention_heads": num_attention_heads(c),
-            "head_dim": head_dim(c),
-            **({"sliding_window": c.sliding_window} if "sliding_attention" in types[name] else {}),
-        }
-        for name, c in zip(config.specialist_names, config.specialists, strict=True)
-    }
+
+    def geometry(c: PreTrainedConfig) -> dict:
+        types, heads = sorted(set(specialist_layer_types(c))), (num_key_value_heads, num_attention_heads, head_dim)
+        window = {"sliding_window": c.sliding_window} if "sliding_attention" in types else {}
+        return {"layer_types": types, **{read.__name__: read(c) for read in heads}, **window}
+
     raise ValueError(
         f"Continuous batching keeps keys and values of all layers in blocks of one shape, of full attention and of "
-        f"one attention window at most, but the specialists are {geometry}. Use `generate` for this model."
+        f"one attention window at most, but the specialists are {of_each(config, geometry)}. Use `generate` for this model."
     )
 
 
@@ -152,25 +148,3 @@ def check_answered(prompts: int, answers: dict) -> None:
             f"{str(reason).strip().removesuffix('.')}. Its answers would be cut short, so none are returned. Pass a "
             f"`continuous_batching_config` with more room if that is the reason, or use `generate`."
         )
-
-
-def refuse_cache_of_one_shape(config: UltraFuserConfig, cache: Cache) -> None:
-    """Refuses keys and values of one shape for all layers, as PEFT's prefix tuning makes them, where shapes differ.
-
-    Raises:
-        ValueError: Naming each specialist's geometry.
-    """
-    # these fields are absent where specialists differ
-    if hasattr(config, "num_key_value_heads") and hasattr(config, "head_dim"):
-        return
-    keys = [getattr(layer, "keys", None) for layer in cache.layers]
-    if any(k is None for k in keys) or common((k.shape[1], k.shape[3]) for k in keys if k.ndim == 4) is None:
-        return
-    geometry = {
-        name: {"num_key_value_heads": num_key_value_heads(c), "head_dim": head_dim(c)}
-        for name, c in zip(config.specialist_names, config.specialists, strict=True)
-    }
-    raise ValueError(
-        f"Keys and values were given in one shape for all layers (prefix tuning does), {tuple(keys[0].shape)}, but those "
-        f"of the specialists differ: {geometry}. Use LoRA, or prefix tuning on one specialist: `model.specialist(name)`."
-    )
