@@ -148,3 +148,36 @@ def merged_backbone(base: PreTrainedModel, k: int) -> PreTrainedModel:
             owner, _, leaf = name.rpartition(".")
             setattr(backbone.get_submodule(owner), leaf, layer.merged(k))
     return backbone
+
+
+def layout(adapters: dict[str, dict[str, tuple[Tensor, Tensor]]]) -> dict:
+    """Returns the configuration's `adapters` for what `pairs` of `lora_ultrafuser.py` returns, by specialist."""
+    found = [(layer.rpartition(".")[2], len(a)) for own in adapters.values() for layer, (a, _) in own.items()]
+    if not found:
+        raise ValueError("Specialists that are adapters of one base must differ, but none of them changes a layer.")
+    return {"rank": max(rank for _, rank in found), "target_modules": sorted({leaf for leaf, _ in found})}
+
+
+def adapted_state(backbone: nn.Module, state: dict[str, Tensor], adapters: dict[str, dict]) -> dict[str, Tensor]:
+    """The tensors of a base with adapters, out of its own and of what `pairs` returns, by specialist.
+
+    Args:
+        backbone: The base's, with layers for adapters; on the meta device is enough.
+        state: The tensors of the base's own backbone.
+        adapters: Name to layer to A and B, in the order of the specialists.
+    """
+    state = dict(state)
+    for name, module in backbone.named_modules():
+        if not isinstance(module, AdaptedLinear):
+            continue
+        for part in ("weight", "bias"):
+            if f"{name}.{part}" in state:
+                state[f"{name}.base_layer.{part}"] = state.pop(f"{name}.{part}")
+        dtype = state[f"{name}.base_layer.weight"].dtype
+        a, b = (torch.zeros(p.shape, dtype=dtype, device="cpu") for p in (module.lora_A, module.lora_B))
+        for k, own in enumerate(adapters.values()):
+            if name in own:
+                rank = len(own[name][0])
+                a[k, :rank], b[k, :rank] = own[name]
+        state |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
+    return state

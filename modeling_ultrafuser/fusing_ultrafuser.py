@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.utils import logging
 
+from .adapters_ultrafuser import adapted_state, layout
 from .architecture_ultrafuser import auto_class, backbone_class, check_architecture, empty_model, parts_of
 from .causal_ultrafuser import check_head_dtype
 from .checkpoint_ultrafuser import check_gguf_weights, check_weights, refuse_other_tensors
@@ -21,7 +22,7 @@ from .generation_config_ultrafuser import merged_generation_config, own_generati
 from .gguf_ultrafuser import dequantised, gguf_arguments, is_gguf
 from .inputs_ultrafuser import NO_ROUTER_LOSS
 from .log_ultrafuser import print_line
-from .lora_ultrafuser import about_base, adaptable, adapted_state, layout, read_adapters, read_parts
+from .lora_ultrafuser import about_base, adaptable, read_adapters, read_parts
 from .plan_ultrafuser import DTYPE_RULE, as_dtype, check_names, check_saving, common_dtype
 from .probing_ultrafuser import check_steps, step_alone, step_within
 from .safetensors_ultrafuser import read_headers, weight_files

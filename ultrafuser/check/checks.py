@@ -15,6 +15,7 @@ from rich.filesize import decimal
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_ultrafuser import UltraFuserConfig
+from modeling_ultrafuser.adapters_ultrafuser import layout
 from modeling_ultrafuser.architecture_ultrafuser import backbone_class, check_architecture, empty_model, parts_of
 from modeling_ultrafuser.causal_ultrafuser import check_head_dtype
 from modeling_ultrafuser.checkpoint_ultrafuser import check_gguf_weights, check_weights, empty_tensors
@@ -23,7 +24,7 @@ from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
 from modeling_ultrafuser.generation_config_ultrafuser import merged_generation_config, own_generation_config
 from modeling_ultrafuser.gguf_ultrafuser import is_gguf
 from modeling_ultrafuser.inputs_ultrafuser import NO_ROUTER_LOSS
-from modeling_ultrafuser.lora_ultrafuser import WEIGHTS_FILE, about_base, adaptable, common_base, layout, pairs
+from modeling_ultrafuser.lora_ultrafuser import WEIGHTS_FILE, about_base, adaptable, common_base, pairs
 from modeling_ultrafuser.plan_ultrafuser import as_dtype, check_names, check_saving, common_dtype
 from modeling_ultrafuser.probing_ultrafuser import check_steps
 from modeling_ultrafuser.reader_adapters_ultrafuser import THEIR_BASE
