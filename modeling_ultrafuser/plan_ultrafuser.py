@@ -56,7 +56,8 @@ def check_saving(config: UltraFuserConfig) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 part.save_pretrained(folder)
                 read = type(part).from_pretrained(folder)
-            lost = [k for k, v in _plain(part).items() if _plain(read).get(k) != v]
+            written, back = _plain(part), _plain(read)
+            lost = [key for key, value in written.items() if back.get(key) != value]
         except Exception as error:
             raise ValueError(
                 f"A fused model is saved with the configuration of every specialist, but that of {name!r} "

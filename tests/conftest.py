@@ -1,3 +1,4 @@
+import copy
 import gc
 import os
 from pathlib import Path
@@ -45,6 +46,7 @@ def pytest_collection_modifyitems(items):
 
 
 LONG = []
+FUSED = {}  # from specialists and random numbers to the model and the random numbers behind it
 
 
 def pytest_runtest_logreport(report):
@@ -62,6 +64,13 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_collection_finish():
     """Leaves what is imported out of garbage collection, of which every trainer does one."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_garbage():
+    """Leaves out what earlier modules imported, too: a collection of all of it takes as long as a small training."""
     gc.collect()
     gc.freeze()
 
@@ -84,7 +93,20 @@ def specialists():
 
 @pytest.fixture
 def fused(specialists):
-    """A fused model whose gate has opinions: a fresh one would weigh all specialists alike."""
-    model = UltraFuserForCausalLM.from_specialists(specialists, gate="mlp")
-    stir_gate(model)
-    return model
+    """A fused model whose gate has opinions: a fresh one would weigh all specialists alike.
+
+    A copy of one that was fused once: every test has the same seed, and the same random numbers behind this.
+    """
+    key = (torch.get_rng_state().numpy().tobytes(), *map(_content, specialists.items()))
+    if key not in FUSED:
+        model = UltraFuserForCausalLM.from_specialists(specialists, gate="mlp")
+        stir_gate(model)
+        FUSED[key] = model, torch.get_rng_state()
+    model, state = FUSED[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+def _content(named):
+    name, model = named
+    return name, model.config.to_json_string(), *(tensor.numpy().tobytes() for tensor in model.state_dict().values())

@@ -63,6 +63,7 @@ def seen(commands, tmp_path):
     return seen
 
 
+@pytest.mark.process
 def test_what_is_pushed_is_what_was_there_and_nothing_else_goes(folder, commands, server, seen):
     for junk in ("training_args.bin", ".env", "model.safetensors.part", "notes.txt", "credentials.json"):
         (folder / junk).write_text("mine")
@@ -87,6 +88,7 @@ def test_what_is_pushed_is_what_was_there_and_nothing_else_goes(folder, commands
     assert seen("lab/whole") == seen(folder)
 
 
+@pytest.mark.process
 def test_an_update_takes_the_earlier_model_s_files_out_and_leaves_other_people_s(
     models, folder, commands, server, seen
 ):
@@ -107,6 +109,7 @@ def test_an_update_takes_the_earlier_model_s_files_out_and_leaves_other_people_s
     assert seen("lab/update") == seen(models / "second") != seen(folder)
 
 
+@pytest.mark.process
 def test_what_the_hub_has_is_not_sent_again(folder, commands, server):
     assert commands.run("push", folder, "lab/again").code == 0
     before, commit = len(server.received), server.tree("lab/again")[0]
@@ -115,6 +118,7 @@ def test_what_the_hub_has_is_not_sent_again(folder, commands, server):
     assert server.tree("lab/again")[0] == commit
 
 
+@pytest.mark.process
 def test_a_branch_of_its_own_leaves_main_as_it_is(models, folder, commands, server, seen):
     assert commands.run("push", folder, "lab/branch").code == 0
     done = commands.run("push", models / "second", "lab/branch", "--revision", "v2", "--yes")
@@ -124,6 +128,7 @@ def test_a_branch_of_its_own_leaves_main_as_it_is(models, folder, commands, serv
     assert seen("lab/branch", "v2") == seen(models / "second")
 
 
+@pytest.mark.process
 def test_private_is_private_or_nothing(folder, commands, server):
     assert "private model" in commands.run("push", folder, "lab/secret", "--private").said
     assert "lab/secret" in server.private
@@ -138,6 +143,7 @@ def test_private_is_private_or_nothing(folder, commands, server):
     assert server.tree("lab/open")[0] == commit
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("token", "said"), [("", "no token was found"), ("hf_wrong", "401")])
 def test_without_a_token_that_the_hub_knows_nothing_is_sent(token, said, folder, commands, server):
     done = commands.run("push", folder, f"lab/nobody{token}", HF_TOKEN=token)
@@ -270,6 +276,7 @@ def test_what_is_not_whole_or_gives_away_a_secret_is_refused(spoil, said, folder
         upload.push(folder, "lab/model")
 
 
+@pytest.mark.process
 def test_where_specialists_lay_on_this_machine_is_not_sent(folder, commands, server):
     home = "/home/somebody/private work/text"
     records = {
