@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from tests.support.adapted import ADAPTERS, BASES, make, pair
 from tests.support.mixes import prompt
 from tests.support.tiny import specialist
@@ -68,7 +69,7 @@ def test_every_specialist_says_what_peft_says_of_its_adapter(family, tmp_path):
         said[name] = expected
 
 
-@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("family", BASES)
 def test_a_fused_model_says_what_it_says_of_merged_specialists(family, fusion, tmp_path):
     adapted, merged = pair(make(tmp_path, family), fusion=fusion, dtype=torch.float64)

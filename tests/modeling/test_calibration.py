@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.support.adapted import make, pair
 from tests.support.conversations import weights
@@ -20,7 +21,6 @@ from ultrafuser.decoding.stacking import stack
 
 
 ABLE = [name for name, gate in GATES.items() if gate.can_calibrate]
-FUSIONS = ["logits", "probabilities"]
 
 
 def calibrated(gate="cross", fusion="logits", specialists=None):

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, DynamicC
 
 from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.evidence_ultrafuser import EvidenceLayer, accumulated
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gate_base_ultrafuser import Evidence
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
@@ -25,9 +26,6 @@ from ultrafuser.evaluation.measurement import cost
 
 
 READERS = [name for name, gate in GATES.items() if gate.reads_past]
-
-
-FUSIONS = ["logits", "probabilities"]
 
 
 STEPS = 8

@@ -4,11 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.support.mixes import MIXES, fuse, naive_gate_weights, naive_logits, prefer, prompt
-
-
-FUSIONS = ("logits", "probabilities")
 
 
 @pytest.fixture

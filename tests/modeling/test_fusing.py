@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from tests.support.checkpoints import gemma3, inkling, llava, save, small
 from tests.support.tiny import specialist, tokenizer
 
@@ -271,7 +272,7 @@ def test_states_that_are_divided_and_rows_that_pad_a_vocabulary_are_made_even(ro
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, fused(IDS).logits)
 
 
-@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("family", SCALED)
 def test_a_scale_on_the_logits_is_folded_into_the_head(family, fusion, two):
     scaled, plain = specialist(family, layers=1, hidden_size=16, **SCALED[family]), loaded(two["text"])[0]

@@ -7,6 +7,7 @@ from packaging import version
 from transformers import DynamicCache, set_seed
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.versions_ultrafuser import CACHE
 from tests.support.mixes import MIXES, fuse, naive_gate_weights, naive_greedy, naive_logits, prompt
 from tests.support.tiny import specialist
@@ -40,7 +41,7 @@ def padded():
 # ---------------------------------------------------------------------------------------------- greedy
 
 
-@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("mix", MIXES)
 def test_greedy_decoding_takes_the_best_token_of_the_naive_sum(mix, fusion):
     specialists = MIXES[mix]()
@@ -140,7 +141,7 @@ def test_beams_find_what_an_exhaustive_search_of_two_steps_finds(fused):
     assert generate(fused, ids, num_beams=99, max_new_tokens=2)[0, -2:].tolist() == list(best)
 
 
-@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_sampling_draws_from_the_naive_sum(fusion, specialists):
     fused, ids = fuse(specialists, fusion=fusion), prompt()
     set_seed(1)

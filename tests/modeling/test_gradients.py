@@ -4,10 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from tests.support.mixes import MIXES, fuse, naive_gate_weights, naive_logits, prompt
-
-
-FUSIONS = ("logits", "probabilities")
 
 
 @pytest.fixture

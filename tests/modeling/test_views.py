@@ -3,10 +3,8 @@
 import pytest
 import torch
 
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from tests.support.mixes import MIXES, fuse, prompt
-
-
-FUSIONS = ("logits", "probabilities")
 
 
 @pytest.fixture

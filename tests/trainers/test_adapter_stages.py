@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE
 from tests.support.adapted import ADAPTERS, make, pair
 from tests.support.conversations import CHAT_TEMPLATE, PAPER, changed, conversations, sft_trainer, weights
@@ -63,7 +64,7 @@ def test_trls_loss_is_the_models_own(models, tmp_path):
     torch.testing.assert_close(theirs, own, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_stage_one_trains_the_gate_alone_and_as_on_merged_specialists(fusion, sources, tmp_path):
     adapted, merged = pair(sources, fusion=fusion)
     before = weights(adapted)
@@ -93,7 +94,7 @@ def test_a_cache_gives_the_losses_of_stage_one(gate, fusion, keep, sources, tmp_
     assert kept == pytest.approx(losses, rel=1e-2 if keep == "top" else 1e-4)
 
 
-@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_stage_two_trains_adapters_and_gate(fusion, sources, tmp_path):
     fused = pair(sources, fusion=fusion)[0]
     before = weights(fused)
@@ -135,7 +136,7 @@ def test_stage_two_of_adapters_takes_no_second_way_to_train(extra, models, tmp_p
         trained(models[0], tmp_path, JointTrainer, JointStageConfig, **options)
 
 
-@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_scores_in_chunks_have_the_gradients_of_the_models_own_loss(fusion, sources):
     fused = pair(sources, fusion=fusion, dtype=torch.float64)[0]
     ids = prompt()

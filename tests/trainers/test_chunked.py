@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from trainers import chunked
 from trainers.chunked import score_tokens
 
 
 TOKENS, VOCAB, WIDTHS = 13, 37, (6, 4, 5)
-RULES = ["logits", "probabilities"]
+RULES = list(FUSIONS)
 
 
 def config_of(fusion, caps=(None, None, None)):

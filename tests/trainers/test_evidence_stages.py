@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.support.conversations import changed, sft_trainer, weights
 from tests.support.mixes import MIXES, fuse, prompt
@@ -15,9 +16,6 @@ from trainers.gate_cache import CachedGateTrainer
 
 
 READERS = [name for name, gate in GATES.items() if gate.reads_past]
-
-
-FUSIONS = ["logits", "probabilities"]
 
 
 every_reader = pytest.mark.parametrize("gate", READERS)

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from tests.support.stage_run import data as sums
 from tests.support.stages import BOTH, batch_of, domains, logs, trainer
 from trainers import GateTrainer
@@ -17,7 +18,7 @@ from trainers import GateTrainer
 
 
 @BOTH
-@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_logged_numbers_are_those_of_the_model(stage, fusion, specialists, tmp_path):
     model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion)
     for parameter in model.model.fusion_gate.parameters():

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from tests.support.tiny import specialist, stir_gate, tokenizer
 from ultrafuser.cli.app import app
 
@@ -73,7 +74,7 @@ def assert_equal_folders(one, other):
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {*same}
 
 
-@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_default_gate_comes_back_with_its_temperatures(fusion, fuse, tmp_path):
     fused = fuse("--fusion", fusion)
     assert run("fuse", refer(fused), "--out", tmp_path / "again")[0] == 0

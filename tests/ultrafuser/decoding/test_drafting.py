@@ -6,6 +6,7 @@ from scipy import stats
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer, logits_process
 
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from tests.support.mixes import MIXES, fuse, prefer, prompt
 from tests.support.tiny import specialist, tokenizer
 from ultrafuser.decoding.drafting import STATELESS, _Reader, _said_before, self_draft, verified
@@ -40,7 +41,7 @@ def passes(fused, run):
 # ---------------------------------------------------------------------------------------------- greedy
 
 
-@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("mix", MIXES)
 def test_greedy_tokens_are_those_of_the_plain_way(mix, fusion):
     # longer than every window
