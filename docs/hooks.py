@@ -1,6 +1,8 @@
 """What the site needs beyond Markdown: equations as MathML, pictures that follow its palette, and tables of settings."""
 
 import html
+import importlib
+import inspect
 import re
 from dataclasses import fields
 
@@ -12,12 +14,14 @@ PICTURE = re.compile(
     r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img alt="([^"]+)" src="([^"]+)"(?: (width="\d+"))?>\s*</picture>'
 )
 SETTINGS = re.compile(r"<!-- settings: (\w+) -->")
+STRATEGIES = re.compile(r"<!-- strategies: ([\w.]+)\.(\w+) -->")
 
 
 def on_page_markdown(markdown: str, **_) -> str:
     """Pictures and settings as Markdown that every other part of the site understands."""
     # `<picture>` asks the system which palette it likes; the reader may have chosen the other one on the page
     markdown = PICTURE.sub(_both, markdown)
+    markdown = STRATEGIES.sub(lambda match: _strategies(match[1], match[2]), markdown)
     return SETTINGS.sub(lambda found: _table(found[1]), markdown)
 
 
@@ -46,3 +50,15 @@ def _table(name: str) -> str:
     own = [f for f in fields(config) if f.name in config.__annotations__ and f.init]
     rows = [f"| `{f.name}` | `{f.default!r}` | {f.metadata.get('help', '')} |" for f in own]
     return "\n".join(["| setting | default | what |", "|---|---|---|", *rows])
+
+
+def _strategies(module: str, name: str) -> str:
+    """The names in a dict of classes, each with the first sentence of its class."""
+    classes = getattr(importlib.import_module(module), name)
+    sentences = {key: re.split(r"(?<=[\w)])\. (?=[A-Z])", _first_paragraph(c))[0] for key, c in classes.items()}
+    rows = [f"| `{key}` | {sentence.rstrip('.')} |" for key, sentence in sentences.items()]
+    return "\n".join(["| name | what |", "|---|---|", *rows])
+
+
+def _first_paragraph(cls: type) -> str:
+    return " ".join(inspect.getdoc(cls).split("\n\n")[0].split())

@@ -5,11 +5,11 @@ import importlib
 
 _MODULES = {
     "CachedGateTrainer": "gate_cache",
-    "DomainSampler": "samplers.sampler_base",
     "GateStageConfig": "stage_config",
     "GateTrainer": "stage_gate",
     "JointStageConfig": "stage_config",
     "JointTrainer": "stage_joint",
+    "StratifiedSampler": "samplers.sampler_stratified",
 }
 __all__ = [*_MODULES]
 

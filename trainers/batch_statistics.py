@@ -20,7 +20,7 @@ class Sums:
 
 
 class Statistics:
-    """Running sums of what training batches show. Each process keeps its own; reading one adds them up."""
+    """Sums over training batches. Each process keeps its own; `since` adds up those of all processes."""
 
     def __init__(self, domains: int, specialists: int):
         self.specialists = specialists
@@ -30,18 +30,18 @@ class Statistics:
 
     @torch.no_grad()
     def add(self, domain: Tensor, mask: Tensor, log_probs: Tensor, gate_weights: Tensor, own: Tensor | None) -> None:
-        """Takes in one micro-batch. Shapes (batch, seq - 1); of `gate_weights`, (batch, seq - 1, specialists)."""
+        """Adds one micro-batch. Shapes (batch, seq - 1); of `gate_weights`, (batch, seq - 1, specialists)."""
         weights, domain = gate_weights[mask].float(), domain[mask]
         entropy = torch.special.entr(weights).sum(-1)
         top1 = nn.functional.one_hot(weights.argmax(-1), self.specialists).float()
         own = torch.zeros_like(entropy) if own is None else -own[mask].float()
         columns = [torch.ones_like(entropy), -log_probs[mask].float(), own, entropy]
-        found = torch.cat([torch.stack(columns, -1), weights, top1], -1)
+        values = torch.cat([torch.stack(columns, -1), weights, top1], -1)
         # one sum after another, in an order that does not change from run to run
-        self.sums += torch.stack([found[domain == d].sum(0) for d in range(len(self.sums))]).cpu().double()
+        self.sums += torch.stack([values[domain == d].sum(0) for d in range(len(self.sums))]).cpu().double()
 
     def since(self, reader: str, accelerator) -> Sums:
-        """What has come in since this reader last asked, over all processes."""
+        """Returns the sums since this reader's last call, over all processes. Every process must call it."""
         new = self.sums - self.read.get(reader, torch.zeros_like(self.sums))
         self.read[reader] = self.sums.clone()
         if accelerator.num_processes > 1:
@@ -51,7 +51,7 @@ class Statistics:
         return Sums(*new[:, :4].T, gate=new[:, 4 : 4 + k], top1=new[:, 4 + k :])
 
     def state_dict(self, accelerator) -> list:
-        """Sums of every process, so that a run on as many continues to the last digit."""
+        """Returns the sums of every process, so that a run on as many continues exactly."""
         readers = sorted(self.read)
         sums = torch.stack([self.sums, *(self.read[r] for r in readers)])[None]
         if accelerator.num_processes > 1:
@@ -59,7 +59,7 @@ class Statistics:
         return {"readers": readers, "sums": sums.tolist(), "mean": self.last_mean.tolist()}
 
     def load_state_dict(self, state: dict, process: int, processes: int) -> None:
-        """Continues from `state_dict()`. Where the number of processes has changed, the first takes all."""
+        """Continues from `state_dict()`. If the number of processes has changed, the first takes all sums."""
         saved = torch.tensor(state["sums"], dtype=torch.float64)
         if len(saved) != processes:
             saved = torch.cat([saved.sum(0)[None], torch.zeros(processes - 1, *saved.shape[1:], dtype=torch.float64)])

@@ -88,7 +88,7 @@ def add_chunked_head(model: PreTrainedModel) -> None:
 
 
 def _is_for_trl(head: torch.nn.Module) -> bool:
-    # FSDP2 makes the head whole when the backbone has run: see `forward_hooks.keep_head_whole`
+    # FSDP2 makes the head whole when the backbone has run: see `compat.keep_head_whole`
     in_parts = isinstance(head.weight, DTensor) and not hasattr(head, "unshard")
     return head.weight.device.type != "cpu" or hasattr(head.weight, "ds_id") or in_parts
 

@@ -1,27 +1,27 @@
-"""TRL's `SFTTrainer` on data of several domains: prepared one domain at a time, drawn in the proportions of a mix."""
+"""TRL's `SFTTrainer` for data of several domains: prepares one domain at a time, and draws in the proportions of a mix."""
 
 import copy
 
 import numpy as np
 from datasets import Dataset, IterableDataset, List, Value
-from torch.utils.data import Sampler
-from trl import SFTTrainer, is_conversational
+from trl import is_conversational
 
 from modeling_ultrafuser.log_ultrafuser import print_line
 
+from .compat import HookedSFTTrainer, model_columns
 from .domains import Losses, by_domain, check_kind, filled, readable, together
 from .mixed import MIXED, mixed_examples, with_share
-from .samplers.sampler_base import DomainSampler
+from .samplers import DomainSampler
 from .stage_config import StageConfig
 
 
-class DomainTrainer(SFTTrainer):
-    """How rows of several domains become batches. `StageTrainer` says what is trained on them.
+class DomainTrainer(HookedSFTTrainer):
+    """Makes batches of the rows of several domains. `StageTrainer` chooses what is trained on them.
 
     Attributes:
         domains: Names of the domains, in alphabetical order.
-        drawn: What batches are drawn from: the domains and, last, mixed examples where a share of a batch is such.
-        sampler: Draws them.
+        drawn: What batches are drawn from: the domains, and last "mixed" if `mixed_share` is above 0.
+        sampler: Draws the training examples.
     """
 
     domains: list[str]
@@ -30,7 +30,7 @@ class DomainTrainer(SFTTrainer):
     _stand_in: Dataset | None = None
 
     def _given(self, parts: dict[str, Dataset], dataset, args: StageConfig) -> Dataset:
-        """What TRL is given: all rows if it takes them as they are, or else one domain, in whose place all are prepared."""
+        """Returns all rows if they need no preparation, or else one row, for which `prepare` returns all domains."""
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             if args.mixed_share:
                 parts = {**parts, MIXED: mixed_examples(parts, args.mixed_share, data_seed(args))}
@@ -41,18 +41,18 @@ class DomainTrainer(SFTTrainer):
         self._stand_in = next(conversations, first).select([0])
         return self._stand_in
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """TRL's preparation, one domain at a time: domains are in forms of their own, and no pack holds two of them."""
-        if isinstance(dataset, IterableDataset):
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        check_kind(dataset, f"`{dataset_name}` dataset")
+    def prepare(self, dataset, whose: str, processing_class, args, packing, formatting_func):
+        """Prepares one domain at a time: each may have its own form of rows, and no pack mixes two domains."""
         settings = (processing_class, args, packing, formatting_func)
+        if isinstance(dataset, IterableDataset):
+            return self.prepare_as_trl(dataset, whose, *settings)
+        check_kind(dataset, f"`{whose}` dataset")
         if dataset is self._stand_in:
             parts = self._parts
         elif "domain" in dataset.column_names:
             parts = by_domain(dataset)
         else:
-            return self._prepare_rows(dataset, dataset_name, *settings)
+            return self._prepare_rows(dataset, whose, *settings)
         prepared = {name: self._prepare_rows(parts[name], f"domain {name!r}", *settings) for name in sorted(parts)}
         nothing = [name for name, part in prepared.items() if not len(part)]
         if dataset is self._stand_in and nothing:
@@ -65,7 +65,7 @@ class DomainTrainer(SFTTrainer):
         return together(prepared)
 
     def _prepare_rows(self, rows: Dataset, whose: str, processing_class, args, packing, formatting_func) -> Dataset:
-        """TRL's preparation of one form of rows, and a line on what it leaves out."""
+        """Prepares rows of one form as TRL does, and prints how many are cut or dropped."""
         if not len(rows):
             raise ValueError(f"There are no rows in {whose}. Look at what was loaded, or leave it out.")
         rows = filled(rows)
@@ -82,33 +82,25 @@ class DomainTrainer(SFTTrainer):
         # tokens first, as long as they are
         uncut = copy.copy(args)
         uncut.max_length, uncut.shuffle_dataset = None, False
-        rows = super()._prepare_dataset(rows, processing_class, uncut, False, formatting_func, whose)
+        rows = self.prepare_as_trl(rows, whose, processing_class, uncut, False, formatting_func)
         keep_end = args.truncation_mode == "keep_end"
         losses = Losses(None if packing and args.packing_strategy != "bfd" else args.max_length, keep_end)
         losses.count(rows.with_format(None).select_columns(["input_ids", "labels"]))
         if str(losses) and args.should_log:
             print_line(f"Of {losses.rows} rows of {whose}, {losses}.")
-        rows = super()._prepare_dataset(rows, processing_class, args, packing, None, whose)
+        rows = self.prepare_as_trl(rows, whose, processing_class, args, packing, None)
         if losses.empty == losses.rows:
             rows = rows.select([])
         if args.remove_unused_columns:
-            self._signature_columns = None
-            self._set_signature_columns_if_needed()
-            rows = rows.select_columns([c for c in rows.column_names if c in self._signature_columns])
+            columns = model_columns(self)
+            rows = rows.select_columns([c for c in rows.column_names if c in columns])
         for column in {"input_ids", "labels"} & set(rows.column_names):
             if rows.features[column] != (tokens := List(Value("int64"))):
                 rows = rows.cast_column(column, tokens)
         return rows
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if "domain" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "domain"]
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        return self.sampler
-
     def _mean_lengths(self, unit: str) -> np.ndarray:
+        """Returns the mean length of each domain's examples, in `unit`. Shape (domains,)."""
         if unit == "example":
             return np.ones(len(self.domains))
         column, lengths = "input_ids" if unit == "token" else "labels", [[] for _ in self.domains]
@@ -125,12 +117,12 @@ class DomainTrainer(SFTTrainer):
         return np.array([np.mean(n) for n in lengths])
 
     def in_examples(self, mix: np.ndarray) -> np.ndarray:
-        """A mix counted in `mix_unit` as one counted in examples, which is what is drawn. Shape (drawn,)."""
+        """Converts a mix in `mix_unit` to one in examples, and adds the share of mixed examples. Shape (drawn,)."""
         shares = mix / self._lengths
         shares = shares / shares.sum()
         return with_share(shares, self.args.mixed_share) if self.args.mixed_share else shares
 
 
 def data_seed(args: StageConfig) -> int:
-    """The seed of mixed examples and of what is held out, where first weights and draws have another."""
+    """Returns the seed of mixed examples and held-out rows: `data_seed`, or `seed` if there is none."""
     return args.seed if args.data_seed is None else args.data_seed

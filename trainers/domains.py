@@ -1,4 +1,4 @@
-"""Which domain an example is of, from the data that is given to the tokens of a batch."""
+"""Domains of examples: from the given data to the tokens of a batch."""
 
 from collections.abc import Iterable, Mapping
 
@@ -11,10 +11,10 @@ from .rows import BESIDE, BESIDE_TOKENS, FORMS, TEXT, TOKENS, form_of, names, pr
 
 
 def by_domain(dataset: Dataset | Mapping[str, Dataset] | None) -> dict[str, Dataset]:
-    """One dataset per domain, without a column `domain`, out of just that or of one dataset with such a column.
+    """Splits data into one dataset per domain, each without a column `domain`.
 
     Raises:
-        ValueError: If the domains are not told, one is empty, or is anything but a `Dataset`.
+        ValueError: If rows name no domain, or a domain is empty or no `Dataset`.
     """
     if isinstance(dataset, Mapping) and not (isinstance(dataset, DatasetDict) and _splits(dataset)):
         for name, part in dataset.items():
@@ -49,8 +49,8 @@ def _by_column(dataset: Dataset | None) -> dict[str, Dataset]:
                 f"Row {number} of `train_dataset` has the domain {domain!r}, but every row is of a domain that has a "
                 f"name. Fill it in, or drop the row: `dataset.filter(lambda row: row['domain'])`."
             )
-    places, rows = np.array(column), dataset.remove_columns("domain")
-    return {name: rows.select(np.flatnonzero(places == name)) for name in sorted(set(column))}
+    names_of_rows, rows = np.array(column), dataset.remove_columns("domain")
+    return {name: rows.select(np.flatnonzero(names_of_rows == name)) for name in sorted(set(column))}
 
 
 def _splits(dataset: Mapping) -> set[str]:
@@ -58,10 +58,14 @@ def _splits(dataset: Mapping) -> set[str]:
 
 
 def check_kind(dataset, whose: str) -> None:
-    """Refuses what is no `Dataset`: all splits at once, a stream, a list.
+    """Checks that data is a `Dataset`: not all splits at once, a stream, or a list.
+
+    Args:
+        dataset: The data.
+        whose: "domain 'code'", for the message.
 
     Raises:
-        ValueError: Naming whose it is, and what.
+        ValueError: If it is anything else.
     """
     if isinstance(dataset, Dataset):
         return
@@ -81,7 +85,7 @@ def check_kind(dataset, whose: str) -> None:
 
 
 def split(parts: Mapping[str, Dataset], share: float, seed: int) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
-    """Each domain's rows to train on, and a share of them that is held out.
+    """Splits each domain's rows into those to train on, and a share that is held out.
 
     Raises:
         ValueError: If a domain has too few rows.
@@ -101,7 +105,7 @@ def split(parts: Mapping[str, Dataset], share: float, seed: int) -> tuple[dict[s
 
 
 def filled(rows: Dataset) -> Dataset:
-    """Without the columns of other domains' forms, which were filled up with nulls when all were put together."""
+    """Drops columns of nulls: they are other domains', from when all were concatenated."""
     plain = rows.with_format(None)
     empty = [c for c, value in plain[0].items() if value is None and all(v is None for v in plain[c])]
     return rows.remove_columns(empty)
@@ -110,14 +114,14 @@ def filled(rows: Dataset) -> Dataset:
 def readable(
     rows: Dataset, whose: str, *, text_field: str = "text", vocab_size: int | None = None, only: bool = True
 ) -> Dataset:
-    """A domain's rows, once each of them can be read.
+    """Checks a domain's rows, and returns them with the columns that are read.
 
     Args:
         rows: Of one domain.
         whose: "domain 'code'", for messages.
         text_field: The column of plain text.
         vocab_size: Token ids are below it.
-        only: Whether to leave out the columns that are not read.
+        only: Whether to drop the columns that are not read.
 
     Raises:
         ValueError: Naming the first row that cannot be read, and why.
@@ -140,10 +144,10 @@ def readable(
 
 
 def together(parts: Mapping[str, Dataset]) -> Dataset:
-    """One dataset with a column `domain`.
+    """Concatenates domains into one dataset with a column `domain`.
 
     Raises:
-        ValueError: If a column is of other types in other domains.
+        ValueError: If a column has another type in another domain.
     """
     named = [part.add_column("domain", [name] * len(part)) for name, part in parts.items()]
     try:
@@ -163,11 +167,11 @@ def together(parts: Mapping[str, Dataset]) -> Dataset:
 
 
 class Losses:
-    """Counts what preparing a domain's rows leaves out.
+    """Counts a domain's examples that are cut, or have nothing left to learn.
 
     Args:
-        max_length: At which examples are cut, or None.
-        keep_end: Whether their end is what is kept.
+        max_length: Length that examples are cut to, or None.
+        keep_end: Whether to keep the end of a cut example, not its beginning.
     """
 
     def __init__(self, max_length: int | None, keep_end: bool):
@@ -176,7 +180,7 @@ class Losses:
         self.rows = self.cut = self.empty = 0
 
     def count(self, rows: Iterable[Mapping]) -> None:
-        """Takes note of rows of tokens that are not cut yet."""
+        """Counts rows of tokens that are not cut yet."""
         for row in rows:
             self.rows += 1
             self.cut += self.max_length is not None and len(row["input_ids"]) > self.max_length
@@ -194,17 +198,17 @@ class Losses:
 
 
 class DomainCollator:
-    """Lets a collator do its work and adds the domain of every token, shape (batch, seq), to what it returns."""
+    """Collates rows with another collator, and adds the domain of every token, shape (batch, seq)."""
 
     def __init__(self, collator, domains: list[str]):
-        self.collator, self.places = collator, {name: i for i, name in enumerate(domains)}
+        self.collator, self.indices = collator, {name: i for i, name in enumerate(domains)}
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        places = [self.places.get(row.get("domain")) for row in rows]
+        indices = [self.indices.get(row.get("domain")) for row in rows]
         batch = self.collator([{k: v for k, v in row.items() if k != "domain"} for row in rows])
-        if None in places:  # evaluation on something else
+        if None in indices:  # evaluation on something else
             return batch
-        ids = torch.tensor(places)
+        ids = torch.tensor(indices)
         batch_size, length = batch["input_ids"].shape
         if batch_size == len(rows):
             batch["domain"] = ids[:, None].expand(-1, length)

@@ -1,4 +1,4 @@
-"""Hooks on a forward pass: they collect scores, gate weights and hidden states, and keep a sharded head whole."""
+"""Collects scores, gate weights and hidden states from a forward pass that is made anyway."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +10,15 @@ from transformers import PreTrainedModel
 from modeling_ultrafuser.families_ultrafuser import soft_cap
 
 from .chunked import specialist_log_probs
+from .compat import whole_head
 
 
 @contextmanager
 def capture(fused: PreTrainedModel, *, own: bool = False, hidden: bool = False) -> Iterator[dict]:
-    """Collects per-token scores and gate weights of the next forward pass, without a pass of its own.
+    """Collects per-token scores and gate weights of the forward pass within it.
+
+    Yields a dict with `scores` and `gate_weights`, and what is asked for: `hidden_states` and `evidence`,
+    `last_hidden_state`.
 
     Args:
         fused: The fused model, not wrapped.
@@ -58,11 +62,11 @@ def own_log_probs(
     domain: Tensor,
     mask: Tensor,
 ) -> Tensor:
-    """What each domain's own specialist gives the labels: its head on states that are there already.
+    """Returns the log-probabilities of the labels under each domain's own specialist, from its last hidden states.
 
     Args:
         fused: The fused model, not wrapped.
-        own_specialists: Place of each domain's own specialist. Length: domains.
+        own_specialists: Index of each domain's own specialist. Length: domains.
         hidden_states: Each specialist's last hidden state. Shapes (batch, seq, hidden).
         labels: As the model takes them. Shape (batch, seq).
         domain: Domain of each label. Shape (batch, seq - 1).
@@ -71,49 +75,13 @@ def own_log_probs(
     Returns:
         Log-probabilities, 0 where nothing is supervised. Shape (batch, seq - 1).
     """
-    weight = _whole_head(fused)
-    found = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    weight = whole_head(fused)
+    log_probs = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     config = fused.config
     columns = fused.head_columns()
     for d, k in enumerate(own_specialists):
         chosen = mask & (domain == d)
         head, cap = weight[:, columns[k]], soft_cap(config.specialists[k])
         states, targets = hidden_states[k][:, :-1][chosen], labels[:, 1:][chosen]
-        found[chosen] = specialist_log_probs(states, head, targets, cap).to(found.dtype)
-    return found
-
-
-def keep_head_whole(fused: PreTrainedModel) -> None:
-    """Lets FSDP2 make the head whole by its own means before anything multiplies by its weight.
-
-    TRL's head does so with `full_tensor()`, whose backward pass gives each process the gradient of its own batch.
-    """
-
-    def gather(*_) -> None:
-        head = fused.get_output_embeddings()
-        if hasattr(head, "unshard"):
-            head.unshard()
-
-    def scatter(*_) -> None:
-        head = fused.get_output_embeddings()
-        if hasattr(head, "reshard") and not torch.is_grad_enabled():  # else the backward pass does
-            head.reshard()
-
-    if fused.model.fusion_gate.reads_past:
-        # the backbone asks it for evidence
-        fused.model.register_forward_pre_hook(gather)
-    fused.model.register_forward_hook(gather)
-    fused.register_forward_hook(scatter)
-
-
-def _whole_head(fused: PreTrainedModel) -> Tensor:
-    """The head's weight, from all processes where each holds a part. Every process must ask at the same time."""
-    weight = fused.lm_head.weight
-    if hasattr(weight, "full_tensor"):  # FSDP2
-        return weight.full_tensor()
-    if hasattr(weight, "ds_id"):  # ZeRO-3
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([weight]):
-            return weight.detach().clone()
-    return weight
+        log_probs[chosen] = specialist_log_probs(states, head, targets, cap).to(log_probs.dtype)
+    return log_probs

@@ -168,6 +168,8 @@ class CachedGateTrainer(GateTrainer):
         OSError: If the disk has no room.
     """
 
+    extra_columns = ("domain", "row")
+
     def __init__(self, *args, cache: str | os.PathLike, keep: str | None = None, dtype=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.keep = _kept(self.fused.config)[0] if keep is None else keep
@@ -277,11 +279,6 @@ class CachedGateTrainer(GateTrainer):
         return said
 
     # ---- training on it
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if "row" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "row"]
 
     def _answer_from_cache(self) -> None:
         """Lets model and backbone answer for places in the cache as they would for the tokens that are there."""

@@ -1,6 +1,6 @@
-"""Which examples are worth training on: selection by instruction-following difficulty (IFD).
+"""Selects examples to train on by instruction-following difficulty (IFD).
 
-How much does the prompt help a model to say the response? IFD is the model's loss on the response behind its prompt,
+How much does the prompt help a model to predict the response? IFD is the model's loss on the response behind its prompt,
 divided by its loss on the response alone (Li et al., 2024, "From Quantity to Quality", https://arxiv.org/abs/2308.12032).
 Near 0 the prompt gives everything away; near 1 it hardly helps, and there is something to learn; above 1 it misleads,
 mostly because prompt and response do not belong together.
@@ -39,7 +39,7 @@ def ifd_scores(
     ratio: str = "loss",
     max_length: int = 2048,
 ) -> list[float]:
-    """Scores every example by how little its prompt helps `model` to say its response.
+    """Scores every example by how little its prompt helps `model` to predict its response.
 
     Both losses are means over the same tokens, those of the response without its end, in nats per token and float32.
     Alone, the response stands behind what the chat template puts before every response, as behind "### Response:" in
@@ -49,7 +49,7 @@ def ifd_scores(
     briefly on a few examples of the data, so that it knows the format.
 
     Args:
-        model: The model that is asked, wherever it is.
+        model: The model that predicts, on any device.
         tokenizer: Its tokenizer, with a chat template.
         dataset: Rows with `messages`, or `prompt` and `completion`, as for `ViewCollator`.
         batch_size: Examples at a time.
@@ -59,8 +59,8 @@ def ifd_scores(
         max_length: Most tokens of prompt and response together, as in the paper's scripts.
 
     Returns:
-        One score per example, in order. NaN where there is none, with one warning that says why: no prompt, no
-        response, or too long.
+        One score per example, in order. NaN for an example without prompt or response, or too long, with one warning
+        that tells the reasons.
 
     Raises:
         ValueError: If no example can be scored, `ratio` is unknown, or the chat template cannot render a prompt.
@@ -110,11 +110,11 @@ def select_by_ifd(dataset: Dataset, scores: Sequence[float], share: float, by: s
     examples left than its share keeps them all.
 
     Args:
-        dataset: Rows with a column that tells the domain.
+        dataset: Rows with a column that names the domain.
         scores: One per row, from `ifd_scores`.
         share: Part of each domain's rows to keep, above 0 and up to 1; rounded, and at least one example. It is of all
             rows, so domains keep their proportions; the paper's code takes it of those not dropped.
-        by: The column that tells the domain.
+        by: The column that names the domain.
 
     Raises:
         ValueError: If there is no such column, not one score per row, or a domain would lose every example.
@@ -157,7 +157,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict], response: str
 ) -> tuple[list[int], list[int], list[int]]:
-    """Tokens of the prompt, of what the template puts before every response, and of the response."""
+    """Returns tokens of the prompt, of what the template puts before every response, and of the response."""
     prompt = render(tokenizer, messages, template, "the tokenizer")
     unprompted = render_chat(tokenizer, messages, template, prompt=False)
     header = prompt.removeprefix(unprompted) if prompt.startswith(unprompted) else ""
@@ -170,8 +170,8 @@ def _tokens(
 
 
 def _mean_losses(model: PreTrainedModel, pairs: list[tuple[list[int], list[int]]]) -> Tensor:
-    """Mean loss in nats per token of each response behind its context. Shape (batch,)."""
-    # padded on the right, whatever the tokenizer says: no token sees what comes after it, so this needs no mask, and
+    """Returns the mean loss in nats per token of each response behind its context. Shape (batch,)."""
+    # padded on the right, whatever the tokenizer does: no token sees what comes after it, so this needs no mask, and
     # positions count from 0
     ids = pad_sequence([torch.tensor(context + response) for context, response in pairs], batch_first=True)
     labels = [torch.tensor([-100] * len(context) + response) for context, response in pairs]

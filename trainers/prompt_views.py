@@ -52,7 +52,7 @@ def prompt_views(
         shape: the response with its end, and -100 elsewhere.
 
     Raises:
-        ValueError: If a template is missing, is nobody's, or cannot render a prompt.
+        ValueError: If a template is missing, is of no specialist, or cannot render a prompt.
         TypeError: If a template or a prompt is of another type.
     """
     _check_templates(templates, specialist_names)
@@ -111,7 +111,7 @@ class ViewCollator:
         )
 
     The two settings keep the trainer from making tokens of its own. It then cuts nothing either, so `max_length` is
-    said here.
+    set here.
 
     Args:
         tokenizer: The fused model's.
@@ -144,7 +144,7 @@ class ViewCollator:
 
 
 def split_conversation(row: Mapping) -> tuple[list[dict], str]:
-    """The messages before the last response, and the text of that response.
+    """Splits a conversation into the messages before the last response, and the text of that response.
 
     Args:
         row: A dict with `messages`, or with `prompt` and `completion`, each text or a list of messages.
@@ -180,7 +180,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], template: s
     """Renders a prompt up to where the response begins.
 
     Raises:
-        ValueError: If the template fails, or leaves out what the user or the system said.
+        ValueError: If the template fails, or leaves out a message of the user or the system.
     """
     way_out = "Put that text where the template has a place for it, such as the first turn of the user, or pass another template."
     try:
@@ -231,7 +231,7 @@ def _messages(value: str | list[dict], role: str) -> list[dict]:
 
 
 def _response_ids(tokenizer, responses: list[str], max_length: int | None) -> list[list[int]]:
-    """Tokens of every response and its end; cut only where it alone leaves no room for a prompt of one token."""
+    """Returns the tokens of every response and its end, cut only where no room is left for one token of a prompt."""
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError(
@@ -240,7 +240,7 @@ def _response_ids(tokenizer, responses: list[str], max_length: int | None) -> li
     all_ids = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
     all_ids = [ids if ids[-1:] == [end] else [*ids, end] for ids in all_ids]
     if max_length is not None and max(map(len, all_ids)) >= max_length:
-        # always the same words, so that a long training says it once
+        # always the same text, so that a long training warns once
         warnings.warn(
             f"Responses are cut at their end, because max_length={max_length} leaves them no room behind one token of "
             f"the prompt. Raise `max_length`, or leave such examples out.",
@@ -251,7 +251,7 @@ def _response_ids(tokenizer, responses: list[str], max_length: int | None) -> li
 
 
 def _last(ids: list[int], room: int, begin: int | None) -> list[int]:
-    """The last tokens, which hold the question, behind the token that begins every text of this tokenizer."""
+    """Returns the last tokens, which hold the question, behind the token that begins every text of this tokenizer."""
     if len(ids) <= room:
         return ids
     # without it, many models are at a loss

@@ -1,4 +1,4 @@
-"""Rows of training data: in which form they are, and what is wrong with one that cannot be read."""
+"""Forms of rows of training data, and the faults of rows that cannot be read."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -20,22 +20,22 @@ BESIDE_TOKENS = ("labels", "completion_mask", "assistant_masks")
 
 
 def form_of(columns: Collection[str], forms: Iterable[tuple[str, ...]] = FORMS) -> tuple[str, ...] | None:
-    """The columns of the form that rows with these columns are in, or None if it is none that is known."""
+    """Returns the columns of the form that rows with these columns have, or None if the form is unknown."""
     return next((form for form in forms if set(form) <= set(columns)), None)
 
 
 def form_of_row(row: Mapping[str, Any], forms: Iterable[tuple[str, ...]] = FORMS) -> tuple[str, ...] | None:
-    """The form that a row is in; one that it would be in, had it a value in each column; or None."""
+    """Returns a row's form by its columns that hold a value, or else by all of its columns, or None."""
     return form_of([column for column, value in row.items() if value is not None], forms) or form_of(row, forms)
 
 
 def names(form: Iterable[str]) -> str:
-    """Columns as they are written in a sentence."""
+    """Joins column names for a sentence."""
     return " and ".join(f"`{column}`" for column in form)
 
 
 def problem(row: Mapping[str, Any], form: tuple[str, ...], vocab_size: int | None = None) -> str | None:
-    """What is wrong with a row, as the rest of a sentence that begins with where it stands; None if nothing.
+    """Returns a row's fault, as the end of a sentence that begins with the row's number; None if it has none.
 
     Args:
         row: Column to value.
@@ -84,10 +84,10 @@ def _problem_of_turns(turns: Any, keys: tuple[str, str]) -> str | None:
         if not isinstance(turn, Mapping) or not isinstance(turn.get(role), str) or not turn[role]:
             return f"turn {number}, {turn!r:.60}, which has no `{role}`"
         # tool calls and thoughts may stand alone
-        said = [value for key, value in turn.items() if key not in (role, "name") and value is not None]
-        if not said:
+        contents = [value for key, value in turn.items() if key not in (role, "name") and value is not None]
+        if not contents:
             return f"turn {number}, {turn!r:.60}, which has no `{content}`"
-        fault = next((f for value in said if isinstance(value, str) and (f := _problem_of_text(value))), None)
+        fault = next((f for value in contents if isinstance(value, str) and (f := _problem_of_text(value))), None)
         if fault:
             return f"turn {number} with {fault}"
     return None

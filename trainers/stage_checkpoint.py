@@ -1,4 +1,4 @@
-"""What a stage writes into its checkpoints, and when it may go on from one."""
+"""The state of a stage in its checkpoints, and the checks before it resumes from one."""
 
 import json
 import os
@@ -12,16 +12,16 @@ STATE_FILE = "ultrafuser_stage.json"
 
 
 class EndedError(Exception):
-    """A stage that is resumed has no step left."""
+    """Raised if a resumed stage has no step left."""
 
 
 def has_stopped(stopping: EarlyStoppingCallback | None) -> bool:
-    """Whether a stage was ended because its held-out loss no longer fell."""
+    """Returns whether a stage ended early, because its held-out loss no longer fell."""
     return stopping is not None and stopping.early_stopping_patience_counter >= stopping.early_stopping_patience
 
 
 def identity(trainer) -> dict:
-    """What must be the same for a stage to be continued."""
+    """Returns what must be the same in a checkpoint for the stage to resume from it."""
     return {
         "stage": trainer.stage,
         "domains": trainer.domains,
@@ -30,13 +30,14 @@ def identity(trainer) -> dict:
         "seed": trainer.args.seed,
         "prior": trainer.prior.tolist(),
         "mixed_share": trainer.args.mixed_share,
+        "sampler": trainer.args.sampler,
         "mix_reward": trainer.args.mix_reward,
         "mix_policy": trainer.args.mix_policy,
     }
 
 
 def write_state(trainer, folder: str | os.PathLike) -> None:
-    """Writes what a stage knows into a checkpoint. All processes call it; one writes."""
+    """Writes a stage's state into a checkpoint. All processes must call it; one writes."""
     statistics = trainer.statistics.state_dict(trainer.accelerator)
     if trainer.args.should_save:
         controller = None if trainer.controller is None else trainer.controller.state_dict()
@@ -51,7 +52,7 @@ def write_state(trainer, folder: str | os.PathLike) -> None:
 
 
 def load_state(trainer, checkpoint: str | os.PathLike) -> None:
-    """Continues from what `write_state` wrote.
+    """Restores the state that `write_state` wrote.
 
     Raises:
         ValueError: If it is another trainer's checkpoint, or another run's.
@@ -64,8 +65,8 @@ def load_state(trainer, checkpoint: str | os.PathLike) -> None:
             f"it is another trainer's, or was cut off while being written. Choose another one, or start a new run "
             f"from its model."
         )
-    # older checkpoints are of runs without mixed examples
-    state = {"mixed_share": 0.0, **json.loads(path.read_text())}
+    # what checkpoints of before there were mixed examples and samplers do not have
+    state = {"mixed_share": 0.0, "sampler": "stratified", **json.loads(path.read_text())}
     for key, own in identity(trainer).items():
         if state.get(key) != own:
             raise ValueError(
@@ -81,6 +82,30 @@ def load_state(trainer, checkpoint: str | os.PathLike) -> None:
         trainer.controller.load_state_dict(state["controller"])
 
 
+def checkpoint_to_resume(trainer, chosen: str | bool | None) -> str | None:
+    """Returns the checkpoint to resume from, or None to begin anew.
+
+    Args:
+        trainer: The stage.
+        chosen: As for `Trainer.train`: True takes the last complete checkpoint in the output folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if chosen is not True:
+        return chosen or None
+    folder = trainer.args.output_dir
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is None:
+        for unusable in Path(folder).glob("checkpoint-*"):
+            refuse_model_alone(unusable, type(trainer).__name__)
+        raise ValueError(
+            f"There is no complete checkpoint of a stage to resume from in {folder!r}. Check the folder, or begin anew "
+            f"with `train()`."
+        )
+    return checkpoint
+
+
 def refuse_model_alone(checkpoint: Path, trainer_name: str) -> None:
     """Raises a ValueError where a checkpoint holds the model and no state of the optimizer."""
     # torch, FSDP and DeepSpeed call the optimizer's state differently
@@ -94,11 +119,11 @@ def refuse_model_alone(checkpoint: Path, trainer_name: str) -> None:
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The last checkpoint of a stage that was written to its end, or None if there is none."""
+    """Returns the last checkpoint of a stage that was written completely, or None if there is none."""
     found = [p.parent for p in Path(folder).glob(f"checkpoint-*/{STATE_FILE}")]
     for checkpoint in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
         try:
-            # the library writes it last
+            # `Trainer` writes it last
             json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
             return str(checkpoint)
         except (OSError, json.JSONDecodeError):

@@ -11,11 +11,10 @@ from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
-from .mix.policies import POLICIES
-from .mix.rewards import REWARDS
+from .compat import dict_settings, renew_deepspeed
+from .mix.mix_config import MixConfig, check_counts
 
 
-MIX_UNITS = ("example", "token", "supervised")
 MIXED_SHARE, GATE_DROPOUT = 0.25, 0.1  # of stage one, where they can be
 EVAL_STEPS = 25  # between two measurements of held-out rows
 # optimizers that count their steps over all parameters, or go back through the model themselves
@@ -27,10 +26,10 @@ WORDS = ("dataset_text_field", "hub_model_id", "resume_from_checkpoint", "run_na
 
 
 @dataclass
-class StageConfig(SFTConfig):
-    """What both stages share."""
+class StageConfig(MixConfig, SFTConfig):
+    """Settings that both stages share: TRL's, those of the mix, and those here."""
 
-    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["mix_weights", "mix_policy_settings"]
+    _VALID_DICT_FIELDS = dict_settings(SFTConfig) + ["mix_weights", "mix_policy_settings"]
 
     learning_rate: float | None = field(
         default=None,
@@ -47,49 +46,12 @@ class StageConfig(SFTConfig):
             "follows from it; `per_device_train_batch_size` says how many examples fit into memory at once."
         },
     )
-    mix: str = field(
-        default="balanced",
-        metadata={
-            "help": "How often each domain is drawn: balanced, proportional, temperature or fixed. Where a mix is "
-            "learned it is what learning starts from."
-        },
-    )
-    mix_temperature: float = field(default=10.0, metadata={"help": "For mix='temperature': 1 is proportional."})
-    mix_weights: dict | str | None = field(
-        default=None, metadata={"help": "For mix='fixed': domain to weight, on any scale."}
-    )
     mixed_share: float | None = field(
         default=0.0,
         metadata={
             "help": "Share of every batch that changes the domain on the way: pieces of the domains' rows, end to end, "
             "which teach the gate to follow such changes. Default: 0.25 in stage one if there are two domains, else 0."
         },
-    )
-    mix_unit: str = field(
-        default="example", metadata={"help": "What a share of the mix counts: example, token, or supervised (tokens)."}
-    )
-    mix_reward: str | None = field(
-        default=None,
-        metadata={"help": f"Learn the mix from this reward: {', '.join(REWARDS)}. Default: do not learn."},
-    )
-    mix_policy: str = field(default="rate", metadata={"help": f"How the mix follows rewards: {', '.join(POLICIES)}."})
-    mix_policy_settings: dict | str | None = field(default=None, metadata={"help": "Settings of the policy by name."})
-    mix_every: int = field(default=100, metadata={"help": "Optimizer steps between two updates of the mix."})
-    mix_delay: int = field(
-        default=2, metadata={"help": "Optimizer steps until an update takes effect: more than the loaders read ahead."}
-    )
-    mix_probe: int = field(
-        default=64, metadata={"help": "Training examples per domain for rewards that need passes of their own."}
-    )
-    mix_smoothing: float = field(default=0.9, metadata={"help": "Share of the new reward in the smoothed one."})
-    mix_target: str | None = field(default=None, metadata={"help": "A domain to specialise in (MoSpec)."})
-    mix_floor: float = field(default=0.05, metadata={"help": "Smallest share of any domain in a learned mix."})
-    mix_max_epochs: float | None = field(
-        default=None, metadata={"help": "How often a domain may be seen whole before a learned mix leaves it out."}
-    )
-    mix_shadow: bool = field(default=False, metadata={"help": "Learn and log the mix, and draw as if it were not."})
-    mix_importance: bool = field(
-        default=False, metadata={"help": "Weigh losses so that all domains count alike, however often each is drawn."}
     )
     gate_dropout: float | None = field(
         default=0.0,
@@ -122,7 +84,7 @@ class StageConfig(SFTConfig):
     gate_domain_steps: int = field(default=100, metadata={"help": "Steps over which `gate_domain` falls to 0."})
 
     def __getstate__(self):
-        """What is pickled beside every checkpoint: everything but tokens."""
+        """Returns what is pickled beside every checkpoint: everything but tokens."""
         state = {k: None if k.endswith("_token") and isinstance(v, str) else v for k, v in self.__dict__.items()}
         tokens = ("token", "use_auth_token")
         return {
@@ -136,41 +98,44 @@ class StageConfig(SFTConfig):
             self.save_steps = self.eval_steps = self.eval_steps or EVAL_STEPS
             self.load_best_model_at_end, self.metric_for_best_model = True, "eval_loss"
         super().__post_init__()
+        self._check_types()
+        self._check_machine()
+        self._check_schedule()
+        self.check_mix()
+        self._check_shares()
+        check_counts(self, ("examples_per_domain", "early_stopping"))
+
+    def _check_types(self):
         # a recipe's values come as they stand there
-        for name, kind in StageConfig.__annotations__.items():
-            value, kinds = getattr(self, name), get_args(kind) or (kind,)
-            if not set(kinds) <= {str, int, float, bool, type(None)}:
-                continue
-            kinds = (*kinds, int) if float in kinds else kinds
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                what = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
-                raise ValueError(f"`{name}` must be {what}, but is {str(value)[:100]!r}. Correct it.")
-            if float in kinds and value is not None and not abs(value) <= sys.float_info.max:
-                raise ValueError(f"`{name}` must be a finite number, but is {str(value)[:100]!r}. Correct it.")
+        for name, kind in (MixConfig.__annotations__ | StageConfig.__annotations__).items():
+            kinds = get_args(kind) or (kind,)
+            if set(kinds) <= {str, int, float, bool, type(None)}:
+                _check_type(name, getattr(self, name), (*kinds, int) if float in kinds else kinds)
         for name, value in vars(self).items():
             if name in WORDS and not isinstance(value, str | bool | None):
                 raise ValueError(f"`{name}` must be a word, but is {str(value)[:100]!r}. Correct it.")
             if isinstance(value, int) and abs(value) >= 1 << 63:
                 raise ValueError(f"`{name}` must be a number of 64 bits, but is {str(value)[:100]}... Correct it.")
-        for name in (name for name in self._VALID_DICT_FIELDS if name.endswith("_kwargs")):
+        for name in (name for name in dict_settings(self) if name.endswith("_kwargs")):
             if not isinstance(getattr(self, name), dict | None):
                 raise ValueError(
                     f"`{name}` holds `name: value`, but is {str(getattr(self, name))[:100]!r}. Correct it."
                 )
+
+    def _check_machine(self):
         if self.dataloader_num_workers > MOST_WORKERS:
             raise ValueError(
                 f"Each of `dataloader_num_workers` is a process, so there may be {MOST_WORKERS} of them, but it is "
                 f"{self.dataloader_num_workers}. Take about as many as the machine has cores."
             )
-        self._check_schedule()
-        there = get_available_reporting_integrations()
-        if odd := [name for name in self.report_to if name not in there]:
+        installed = get_available_reporting_integrations()
+        if odd := [name for name in self.report_to if name not in installed]:
             raise ValueError(
-                f"`report_to` names programs that are installed, here {there}, but also {str(odd[0])[:100]!r}. Install it, "
-                f"or leave it out."
+                f"`report_to` names programs that are installed, here {installed}, but also {str(odd[0])[:100]!r}. Install "
+                f"it, or leave it out."
             )
-        if self.mix_unit not in MIX_UNITS:
-            raise ValueError(f"`mix_unit` must be one of {MIX_UNITS}, but is {self.mix_unit!r}.")
+
+    def _check_shares(self):
         if not 0 <= (self.mixed_share or 0) < 1:
             raise ValueError(
                 f"`mixed_share` is a share of every batch and leaves room for the domains, so it must be at least 0 and "
@@ -178,26 +143,8 @@ class StageConfig(SFTConfig):
             )
         if not 0 <= (self.gate_dropout or 0) < 1:
             raise ValueError(f"`gate_dropout` is a probability below 1, but is {self.gate_dropout}.")
-        if self.mix_reward is not None and self.mix_reward not in REWARDS:
-            raise ValueError(f"`mix_reward` must be one of {sorted(REWARDS)} or None, but is {self.mix_reward!r}.")
-        if self.mix_policy not in POLICIES:
-            raise ValueError(f"`mix_policy` must be one of {sorted(POLICIES)}, but is {self.mix_policy!r}.")
-        if self.mix_reward is None and (self.mix_target or self.mix_shadow or self.mix_policy_settings):
-            raise ValueError(
-                "`mix_target`, `mix_shadow` and `mix_policy_settings` say how a mix is learned, but `mix_reward` is None. "
-                f"Choose one of {sorted(REWARDS)}."
-            )
-        raw = self.mix_reward is not None and REWARDS[self.mix_reward].is_loss and self.mix_smoothing == 1
-        if self.mix_reward is not None and POLICIES[self.mix_policy].reads_losses and not raw:
-            raise ValueError(
-                f"mix_policy={self.mix_policy!r} follows losses as they are, but mix_reward={self.mix_reward!r} and "
-                f"mix_smoothing={self.mix_smoothing}. Set mix_reward='loss' and mix_smoothing=1."
-            )
         if not 0 < self.held_out < 1:
             raise ValueError(f"`held_out` is a share of each domain's rows, between 0 and 1, but is {self.held_out}.")
-        for name in ("examples_per_domain", "mix_every", "mix_delay", "mix_probe", "early_stopping"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
 
     def _check_schedule(self):
         # the trainer makes it after all else is loaded
@@ -270,15 +217,23 @@ class JointStageConfig(StageConfig):
             )
 
 
+def _check_type(name: str, value, kinds: tuple[type, ...]) -> None:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        what = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
+        raise ValueError(f"`{name}` must be {what}, but is {str(value)[:100]!r}. Correct it.")
+    if float in kinds and value is not None and not abs(value) <= sys.float_info.max:
+        raise ValueError(f"`{name}` must be a finite number, but is {str(value)[:100]!r}. Correct it.")
+
+
 def scaled_rate(parameters: float, at_a_million: float) -> float:
-    """A learning rate between two known points, by a power of the size of one specialist.
+    """Returns a learning rate for the size of a specialist, interpolated between two measured ones.
 
     Args:
-        parameters: Of one specialist.
-        at_a_million: The rate that was measured to suit a million parameters; the paper's 2e-5 suits a billion.
+        parameters: Number of parameters of one specialist.
+        at_a_million: The rate for a million parameters; the paper's 2e-5 is that for a billion.
     """
-    place = min(max(np.log10(parameters) - 6, 0), 3) / 3
-    return float(at_a_million ** (1 - place) * 2e-5**place)
+    share = min(max(np.log10(parameters) - 6, 0), 3) / 3
+    return float(at_a_million ** (1 - share) * 2e-5**share)
 
 
 def accumulate(args: StageConfig, domains: int) -> None:
@@ -297,8 +252,4 @@ def accumulate(args: StageConfig, domains: int) -> None:
             f"was set to {args.gradient_accumulation_steps}. Leave it out, or change `examples_per_domain`."
         )
     args.gradient_accumulation_steps = wanted // at_once
-    if getattr(args, "hf_deepspeed_config", None) is not None:
-        # it was filled in with the number of accumulated steps and the learning rate of before
-        args.hf_deepspeed_config = type(args.hf_deepspeed_config)(args.deepspeed)
-        args.hf_deepspeed_config.trainer_config_process(args)
-        args.deepspeed_plugin = type(args.deepspeed_plugin)(hf_ds_config=args.hf_deepspeed_config)
+    renew_deepspeed(args)

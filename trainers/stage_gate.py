@@ -30,7 +30,7 @@ class GateTrainer(StageTrainer):
             )
 
     def _short_domains(self) -> list[str]:
-        """Domains of little text."""
+        """Returns the domains with fewer than `LITTLE` tokens."""
         left = dict.fromkeys(self.domains, LITTLE)
         if "input_ids" not in self.train_dataset.column_names:
             return []

@@ -1,4 +1,4 @@
-"""What a stage's log lines say of every domain, and the warnings that follow from it."""
+"""Metrics of every domain for a stage's log, and the warnings that follow from them."""
 
 import warnings
 
@@ -9,42 +9,42 @@ from .mix.shares import effective_epochs
 
 
 def domain_metrics(trainer) -> dict[str, float]:
-    """What a log line says of every domain: loss, tokens, epochs, share of the mix, and the specialists' weights.
+    """Returns metrics of every domain: loss, tokens, epochs, share of the mix, and the specialists' weights.
 
     Args:
         trainer: A stage. Its statistics since the last log are read.
     """
-    found = trainer.statistics.since("log", trainer.accelerator)
+    sums = trainer.statistics.since("log", trainer.accelerator)
     step = trainer.state.global_step
     epochs = effective_epochs(trainer.sampler.counts(step), trainer.sizes)
     mix = trainer.sampler.mix(max(step - 1, 0))
     names = trainer.fused.config.specialist_names
     metrics = {}
     for d, domain in enumerate(trainer.drawn):
-        tokens = found.tokens[d]
+        tokens = sums.tokens[d]
         metrics |= {f"tokens/{domain}": tokens, f"epochs/{domain}": epochs[d], f"mix/{domain}": mix[d]}
         if tokens:
             metrics |= {
-                f"loss/{domain}": found.nll[d] / tokens,
-                f"gate_entropy/{domain}": found.entropy[d] / tokens,
+                f"loss/{domain}": sums.nll[d] / tokens,
+                f"gate_entropy/{domain}": sums.entropy[d] / tokens,
             }
-            metrics |= {f"gate/{domain}/{n}": w for n, w in zip(names, found.gate[d] / tokens, strict=True)}
-            metrics |= {f"top1/{domain}/{n}": w for n, w in zip(names, found.top1[d] / tokens, strict=True)}
+            metrics |= {f"gate/{domain}/{n}": w for n, w in zip(names, sums.gate[d] / tokens, strict=True)}
+            metrics |= {f"top1/{domain}/{n}": w for n, w in zip(names, sums.top1[d] / tokens, strict=True)}
     if trainer.controller is not None:
         metrics |= trainer.controller.metrics()
-    _warn(trainer, found, mix)
+    _warn(trainer, sums, mix)
     return {name: round(float(value), 6) for name, value in metrics.items()}
 
 
-def _warn(trainer, found: Sums, mix: np.ndarray) -> None:
-    silent = [d for d, n in enumerate(found.tokens) if not n and mix[d] * trainer.sampler.batch_size >= 1]
-    if silent and found.tokens.sum():
+def _warn(trainer, sums: Sums, mix: np.ndarray) -> None:
+    silent = [d for d, n in enumerate(sums.tokens) if not n and mix[d] * trainer.sampler.batch_size >= 1]
+    if silent and sums.tokens.sum():
         raise ValueError(
             f"Every domain's batches must hold supervised tokens, but since the last log "
             f"{[trainer.drawn[d] for d in silent]} held none: all its labels are -100. Look at its rows, at the chat "
             f"template's generation marks, and at `max_length`."
         )
-    shares = found.gate.sum(0) / max(found.tokens.sum(), 1)
+    shares = sums.gate.sum(0) / max(sums.tokens.sum(), 1)
     names, number = trainer.fused.config.specialist_names, len(shares)
     if number > 1 and shares.max() > 0.98 and "collapse" not in trainer.warned:
         trainer.warned.add("collapse")
@@ -53,7 +53,7 @@ def _warn(trainer, found: Sums, mix: np.ndarray) -> None:
             f"domains. Check that every domain is drawn; `gate_balance` counteracts it.",
             stacklevel=4,
         )
-    entropy = found.entropy.sum() / max(found.tokens.sum(), 1)
+    entropy = sums.entropy.sum() / max(sums.tokens.sum(), 1)
     late = trainer.state.global_step > max(20, 0.2 * (trainer.state.max_steps or 0))
     learns = any(p.requires_grad for p in trainer.fused.model.fusion_gate.parameters())
     if late and learns and entropy > 0.999 * np.log(number) and "still" not in trainer.warned:

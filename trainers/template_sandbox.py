@@ -22,10 +22,10 @@ MEMORY = 2**30  # bytes of the process's address space
 
 
 class RenderingError(ValueError):
-    """A template that cannot be rendered, and why, without a full stop.
+    """Raised if a template cannot be rendered. The message is the reason, without a full stop.
 
     Attributes:
-        line: Of the template, where it is no valid one; otherwise None.
+        line: The template's line with the syntax error; None for other errors.
     """
 
     def __init__(self, message: str, line: int | None = None) -> None:
@@ -42,15 +42,15 @@ def render_chat(
     tools: list[dict] | None = None,
     variables: dict | None = None,
 ) -> str:
-    """A conversation in a chat template, as `tokenizer.apply_chat_template(..., tokenize=False)` has it.
+    """Renders a conversation in a chat template, as `tokenizer.apply_chat_template(..., tokenize=False)` does.
 
     Args:
-        tokenizer: Whose special tokens the template may name.
+        tokenizer: The template may name its special tokens.
         messages: The conversation.
         template: Default: the tokenizer's.
         prompt: End with the beginning of the response (`add_generation_prompt`).
         tools: Descriptions of functions that the response may call.
-        variables: Further ones that the template knows, such as `enable_thinking`.
+        variables: Further variables of the template, such as `enable_thinking`.
 
     Raises:
         RenderingError: If it cannot be rendered within the limits.
@@ -66,7 +66,7 @@ def render_chat(
 
 
 def render_prompt(template: str, values: dict) -> str:
-    """A prompt, with its placeholders filled in. Every one must be filled.
+    """Renders a prompt with its placeholders filled in. Every placeholder must be filled.
 
     Raises:
         RenderingError: If it cannot be rendered within the limits.
@@ -75,7 +75,7 @@ def render_prompt(template: str, values: dict) -> str:
 
 
 def render_task(template: str, values: dict) -> str:
-    """A template of lm-eval's tasks, filled in with a row, as lm-eval has it.
+    """Renders a template of lm-eval's tasks for a row, as lm-eval does.
 
     Raises:
         RenderingError: If it cannot be rendered within the limits.
@@ -84,7 +84,7 @@ def render_task(template: str, values: dict) -> str:
 
 
 def placeholders(template: str) -> set[str]:
-    """Names that a prompt takes from outside.
+    """Returns the names that a prompt takes from outside.
 
     Raises:
         RenderingError: If it is no valid template, or cannot be compiled within the limits.
@@ -133,7 +133,7 @@ def _start(kind: str) -> subprocess.Popen:
 
 
 def _exchange(process: subprocess.Popen, request: dict, seconds: float) -> dict:
-    """One line there and one back. A process that does not answer in time is ended."""
+    """Sends one line and reads one. A process that does not answer in time is killed."""
     late = threading.Event()
 
     def end() -> None:

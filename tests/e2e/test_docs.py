@@ -16,6 +16,7 @@ import modeling_ultrafuser
 import trainers
 from experiments.tables import with_tables
 from tests.support.pages import NOT_RUN, ROOT, blocks, parse
+from trainers.mix.mix_config import MIXES, POLICIES, REWARDS, SAMPLERS, MixConfig
 
 
 DOCS = ROOT / "docs"
@@ -206,7 +207,7 @@ def test_pictures_follow_the_palette_of_the_page(site):
 
 def test_every_setting_of_a_stage_is_in_the_reference_with_its_help(site):
     page = (site / "api.html").read_text()
-    for config in (trainers.GateStageConfig, trainers.JointStageConfig):
-        for name in config.__annotations__:
+    for config in (trainers.GateStageConfig, trainers.JointStageConfig, MixConfig):
+        for name in (*config.__annotations__, *MIXES, *SAMPLERS, *REWARDS, *POLICIES):
             assert f"<td><code>{name}</code></td>" in page
     assert trainers.JointStageConfig.__dataclass_fields__["train_specialists"].metadata["help"] in page

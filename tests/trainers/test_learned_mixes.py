@@ -46,7 +46,7 @@ def token_losses(logits, labels):
 
 def pool_of(stage):
     """The pool's examples one by one, without padding, by domain."""
-    rows = [stage.train_dataset[i] for i in stage.controller.reward.pool.places]
+    rows = [stage.train_dataset[i] for i in stage.controller.probe.places]
     for name in NAMES:
         yield name, [stage.data_collator([row]) for row in rows if row["domain"] == name]
 

@@ -4,7 +4,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader
 
 from tests.support.stages import domains, trainer
-from trainers import DomainSampler, GateTrainer
+from trainers import GateTrainer, StratifiedSampler
 
 
 SIZES = {"code": 7, "math": 30, "text": 12}
@@ -27,14 +27,14 @@ def stream(sampler, epochs):
 
 
 def test_a_share_that_is_a_whole_number_is_met_in_every_batch():
-    sampler = DomainSampler(NAMES, 8, [0.25, 0.625, 0.125])
+    sampler = StratifiedSampler(NAMES, 8, [0.25, 0.625, 0.125])
     assert all((by_domain(batch) == [2, 5, 1]).all() for batch in stream(sampler, 20))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
 @pytest.mark.parametrize("mix", [[0.2, 0.7, 0.1], [1 / 3, 1 / 3, 1 / 3], [0.01, 0.98, 0.01]])
 def test_any_other_share_is_met_within_one_in_a_batch_and_exactly_in_the_long_run(batch_size, mix):
-    sampler = DomainSampler(NAMES, batch_size, mix)
+    sampler = StratifiedSampler(NAMES, batch_size, mix)
     batches = stream(sampler, 1 + 2000 // len(sampler) * 2)
     counts = np.array([by_domain(batch) for batch in batches])
     assert (abs(counts - batch_size * np.array(mix)) < 1 + 1e-9).all()
@@ -42,7 +42,7 @@ def test_any_other_share_is_met_within_one_in_a_batch_and_exactly_in_the_long_ru
 
 
 def test_counts_are_what_is_drawn_also_where_the_mix_changes():
-    sampler = DomainSampler(NAMES, 5, [0.2, 0.7, 0.1])
+    sampler = StratifiedSampler(NAMES, 5, [0.2, 0.7, 0.1])
     sampler.set_mix([0.5, 0.1, 0.4], 4)
     sampler.set_mix([0.1, 0.1, 0.8], 11)
     drawn = np.cumsum([by_domain(batch) for batch in stream(sampler, 3)], axis=0)
@@ -52,7 +52,7 @@ def test_counts_are_what_is_drawn_also_where_the_mix_changes():
 
 
 def test_no_example_of_a_domain_repeats_before_all_were_drawn():
-    sampler = DomainSampler(NAMES, 6, [0.6, 0.3, 0.1])
+    sampler = StratifiedSampler(NAMES, 6, [0.6, 0.3, 0.1])
     draws = [i for batch in stream(sampler, 8) for i in batch]
     for name, size in SIZES.items():
         own = [i for i in draws if NAMES[i] == name]
@@ -61,7 +61,7 @@ def test_no_example_of_a_domain_repeats_before_all_were_drawn():
 
 
 def test_a_domain_without_a_share_is_never_drawn():
-    sampler = DomainSampler(NAMES, 5, [0.5, 0.0, 0.5])
+    sampler = StratifiedSampler(NAMES, 5, [0.5, 0.0, 0.5])
     sampler.set_mix([0.7, 0.3, 0.0], 9)
     batches = np.array([by_domain(batch) for batch in stream(sampler, 4)])
     assert not batches[:9, 1].any()
@@ -70,7 +70,7 @@ def test_a_domain_without_a_share_is_never_drawn():
 
 
 def test_a_mix_cannot_change_what_was_drawn():
-    sampler = DomainSampler(NAMES, 6)
+    sampler = StratifiedSampler(NAMES, 6)
     draws = iter(sampler)
     for _ in range(7):  # into the second batch
         next(draws)
@@ -83,14 +83,14 @@ def test_a_mix_cannot_change_what_was_drawn():
 
 
 def test_a_later_mix_is_forgotten_when_an_earlier_one_is_set():
-    sampler = DomainSampler(NAMES, 6)
+    sampler = StratifiedSampler(NAMES, 6)
     sampler.set_mix([1, 0, 0], 5)
     sampler.set_mix([0, 1, 0], 4)
     assert sampler.mix(9).tolist() == [0, 1, 0]
 
 
 def test_every_part_of_a_batch_gets_its_share():
-    sampler = DomainSampler(["a"] * 40 + ["b"] * 40, 8)
+    sampler = StratifiedSampler(["a"] * 40 + ["b"] * 40, 8)
     for batch in stream(sampler, 3):
         assert [sum(i < 40 for i in batch[start : start + 2]) for start in (0, 2, 4, 6)] == [1, 1, 1, 1]
 
@@ -98,10 +98,10 @@ def test_every_part_of_a_batch_gets_its_share():
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_processes_share_one_stream(ranks):
     """As accelerate shards it: batches of a process's size are dealt out in turn."""
-    whole = [sorted(batch) for batch in stream(DomainSampler(NAMES, 12, [0.2, 0.7, 0.1], seed=3), 1)]
+    whole = [sorted(batch) for batch in stream(StratifiedSampler(NAMES, 12, [0.2, 0.7, 0.1], seed=3), 1)]
     parts = []
     for rank in range(ranks):
-        batches = BatchSampler(DomainSampler(NAMES, 12, [0.2, 0.7, 0.1], seed=3), 2, drop_last=False)
+        batches = BatchSampler(StratifiedSampler(NAMES, 12, [0.2, 0.7, 0.1], seed=3), 2, drop_last=False)
         parts.append(list(BatchSamplerShard(batches, ranks, rank)))
     at_once = 12 // (2 * ranks)
     for number, batch in enumerate(whole):
@@ -111,10 +111,10 @@ def test_processes_share_one_stream(ranks):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_do_not_change_the_stream(workers):
-    sampler = DomainSampler(NAMES, 6, seed=1)
+    sampler = StratifiedSampler(NAMES, 6, seed=1)
     loader = DataLoader(range(len(NAMES)), batch_size=3, sampler=sampler, num_workers=workers)
     drawn = [batch.tolist() for batch in loader]
-    expected = [part for batch in stream(DomainSampler(NAMES, 6, seed=1), 1) for part in (batch[:3], batch[3:])]
+    expected = [part for batch in stream(StratifiedSampler(NAMES, 6, seed=1), 1) for part in (batch[:3], batch[3:])]
     assert drawn == expected
 
 

@@ -96,6 +96,8 @@ def test_a_domain_whose_batches_hold_no_label_stops_the_run(fused, tmp_path):
         ({"mix_reward": "gradient", "mix_probe": 1}, "two halves of the pool"),
         ({"mix_reward": "regret", "mix_policy": "aioli"}, "follows losses as they are"),
         ({"mix_shadow": True}, "`mix_reward` is None"),
+        ({"mix": "even"}, "Unknown mix 'even'.*'proportional'"),
+        ({"sampler": "any"}, "Unknown sampler 'any'.*'stratified'"),
         ({"mix": "fixed", "mix_weights": {"poetry": 1}}, "the domains are \\['code', 'math', 'text'\\]"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",

@@ -13,7 +13,7 @@ from tests.support.conversations import changed, conversations, weights
 from tests.support.stage_run import data as sums
 from tests.support.stages import BOTH, batch_of, domains, logs, trainer
 from tests.support.tiny import specialist
-from trainers import DomainSampler, GateTrainer, JointTrainer
+from trainers import GateTrainer, JointTrainer, StratifiedSampler
 from trainers.stage_config import scaled_rate
 
 
@@ -45,7 +45,7 @@ def test_every_batch_holds_the_same_number_of_examples_of_each_domain(fused, tmp
 
 
 def test_a_domain_is_drawn_whole_before_it_repeats_in_another_order():
-    sampler = DomainSampler(["a"] * 12 + ["b"] * 4, 4)
+    sampler = StratifiedSampler(["a"] * 12 + ["b"] * 4, 4)
     draws = [i for i in sampler if i >= 12]
     assert len(draws) == 8
     assert sorted(draws[:4]) == sorted(draws[4:]) == [12, 13, 14, 15]
@@ -53,7 +53,7 @@ def test_a_domain_is_drawn_whole_before_it_repeats_in_another_order():
 
 
 def test_the_next_epoch_continues_the_stream():
-    one, two = DomainSampler(["a"] * 6 + ["b"] * 6, 4), DomainSampler(["a"] * 6 + ["b"] * 6, 4)
+    one, two = StratifiedSampler(["a"] * 6 + ["b"] * 6, 4), StratifiedSampler(["a"] * 6 + ["b"] * 6, 4)
     two.set_epoch(1)
     assert sorted(one) == sorted(two) == list(range(12))
     assert list(one) != list(two)
@@ -61,8 +61,8 @@ def test_the_next_epoch_continues_the_stream():
 
 def test_another_seed_gives_another_stream_and_the_same_seed_the_same():
     labels = ["a"] * 20 + ["b"] * 20
-    assert list(DomainSampler(labels, 4, seed=0)) == list(DomainSampler(labels, 4, seed=0))
-    assert list(DomainSampler(labels, 4, seed=0)) != list(DomainSampler(labels, 4, seed=1))
+    assert list(StratifiedSampler(labels, 4, seed=0)) == list(StratifiedSampler(labels, 4, seed=0))
+    assert list(StratifiedSampler(labels, 4, seed=0)) != list(StratifiedSampler(labels, 4, seed=1))
 
 
 def test_an_interrupted_stage_ends_where_an_uninterrupted_one_ends(specialists, tmp_path):

@@ -1,4 +1,4 @@
-"""Which example is drawn next: one stream for all processes, a function of a seed and of the mixes in force."""
+"""Base of all samplers: one stream of examples for all processes, a function of a seed and of the mixes in force."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -7,17 +7,13 @@ import numpy as np
 from torch.utils.data import Sampler
 
 
-# Fractional part of the golden ratio: its multiples, modulo 1, fill the unit interval more evenly than chance would.
-GOLDEN = 0.6180339887498949
-
-
 class DomainSampler(Sampler[int]):
-    """Draws each batch from the domains in the proportions of the mix in force.
+    """Draws each batch from the domains, in the proportions of the mix in force.
 
-    Batch b takes its domains at the points (u_b + i) / batch_size of the cumulated mix, so a domain's number in it is
-    its exact share wherever that is a whole number, and else one of the two next to it, evenly over batches. Within a
-    domain every example is drawn once before any is drawn again, in another order. All of it is a function of the
-    seed, the number of the batch and the mixes: the stream is the same for any number of processes or workers, and
+    Base of all samplers. A sampler is one file with one subclass, and one line in `SAMPLERS`: it defines `quotas`.
+
+    Within a domain every example is drawn once before any is drawn again, in another order. All of it is a function of
+    the seed, the number of the batch and the mixes: the stream is the same for any number of processes or workers, and
     after a resume. Batches are those of one optimizer step, all processes and accumulated steps together.
 
     Args:
@@ -52,6 +48,11 @@ class DomainSampler(Sampler[int]):
         """As many as the examples fill, one at least: with a mix, an epoch says nothing about any one domain."""
         return max(sum(map(len, self.members)) // self.batch_size, 1)
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Number of examples of each domain. Shape (domains,)."""
+        return np.array([len(members) for members in self.members])
+
     def __len__(self) -> int:
         return self.batches_per_epoch * self.batch_size
 
@@ -78,12 +79,11 @@ class DomainSampler(Sampler[int]):
         self.restore([e for e in self.mixes if e[0] < start] + [(start, np.asarray(mix, float).tolist())])
 
     def quotas(self, batch: int) -> np.ndarray:
-        """How many examples of each domain a batch holds. Shape (domains,)."""
-        mix = self.mix(batch)
-        points = ((self.offset + batch * GOLDEN) % 1 + np.arange(self.batch_size)) / self.batch_size
-        # rounding may leave the last edge a hair below 1
-        place = np.minimum(np.searchsorted(np.cumsum(mix), points, side="right"), np.flatnonzero(mix)[-1])
-        return np.bincount(place, minlength=len(mix))
+        """Returns how many examples of each domain a batch holds, `batch_size` in all. Shape (domains,).
+
+        It depends on the number of the batch, the seed and `mix(batch)` alone, and is the same in every process.
+        """
+        raise NotImplementedError
 
     def counts(self, batches: int) -> np.ndarray:
         """How many examples of each domain the first so many batches hold. Shape (domains,)."""

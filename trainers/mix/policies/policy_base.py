@@ -1,16 +1,20 @@
-"""What all policies share: how a learned mix follows its rewards."""
+"""Base of all policies: how a learned mix follows its rewards."""
 
 import numpy as np
 from numpy import ndarray
 
 
 class Stateful:
-    """Arrays that are saved as lists, and come back exactly: JSON keeps every digit of a float64."""
+    """Saves arrays as lists, and restores them exactly: JSON keeps every digit of a float64.
+
+    Attributes:
+        memory: Names of the arrays.
+    """
 
     memory: tuple[str, ...]
 
     def state_dict(self) -> dict:
-        """What an update reads and writes, as numbers and lists. Settings are not in it."""
+        """Returns what an update reads and writes, as numbers and lists, without the settings."""
         return {name: getattr(self, name).tolist() for name in self.memory}
 
     def load_state_dict(self, state: dict) -> None:
@@ -31,23 +35,23 @@ class Stateful:
 class Policy(Stateful):
     """Base of all policies. A policy is one file with one subclass, and one line in `POLICIES`.
 
-    It is made with the prior, of shape (domains,), and with settings by keyword.
+    It is constructed with the prior, of shape (domains,), and its settings by keyword, from `mix_policy_settings`.
 
     Attributes:
-        reads_losses: Whether its rewards must be losses as they are, neither another measure nor smoothed.
+        reads_losses: Whether its rewards must be plain losses, neither another measure nor smoothed.
     """
 
     reads_losses = False
 
     def update(self, rewards: ndarray, mix: ndarray) -> ndarray:
-        """Answers rewards with the next mix.
+        """Returns the next mix for new rewards.
 
         Args:
             rewards: None below 0. Shape (domains,).
             mix: The mix in force; masked domains have 0. Shape (domains,).
 
         Returns:
-            Shape (domains,).
+            Shares, of shape (domains,).
         """
         raise NotImplementedError
 
@@ -68,12 +72,12 @@ class Smoothing(Stateful):
         self.value = np.ones(domains)
 
     def update(self, rewards: ndarray) -> ndarray:
-        """Takes the new rewards in and returns the smoothed ones. Shape (domains,)."""
+        """Returns the smoothed rewards, which include the new ones. Shape (domains,)."""
         self.value = self.beta * rewards + (1 - self.beta) * self.value
         return self.value
 
 
 def log_prior(prior: ndarray) -> ndarray:
-    """Logarithms of the prior. Shape (domains,)."""
+    """Returns the logarithms of the prior. Shape (domains,)."""
     # masked domains get a finite score, which JSON can hold; `softmax` masks them
     return np.log(np.where(prior > 0, prior, 1))

@@ -1,4 +1,4 @@
-"""What the policies of Mixture-of-Skills share (Wu et al., 2024, https://arxiv.org/abs/2406.08811): scores that climb."""
+"""Base of the Mixture-of-Skills policies (Wu et al., 2024, https://arxiv.org/abs/2406.08811): gradient ascent on scores."""
 
 import numpy as np
 from numpy import ndarray

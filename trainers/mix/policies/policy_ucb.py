@@ -1,4 +1,4 @@
-"""The "ucb" policy: what is rewarding, or seldom drawn."""
+"""The "ucb" policy: an upper confidence bound."""
 
 import math
 

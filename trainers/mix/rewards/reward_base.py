@@ -1,4 +1,4 @@
-"""What all rewards share: one number per domain, which a learned mix follows."""
+"""Base of all rewards: one number per domain, which a learned mix follows."""
 
 import warnings
 from collections.abc import Sequence
@@ -6,14 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy import ndarray
 
-from ..pool import Pool
+from ..probe import Probe
 
 
 class Reward:
     """Base of all rewards. A reward is one file with one subclass, and one line in `REWARDS`.
 
     Args:
-        trainer: The stage whose mix is learned.
+        args: The stage's settings, see `MixConfig`. A reward checks those that it reads.
+        probe: Measures the stage whose mix is learned.
 
     Raises:
         ValueError: If it cannot be measured in such a stage.
@@ -21,10 +22,10 @@ class Reward:
     Attributes:
         reads_pool: Whether it is measured on the pool, by passes of its own, and not from training batches.
         needs_specialists: Whether domains must be named as specialists are.
-        watches_specialists: Whether every batch must show what the domain's own specialist says.
-        reads_cache: Whether what a gate's cache holds is enough to measure it.
-        is_loss: Whether it is a loss as it is, which some policies ask for.
-        baseline: What the start is compared by, of each of the pool's examples, or None.
+        watches_specialists: Whether every batch must also score the domain's own specialist.
+        reads_cache: Whether a gate's cache holds enough to measure it.
+        is_loss: Whether it is a plain loss, which some policies need.
+        baseline: Values of the pool's examples before the first step, which later ones are compared with, or None.
     """
 
     reads_pool = True
@@ -34,21 +35,18 @@ class Reward:
     is_loss = False
     baseline: ndarray | None = None
 
-    def __init__(self, trainer):
-        self.trainer, self.args = trainer, trainer.args
-        target = self.args.mix_target
-        self.target = None if target is None else trainer.domains.index(target)
-        if self.reads_pool:
-            if self.args.packing or self.args.padding_free:
-                raise ValueError(
-                    f"mix_reward={self.args.mix_reward!r} scores examples one by one, but with packing or without padding "
-                    f"they share rows. Set packing=False and padding_free=False, or learn from 'loss', or from 'regret' in "
-                    f"stage one."
-                )
-            self.pool = Pool(trainer)
+    def __init__(self, args, probe: Probe):
+        self.args, self.probe = args, probe
+        self.target = None if args.mix_target is None else probe.domains.index(args.mix_target)
+        if self.reads_pool and (args.packing or args.padding_free):
+            raise ValueError(
+                f"mix_reward={args.mix_reward!r} scores examples one by one, but with packing or without padding they "
+                f"share rows. Set packing=False and padding_free=False, or learn from 'loss', or from 'regret' in stage "
+                f"one."
+            )
 
     def begin(self) -> None:
-        """Measures, before the first step, what the start is compared by."""
+        """Measures the baseline, before the first step."""
 
     def measure(self) -> ndarray:
         """Measures the domains. Shape (domains,)."""
@@ -56,15 +54,8 @@ class Reward:
         return rewards if self.target is None else towards_target(rewards, self.target)
 
     def by_domain(self) -> ndarray:
-        """Measures the domains, whichever is the target. Shape (domains,)."""
+        """Measures the domains, without regard to the target. Shape (domains,)."""
         raise NotImplementedError
-
-    def batch_losses(self) -> tuple[ndarray, ndarray]:
-        """Mean losses of each domain's batches since the last update, and of its own specialist. Shapes (domains,)."""
-        found = self.trainer.statistics.since("mix", self.trainer.accelerator)
-        # mixed examples, counted last, are of no domain
-        nll, own, tokens = (n[: len(self.trainer.domains)] for n in (found.nll, found.own_nll, found.tokens))
-        return nll / tokens, own / tokens
 
 
 def towards_target(rewards: ndarray, target: int) -> ndarray:

@@ -11,10 +11,10 @@ class DifficultyReward(Reward):
 
     def begin(self) -> None:
         if self.baseline is None:
-            self.baseline = self.pool.losses()
+            self.baseline = self.probe.losses()
 
     def by_domain(self) -> ndarray:
-        pairs = zip(self.pool.by_domain(self.pool.losses()), self.pool.by_domain(self.baseline), strict=True)
+        pairs = zip(self.probe.by_domain(self.probe.losses()), self.probe.by_domain(self.baseline), strict=True)
         return np.array([difficulty(now, before) for now, before in pairs])
 
 

@@ -2,6 +2,7 @@
 
 from numpy import ndarray
 
+from ..probe import Probe
 from .reward_base import Reward
 from .reward_similarity import cosines
 
@@ -9,18 +10,18 @@ from .reward_similarity import cosines
 class GradientReward(Reward):
     """How well a step on each domain serves all domains: cosines of gradients on two halves of the pool."""
 
-    def __init__(self, trainer):
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    def __init__(self, args, probe: Probe):
+        if probe.sharded:
             raise ValueError(
                 "mix_reward='gradient' compares whole gradients, which no process holds under FSDP or DeepSpeed. Choose "
                 "another reward, or train with DDP."
             )
-        super().__init__(trainer)
-        if self.args.mix_probe < 2:
+        super().__init__(args, probe)
+        if args.mix_probe < 2:
             raise ValueError("mix_reward='gradient' compares two halves of the pool. Take mix_probe=2 or more.")
 
     def by_domain(self) -> ndarray:
-        return gradient_cosine(*(self.pool.gradients(half) for half in (0, 1)))
+        return gradient_cosine(*(self.probe.gradients(half) for half in (0, 1)))
 
 
 def gradient_cosine(dev: ndarray, train: ndarray) -> ndarray:

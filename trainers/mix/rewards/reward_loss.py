@@ -13,4 +13,4 @@ class LossReward(Reward):
     is_loss = True
 
     def by_domain(self) -> ndarray:
-        return self.batch_losses()[0]
+        return self.probe.batch_losses()[0]

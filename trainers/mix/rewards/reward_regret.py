@@ -3,6 +3,7 @@
 import numpy as np
 from numpy import ndarray
 
+from ..probe import Probe
 from .reward_base import Reward
 from .reward_difficulty import difficulty
 
@@ -10,27 +11,27 @@ from .reward_difficulty import difficulty
 class RegretReward(Reward):
     """Perplexity of the fused model over that of the domain's own specialist.
 
-    Stage one reads the specialist from the same batches. In stage two specialists move, so there it is measured on the
-    pool, against what the specialists said before.
+    Stage one scores the specialist on the same batches. In stage two the specialists move, so there it is measured on the
+    pool, against the specialists' losses before the first step.
     """
 
     needs_specialists = True
 
-    def __init__(self, trainer):
-        self.reads_pool = trainer.stage == "joint"
+    def __init__(self, args, probe: Probe):
+        self.reads_pool = probe.stage == "joint"
         self.watches_specialists = not self.reads_pool
-        super().__init__(trainer)
+        super().__init__(args, probe)
 
     def begin(self) -> None:
         if self.reads_pool and self.baseline is None:
-            self.baseline = self.pool.losses(own=True)
+            self.baseline = self.probe.losses(own=True)
 
     def by_domain(self) -> ndarray:
         # batches tell the mean over all tokens together, not one by example
         pairs = (
-            zip(self.pool.by_domain(self.pool.losses()), self.pool.by_domain(self.baseline), strict=True)
+            zip(self.probe.by_domain(self.probe.losses()), self.probe.by_domain(self.baseline), strict=True)
             if self.reads_pool
-            else zip(*self.batch_losses(), strict=True)
+            else zip(*self.probe.batch_losses(), strict=True)
         )
         return np.array([regret(*pair) for pair in pairs])
 

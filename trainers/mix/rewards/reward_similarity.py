@@ -10,7 +10,7 @@ class SimilarityReward(Reward):
     """How much each domain's mean hidden state on the pool resembles the others', or the target's alone."""
 
     def measure(self) -> ndarray:
-        return similarity(self.pool.mean_hidden_states(), self.target)
+        return similarity(self.probe.mean_hidden_states(), self.target)
 
 
 def similarity(z: ndarray, target: int | None = None) -> ndarray:

@@ -13,4 +13,4 @@ class UncertaintyReward(Reward):
     """
 
     def by_domain(self) -> ndarray:
-        return np.array([entropy.mean() for entropy in self.pool.by_domain(self.pool.losses(entropy=True))])
+        return np.array([entropy.mean() for entropy in self.probe.by_domain(self.probe.losses(entropy=True))])

@@ -1,0 +1,96 @@
+"""Checks of a stage before it trains: its settings, its model, and whether they go together."""
+
+from collections.abc import Mapping, Sequence
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from .mix.rewards import REWARDS
+from .mixed import MIXED
+from .stage_config import StageConfig
+
+
+def fused_model(
+    model: PreTrainedModel | str, args: StageConfig, config: type[StageConfig], name: str
+) -> PreTrainedModel:
+    """Returns the fused model that a stage trains, loaded if `model` is a folder or a Hub id.
+
+    Raises:
+        ValueError: If the settings are another trainer's, or the model is not a fused one.
+    """
+    if not isinstance(args, config):
+        raise ValueError(
+            f"{name} reads its settings from a {config.__name__}, but got a {type(args).__name__}. It takes the "
+            f"same fields and has defaults of its own: {config.__name__}(output_dir, ...)."
+        )
+    if isinstance(model, str):
+        chosen = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        model = AutoModelForCausalLM.from_pretrained(model, **chosen)
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"{name} decides what is trained, so it adds adapters itself, but got a {type(model).__name__}. Pass the "
+            f"fused model and `peft_config=...` to `JointTrainer`, or merge first: `model.merge_and_unload()`."
+        )
+    if model.config.model_type != "ultrafuser":
+        raise ValueError(
+            f"{name} trains a fused model, but got a {type(model).__name__}. Build one with "
+            f"`UltraFuserForCausalLM.from_specialists(...)`, or train a single model with TRL's `SFTTrainer`."
+        )
+    return model
+
+
+def check_domains(args: StageConfig, domains: Sequence[str], specialists: Sequence[str]) -> None:
+    """Raises a ValueError if the names of the domains do not fit the settings."""
+    if args.mixed_share and MIXED in domains:
+        raise ValueError(
+            f"Mixed examples are counted as a domain {MIXED!r}, but there is one of that name already. Rename it, or set "
+            f"mixed_share=0."
+        )
+    compared = args.mix_reward is not None and REWARDS[args.mix_reward].needs_specialists
+    if not set(domains) <= set(specialists) and (compared or args.gate_domain):
+        raise ValueError(
+            f"`mix_reward={args.mix_reward!r}` and `gate_domain` compare each domain with its own specialist, so domains must "
+            f"be named as specialists are, but domains are {domains} and specialists are {specialists}."
+        )
+
+
+def check_quantised(model: PreTrainedModel, stage: str, peft_config) -> None:
+    """Raises a ValueError if all weights are quantised, and so have no gradients."""
+    method = getattr(model, "quantization_method", None)
+    if method is not None and peft_config is None:
+        raise ValueError(
+            f"Quantised weights learn through adapters beside them, but this model is quantised "
+            f"({getattr(method, 'value', method)}) and stage {stage} got no `peft_config`. "
+            + (
+                "Train the gate before quantising: it takes no more memory than the weights."
+                if stage == "gate"
+                else "Give it one (--use_peft), or load the model without `quantization_config`."
+            )
+        )
+
+
+def check_terms(args: StageConfig, model: PreTrainedModel, kwargs: Mapping) -> None:
+    """Raises a ValueError if a setting would have no effect, or draws would not be counted."""
+    terms = [t for t in ("gate_entropy", "gate_balance", "gate_domain", "mix_importance") if getattr(args, t)]
+    if terms and (args.label_smoothing_factor or kwargs.get("compute_loss_func")):
+        raise ValueError(
+            f"{terms} are added to TRL's own loss, token by token, but `label_smoothing_factor` or `compute_loss_func` "
+            f"puts another in its place. Leave one of them out."
+        )
+    if args.mix_importance and args.loss_type != "nll":
+        raise ValueError(f"`mix_importance` weighs log-likelihoods, but loss_type={args.loss_type!r}. Use 'nll'.")
+    if args.push_to_hub:
+        raise ValueError(
+            "`push_to_hub` of a trainer would send all that is in its output folder, cached data and pickled arguments "
+            "included. Push the model when it is trained: `ultrafuser push FOLDER OWNER/NAME`."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "`auto_find_batch_size` would change the batch size in mid-run, but draws are counted in batches. Lower "
+            "`per_device_train_batch_size` by hand: the number of accumulated steps follows."
+        )
+    if args.gate_dropout and not model.model.fusion_gate.reads_states:
+        raise ValueError(
+            f"`gate_dropout` hides what the gate reads of hidden states, but the gate {model.config.gate!r} reads none. "
+            f"Set gate_dropout=0, or train another gate."
+        )
