@@ -19,6 +19,7 @@ from transformers import (
 from .causal_ultrafuser import check_causal_class
 from .configuration_ultrafuser import UltraFuserConfig
 from .files_ultrafuser import in_words
+from .refusals_ultrafuser import Refusal
 from .versions_ultrafuser import CACHE
 
 
@@ -28,30 +29,42 @@ def check_architecture(name: str, config: PreTrainedConfig, text_config: PreTrai
     suffixes = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForImageTextToText")
     saved_as = config.architectures or []
     if config.is_encoder_decoder or (saved_as and not any(a.endswith(suffixes) for a in saved_as)):
-        raise ValueError(
-            f"A specialist must be a decoder with a language-model head, but {kind} saved as {saved_as}: an encoder, "
-            f"an encoder-decoder, or a model without its head. Use a causal language model."
+        raise Refusal(
+            "model",
+            f"{kind} saved as {saved_as}, which is an encoder, an encoder-decoder, or a model without its head",
+            "A specialist must be a decoder with a language-model head",
+            "Use a causal language model.",
         )
     if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING or type(text_config) not in MODEL_MAPPING:
-        raise ValueError(
-            f"A specialist must be a causal language model, or contain one as its text part, but {kind}, for which "
-            f"transformers has no causal language model. Use one that `AutoModelForCausalLM` can load."
+        raise Refusal(
+            "model",
+            f"{kind}, for which transformers has no causal language model",
+            "A specialist must be a causal language model, or contain one as its text part",
+            "Use one that `AutoModelForCausalLM` can load.",
         )
     if CACHE not in inspect.signature(backbone_class(text_config).forward).parameters:
-        raise ValueError(
-            f"A specialist must have attention layers with a key-value cache, because all specialists share one, but "
-            f"{kind}, which keeps another kind of state. Use a transformer or a hybrid."
+        raise Refusal(
+            "model",
+            f"{kind}, which keeps another kind of state",
+            "A specialist must have attention layers with a key-value cache, because all specialists share one",
+            "Use a transformer or a hybrid.",
         )
     unsaid = [field for field in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(text_config, field)]
     if unsaid:
-        raise ValueError(
-            f"A specialist's configuration must say how many tokens it knows, how wide and how deep it is, because the "
-            f"fused model's follows from that, but {kind}, which does not say {unsaid}. Use another architecture."
+        raise Refusal(
+            "model",
+            f"{kind}, which does not say {unsaid}",
+            "A specialist's configuration must say how many tokens it knows, how wide and how deep it is, "
+            "because the fused model's follows from that",
+            "Use another architecture.",
         )
     if hasattr(backbone_class(text_config), "_setup_cache"):
-        raise ValueError(
-            f"A specialist must keep all that it remembers of a text in a cache, because generation reorders and repeats "
-            f"that, but {kind}, which keeps recurrent states in its layers. Use a transformer or a hybrid."
+        raise Refusal(
+            "model",
+            f"{kind}, which keeps recurrent states in its layers",
+            "A specialist must keep all that it remembers of a text in a cache, because generation reorders and "
+            "repeats that",
+            "Use a transformer or a hybrid.",
         )
     check_causal_class(name, text_config, backbone_class(text_config))
 
@@ -66,26 +79,36 @@ def parts_of(name: str, model: PreTrainedModel, config: PreTrainedConfig) -> tup
     backbone = next((m for m in model.modules() if type(m) is backbone_type), None)
     head = model.get_output_embeddings()
     if backbone is None or head is None:
-        raise ValueError(
-            f"A specialist must be a backbone followed by a linear head, but {kind} holds "
-            f"no {backbone_type.__name__} or no output embeddings. It cannot be fused."
+        raise Refusal(
+            "model",
+            f"{kind} holds no {backbone_type.__name__} or no output embeddings",
+            "A specialist must be a backbone followed by a linear head",
+            "It cannot be fused.",
         )
     embedding, rows = backbone.get_input_embeddings().weight, backbone.config.vocab_size
     if embedding.shape[0] != rows:
-        raise ValueError(
-            f"A specialist must know as many tokens as it says, because rows beyond the common vocabulary are cut, but the "
-            f"embedding of {kind} has {embedding.shape[0]} rows and its vocabulary {rows}. It cannot be fused."
+        raise Refusal(
+            "model",
+            f"the embedding of {kind} has {embedding.shape[0]} rows and its vocabulary {rows}",
+            "A specialist must know as many tokens as it says, because rows beyond the common vocabulary are cut",
+            "It cannot be fused.",
         )
     if getattr(head, "bias", None) is not None:
-        raise ValueError(
-            f"A specialist's head must have no bias, because a bias could not be weighed by the gate inside one "
-            f"linear head, but the head of {kind} has one. If it is all zeros, set it to None before fusing."
+        raise Refusal(
+            "model",
+            f"the head of {kind} has a bias",
+            "A specialist's head must have no bias, because a bias could not be weighed by the gate inside one "
+            "linear head",
+            "If it is all zeros, set it to None before fusing.",
         )
     weight = getattr(head, "weight", None)
     if not isinstance(head, nn.Linear) or weight is None or weight.shape[1] != config.hidden_size:
-        raise ValueError(
-            f"A specialist's head must be one matrix that reads its hidden state, {config.hidden_size} numbers, because "
-            f"the heads of all become one, but that of {kind} is {head}. It cannot be fused."
+        raise Refusal(
+            "model",
+            f"the head of {kind} is {head}",
+            f"A specialist's head must be one matrix that reads its hidden state, {config.hidden_size} numbers, "
+            "because the heads of all become one",
+            "It cannot be fused.",
         )
     return backbone, head
 
@@ -117,7 +140,9 @@ def auto_class(name: str, config: PreTrainedConfig) -> type:
         return AutoModelForCausalLM
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
-    raise ValueError(
-        f"A specialist must be a causal language model, or read images beside text, but {name!r} is a "
-        f"{config.model_type!r} model, whose text part cannot be loaded on its own. Load it and pass the model."
+    raise Refusal(
+        "model",
+        f"{name!r} is a {config.model_type!r} model, whose text part cannot be loaded on its own",
+        "A specialist must be a causal language model, or read images beside text",
+        "Load it and pass the model.",
     )

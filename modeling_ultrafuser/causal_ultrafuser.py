@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
+from .refusals_ultrafuser import Refusal
+
 
 # what causal classes define, of any family
 HANDLED = {
@@ -77,9 +79,11 @@ def check_causal_class(name: str, config: PreTrainedConfig, backbone: type) -> N
     if config.model_type in PREPARED:
         lost.discard("prepare_inputs_for_generation")
     if lost:
-        raise ValueError(
-            f"A fused model holds the backbones of its specialists, so what a family does elsewhere must be known here, "
-            f"but {causal.__name__} of {name!r} has {sorted(lost)} of its own. Fuse a model of another family."
+        raise Refusal(
+            "architecture",
+            f"{causal.__name__} of {name!r} has {sorted(lost)} of its own",
+            "A fused model holds the backbones of its specialists, so what a family does elsewhere must be known here",
+            "Fuse a model of another family.",
         )
 
 
@@ -92,9 +96,11 @@ def check_head_dtype(name: str, config: PreTrainedConfig, backbone: type, dtype:
     causal = causal_class(config)
     kept = [set(getattr(c, "_keep_in_fp32_modules_strict", None) or ()) for c in (causal, backbone)]
     if kept[0] - kept[1] and dtype is not None and dtype.itemsize < 4:
-        raise ValueError(
-            f"{causal.__name__} of {name!r} keeps {sorted(kept[0] - kept[1])} in float32, but the fused head is "
-            f"{str(dtype).removeprefix('torch.')}, like the specialists. Fuse with dtype='float32'."
+        raise Refusal(
+            "architecture",
+            f"{causal.__name__} of {name!r} keeps {sorted(kept[0] - kept[1])} in float32",
+            f"The fused head is {str(dtype).removeprefix('torch.')}, like the specialists",
+            "Fuse with dtype='float32'.",
         )
 
 

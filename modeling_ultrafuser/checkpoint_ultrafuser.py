@@ -22,6 +22,7 @@ from .architecture_ultrafuser import empty_model
 from .files_ultrafuser import in_words, read_json
 from .folder_ultrafuser import check_config, check_folder
 from .gguf_ultrafuser import check_gguf
+from .refusals_ultrafuser import Refusal
 from .safetensors_ultrafuser import FLOATS, read_headers, weight_files
 
 
@@ -46,9 +47,11 @@ def check_weights(
     """
     layers = [getattr(c, "num_hidden_layers", None) or 0 for c in (config, config.get_text_config(decoder=True))]
     if max(layers) > len(header):
-        raise ValueError(
-            f"A layer has one tensor at least, but {name!r} has {max(layers):,} layers by its config.json, and "
-            f"{len(header)} tensors in its files. Correct its config.json, or download both again."
+        raise Refusal(
+            "weights",
+            f"{name!r} has {max(layers):,} layers by its config.json, and {len(header)} tensors in its files",
+            "A layer has one tensor at least",
+            "Correct its config.json, or download both again.",
         )
     model = empty_model(name, config)
     with in_words(f"The configuration of {name!r}", config.name_or_path):
@@ -69,19 +72,22 @@ def check_gguf_weights(name: str, source: str, config: PreTrainedConfig) -> PreT
     shapes = check_gguf(name, source)
     scaled = sorted(key for key in shapes if key.startswith("rope_"))
     if scaled and "'rope_type': 'default'" in repr(getattr(config, "rope_parameters", None)):
-        raise ValueError(
-            f"Every tensor of a file must be used, or the fused model would not speak as its specialist does, but `{scaled[0]}` "
-            f"of {source!r}, {name!r}, scales rotary positions, and transformers passes it over. Fuse the folder that it "
-            f"was made from."
+        raise Refusal(
+            "weights",
+            f"`{scaled[0]}` of {source!r}, {name!r}, scales rotary positions, and transformers passes it over",
+            "Every tensor of a file must be used, or the fused model would not speak as its specialist does",
+            "Fuse the folder that it was made from.",
         )
     model = empty_model(name, config)
     asked = sum(p.numel() for p in model.parameters())
     held = sum(math.prod(shape) for key, shape in shapes.items() if key not in scaled)
     if asked != held:
-        raise ValueError(
-            f"A model's file must hold exactly the tensors that its metadata asks for, because others would be made up or "
-            f"dropped, but {source!r} of {name!r} holds {held:,} numbers, and its metadata asks for {asked:,}. Fetch it "
-            f"again; or fuse the folder that it was made from."
+        raise Refusal(
+            "weights",
+            f"{source!r} of {name!r} holds {held:,} numbers, and its metadata asks for {asked:,}",
+            "A model's file must hold exactly the tensors that its metadata asks for, because others would be "
+            "made up or dropped",
+            "Fetch it again; or fuse the folder that it was made from.",
         )
     return model
 
@@ -140,9 +146,11 @@ def _odd_tensors(
 
     made_up = sum(b.numel() for b in model.buffers())
     if made_up > MOST_NUMBERS_MADE_UP:
-        raise ValueError(
-            f"What is computed from a configuration, such as rotary frequencies, is small beside the weights, but this one "
-            f"asks for {made_up:,} numbers. Correct its config.json."
+        raise Refusal(
+            "weights",
+            f"a configuration asks for {made_up:,} numbers that are computed, such as rotary frequencies",
+            "What is computed from a configuration is small beside the weights",
+            "Correct its config.json.",
         )
     state = empty_tensors(header)
     info = loaded(state)
@@ -190,9 +198,12 @@ def refuse_other_tensors(
     if left_over:
         told.append(f"{len(left_over)} have no place in the model, such as `{min(left_over)}`")
     if told:
-        raise ValueError(
-            f"A model's files must hold exactly the tensors that its configuration asks for, because others would be made "
-            f"up or dropped, but of {what} {'; '.join(told)}. Correct its config.json, or download both again."
+        raise Refusal(
+            "weights",
+            f"of {what} {'; '.join(told)}",
+            "A model's files must hold exactly the tensors that its configuration asks for, because others would "
+            "be made up or dropped",
+            "Correct its config.json, or download both again.",
         )
 
 

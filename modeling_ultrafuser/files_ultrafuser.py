@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from .refusals_ultrafuser import Refusal
+
 
 # what is read whole, in bytes; configurations are some kilobytes, indices and vocabularies some megabytes
 MOST_BYTES = {
@@ -21,8 +23,13 @@ MOST_NESTED = 64
 HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-class UnreadableFileError(ValueError):
+class UnreadableFileError(Refusal):
     """A file of somebody's that cannot be read, or that says what cannot be."""
+
+    def __init__(self, fact: str, rule: str = "", way_out: str = "Fetch it again."):
+        super().__init__("file", fact, rule, way_out)
+        # whoever copies an error makes it anew from these
+        self.args = (fact, rule, way_out)
 
 
 def is_number(value) -> bool:
@@ -59,7 +66,7 @@ def in_words(what: str, source, options: Iterable[str] = ()) -> Iterator[None]:
         if names := sorted(options):
             reason = f"One of the options {names} is not what can be; or else a file is damaged: fetch it again."
         raise UnreadableFileError(
-            f"{what} ({os.fspath(source)!r}) cannot be read: {said.removesuffix('.')}. {reason}"
+            f"{what} ({os.fspath(source)!r}) cannot be read: {said.removesuffix('.')}", "", reason
         ) from error
 
 
@@ -82,13 +89,15 @@ def check_file(path: str | os.PathLike, most: int | None = None) -> None:
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):
         raise UnreadableFileError(
-            f"Only ordinary files are read, because a pipe or a device need not end, but {os.fspath(path)!r} is "
-            f"something else. Put a file in its place."
+            f"{os.fspath(path)!r} is no ordinary file",
+            "Only ordinary files are read, because a pipe or a device need not end",
+            "Put a file in its place.",
         )
     if most is not None and about.st_size > most:
         raise UnreadableFileError(
-            f"A file of this kind has at most {most:,} bytes, but {os.fspath(path)!r} has {about.st_size:,}. It is another "
-            f"file, or damaged: fetch it again."
+            f"{os.fspath(path)!r} has {about.st_size:,} bytes",
+            f"A file of this kind has at most {most:,} bytes",
+            "It is another file, or damaged: fetch it again.",
         )
 
 
@@ -110,13 +119,10 @@ def parse_json(text: bytes, path: str | os.PathLike) -> dict:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise UnreadableFileError(
-            f"{os.fspath(path)!r} must hold JSON, but does not: {reason}. It is damaged: fetch it again."
-        ) from error
+        fact = f"{os.fspath(path)!r} does not hold JSON: {reason}"
+        raise UnreadableFileError(fact, way_out="It is damaged: fetch it again.") from error
     if not isinstance(found, dict):
-        raise UnreadableFileError(
-            f"{os.fspath(path)!r} must hold an object in JSON, but holds a {type(found).__name__}. Fetch it again."
-        )
+        raise UnreadableFileError(f"{os.fspath(path)!r} holds a {type(found).__name__} instead of an object in JSON")
     _check_nesting(found, path)
     return found
 
@@ -127,7 +133,7 @@ def _check_nesting(value, path: str | os.PathLike) -> None:
         depth += 1
         if depth > MOST_NESTED:
             raise UnreadableFileError(
-                f"JSON is read to {MOST_NESTED} levels, but {os.fspath(path)!r} is nested more deeply. Fetch it again."
+                f"{os.fspath(path)!r} is nested too deeply", f"JSON is read to {MOST_NESTED} levels"
             )
         values = (v for found in level for v in (found.values() if isinstance(found, dict) else found))
         level = [v for v in values if isinstance(v, dict | list)]

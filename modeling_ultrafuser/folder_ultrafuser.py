@@ -51,9 +51,10 @@ def check_folder(folder: str | os.PathLike) -> None:
     instead = [n for n in files if n == "adapter_config.json" or (whole and _DISTRIBUTED.fullmatch(n))]
     if instead:
         raise UnreadableFileError(
-            f"A model's folder holds one plain model, but {os.fspath(folder)!r} holds {instead[0]!r}, too, which "
-            f"transformers would put into it or load in its place. Move that away; or merge an adapter first, "
-            f"`merge_and_unload()`."
+            f"{os.fspath(folder)!r} holds {instead[0]!r}, too, which transformers would put into it or load in "
+            "its place",
+            "A model's folder holds one plain model",
+            "Move that away; or merge an adapter first, `merge_and_unload()`.",
         )
 
 
@@ -73,8 +74,9 @@ def _check_growth(found: dict, path: str | os.PathLike) -> None:
             level = [v for v in nested if isinstance(v, dict | list)]
         if factor > MOST_GROWTH:
             raise UnreadableFileError(
-                f"A tokenizer's replacements make a text at most {MOST_GROWTH} times as long, because more would fill the "
-                f"memory, but those of the {part} in {os.fspath(path)!r} make one {factor:.3g} times as long. Fetch it again."
+                f"replacements of the {part} in {os.fspath(path)!r} make a text {factor:.3g} times as long",
+                f"A tokenizer's replacements make a text at most {MOST_GROWTH} times as long, because more would "
+                "fill the memory",
             )
 
 
@@ -89,8 +91,8 @@ def _check_numbers(found: dict, path: str | os.PathLike) -> None:
     highest = max((n for n in numbers if isinstance(n, int)), default=0)
     if highest >= 2 * tokens + MOST_BETWEEN:
         raise UnreadableFileError(
-            f"Tokens are numbered from 0, almost without gaps, or the gaps would fill the memory, but of {tokens:,} tokens in "
-            f"{os.fspath(path)!r} one has the number {str(highest)[:30]}. Fetch it again."
+            f"of {tokens:,} tokens in {os.fspath(path)!r} one has the number {str(highest)[:30]}",
+            "Tokens are numbered from 0, almost without gaps, or the gaps would fill the memory",
         )
 
 
@@ -137,7 +139,7 @@ def _check_kinds(found: dict, path: str | os.PathLike) -> None:
         ):
             if re.fullmatch(pattern, key) and value is not None and not fits(value):
                 raise UnreadableFileError(
-                    f"`{key}` is {what}, but in {os.fspath(path)!r} it is {str(value)[:100]!r}. Correct it."
+                    f"`{key}` of {os.fspath(path)!r} is {str(value)[:100]!r}", f"It is {what}", "Correct it."
                 )
 
 
@@ -155,8 +157,9 @@ def check_config(path: str | os.PathLike, tensors: int | None = None) -> dict:
     for field in ("transformers_weights", "configuration_files"):
         if field in raw:
             raise UnreadableFileError(
-                f"A model is read from config.json and {SAFE_WEIGHTS_NAME}, but `{field}` of {os.fspath(path)!r} names "
-                f"other files, {str(raw[field])[:200]!r}. Take the field out, and rename the files."
+                f"`{field}` of {os.fspath(path)!r} names other files, {str(raw[field])[:200]!r}",
+                f"A model is read from config.json and {SAFE_WEIGHTS_NAME}",
+                "Take the field out, and rename the files.",
             )
     most = MOST_LAYERS if tensors is None else tensors
     why = "none has so many" if tensors is None else f"the files hold {tensors} tensors in all"
@@ -166,20 +169,23 @@ def check_config(path: str | os.PathLike, tensors: int | None = None) -> dict:
             for key, value in found.items() if isinstance(found, dict) else ():
                 if key == "max_position_embeddings" and value is not None and not (type(value) is int and value > 0):
                     raise UnreadableFileError(
-                        f"The longest context is a positive number of tokens, but `{key}` of {os.fspath(path)!r} is "
-                        f"{str(value)[:40]!r}. Correct it."
+                        f"`{key}` of {os.fspath(path)!r} is {str(value)[:40]!r}",
+                        "The longest context is a positive number of tokens",
+                        "Correct it.",
                     )
                 if value is not None and not _fits(str(key), value):
                     raise UnreadableFileError(
-                        f"`{key}` is a number that is read before a model is built, but in {os.fspath(path)!r} it is "
-                        f"{str(value)[:100]!r}. Correct it."
+                        f"`{key}` of {os.fspath(path)!r} is {str(value)[:100]!r}",
+                        "It is a number that is read before a model is built",
+                        "Correct it.",
                     )
                 if not _LAYERS.fullmatch(str(key)) or value is None or isinstance(value, list | dict):
                     continue
                 if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
                     raise UnreadableFileError(
-                        f"A number of layers is a whole number, and {why}, but `{key}` of {os.fspath(path)!r} is "
-                        f"{repr(value)[:40]}. Correct it, or fetch the file again."
+                        f"`{key}` of {os.fspath(path)!r} is {repr(value)[:40]}",
+                        f"A number of layers is a whole number, and {why}",
+                        "Correct it, or fetch the file again.",
                     )
         values = (v for found in level for v in (found.values() if isinstance(found, dict) else found))
         level = [v for v in values if isinstance(v, dict | list)]

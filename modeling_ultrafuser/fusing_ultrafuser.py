@@ -1,34 +1,24 @@
-"""From specialists to a fused model: what is checked, loaded, cut, scaled and probed on the way."""
+"""From specialists to a fused model: the plan is checked, then each specialist is loaded, cut, scaled and probed."""
 
 import copy
 import os
-from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
-from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
-from transformers.utils import logging
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .adapters_ultrafuser import adapted_state, layout
-from .architecture_ultrafuser import auto_class, backbone_class, check_architecture, empty_model, parts_of
-from .causal_ultrafuser import check_head_dtype
-from .checkpoint_ultrafuser import check_gguf_weights, check_weights, refuse_other_tensors
-from .configuration_ultrafuser import UltraFuserConfig
-from .families_ultrafuser import SCALE_FIELDS, soft_cap, spoken_rows
+from .adapters_ultrafuser import adapted_state
+from .architecture_ultrafuser import auto_class
+from .checkpoint_ultrafuser import refuse_other_tensors
 from .files_ultrafuser import in_words
 from .gates_ultrafuser import DEFAULT_GATE, GATES, gate_settings
-from .generation_config_ultrafuser import merged_generation_config, own_generation_config
 from .gguf_ultrafuser import dequantised, gguf_arguments, is_gguf
-from .inputs_ultrafuser import NO_ROUTER_LOSS
 from .log_ultrafuser import print_line
-from .lora_ultrafuser import about_base, adaptable, read_adapters, read_parts
-from .plan_ultrafuser import DTYPE_RULE, as_dtype, check_names, check_saving, common_dtype
-from .probing_ultrafuser import check_steps, step_alone, step_within
-from .safetensors_ultrafuser import read_headers, weight_files
-from .specialist_config_ultrafuser import own_config
+from .lora_ultrafuser import read_parts
+from .plan_ultrafuser import FusionPlan, adaptable_layers, run_checks, unequal_dtypes
+from .probing_ultrafuser import no_bars, probe_specialist, tolerance
+from .refusals_ultrafuser import Refusal
 from .specialists_ultrafuser import BASE
-from .tokenizer_ultrafuser import load_tokenizer, tokenizer_notes, widest_usable_tokenizer
 
 
 def fuse_specialists(
@@ -85,10 +75,6 @@ def fuse_specialists(
         raise TypeError(f"from_specialists() got unknown arguments {sorted(unknown)}.")
     if not isinstance(specialists, dict):
         raise TypeError(f"`specialists` must map a name to each specialist, but got {type(specialists).__name__}.")
-    names = list(specialists)
-    hub = {name: {**hub_kwargs, "revision": (revisions or {}).get(name) or "main"} for name in names}
-    if set(revisions or {}) - set(names):
-        raise ValueError(f"`revisions` names {sorted(set(revisions) - set(names))}, but specialists are {names}.")
     given = {"gate_hidden_size": gate_hidden_size, "gate_calibration": gate_calibration}
     choices = {
         **gate_settings(gate),
@@ -97,111 +83,102 @@ def fuse_specialists(
         "gate_switch_probability": gate_switch_probability,
         "fusion": fusion,
     }
-    if not names:
-        raise ValueError("Fusing needs at least two specialists, but got none. Pass {'text': ..., 'code': ...}.")
-    # names, their number and the choices are refused before anything is read
-    UltraFuserConfig(specialist_names=names, specialists=[_PLACEHOLDER] * len(names), **choices)
+    hub = _hub_options(list(specialists), revisions or {}, hub_kwargs)
+    plan = FusionPlan(dict(specialists), hub, choices, dtype=dtype, base=base, hub_options=hub_kwargs)
+    for finding in run_checks(plan):
+        for line in finding.lines:
+            print_line(line)
+    state = load_specialists(cls, plan)
+    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    return assemble(cls, plan, state, device_map=device_map, **extra)
 
-    adapters, whole, place = read_adapters(specialists, hub, base), specialists, hub
-    if adapters is not None:
-        whole, place = {BASE: adapters.base}, {BASE: {**hub_kwargs, "revision": adapters.revision}}
-    with nullcontext() if adapters is None else about_base(adapters):
-        sources = {name: own_config(name, s, **place[name]) for name, s in whole.items()}
-    text_configs = {name: copy.deepcopy(c.get_text_config(decoder=True)) for name, c in sources.items()}
-    for name, config in text_configs.items():
-        check_architecture(name, sources[name], config)
-        if not isinstance(whole[name], PreTrainedModel):
-            auto_class(name, sources[name])
-    vocab_size = min(spoken_rows(c) for c in text_configs.values())
-    dtype = common_dtype(whole, sources) if dtype == "auto" else as_dtype(dtype)
-    for name, config in text_configs.items():
-        if config.vocab_size > vocab_size:
-            print_line(
-                f"{name}: {config.vocab_size} vocabulary rows cut to {vocab_size}, the smallest vocabulary among the "
-                f"specialists; the {config.vocab_size - vocab_size} rows beyond it are dropped."
-            )
-        if getattr(config, "output_router_logits", False):
-            print_line(f"{name}: {NO_ROUTER_LOSS}")
-        config.vocab_size = vocab_size
-        if (getattr(config, "pad_token_id", None) or 0) >= vocab_size:
-            config.pad_token_id = None
-    configs = list(text_configs.values())
-    if adapters is not None:
-        parts = read_parts(adapters, specialists, hub, _adaptable(sources[BASE], configs[0]))
-        configs, choices["adapters"] = configs * len(names), layout(parts)
-    config = UltraFuserConfig(specialist_names=names, specialists=configs, **choices)
-    check_saving(config)
-    check_steps(config)
-    check_names(config)
-    tokenizers = {
-        n: load_tokenizer(s, base, **hub[n]) for n, s in specialists.items() if not isinstance(s, PreTrainedModel)
-    }
-    for name in [n for n, t in tokenizers.items() if t is None]:
-        print_line(f"{name}: its folder holds no tokenizer, so nothing checks that its token ids mean the same.")
-        del tokenizers[name]
-    # one alone has none to agree with; whether it fits the rows matters only if no other does
-    if len(tokenizers) > 1:
-        chosen = widest_usable_tokenizer(tokenizers, vocab_size)
-        for note in tokenizer_notes(tokenizers, vocab_size, chosen):
-            print_line(note)
-    generation_config = merged_generation_config(
-        {n: own_generation_config(s, sources[n], **place[n]) for n, s in whole.items()}, vocab_size
-    )
 
-    state, head, column = {}, None, 0
-    for k, (name, source) in enumerate(whole.items()):
-        model = _load(name, source, sources[name], dtype, **place[name])
-        if dtype is None:
-            dtype = model.dtype
-        elif model.dtype != dtype:
-            raise ValueError(DTYPE_RULE.format({name: model.dtype, "the others": dtype}))
-        check_head_dtype(name, config.specialists[k], backbone_class(config.specialists[k]), dtype)
-        backbone_state, columns = _probe(name, model, config, k, text_configs[name])
+def _hub_options(names: list[str], revisions: dict[str, str], hub_kwargs: dict) -> dict[str, dict]:
+    """Returns options of `from_pretrained` for each specialist."""
+    if unknown := sorted(set(revisions) - set(names)):
+        raise Refusal(
+            "specialists",
+            f"`revisions` names {unknown}",
+            f"Specialists are {names}",
+            "Name one of those, or leave the revision out.",
+        )
+    return {name: {**hub_kwargs, "revision": revisions.get(name) or "main"} for name in names}
+
+
+def load_specialists(cls: type[PreTrainedModel], plan: FusionPlan) -> dict[str, Tensor]:
+    """Loads and probes what a checked plan holds, one model after another.
+
+    Args:
+        cls: Of the fused model.
+        plan: All of whose checks have passed. Its dtype is filled in if no configuration says it.
+
+    Returns:
+        The fused model's tensors by name: backbones, the wide head, a new gate.
+
+    Raises:
+        ValueError: If a specialist is not what it seemed.
+    """
+    config, state, head, column = plan.config, {}, None, 0
+    parts = None
+    if plan.adapters is not None:
+        parts = read_parts(plan.adapters, plan.specialists, plan.hub, adaptable_layers(plan))
+    for k, (name, source) in enumerate(plan.whole.items()):
+        model = _load(name, source, plan.configs[name], plan.dtype, **plan.places[name])
+        if plan.dtype is None:
+            plan.dtype = model.dtype
+        elif model.dtype != plan.dtype:
+            raise unequal_dtypes({name: model.dtype, "the others": plan.dtype})
+        backbone_state, columns = probe_specialist(name, model, config, k, plan.texts[name])
         if head is None:
-            head = torch.empty(vocab_size, config.hidden_size, dtype=dtype)
+            head = torch.empty(config.vocab_size, config.hidden_size, dtype=plan.dtype)
         head[:, column : column + columns.shape[1]] = columns
         column += columns.shape[1]
-        if adapters is not None:
+        if parts is not None:
             with torch.device("meta"):
                 adapted = cls(config).model.specialists[BASE]
             backbone_state = adapted_state(adapted, backbone_state, parts)
         # a model in memory stays its owner's: training the fused one must not change it
-        own = isinstance(source, PreTrainedModel)
-        state |= {f"model.specialists.{name}.{key}": t.clone() if own else t for key, t in backbone_state.items()}
+        copied = isinstance(source, PreTrainedModel)
+        state |= {f"model.specialists.{name}.{key}": t.clone() if copied else t for key, t in backbone_state.items()}
         # the columns are a view of the whole head, which must not stay while the next specialist is loaded
         del model, columns
-    state["lm_head.weight"] = head
-    new_gate = GATES[config.gate](config)
-    new_gate.init_weights()
-    state |= {f"model.fusion_gate.{key}": t for key, t in new_gate.state_dict().items()}
+    gate = GATES[config.gate](config)
+    gate.init_weights()
+    return state | {"lm_head.weight": head} | {f"model.fusion_gate.{key}": t for key, t in gate.state_dict().items()}
 
+
+def assemble(cls: type[PreTrainedModel], plan: FusionPlan, state: dict[str, Tensor], **options) -> PreTrainedModel:
+    """Builds the fused model of a plan from its tensors.
+
+    Args:
+        cls: Of the fused model.
+        plan: What was fused.
+        state: Tensors by name. They become the model's.
+        **options: Of `from_pretrained`: `device_map`, `attn_implementation`.
+
+    Raises:
+        ValueError: If the tensors are not the model's, or a base of adapters does more than to read rows one by one.
+    """
+    config, generation_config = plan.config, plan.generation_config
     for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, field, getattr(generation_config, field))
-    config.dtype = dtype
-    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    config.dtype = plan.dtype
     model, info = cls.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, device_map=device_map, output_loading_info=True, **extra
+        None, config=config, state_dict=state, dtype=plan.dtype, output_loading_info=True, **options
     )
     if info["missing_keys"] or info["unexpected_keys"]:
-        raise ValueError(
-            f"The fused model must hold exactly its specialists' tensors, but {sorted(info['missing_keys'])[:3]} are "
-            f"missing and {sorted(info['unexpected_keys'])[:3]} have no place. This is a defect: please report the "
-            f"specialists' architectures {[c.model_type for c in config.specialists]}."
+        raise Refusal(
+            "architecture",
+            f"{sorted(info['missing_keys'])[:3]} are missing and {sorted(info['unexpected_keys'])[:3]} have no place",
+            "The fused model must hold exactly its specialists' tensors",
+            f"This is a defect: please report the specialists' architectures {[c.model_type for c in config.specialists]}.",
         )
     model.generation_config = generation_config
     model.eval()
     # what a device map has left on the disk cannot be merged
     if not any(p.is_meta for p in model.parameters()):
-        model.model.reader.probe(_tolerance(dtype))
+        model.model.reader.probe(tolerance(plan.dtype))
     return model
-
-
-def _adaptable(config: PreTrainedConfig, text_config: PreTrainedConfig) -> dict[str, tuple[str, torch.Size]]:
-    """Linear layers of a base that adapters can be on, from its configuration."""
-    return adaptable(empty_model(BASE, config), backbone_class(text_config))
-
-
-_PLACEHOLDER = AutoConfig.for_model("llama")
 
 
 def _load(name: str, source, config: PreTrainedConfig, dtype: torch.dtype | None, **hub) -> PreTrainedModel:
@@ -210,7 +187,7 @@ def _load(name: str, source, config: PreTrainedConfig, dtype: torch.dtype | None
         if dtype in (None, source.dtype) and not cast:
             return source
         # loading keeps in float32 what `.to(dtype)` would round, or has rounded, such as rotary frequencies
-        with _no_bars():
+        with no_bars():
             loaded = type(source).from_pretrained(
                 None, config=copy.deepcopy(config), state_dict=source.state_dict(), dtype=dtype or source.dtype
             )
@@ -220,7 +197,6 @@ def _load(name: str, source, config: PreTrainedConfig, dtype: torch.dtype | None
     if is_gguf(source):
         # no type is written in it that all its weights have
         dtype = torch.float32 if dtype == "auto" else dtype
-        check_gguf_weights(name, os.fspath(source), config)
         folder, file = gguf_arguments(source)
         with in_words(f"The specialist {name!r}", source):
             model, info = auto_class(name, config).from_pretrained(
@@ -230,138 +206,7 @@ def _load(name: str, source, config: PreTrainedConfig, dtype: torch.dtype | None
         refuse_other_tensors(f"{name!r} ({os.fspath(source)!r})", *odd)
         model.config = config
         return model
-    files = weight_files(source, **hub)
-    if files is None:
-        raise OSError(
-            f"The weights of {name!r} could not be read from {os.fspath(source)!r}. Only the safetensors format is "
-            f"read, because others can run code; load and save the model once to convert it."
-        )
-    check_weights(name, config, read_headers(files))
     with in_words(f"The specialist {name!r}", source):
         return auto_class(name, config).from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, **hub
         )
-
-
-@contextmanager
-def _no_bars():
-    """For what moves tensors within memory and is over at once."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-@torch.no_grad()
-def _probe(
-    name: str, model: PreTrainedModel, fused: UltraFuserConfig, k: int, text_config: PreTrainedConfig
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Rebuilds a specialist from its configuration and checks that it speaks as before, with and without a cache.
-
-    Some architectures do more between backbone and logits than multiplying by a head: whatever it is, it shows here.
-
-    Args:
-        name: Of the specialist.
-        model: The specialist as its own causal language model.
-        fused: Configuration of the fused model, with the fused vocabulary.
-        k: Which of its specialists this is.
-        text_config: The specialist's own configuration, with its own scale factors.
-
-    Returns:
-        The backbone's tensors by name, and the specialist's columns of the wide head, scale folded in.
-        Shape (vocab, hidden).
-    """
-    config = fused.specialists[k]
-    rows = config.vocab_size
-    backbone, head = parts_of(name, model, config)
-    columns = head.weight[:rows]
-    state = dict(backbone.state_dict())
-    embedding = backbone.get_input_embeddings().weight
-    for key, tensor in state.items():
-        if tensor.data_ptr() == embedding.data_ptr() and tensor.shape == embedding.shape:
-            state[key] = tensor[:rows]
-    refusal = (
-        f"{name!r} ({type(model).__name__}) does something between its backbone and its logits that one linear head "
-        f"cannot do, so the fused model would not speak as it does"
-    )
-
-    odd = next((n for n, p in model.named_parameters() if not _is_finite(p)), None)
-    if odd is not None:
-        raise ValueError(
-            f"A specialist's weights must be finite numbers, because one that is not makes all that it is added to "
-            f"meaningless, but `{odd}` of {name!r} holds others. Download it again, or leave it out."
-        )
-    was_training = model.training
-    model.eval()
-    ids = (torch.arange(1, 17, device=model.device) * 7919 % rows)[None]
-    with in_words(f"The configuration of {name!r}", model.name_or_path):
-        own = model(input_ids=ids, use_cache=False, return_dict=True).logits[..., :rows].float()
-        other = torch.cat([ids[:, :-1], ids[:, :1]], dim=-1)
-        if not own.isfinite().all():
-            raise ValueError(
-                f"A specialist must speak in finite numbers, but on a probe {name!r} gives others. Its config.json is not the "
-                f"one that it was trained with, or its weights are damaged: download both again."
-            )
-        changed = model(input_ids=other, use_cache=False, return_dict=True).logits[..., :rows].float()
-    if not torch.allclose(own[:, :-1], changed[:, :-1], rtol=1e-3, atol=1e-3 * own.abs().max().item()):
-        raise ValueError(
-            f"A specialist must be a decoder, which predicts each token from those before it, but in {name!r} "
-            f"({type(model).__name__}) a later token changes an earlier prediction. Use a causal language model."
-        )
-    try:
-        with _no_bars():
-            rebuilt = type(backbone).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).eval()
-    except RuntimeError as error:
-        raise ValueError(
-            f"A specialist must be what its configuration says, but {name!r} ({type(model).__name__}) has tensors of "
-            f"other shapes in its backbone. It cannot be fused."
-        ) from error
-    rebuilt.to(model.device)
-    hidden = rebuilt(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
-    linear = F.linear(hidden, columns).float()
-    tolerance = _tolerance(model.dtype)
-    cap = soft_cap(text_config)
-
-    def head_of(linear: Tensor, scale: float) -> Tensor:
-        return linear * scale if cap is None else cap * torch.tanh(linear * scale / cap)
-
-    def alike(logits: Tensor, expected: Tensor) -> bool:
-        return bool((logits - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-6))
-
-    scale = next((s for s in _scales(text_config) if alike(head_of(linear, s), own)), None)
-    if scale is None:
-        difference = (linear - own).abs().max().item()
-        raise ValueError(f"{refusal}: on a probe, logits differ by up to {difference:.3g}. It cannot be fused.")
-
-    for kind in (DynamicCache, StaticCache):
-        expected = step_alone(kind, model, ids)
-        if expected is None and kind is StaticCache:
-            continue
-        # with a cache of its family's own it says what it says without
-        expected = own[:, -1] if expected is None else expected[..., :rows].float()
-        step = step_within(kind, rebuilt, name, fused, k, ids)
-        if not alike(head_of(F.linear(step, columns).float(), scale), expected):
-            raise ValueError(
-                f"{name!r} ({type(model).__name__}) says something else in a step of generation with the "
-                f"{kind.__name__} that all specialists share than alone. It cannot be fused."
-            )
-    model.train(was_training)
-    return {k: t.cpu() for k, t in state.items()}, (columns if scale == 1.0 else columns * scale).cpu()
-
-
-def _is_finite(weight: Tensor) -> bool:
-    # without a copy of its size
-    return weight.numel() == 0 or all(torch.isfinite(end) for end in torch.aminmax(weight.detach()))
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return {torch.float32: 1e-4, torch.float64: 1e-6}.get(dtype, 2e-2)
-
-
-def _scales(config: PreTrainedConfig) -> list[float]:
-    """Factors that the logits may have been multiplied by: 1, and what the family writes down, either way up."""
-    written = [getattr(config, field, None) for field in SCALE_FIELDS]
-    return [1.0] + [s for w in written if w for s in (1 / w, w)]

@@ -9,6 +9,7 @@ from .families_ultrafuser import bounded, soft_cap
 from .fusion_base_ultrafuser import Fusion
 from .outputs_ultrafuser import UltraFuserModelOutput
 from .readers_ultrafuser import reader_of
+from .refusals_ultrafuser import Refusal
 
 
 class LogitsFusion(Fusion):
@@ -25,10 +26,11 @@ class LogitsFusion(Fusion):
         """Rejects specialists with different soft caps."""
         soft_caps = [soft_cap(c) for c in config.specialists]
         if len(set(soft_caps)) > 1:
-            raise ValueError(
-                f"A logit soft cap is not linear, so mixing logits needs one cap for all specialists, but "
-                f"`final_logit_softcapping` is {dict(zip(config.specialist_names, soft_caps, strict=True))}. Choose "
-                f"fusion='probabilities', or fuse specialists of one family."
+            raise Refusal(
+                "architecture",
+                f"`final_logit_softcapping` is {dict(zip(config.specialist_names, soft_caps, strict=True))}",
+                "A logit soft cap is not linear, so mixing logits needs one cap for all specialists",
+                "Choose fusion='probabilities', or fuse specialists of one family.",
             )
 
     @classmethod

@@ -9,6 +9,7 @@ import transformers
 from transformers.utils import is_gguf_available
 
 from .files_ultrafuser import UnreadableFileError, check_file
+from .refusals_ultrafuser import MissingPackageError, Refusal, UnavailableError
 
 
 # a vocabulary of a quarter of a million tokens, its merges, scores and kinds are a million values
@@ -52,22 +53,28 @@ def check_gguf(name: str, source: str) -> dict[str, tuple[int, ...]]:
         ImportError: If the package that reads it is missing.
     """
     if not os.path.exists(source):
-        raise FileNotFoundError(
-            f"A GGUF specialist is a file on this machine, but {source!r} of {name!r} is not there. Check the spelling; "
-            f"fetch one from the Hub first: `hf download OWNER/NAME FILE.gguf --local-dir FOLDER`."
+        raise UnavailableError(
+            "file",
+            f"{source!r} of {name!r} is not there",
+            "A GGUF specialist is a file on this machine",
+            "Check the spelling; fetch one from the Hub first: `hf download OWNER/NAME FILE.gguf --local-dir FOLDER`.",
         )
     check_file(source)
     with open(source, "rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise ValueError(
-            f"A GGUF file begins with the letters GGUF, but {source!r} of {name!r} begins with {magic!r}. It is of another "
-            f"format, or a broken download: fetch it again."
+        raise Refusal(
+            "file",
+            f"{source!r} of {name!r} begins with {magic!r}",
+            "A GGUF file begins with the letters GGUF",
+            "It is of another format, or a broken download: fetch it again.",
         )
     if not is_gguf_available():
-        raise ImportError(
-            f"{name!r} is the GGUF file {source!r}, which the package `gguf` reads, and it is not installed. Install it: "
-            f'`pip install "ultrafuser[gguf]"`.'
+        raise MissingPackageError(
+            "file",
+            f"the package `gguf` is not installed, which reads GGUF files such as {source!r} of {name!r}",
+            "",
+            'Install it: `pip install "ultrafuser[gguf]"`.',
         )
     return _read_header(source)
 
@@ -150,7 +157,7 @@ def _rounded(count: int, alignment: int) -> int:
 
 
 def _damaged(path: str, why: str) -> UnreadableFileError:
-    return UnreadableFileError(f"A GGUF file is read only if it is whole, but {path!r} is not: {why}. Fetch it again.")
+    return UnreadableFileError(f"{path!r} is not whole: {why}", "A GGUF file is read only if it is")
 
 
 def dequantised() -> dict:

@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 from .adapters_ultrafuser import LINEAR, MERGE_FIRST, linear_shape
 from .files_ultrafuser import in_words, is_number, read_json
 from .gguf_ultrafuser import is_gguf
+from .refusals_ultrafuser import Refusal, UnavailableError
 from .safetensors_ultrafuser import read_header
 from .specialists_ultrafuser import BASE
 
@@ -110,17 +111,14 @@ def common_base(
     }
     if not bases:
         if given is not None:
-            raise ValueError(
-                f"`base` is of specialists that are adapters of it, but {list(specialists)} are whole models. Leave it out."
-            )
+            fact = f"`base` is given, and {list(specialists)} are whole models"
+            raise _rejected(fact, "It is of specialists that are adapters of it", "Leave it out.")
         return None
     if given is not None:
         bases = dict.fromkeys(bases, (os.fspath(given), "main"))
     first = next(iter(bases))
     base, revision = bases[first]
-    rule = (
-        f"Specialists are whole models, or LoRA adapters of one base, but {first!r} holds only an adapter, of {base!r}"
-    )
+    rule = "Specialists are whole models, or LoRA adapters of one base"
     way_out = (
         f"Fuse adapters of one base, with that base itself among them if you like. Is it one base under several names? "
         f"{SAY_BASE}; or {MERGE_FIRST}."
@@ -128,15 +126,18 @@ def common_base(
     for name, source in specialists.items():
         if configs[name] is None and not _same_place(source, base):
             what = repr(os.fspath(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
-            raise ValueError(f"{rule}, and {name!r} ({what}) is a whole model, and not that base. {way_out}")
+            fact = f"{first!r} holds only an adapter, of {base!r}, and {name!r} ({what}) is a whole model, and not that base"
+            raise _rejected(fact, rule, way_out)
     if not base:
-        raise ValueError(
-            f"An adapter says which base it is of, but `base_model_name_or_path` of {first!r} is {base!r}. {SAY_BASE}; or "
-            f"{MERGE_FIRST}."
+        raise _rejected(
+            f"`base_model_name_or_path` of {first!r} is {base!r}",
+            "An adapter says which base it is of",
+            f"{SAY_BASE}; or {MERGE_FIRST}.",
         )
     for name, (other, at) in bases.items():
         if not _same_place(other, base) or at != revision:
-            raise ValueError(f"{rule} at {revision!r}, and {name!r} one of {other!r} at {at!r}. {way_out}")
+            fact = f"{first!r} is an adapter of {base!r} at {revision!r}, and {name!r} one of {other!r} at {at!r}"
+            raise _rejected(fact, rule, way_out)
         check_adapter(name, configs[name])
     return Adapters(base, revision, configs)
 
@@ -148,12 +149,14 @@ def about_base(adapters: Adapters) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         of = " and ".join(repr(name) for name, config in adapters.configs.items() if config)
-        reason = str(error).partition(". ")[0].removesuffix(".")
+        reason = error.fact if isinstance(error, Refusal) else str(error)
         # by which name its tensors are kept is no word of the user's
         reason = reason.replace(f"specialist {BASE!r}", "base").replace(repr(BASE), "it")
-        raise (OSError if isinstance(error, OSError) else ValueError)(
-            f"Adapters are fused on the plain weights of their base, but that of {of}, {adapters.base!r}, is refused: "
-            f"{reason[:1].lower()}{reason[1:]}. {SAY_BASE}, if its plain weights are elsewhere."
+        raise (UnavailableError if isinstance(error, OSError) else Refusal)(
+            getattr(error, "about", "model"),
+            f"the base of {of}, {adapters.base!r}, is refused: {reason}",
+            "Adapters are fused on the plain weights of their base",
+            f"{SAY_BASE}, if its plain weights are elsewhere.",
         ) from error
 
 
@@ -192,16 +195,22 @@ def check_adapter(name: str, config: dict) -> None:
             more[key] = config.get(key)
     if more:
         key, value = next(iter(more.items()))
-        raise ValueError(
-            f"An adapter is fused if it adds pairs of matrices to linear layers and does nothing else (LoRA), but "
-            f"{name!r} has {key}={value!r}. Train it without, or {MERGE_FIRST}."
+        raise _rejected(
+            f"{name!r} has {key}={value!r}",
+            "An adapter is fused if it adds pairs of matrices to linear layers and does nothing else (LoRA)",
+            f"Train it without, or {MERGE_FIRST}.",
         )
 
 
-def _odd(name: str, field: str, value) -> ValueError:
-    return ValueError(
-        f"An adapter's {CONFIG_FILE} is as PEFT writes it, but in that of {name!r} `{field}` is {str(value)[:200]!r}. Fetch "
-        f"it again, or {MERGE_FIRST}."
+def _rejected(fact: str, rule: str, way_out: str = "Download it again.") -> Refusal:
+    return Refusal("adapter", fact, rule, way_out)
+
+
+def _odd(name: str, field: str, value) -> Refusal:
+    return _rejected(
+        f"`{field}` in the {CONFIG_FILE} of {name!r} is {str(value)[:200]!r}",
+        "It is as PEFT writes it",
+        f"Fetch it again, or {MERGE_FIRST}.",
     )
 
 
@@ -211,18 +220,30 @@ def read_tensors(name: str, source: str, **hub) -> dict[str, Tensor]:
     Raises:
         OSError: If they cannot be read, or are not in the safetensors format.
     """
+    file = adapter_file(name, source, **hub)
+    read_header(file)
+    with in_words(f"The adapter {name!r}", source):
+        return load_state_dict(file)
+
+
+def adapter_file(name: str, source: str, **hub) -> str:
+    """The safetensors file of an adapter on this machine, downloaded if need be.
+
+    Raises:
+        OSError: If there is none.
+    """
     try:
         file = cached_file(source, WEIGHTS_FILE, **hub)
     except OSError:
         file = None
     if file is None:
-        raise OSError(
-            f"The adapter {name!r} ({os.fspath(source)!r}) holds no {WEIGHTS_FILE}. Only the safetensors format is read, "
-            f"because others can run code; load and save it once with PEFT to convert it."
+        raise UnavailableError(
+            "weights",
+            f"the adapter {name!r} ({os.fspath(source)!r}) holds no {WEIGHTS_FILE}",
+            "Only the safetensors format is read, because others can run code",
+            "Load and save it once with PEFT to convert it.",
         )
-    read_header(file)
-    with in_words(f"The adapter {name!r}", source):
-        return load_state_dict(file)
+    return file
 
 
 def adaptable(model: PreTrainedModel, backbone_type: type) -> dict[str, tuple[str, torch.Size]]:
@@ -263,9 +284,11 @@ def pairs(
     for key, tensor in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
         if match is None or match[1] not in linear:
-            raise ValueError(
-                f"An adapter is fused if all of it is on linear layers of the base's backbone, because the head is one "
-                f"for all specialists, but {name!r} holds `{key}`. Train it without, or {MERGE_FIRST}."
+            raise _rejected(
+                f"{name!r} holds `{key}`",
+                "An adapter is fused if all of it is on linear layers of the base's backbone, because the head "
+                "is one for all specialists",
+                f"Train it without, or {MERGE_FIRST}.",
             )
         found.setdefault(match[1], {})[match[2]] = tensor
     result = {}
@@ -280,19 +303,22 @@ def pairs(
             or a.shape[0] != b.shape[1]
         ):
             shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
-            raise ValueError(
-                f"An adapter's matrices fit the layer of its base, but those of {name!r} for `{module}`, which is "
-                f"{tuple(shape)}, have shapes {shapes}. It is of another base, or not whole: download it again."
+            raise _rejected(
+                f"matrices of {name!r} for `{module}`, which is {tuple(shape)}, have shapes {shapes}",
+                "An adapter's matrices fit the layer of its base",
+                "It is of another base, or not whole: download it again.",
             )
         if len(a) not in ranks or not (a.is_floating_point() and b.is_floating_point()):
-            raise ValueError(
-                f"An adapter's matrices are floating point numbers of the rank that its {CONFIG_FILE} says, {sorted(ranks)}, "
-                f"but those of {name!r} for `{module}` are {a.dtype} of rank {len(a)}. Download it again."
+            raise _rejected(
+                f"matrices of {name!r} for `{module}` are {a.dtype} of rank {len(a)}",
+                f"An adapter's matrices are floating point numbers of the rank that its {CONFIG_FILE} says, "
+                f"{sorted(ranks)}",
             )
         if not a.is_meta and not all(torch.isfinite(t).all() for t in (a, b)):
-            raise ValueError(
-                f"An adapter's matrices must be finite numbers, but those of {name!r} for `{module}` hold others. Download "
-                f"it again, or leave it out."
+            raise _rejected(
+                f"matrices of {name!r} for `{module}` hold numbers that are not finite",
+                "An adapter's matrices must be finite numbers",
+                "Download it again, or leave it out.",
             )
         _check_target(name, config, module)
         wide = b.to(torch.promote_types(b.dtype, torch.float32))
@@ -318,9 +344,10 @@ def _check_target(name: str, config: dict, module: str) -> None:
             # PEFT has names of its own for a family if there are none, and writes them down when it saves
             named = any(module == leaf or module.endswith(f".{leaf}") for leaf in value or ())
         if named != wanted:
-            raise ValueError(
-                f"An adapter's files hold matrices of just the layers that its {CONFIG_FILE} names, but by `{field}` of "
-                f"{name!r} `{module}` is none of them. Download it again, or {MERGE_FIRST}."
+            raise _rejected(
+                f"{name!r} has matrices of `{module}`, a layer that `{field}` leaves out",
+                f"An adapter's files hold matrices of just the layers that its {CONFIG_FILE} names",
+                f"Download it again, or {MERGE_FIRST}.",
             )
 
 
@@ -364,7 +391,8 @@ def _is_named(module: str, pattern: str, field: str = "alpha_pattern", whole: bo
             return re.fullmatch(pattern if whole else rf"(.*\.)?({pattern})$", module) is not None
         except (re.error, RecursionError, OverflowError) as error:
             reason = f"is none: {error}"
-    raise ValueError(
-        f"`{field}` of an adapter names layers by regular expressions, but {pattern[:100]!r} {reason}. Write the names "
-        f"of layers in its place, or {MERGE_FIRST}."
+    raise _rejected(
+        f"`{field}` of an adapter is {pattern[:100]!r}, which {reason}",
+        "It names layers by regular expressions",
+        f"Write the names of layers in its place, or {MERGE_FIRST}.",
     )

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from .refusals_ultrafuser import Refusal
+
 
 def check_adapters(model: nn.Module) -> None:
     """Refuses adapters of PEFT, on a fused model, that would be saved or trained by half. The last one is taken out.
@@ -47,10 +49,12 @@ def check_head(head: nn.Module, reader: str) -> None:
     """
     # trainable tokens wrap it once more
     if hasattr(getattr(head, "token_adapter", head), "base_layer"):
-        raise ValueError(
-            f"An adapter on `lm_head` is computed beside its weight, for all specialists at once, but {reader} takes the "
-            f"head one specialist at a time and would leave the adapter out. Merge it (`merge_and_unload()`) where "
-            f"that model runs, or train the head itself: modules_to_save=['lm_head']."
+        raise Refusal(
+            "adapter",
+            f"{reader} takes the head one specialist at a time and would leave the adapter out",
+            "An adapter on `lm_head` is computed beside its weight, for all specialists at once",
+            "Merge it (`merge_and_unload()`) where that model runs, or train the head itself: "
+            "modules_to_save=['lm_head'].",
         )
 
 

@@ -1,19 +1,25 @@
-"""A step of generation with a cache, of a specialist alone and within a fused model: both must come to the same."""
+"""Probes of a specialist: alone, rebuilt as a part of a fused model, and in a step of generation with the shared cache."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch.nn import functional as F  # noqa: N812
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
-from .architecture_ultrafuser import empty_backbones
+from .architecture_ultrafuser import empty_backbones, parts_of
 from .cache_ultrafuser import SpecialistCache, paged_record
 from .causal_ultrafuser import masks_for_generate
 from .configuration_ultrafuser import UltraFuserConfig
-from .families_ultrafuser import specialist_layer_types
+from .families_ultrafuser import SCALE_FIELDS, soft_cap, specialist_layer_types
+from .files_ultrafuser import in_words
 from .inputs_ultrafuser import Tokens
 from .reader_separate_ultrafuser import named_masks, read_within
+from .refusals_ultrafuser import Refusal
 from .versions_ultrafuser import CACHE
 
 
@@ -67,9 +73,12 @@ def check_pages(config: UltraFuserConfig, specialists: dict[str, PreTrainedModel
         finally:
             backbone.set_attn_implementation(attention)
         if odd:
-            raise ValueError(
-                f"Continuous batching keeps keys and values in pages, into which attention of every layer must put those of "
-                f"each token once, but {name!r} ({backbone.config.model_type!r}) {odd}. Use `generate` for this model."
+            raise Refusal(
+                "architecture",
+                f"{name!r} ({backbone.config.model_type!r}) {odd}",
+                "Continuous batching keeps keys and values in pages, into which attention of every layer must "
+                "put those of each token once",
+                "Use `generate` for this model.",
             )
 
 
@@ -154,13 +163,153 @@ def step_within(
             tokens = Tokens(ids[:, begin:end], mask, positions)
             output = read_within(backbone, name, layers, tokens, cache, use_cache=True)
     except Exception as error:
-        raise ValueError(
-            f"A specialist must generate with the cache that all specialists share, but {name!r} "
-            f"({backbone.config.model_type!r}) cannot with a {kind.__name__}: {type(error).__name__}: {error} "
-            f"It cannot be fused."
+        raise Refusal(
+            "architecture",
+            f"{name!r} ({backbone.config.model_type!r}) cannot generate with a {kind.__name__}: {type(error).__name__}: {error}",
+            "A specialist must generate with the cache that all specialists share",
+            "It cannot be fused.",
         ) from error
     return output.last_hidden_state[:, -1]
 
 
 def _cache(kind: type[Cache], config, length: int) -> Cache:
     return kind(config=config) if kind is DynamicCache else kind(config=config, max_cache_len=length)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """For what moves tensors within memory and is over at once."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def probe_specialist(
+    name: str, model: PreTrainedModel, fused: UltraFuserConfig, k: int, text_config: PreTrainedConfig
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Rebuilds a specialist from its configuration and checks that it speaks as before, with and without a cache.
+
+    Some architectures do more between backbone and logits than multiplying by a head: whatever it is, it shows here.
+
+    Args:
+        name: Of the specialist.
+        model: The specialist as its own causal language model.
+        fused: Configuration of the fused model, with the fused vocabulary.
+        k: Which of its specialists this is.
+        text_config: The specialist's own configuration, with its own scale factors.
+
+    Returns:
+        The backbone's tensors by name, and the specialist's columns of the wide head, scale folded in.
+        Shape (vocab, hidden).
+    """
+    config = fused.specialists[k]
+    rows = config.vocab_size
+    backbone, head = parts_of(name, model, config)
+    columns = head.weight[:rows]
+    state = dict(backbone.state_dict())
+    embedding = backbone.get_input_embeddings().weight
+    for key, tensor in state.items():
+        if tensor.data_ptr() == embedding.data_ptr() and tensor.shape == embedding.shape:
+            state[key] = tensor[:rows]
+    odd = next((n for n, p in model.named_parameters() if not _is_finite(p)), None)
+    if odd is not None:
+        raise Refusal(
+            "model",
+            f"`{odd}` of {name!r} holds numbers that are not finite",
+            "A specialist's weights must be finite numbers, because one that is not makes all that it is added "
+            "to meaningless",
+            "Download it again, or leave it out.",
+        )
+    was_training = model.training
+    model.eval()
+    ids = (torch.arange(1, 17, device=model.device) * 7919 % rows)[None]
+    with in_words(f"The configuration of {name!r}", model.name_or_path):
+        own = model(input_ids=ids, use_cache=False, return_dict=True).logits[..., :rows].float()
+        other = torch.cat([ids[:, :-1], ids[:, :1]], dim=-1)
+        if not own.isfinite().all():
+            raise Refusal(
+                "model",
+                f"on a probe {name!r} gives numbers that are not finite",
+                "A specialist must speak in finite numbers",
+                "Its config.json is not the one that it was trained with, or its weights are damaged: download "
+                "both again.",
+            )
+        changed = model(input_ids=other, use_cache=False, return_dict=True).logits[..., :rows].float()
+    if not torch.allclose(own[:, :-1], changed[:, :-1], rtol=1e-3, atol=1e-3 * own.abs().max().item()):
+        raise Refusal(
+            "model",
+            f"in {name!r} ({type(model).__name__}) a later token changes an earlier prediction",
+            "A specialist must be a decoder, which predicts each token from those before it",
+            "Use a causal language model.",
+        )
+    try:
+        with no_bars():
+            rebuilt = type(backbone).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).eval()
+    except RuntimeError as error:
+        raise Refusal(
+            "model",
+            f"{name!r} ({type(model).__name__}) has tensors of other shapes in its backbone",
+            "A specialist must be what its configuration says",
+            "It cannot be fused.",
+        ) from error
+    rebuilt.to(model.device)
+    hidden = rebuilt(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+    linear = F.linear(hidden, columns).float()
+    allowed = tolerance(model.dtype)
+    cap = soft_cap(text_config)
+
+    def head_of(linear: Tensor, scale: float) -> Tensor:
+        return linear * scale if cap is None else cap * torch.tanh(linear * scale / cap)
+
+    def alike(logits: Tensor, expected: Tensor) -> bool:
+        return bool((logits - expected).abs().max() <= allowed * expected.abs().max().clamp(min=1e-6))
+
+    scale = next((s for s in _scales(text_config) if alike(head_of(linear, s), own)), None)
+    if scale is None:
+        difference = (linear - own).abs().max().item()
+        raise Refusal(
+            "model",
+            f"{name!r} ({type(model).__name__}) does something between its backbone and its logits that one linear head "
+            f"cannot do: on a probe, logits differ by up to {difference:.3g}",
+            "The fused model would not speak as it does",
+            "It cannot be fused.",
+        )
+
+    for kind in (DynamicCache, StaticCache):
+        expected = step_alone(kind, model, ids)
+        if expected is None and kind is StaticCache:
+            continue
+        # with a cache of its family's own it says what it says without
+        expected = own[:, -1] if expected is None else expected[..., :rows].float()
+        step = step_within(kind, rebuilt, name, fused, k, ids)
+        if not alike(head_of(F.linear(step, columns).float(), scale), expected):
+            raise Refusal(
+                "model",
+                f"{name!r} ({type(model).__name__}) says something else in a step of generation with the {kind.__name__} "
+                f"that all specialists share than alone",
+                "",
+                "It cannot be fused.",
+            )
+    model.train(was_training)
+    return {k: t.cpu() for k, t in state.items()}, (columns if scale == 1.0 else columns * scale).cpu()
+
+
+def _is_finite(weight: Tensor) -> bool:
+    # without a copy of its size
+    return weight.numel() == 0 or all(torch.isfinite(end) for end in torch.aminmax(weight.detach()))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Returns by how much of the largest logit two computations of one thing may differ."""
+    return {torch.float32: 1e-4, torch.float64: 1e-6}.get(dtype, 2e-2)
+
+
+def _scales(config: PreTrainedConfig) -> list[float]:
+    """Factors that the logits may have been multiplied by: 1, and what the family writes down, either way up."""
+    written = [getattr(config, field, None) for field in SCALE_FIELDS]
+    return [1.0] + [s for w in written if w for s in (1 / w, w)]

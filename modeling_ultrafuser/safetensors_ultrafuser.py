@@ -47,14 +47,15 @@ def read_index(path: str | os.PathLike) -> dict[str, str]:
     names = read_json(path).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UnreadableFileError(
-            f"An index says in its `weight_map` which tensor is in which file, but {os.fspath(path)!r} does not. Fetch "
-            f"it again."
+            f"{os.fspath(path)!r} has no `weight_map`",
+            "An index says in its `weight_map` which tensor is in which file",
         )
     for name in names.values():
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0.][^/\\\0]*\.safetensors", name):
             raise UnreadableFileError(
-                f"An index names safetensors files of its own folder, but {os.fspath(path)!r} names {str(name)[:200]!r}. "
-                f"Put the file there, and its plain name in the index."
+                f"{os.fspath(path)!r} names {str(name)[:200]!r}",
+                "An index names safetensors files of its own folder",
+                "Put the file there, and its plain name in the index.",
             )
     return names
 
@@ -125,6 +126,4 @@ def read_headers(files: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _damaged(path: str | os.PathLike, why: str) -> UnreadableFileError:
-    return UnreadableFileError(
-        f"A safetensors file is read only if it is whole, but {os.fspath(path)!r} is not: {why}. Fetch it again."
-    )
+    return UnreadableFileError(f"{os.fspath(path)!r} is not whole: {why}", "A safetensors file is read only if it is")

@@ -16,6 +16,7 @@ from .files_ultrafuser import in_words, read_json
 from .folder_ultrafuser import check_folder
 from .gguf_ultrafuser import check_gguf, gguf_arguments, is_gguf
 from .loaded_ultrafuser import is_plain
+from .refusals_ultrafuser import Refusal, UnavailableError
 
 
 def own_config(name: str, source, **hub) -> PreTrainedConfig:
@@ -24,15 +25,17 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
         # one that was read from a quantised file may be plain since
         weights = (*source.parameters(), *(b for b in source.buffers() if b.ndim > 1))
         if getattr(source, "hf_quantizer", None) is not None and not all(map(is_plain, weights)):
-            raise ValueError(_quantised(name, "a quantised model in memory", source.config))
+            raise _quantised(name, "a quantised model in memory", source.config)
         if source.config.model_type == UltraFuserConfig.model_type:
-            raise ValueError(_already_fused(name, source.config.specialist_names))
+            raise _already_fused(name, source.config.specialist_names)
         if any(type(module).__module__.startswith("peft.") for module in source.modules()):
-            raise ValueError(
-                f"A specialist in memory is a plain model, but {name!r} ({type(source).__name__}) has an adapter of PEFT on "
-                f"its layers. Save the adapter, `save_pretrained(FOLDER)`, and pass that folder, because LoRA adapters of "
-                f"one base are fused from their folders; or merge it, `merge_and_unload()` of a PEFT model, or take it "
-                f"off, `delete_adapter(...)`."
+            raise Refusal(
+                "model",
+                f"{name!r} ({type(source).__name__}) has an adapter of PEFT on its layers",
+                "A specialist in memory is a plain model",
+                "Save the adapter, `save_pretrained(FOLDER)`, and pass that folder, because LoRA adapters of one "
+                "base are fused from their folders; or merge it, `merge_and_unload()` of a PEFT model, or take "
+                "it off, `delete_adapter(...)`.",
             )
         config = copy.deepcopy(source.config)
         if hasattr(config, "quantization_config"):
@@ -48,9 +51,11 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
     if is_gguf(source):
         return _gguf_config(name, source)
     if os.path.isfile(source):
-        raise ValueError(
-            f"A specialist is a folder or a Hub id, but {name!r} is the file {source!r}. Pass the folder that "
-            f"holds it; of files alone GGUF is read."
+        raise Refusal(
+            "model",
+            f"{name!r} is the file {source!r}",
+            "A specialist is a folder or a Hub id",
+            "Pass the folder that holds it; of files alone GGUF is read.",
         )
     try:
         found = cached_file(source, "config.json", **hub)
@@ -63,16 +68,17 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
     raw = read_json(found)
     model_type = raw.get("model_type")
     if raw.get("quantization_config"):
-        raise ValueError(_quantised(name, repr(source), raw))
+        raise _quantised(name, repr(source), raw)
     if model_type == UltraFuserConfig.model_type:
-        raise ValueError(_already_fused(name, raw.get("specialist_names")))
+        raise _already_fused(name, raw.get("specialist_names"))
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         needs_code = bool(raw.get("auto_map"))
         reason = "needs remote code of its own, which is never run here" if needs_code else "is unknown"
-        raise ValueError(
-            f"A specialist must be of an architecture that transformers itself contains, but {name!r} ({source!r}) is "
-            f"of type {model_type!r}, which {reason}. Convert it to a native architecture, or upgrade transformers if "
-            f"a newer version knows it."
+        raise Refusal(
+            "model",
+            f"{name!r} ({source!r}) is of type {model_type!r}, which {reason}",
+            "A specialist must be of an architecture that transformers itself contains",
+            "Convert it to a native architecture, or upgrade transformers if a newer version knows it.",
         )
     with in_words(f"The configuration of {name!r}", source):
         return AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
@@ -86,9 +92,11 @@ def _gguf_config(name: str, source: str) -> PreTrainedConfig:
     # the package checks little of what it reads
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].removesuffix(".")
-        raise ValueError(
-            f"The GGUF file {source!r} of {name!r} cannot be read: {reason}. It is broken, or of an architecture that "
-            f"transformers does not read from GGUF: fuse the folder that it was made from."
+        raise Refusal(
+            "model",
+            f"the GGUF file {source!r} of {name!r} cannot be read: {reason}",
+            "It is broken, or of an architecture that transformers does not read from GGUF",
+            "Fuse the folder that it was made from.",
         ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -99,7 +107,7 @@ def _gguf_config(name: str, source: str) -> PreTrainedConfig:
 _DEQUANTISE = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 
 
-def _quantised(name: str, what: str, config) -> str:
+def _quantised(name: str, what: str, config) -> Refusal:
     written = (
         config.get("quantization_config") if isinstance(config, dict) else getattr(config, "quantization_config", None)
     )
@@ -117,39 +125,50 @@ def _quantised(name: str, what: str, config) -> str:
         )
     elif method == "gguf":
         way_out = "Pass the file itself, NAME=FOLDER/FILE.gguf, which is dequantised while it is read."
-    return (
-        f"A specialist must have plain weights, because its head becomes columns of one matrix, but {name!r} is "
-        f"{what} with quantised weights. {way_out}"
+    return Refusal(
+        "model",
+        f"{name!r} is {what} with quantised weights",
+        "A specialist must have plain weights, because its head becomes columns of one matrix",
+        way_out,
     )
 
 
-def _already_fused(name: str, specialist_names: list[str]) -> str:
-    return (
-        f"A specialist is a single model, but {name!r} is itself a fused model of {specialist_names}. Fuse those "
-        f"specialists instead: `model.specialist(name)` gives each back."
+def _already_fused(name: str, specialist_names: list[str]) -> Refusal:
+    return Refusal(
+        "model",
+        f"{name!r} is itself a fused model of {specialist_names}",
+        "A specialist is a single model",
+        "Fuse those specialists instead: `model.specialist(name)` gives each back.",
     )
 
 
-def _unreadable(name: str, source: str, error: OSError | None = None, **hub) -> OSError | ValueError:
+def _unreadable(name: str, source: str, error: OSError | None = None, **hub) -> Refusal:
     try:
         adapter = cached_file(source, "adapter_config.json", **hub)
     except OSError:
         adapter = None
     if adapter is not None:
-        return ValueError(
-            f"A specialist must be a whole model here, but {name!r} ({source!r}) holds only an adapter. Merge it into its "
-            f"base first: `AutoPeftModelForCausalLM.from_pretrained({source!r}).merge_and_unload()`, then "
-            f"`.save_pretrained(...)`; or fuse all specialists as adapters of one base."
+        return Refusal(
+            "model",
+            f"{name!r} ({source!r}) holds only an adapter",
+            "A specialist must be a whole model here",
+            "Merge it into its base first: "
+            f"`AutoPeftModelForCausalLM.from_pretrained({source!r}).merge_and_unload()`, then "
+            "`.save_pretrained(...)`; or fuse all specialists as adapters of one base.",
         )
     if os.path.isdir(source):
-        return FileNotFoundError(
-            f"The folder of {name!r}, {source!r}, has no config.json, so it is no saved model. It holds "
-            f"{sorted(os.listdir(source))[:8]}. Point to the folder that `save_pretrained` wrote."
+        return UnavailableError(
+            "model",
+            f"the folder of {name!r}, {source!r}, has no config.json, so it is no saved model",
+            f"It holds {sorted(os.listdir(source))[:8]}",
+            "Point to the folder that `save_pretrained` wrote.",
         )
     token = "a token was given" if hub.get("token") else "no token was given"
-    return OSError(
-        f"The specialist {name!r} could not be read: {source!r} (revision {hub['revision']!r}) is neither a local "
-        f"folder nor a Hub repository that can be reached; {token}. Check the spelling; for a private or gated "
-        f"repository run `hf auth login` after accepting its terms; offline, pass a local folder. "
-        f"The Hub client said: {str(error).splitlines()[0]}"
+    return UnavailableError(
+        "access",
+        f"the specialist {name!r} could not be read: {source!r} (revision {hub['revision']!r}) is neither a local "
+        f"folder nor a Hub repository that can be reached",
+        f"Here {token}; the Hub client said: {str(error).splitlines()[0].removesuffix('.')}",
+        "Check the spelling; for a private or gated repository run `hf auth login` after accepting its terms; offline, "
+        "pass a local folder.",
     )

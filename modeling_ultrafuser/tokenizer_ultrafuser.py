@@ -19,6 +19,7 @@ from .folder_ultrafuser import check_folder
 from .gguf_ultrafuser import gguf_arguments, is_gguf
 from .log_ultrafuser import print_line
 from .lora_ultrafuser import adapter_config
+from .refusals_ultrafuser import Refusal
 
 
 # text that tells tokenizers apart which share a vocabulary but split differently
@@ -37,6 +38,10 @@ _FREE = re.compile(
     r"\W+([\w▁ ]*(reserved|unused|place.?holder|dummy)[\w▁ ]*|control_\d+|special_\d+|extra_(id_)?\d+)\W+",
     re.IGNORECASE,
 )
+
+
+ONE_BASE = "Fuse specialists trained from one base model."
+_SPLITS = "{!r} splits text differently from {!r} although the vocabularies are equal"
 
 
 def common_tokenizer(
@@ -71,16 +76,21 @@ def common_tokenizer(
     }
     missing = [n for n, t in tokenizers.items() if t is None]
     if missing:
-        raise ValueError(
-            f"Every specialist must come with its tokenizer, but {missing} have none. Save it beside them."
+        raise Refusal(
+            "tokenizer",
+            f"{missing} have no tokenizer",
+            "Every specialist must come with its own",
+            "Save it beside them.",
         )
     tokenizer = copy.deepcopy(widest_usable_tokenizer(tokenizers, vocab_size or 1 << 62))
     templates = {n: t.chat_template or None for n, t in tokenizers.items()}
     if chat_template is not None:
         if chat_template not in templates:
-            raise ValueError(
-                f"`chat_template` names the specialist whose template to take: one of {list(templates)}, "
-                f"but got {chat_template!r}."
+            raise Refusal(
+                "tokenizer",
+                f"`chat_template` is {chat_template!r}",
+                "It names the specialist whose template to take",
+                f"Choose one of {list(templates)}.",
             )
         tokenizer.chat_template = templates[chat_template]
         ids = tokenizer.get_vocab()
@@ -92,9 +102,11 @@ def common_tokenizer(
             )
     elif len({repr(t) for t in templates.values()}) > 1:
         with_one = [n for n, t in templates.items() if t]
-        raise ValueError(
-            f"A fused model has one chat template, but the specialists' differ ({with_one} have one). Choose whose to "
-            f"take: chat_template={with_one[0]!r}."
+        raise Refusal(
+            "tokenizer",
+            f"the specialists' chat templates differ ({with_one} have one)",
+            "A fused model has one",
+            f"Choose whose to take: chat_template={with_one[0]!r}.",
         )
     return tokenizer
 
@@ -112,9 +124,11 @@ def load_tokenizer(source, base=None, **hub) -> PreTrainedTokenizerBase | None:
             )
         # what is in a file is converted, and may be of any kind
         except Exception as error:
-            raise ValueError(
-                f"The tokenizer of {os.fspath(source)!r} cannot be read ({type(error).__name__}: {error}). Save the one "
-                f"that it was made from beside the file."
+            raise Refusal(
+                "tokenizer",
+                f"the tokenizer of {os.fspath(source)!r} cannot be read ({type(error).__name__}: {error})",
+                "",
+                "Save the one that it was made from beside the file.",
             ) from error
     adapter = adapter_config(source, **hub)
     if adapter is not None and not _has_tokenizer(source, **hub):
@@ -160,74 +174,80 @@ def widest_usable_tokenizer(
     """
     ids = {n: t.get_vocab() for n, t in tokenizers.items()}
     vocabularies = {n: _tokens_by_id(ids[n], vocab_size) for n in tokenizers}
-    added = {n: set(t.get_added_vocab()) for n, t in tokenizers.items()}
-    only_some = _known_to_some(vocabularies)
+    only_some = list(_known_to_some(vocabularies).values())
     rule = "Specialists must share one tokenizer, because their predictions are added token by token"
-    for first, name in itertools.combinations(tokenizers, 2):
-        a, b = vocabularies[first], vocabularies[name]
-        differing = sorted(i for i in a.keys() | b.keys() if a.get(i) != b.get(i))
-        both = [i for i in differing if i in a and i in b]
-        other = [i for i in differing if {a.get(i)} - added[first] - {None} or {b.get(i)} - added[name] - {None}]
-        if other:
-            i = other[0]
-            raise ValueError(
-                f"{rule}, but {name!r} uses a different tokenizer from {first!r}: {len(differing)} ids differ, the "
-                f"first is {i}, {a.get(i)!r} against {b.get(i)!r}. Fuse specialists trained from one base model."
-            )
-        if both:
-            i = both[0]
-            raise ValueError(
-                f"{rule}, but of the tokens that were added to one vocabulary {len(both)} have other names in {name!r} "
-                f"than in {first!r}: id {i} is {a[i]!r} in {first!r} and {b[i]!r} in {name!r}. If they mean the same, "
-                f"save one tokenizer beside both models; if not, leave one of the two out."
-            )
-        places = {t: i for i, t in a.items()}
-        moved = [(t, i) for i, t in b.items() if places.get(t, i) != i]
-        if moved:
-            token, i = moved[0]
-            raise ValueError(
-                f"{rule}, but the added token {token!r} has the id {places[token]} in {first!r} and {i} in {name!r}. "
-                f"Leave one of the two out."
-            )
-        cut = [t for n, m in ((first, name), (name, first)) for t in added[n] - added[m] if t in ids[m]]
-        if cut:
-            raise ValueError(
-                f"{rule}, but {name!r} splits text differently from {first!r} although the vocabularies are equal: only one "
-                f"of the two cuts {min(cut)!r} out of every text, as an added token. Take it out of its added tokens."
-            )
-        parts = [_parts(tokenizers[n], set(a.values()) & set(b.values())) for n in (first, name)]
-        if odd := [part for part in parts[0] if part in parts[1] and parts[0][part] != parts[1][part]]:
-            raise ValueError(
-                f"{rule}, but {name!r} splits text differently from {first!r} although the vocabularies are equal: their "
-                f"tokenizers differ in {odd[0]}. Fuse specialists trained from one base model."
-            )
-        probe = TOKENIZER_PROBE
-        lost = [t for n in (first, name) for t, i in ids[n].items() if i >= vocab_size]
-        for token in [*only_some.values(), *lost]:
-            # tokens of blanks alone would cut ordinary text otherwise
-            probe = probe.replace(token, "") if token.strip() else probe
-        ours, theirs = (tokenizers[n].encode(probe, add_special_tokens=False) for n in (first, name))
-        if [i for i in ours if i < vocab_size] != [i for i in theirs if i < vocab_size]:
-            raise ValueError(
-                f"{rule}, but {name!r} splits text differently from {first!r} although the vocabularies are equal: a "
-                f"test sentence became {len(theirs)} tokens instead of {len(ours)}. Fuse specialists trained from one "
-                f"base model."
-            )
+    for pair in itertools.combinations(tokenizers, 2):
+        told = _difference(pair, tokenizers, ids, vocabularies) or _split_differently(
+            pair, tokenizers, ids, vocab_size, only_some
+        )
+        if told is not None:
+            fact, way_out = told
+            raise Refusal("tokenizer", fact, rule, way_out)
     beyond = {n: sorted(i for i in ids[n].values() if i >= vocab_size) for n in tokenizers}
     usable = [n for n in tokenizers if not beyond[n]]
     if not usable:
         shown = {n: [tokenizers[n].convert_ids_to_tokens(i) for i in more[:3]] for n, more in beyond.items()}
-        raise ValueError(
-            f"The fused vocabulary has the {vocab_size} rows that every specialist's head has, but every tokenizer "
-            f"can produce tokens beyond it, such as {shown}. Fuse specialists whose heads cover their tokenizers."
+        raise Refusal(
+            "tokenizer",
+            f"every tokenizer can produce tokens beyond the fused vocabulary of {vocab_size} rows, such as {shown}",
+            "It has the rows that every specialist's head has",
+            "Fuse specialists whose heads cover their tokenizers.",
         )
     return tokenizers[max(usable, key=lambda n: len(vocabularies[n]))]
 
 
+def _difference(pair: tuple[str, str], tokenizers: dict, ids: dict, vocabularies: dict) -> tuple[str, str] | None:
+    """Returns what differs between two vocabularies or their tokenizers' parts, and what to do; or None."""
+    first, name = pair
+    a, b = vocabularies[first], vocabularies[name]
+    added = {n: set(tokenizers[n].get_added_vocab()) for n in pair}
+    differing = sorted(i for i in a.keys() | b.keys() if a.get(i) != b.get(i))
+    other = [i for i in differing if {a.get(i)} - added[first] - {None} or {b.get(i)} - added[name] - {None}]
+    if other:
+        i = other[0]
+        fact = f"{name!r} uses a different tokenizer from {first!r}: {len(differing)} ids differ, the first is {i}"
+        return f"{fact}, {a.get(i)!r} against {b.get(i)!r}", ONE_BASE
+    if both := [i for i in differing if i in a and i in b]:
+        i = both[0]
+        fact = (
+            f"{len(both)} of the tokens that were added to one vocabulary have other names in {name!r} than in {first!r}: "
+            f"id {i} is {a[i]!r} in {first!r} and {b[i]!r} in {name!r}"
+        )
+        return fact, "If they mean the same, save one tokenizer beside both models; if not, leave one of the two out."
+    places = {t: i for i, t in a.items()}
+    if moved := [(t, i) for i, t in b.items() if places.get(t, i) != i]:
+        token, i = moved[0]
+        fact = f"the added token {token!r} has the id {places[token]} in {first!r} and {i} in {name!r}"
+        return fact, "Leave one of the two out."
+    if cut := [t for n, m in (pair, pair[::-1]) for t in added[n] - added[m] if t in ids[m]]:
+        fact = f"{_SPLITS.format(name, first)}: only one of the two cuts {min(cut)!r} out of every text, as an added token"
+        return fact, "Take it out of its added tokens."
+    parts = [_parts(tokenizers[n], set(a.values()) & set(b.values())) for n in pair]
+    if odd := [part for part in parts[0] if part in parts[1] and parts[0][part] != parts[1][part]]:
+        return f"{_SPLITS.format(name, first)}: their tokenizers differ in {odd[0]}", ONE_BASE
+    return None
+
+
+def _split_differently(
+    pair: tuple[str, str], tokenizers: dict, ids: dict, vocab_size: int, only_some: list[str]
+) -> tuple[str, str] | None:
+    """Returns how two tokenizers split a test sentence differently, and what to do; or None."""
+    first, name = pair
+    probe = TOKENIZER_PROBE
+    for token in [*only_some, *(t for n in pair for t, i in ids[n].items() if i >= vocab_size)]:
+        # tokens of blanks alone would cut ordinary text otherwise
+        probe = probe.replace(token, "") if token.strip() else probe
+    ours, theirs = (tokenizers[n].encode(probe, add_special_tokens=False) for n in pair)
+    if [i for i in ours if i < vocab_size] == [i for i in theirs if i < vocab_size]:
+        return None
+    fact = f"{_SPLITS.format(name, first)}: a test sentence became {len(theirs)} tokens instead of {len(ours)}"
+    return fact, ONE_BASE
+
+
 def tokenizer_notes(
     tokenizers: dict[str, PreTrainedTokenizerBase], vocab_size: int, chosen: PreTrainedTokenizerBase
-) -> list[str]:
-    """What differs between tokenizers of which `widest_usable_tokenizer` chose one: a sentence each, and what to do."""
+) -> list[tuple[str, str]]:
+    """What differs between tokenizers of which `widest_usable_tokenizer` chose one: each in a sentence, with what to do."""
     vocabularies = {n: _tokens_by_id(t.get_vocab(), vocab_size) for n, t in tokenizers.items()}
     only_some = _known_to_some(vocabularies)
     whose = next(n for n, t in tokenizers.items() if t is chosen)
@@ -235,20 +255,20 @@ def tokenizer_notes(
     known = {n: [t for i, t in only_some.items() if i in v] for n, v in vocabularies.items()}
     if only_some:
         told = "; ".join(f"{n}: {_some(tokens)}" for n, tokens in known.items() if tokens)
-        notes.append(
-            f"Some added tokens are known to some specialists only, and nothing trained the others' rows for them: "
-            f"{told}. Leave them out of prompts, or train the fused model on texts that hold them."
-        )
+        fact = f"Some added tokens are known to some specialists only, and nothing trained the others' rows for them: {told}."
+        notes.append((fact, "Leave them out of prompts, or train the fused model on texts that hold them."))
+    way_out = "For another's, save that one's tokenizer into the fused folder."
     blanks = {
         n: {t.content: (t.lstrip, t.rstrip, t.single_word) for t in tokenizer.added_tokens_decoder.values()}
         for n, tokenizer in tokenizers.items()
     }
     common = set.intersection(*map(set, blanks.values()))
     if odd := sorted(token for token in common if len({of[token] for of in blanks.values()}) > 1):
-        notes.append(
+        fact = (
             f"Tokenizers differ in whether {_some(odd)} take in blanks beside them, or stand for whole words only; the fused "
-            f"model's is that of {whose}. For another's, save that one's tokenizer into the fused folder."
+            f"model's is that of {whose}."
         )
+        notes.append((fact, way_out))
     for what, values in (
         ("put in front of a text", {n: _around(t)[0] for n, t in tokenizers.items()}),
         ("put behind a text", {n: _around(t)[1] for n, t in tokenizers.items()}),
@@ -256,10 +276,8 @@ def tokenizer_notes(
     ):
         if len({repr(v) for v in values.values()}) > 1:
             told = ", ".join(f"{n} {v!r}" if v else f"{n} nothing" for n, v in values.items())
-            notes.append(
-                f"Tokenizers differ in what is {what}: {told}; the fused model's is that of {whose}. For another's, save "
-                f"that one's tokenizer into the fused folder."
-            )
+            fact = f"Tokenizers differ in what is {what}: {told}; the fused model's is that of {whose}."
+            notes.append((fact, way_out))
     return notes
 
 

@@ -263,7 +263,7 @@ def run(kills: int, signals: int, seed: int, only: list[str] | None = None) -> d
         only: Names of commands.
     """
     modules = (
-        *("build.fusion_recipe", "build.specialist_edits", "build.references", "train.gate_search"),
+        *("build.fusion_recipe", "build.specialist_edits", "build.reference", "train.gate_search"),
         *("train.stage_recipe", "evaluation.evaluation_run", "evaluation.judgements"),
     )
     modules += ("data.synthesis_run", "data.cleaning", "data.dataset_report", "data.sources")

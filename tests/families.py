@@ -43,10 +43,10 @@ from transformers import (
 
 import modeling_ultrafuser
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
+from modeling_ultrafuser.plan_base_ultrafuser import BLOCKS
 from tests.support.tiny import specialist
 from tests.support.tiny_families import STEPS, NotTinyError, build, generate, prompt, said, unending
 from ultrafuser.check.checks import judge
-from ultrafuser.check.findings import BLOCKS
 from ultrafuser.provenance import provenance, versions
 
 

@@ -1,49 +1,81 @@
 """Folders of fused models, and what they say of where their specialists come from."""
 
 import json
+import os
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from modeling_ultrafuser import UltraFuserConfig
-from modeling_ultrafuser.files_ultrafuser import UnreadableFileError, in_words, read_json
-from modeling_ultrafuser.folder_ultrafuser import check_folder
+from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
+from modeling_ultrafuser.files_ultrafuser import UnreadableFileError, read_json
+from modeling_ultrafuser.refusals_ultrafuser import Refusal, UnavailableError
 from modeling_ultrafuser.tokenizer_ultrafuser import load_tokenizer
+
+from .pretrained import load_config, refusing_code
 
 
 INGREDIENTS = "specialists.json"
 
 
-def fused_config(folder: str | Path) -> UltraFuserConfig:
-    """The configuration of a fused model's folder.
+def fused_config(source: str | Path) -> UltraFuserConfig:
+    """Returns the configuration of a fused model.
+
+    Args:
+        source: Its folder, or its id on the Hub.
 
     Raises:
-        ValueError: If it holds no model, or one of another kind.
+        OSError: If there is no model.
+        ValueError: If it is a model of another kind.
     """
-    file = Path(folder) / "config.json"
-    if file.exists():
-        check_folder(folder)
-    kind = read_json(file).get("model_type") if file.exists() else None
-    if kind != UltraFuserConfig.model_type:
-        raise ValueError(
-            f"This is for a fused model's folder, as `ultrafuser fuse` writes it, but {str(folder)!r} holds "
-            f"{'no config.json' if not file.exists() else f'a model of type {kind!r}'}."
-        )
-    with in_words("The fused model's configuration", folder):
-        return UltraFuserConfig.from_pretrained(folder)
+    rule, way_out = "This is for a fused model", "Pass a folder that `ultrafuser fuse` wrote."
+    if os.path.isdir(source) and not Path(source, "config.json").exists():
+        raise Refusal("model", f"{str(source)!r} holds no config.json", rule, way_out)
+    try:
+        config = load_config(source)
+    except OSError as error:
+        fact = f"there is no model at {str(source)!r}: neither such a folder nor such an id on the Hub"
+        raise UnavailableError(
+            "model", fact, "", "Check the spelling; for a private one run `hf auth login`."
+        ) from error
+    if not isinstance(config, UltraFuserConfig):
+        raise Refusal("model", f"{str(source)!r} holds a model of type {config.model_type!r}", rule, way_out)
+    return config
+
+
+def open_fused(source: str | Path, **settings) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
+    """Returns a fused model, on the GPU if there is one, and its tokenizer.
+
+    Args:
+        source: Its folder, or its id on the Hub.
+        settings: Of `from_pretrained`. With a `device_map` the model is where that says.
+
+    Raises:
+        OSError: If there is no model.
+        ValueError: If it is a model of another kind, or has no tokenizer.
+    """
+    fused_config(source)
+    with refusing_code(source):
+        tokenizer = read_tokenizer(source)
+    model = UltraFuserForCausalLM.from_pretrained(source, **settings).eval()
+    if "device_map" not in settings:
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, tokenizer
 
 
 def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder.
+    """Returns the tokenizer in a model's folder.
 
     Raises:
         ValueError: If there is none, or it is damaged.
     """
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
-        raise ValueError(
-            f"A fused model comes with its tokenizer, but {str(folder)!r} holds none. Save it there: "
-            f"`tokenizer.save_pretrained({str(folder)!r})`."
+        raise Refusal(
+            "tokenizer",
+            f"{str(folder)!r} holds no tokenizer",
+            "A fused model comes with its own",
+            f"Save that of a specialist there: `common_tokenizer(specialists).save_pretrained({str(folder)!r})`.",
         )
     return tokenizer
 
@@ -54,10 +86,9 @@ def read_ingredients(folder: Path) -> dict[str, dict]:
     found = read_json(path) if path.exists() else {}
     for name, about in found.items():
         if not isinstance(about, dict) or not all(isinstance(value, str | None) for value in about.values()):
-            raise UnreadableFileError(
-                f"{str(path)!r} says of each specialist where it comes from, but of {name!r} it says {str(about)[:200]!r}. "
-                f"Correct it, or move it away."
-            )
+            fact = f"{str(path)!r} tells of {name!r} {str(about)[:200]!r}"
+            rule = "It tells of each specialist where it comes from"
+            raise UnreadableFileError(fact, rule, "Correct it, or move it away.")
     return found
 
 

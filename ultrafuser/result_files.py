@@ -19,10 +19,9 @@ def read_results(path: Path) -> dict:
     """
     found = read_json(path)
     if "rows" not in found and "judge" not in found:
-        raise UnreadableFileError(
-            f"Results come from `ultrafuser evaluate` or `ultrafuser judge`, but {str(path)!r} holds "
-            f"{str(sorted(found))[:300]}."
-        )
+        fact = f"{str(path)!r} holds {str(sorted(found))[:300]}"
+        rule = "Results come from `ultrafuser evaluate` or `ultrafuser judge`"
+        raise UnreadableFileError(fact, rule, "Pass what one of those wrote.")
     if "rows" in found:
         check_fields(path, found, _COMPARISON, needed=("specialists",))
         for number, row in enumerate(found["rows"], 1):
@@ -59,15 +58,10 @@ def check_fields(
     """
     for key in (*needed, *there):
         if key not in found or (key in needed and found[key] is None):
-            raise UnreadableFileError(
-                f"{str(path)!r} is damaged, or none of this command's files: {where}it has no `{key}`. Write it anew."
-            )
+            raise _damaged(path, f"{where}it has no `{key}`")
     for key, fits in checks.items():
         if found.get(key) is not None and not fits(found[key]):
-            raise UnreadableFileError(
-                f"{str(path)!r} is damaged, or none of this command's files: {where}`{key}` cannot be "
-                f"{str(found[key])[:100]!r}. Write it anew."
-            )
+            raise _damaged(path, f"{where}`{key}` cannot be {str(found[key])[:100]!r}")
 
 
 def whole(value: object) -> bool:
@@ -149,7 +143,11 @@ def _check_gate(path: Path, specialists: list[str], gate: Mapping) -> None:
     lacking += sorted(shown - means.keys())
     lacking += [d for d, rows in bins.items() if not rows or any(len(row) != len(specialists) for row in rows)]
     if lacking:
-        raise UnreadableFileError(
-            f"{str(path)!r} is damaged, or none of this command's files: of the gate it has a weight for each specialist "
-            f"in every domain, but not in {lacking[0]!r}. Write it anew."
+        raise _damaged(
+            path, f"of the gate it has a weight for each specialist in every domain, but not in {lacking[0]!r}"
         )
+
+
+def _damaged(path: str | Path, reason: str) -> UnreadableFileError:
+    fact = f"{str(path)!r} is damaged, or none of this command's files: {reason}"
+    return UnreadableFileError(fact, "", "Write it anew.")

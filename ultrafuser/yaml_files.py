@@ -53,6 +53,5 @@ def parse_yaml(text: str | bytes, path: str | Path):
         return yaml.load(text, _PlainLoader)  # noqa: S506
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableFileError(
-            f"{str(path)!r} must hold YAML, but cannot be read: {said[:300]}. Correct it."
-        ) from error
+        fact = f"{str(path)!r} cannot be read as YAML: {said[:300]}"
+        raise UnreadableFileError(fact, "It must hold YAML", "Correct it.") from error

@@ -154,14 +154,14 @@ def test_an_end_id_beyond_the_vocabulary_is_refused_before_loading(eos, two, tmp
     wide.generation_config.eos_token_id = eos
     save(wide, tmp_path)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("about to load"))
-    with pytest.raises(ValueError, match=r"end-of-text id must be in .* 99 tokens.*\{'wide': \[103\]\}"):
+    with pytest.raises(ValueError, match=r"nd-of-text ids lie beyond .* 99 tokens: \{'wide': \[103\]\}"):
         fuse({"text": two["text"], "wide": tmp_path})
 
 
 def test_tokenizers_that_all_reach_beyond_the_vocabulary_are_refused(tmp_path):
     both = {name: save(small(vocab_size=97), tmp_path / name) for name in ("text", "code")}
     for refuse in (lambda: fuse(both), lambda: common_tokenizer(both, vocab_size=97)):
-        with pytest.raises(ValueError, match=r"97 rows .* every tokenizer can produce tokens beyond .*'}', '~'"):
+        with pytest.raises(ValueError, match=r"tokenizer can produce tokens beyond .* 97 rows.*'}', '~'"):
             refuse()
 
 
@@ -193,7 +193,7 @@ def test_a_model_in_memory_is_fused_in_the_dtype_that_it_has(two):
     models = dict(zip(two, [m.bfloat16() for m in loaded(*two.values())], strict=True))
     assert models["text"].config.dtype == torch.float32
     assert dtypes(fuse(models)) == {torch.bfloat16}
-    with pytest.raises(ValueError, match="one dtype.*'text': torch.bfloat16, 'code': torch.float32"):
+    with pytest.raises(ValueError, match="'text': torch.bfloat16, 'code': torch.float32.*one dtype"):
         fuse({"text": models["text"], "code": two["code"]})
 
 
@@ -372,7 +372,7 @@ def test_one_chat_template_is_taken_where_all_agree(two):
 
 def test_chat_templates_that_differ_need_a_choice():
     words = {"text": tokenizer(), "code": tokenizer(chat_template=A), "math": tokenizer(chat_template=B)}
-    with pytest.raises(ValueError, match=r"one chat template.*\['code', 'math'\] have one.*chat_template='code'"):
+    with pytest.raises(ValueError, match=r"chat templates differ .\['code', 'math'\] have one.*chat_template='code'"):
         common_tokenizer(words)
     for name, template in (("text", None), ("code", A), ("math", B)):
         assert common_tokenizer(words, chat_template=name).chat_template == template
@@ -381,13 +381,13 @@ def test_chat_templates_that_differ_need_a_choice():
 
 def test_a_choice_of_template_must_name_a_specialist():
     words = {"text": tokenizer(), "code": tokenizer(chat_template=A)}
-    with pytest.raises(ValueError, match=r"one of \['text', 'code'\], but got 'law'"):
+    with pytest.raises(ValueError, match=r"'law'.*one of \['text', 'code'\]"):
         common_tokenizer(words, chat_template="law")
 
 
 def test_a_common_tokenizer_needs_a_tokenizer_from_each(two, tmp_path):
     small().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"must come with its tokenizer, but \['bare'\] have none"):
+    with pytest.raises(ValueError, match=r"\['bare'\] have no tokenizer"):
         common_tokenizer({"text": two["text"], "bare": tmp_path})
 
 

@@ -127,18 +127,18 @@ SPECIALISTS = {
     "vocabulary as a word": (config(vocab_size="304"), "vocab_size"),
     "a soft cap that is an object": (
         config(final_logit_softcapping={"a": 1}),
-        "`final_logit_softcapping` is a number",
+        "`final_logit_softcapping` of ",
     ),
     "a soft cap beyond all numbers": (
         config(final_logit_softcapping=10**400),
-        "`final_logit_softcapping` is a number",
+        "`final_logit_softcapping` of ",
     ),
-    "a scale that is a word": (config(logits_scaling="x"), "`logits_scaling` is a number"),
-    "another scale that is a list": (config(logit_scale=[1]), "`logit_scale` is a number"),
-    "a negative number of heads": (config(num_attention_heads=-4), "`num_attention_heads` is a number"),
-    "heads in a word": (config(num_key_value_heads="two"), "`num_key_value_heads` is a number"),
-    "a window that is an object": (config(sliding_window={"a": 1}), "`sliding_window` is a number"),
-    "a window beyond all numbers": (config(sliding_window=10**400), "`sliding_window` is a number"),
+    "a scale that is a word": (config(logits_scaling="x"), "`logits_scaling` of "),
+    "another scale that is a list": (config(logit_scale=[1]), "`logit_scale` of "),
+    "a negative number of heads": (config(num_attention_heads=-4), "`num_attention_heads` of "),
+    "heads in a word": (config(num_key_value_heads="two"), "`num_key_value_heads` of "),
+    "a window that is an object": (config(sliding_window={"a": 1}), "`sliding_window` of "),
+    "a window beyond all numbers": (config(sliding_window=10**400), "`sliding_window` of "),
     "a tokenizer that multiplies text": (
         edited("tokenizer.json", lambda t: t.update(normalizer=GROWING)),
         "times as long",
@@ -156,8 +156,8 @@ SPECIALISTS = {
     "an odd end": (edited("generation_config.json", lambda c: c.update(eos_token_id=[None])), "a token's number"),
     "an end in lists": (edited("generation_config.json", lambda c: c.update(eos_token_id=[[2]])), "a token's number"),
     "an end without end": (edited("config.json", lambda c: c.update(eos_token_id=10**400)), "a token's number"),
-    "a configuration of nothing": (text("config.json", "null"), "must hold an object"),
-    "a configuration cut off": (text("config.json", '{"model_type": "lla'), "must hold JSON"),
+    "a configuration of nothing": (text("config.json", "null"), "instead of an object"),
+    "a configuration cut off": (text("config.json", '{"model_type": "lla'), "does not hold JSON"),
     "a configuration without bottom": (text("config.json", "[" * 100_000), "nested too deeply"),
     "a configuration of many levels": (text("config.json", '{"a":' * 500 + "1" + "}" * 500), "levels"),
     "a huge configuration": (lambda f: os.truncate(f / "config.json", 1 << 40), "has at most"),
@@ -167,7 +167,7 @@ SPECIALISTS = {
         "Only ordinary files",
     ),
     "a pipe for a tokenizer": (instead("tokenizer.json", os.mkfifo), "Only ordinary files"),
-    "a tokenizer of nothing": (text("tokenizer.json", "null"), "must hold an object"),
+    "a tokenizer of nothing": (text("tokenizer.json", "null"), "instead of an object"),
     "a tokenizer of other parts": (text("tokenizer.json", "{}"), "The tokenizer"),
     "a length that is a word": (
         edited("tokenizer_config.json", lambda c: c.update(model_max_length="x")),
@@ -245,7 +245,7 @@ FUSED = {
     "an odd specialist": (config(specialists=["x", "y"]), "a list of names and a list of configurations"),
     "an odd end": (edited("generation_config.json", lambda c: c.update(eos_token_id={})), "a token's number"),
     "cut off": (raw(lambda b: b[:-5000]), "a broken download"),
-    "a tokenizer of nothing": (text("tokenizer.json", "[]"), "must hold an object"),
+    "a tokenizer of nothing": (text("tokenizer.json", "[]"), "instead of an object"),
     "an adapter beside it": (text("adapter_config.json", '{"peft_type": "LORA"}'), "put into it"),
     "odd origins": (text("specialists.json", '{"text": 5}'), "where it comes from"),
 }
@@ -362,5 +362,5 @@ def test_fields_that_only_begin_as_a_setting_does_are_taken(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "rembert", "output_embedding_size": 1664}))
     check_folder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"output_attentions": 1664}))
-    with pytest.raises(ValueError, match="`output_attentions` is true or false"):
+    with pytest.raises(ValueError, match="`output_attentions` of .* It is true or false"):
         check_folder(tmp_path)

@@ -36,8 +36,8 @@ def edit_config(folder, drop=(), **fields):
 
 
 def saying(*words):
-    """A pattern that finds all of these, in this order."""
-    return re.compile(".*".join(re.escape(w) for w in words), flags=re.DOTALL)
+    """A pattern that finds all of these, in any order."""
+    return re.compile("".join(f"(?=.*{re.escape(w)})" for w in words), flags=re.DOTALL)
 
 
 def encoder():

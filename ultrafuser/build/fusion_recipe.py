@@ -2,8 +2,9 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from rich.filesize import decimal
@@ -11,11 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
+from modeling_ultrafuser.plan_base_ultrafuser import BLOCKS
+from modeling_ultrafuser.refusals_ultrafuser import Refusal
 
 from .. import licences
 from ..atomic import new_folder
 from ..check.checks import judge
-from ..check.findings import BLOCKS, Judgement
+from ..check.findings import Judgement
 from ..check.metadata import Source
 from ..fused_folders import save_fused
 from ..gate_words import HELP
@@ -45,7 +48,7 @@ class Fusion:
         for name in ("chat_template", "gate", "fusion", "base"):
             value = getattr(self, name)
             if not isinstance(value, str | None):
-                raise ValueError(f"`{name}` of a recipe is a word, but it is {str(value)[:200]!r}. Correct it.")
+                raise Refusal("recipe", f"`{name}` of a recipe is {str(value)[:200]!r}", "It is a word", "Correct it.")
 
 
 def check_words(field: str, value) -> None:
@@ -56,122 +59,139 @@ def check_words(field: str, value) -> None:
     """
     pairs = value.items() if isinstance(value, dict) else [(None, None)]
     if not all(isinstance(word, str) and word for pair in pairs for word in pair):
-        raise ValueError(
-            f"`{field}` of a recipe says `name: word` for each, but it is {str(value)[:200]!r}. Correct it; put what "
-            f"looks like a number into quotes."
+        raise Refusal(
+            "recipe",
+            f"`{field}` of a recipe is {str(value)[:200]!r}",
+            "It says `name: word` for each",
+            "Correct it; put what looks like a number into quotes.",
         )
 
 
-def load_recipe(path: Path) -> tuple[Fusion, dict[str, str]]:
-    """Reads a YAML file that says what to fuse, and may say `dtype` and `out` too.
+@dataclass
+class FusionRecipe:
+    """A recipe that fuses specialists.
 
-    Returns:
-        What to fuse; and `dtype` and `out`, where given.
-
-    Raises:
-        ValueError: If it holds something else.
-        OSError: If it cannot be read.
-    """
-    raw = read_yaml(path)
-    known = [f.name for f in fields(Fusion)]
-    unknown = sorted(set(raw) - {*known, "dtype", "out"}) if isinstance(raw, dict) else [type(raw).__name__]
-    if unknown:
-        raise ValueError(
-            f"A recipe for fusing has the fields {[*known, 'dtype', 'out']}, but {str(path)!r} has {unknown}. Recipes "
-            f"for training are for `ultrafuser train`, which fuses first."
-        )
-    rest = {k: raw[k] for k in ("dtype", "out") if k in raw}
-    check_words("dtype and out", rest)
-    return Fusion(**{k: v for k, v in raw.items() if k in known}), rest
-
-
-def plan(recipe: Fusion, dtype: str = "auto") -> Judgement:
-    """What fusing would meet and take, from what there is beside the weights.
-
-    Raises:
-        ValueError: If it is not said what to fuse, or a choice is unknown.
-    """
-    specialists, revisions = recipe.specialists or {}, recipe.specialist_revisions or {}
-    if len(specialists) < 2 or set(revisions) - set(specialists):
-        raise ValueError(
-            f"Fusing needs at least two specialists, name=ID each, and revisions of those, but got specialists "
-            f"{specialists} and revisions {revisions}."
-        )
-    # refuses unknown choices
-    UltraFuserConfig(**gate_settings(recipe.gate), fusion=recipe.fusion)
-    locations = {name: (location, revisions.get(name)) for name, location in specialists.items()}
-    return judge(locations, dtype=dtype, fusion=recipe.fusion, gate=recipe.gate, base=recipe.base)
-
-
-def fuse(recipe: Fusion, out: Path, *, dtype: str = "auto", say: Callable[[str], None] = print) -> None:
-    """Writes the folder of a fused model: weights, code, tokenizer, and where the specialists come from.
-
-    Killed at any time, it leaves nothing that loads; run again, it goes on with the files that the Hub's cache has.
-
-    Args:
-        recipe: What to fuse.
-        out: The folder to write. There must be nothing in it.
+    Attributes:
+        fusion: What to fuse.
         dtype: Of the specialists and the head; "auto" takes what they share.
-        say: Called with a line about each step.
-
-    Raises:
-        FileExistsError: If there is something in `out`.
-        ValueError: If the specialists cannot be fused.
-        OSError: If one cannot be read, or the disk is too small.
+        out: The folder to write, where the recipe says one.
     """
-    with new_folder(out) as folder:
-        judgement, tokenizer = fetch(recipe, folder, dtype=dtype, say=say)
-        sources = judgement.sources
-        say("fusing")
-        model = UltraFuserForCausalLM.from_specialists(
-            recipe.specialists,
-            **gate_settings(recipe.gate),
-            fusion=recipe.fusion,
-            dtype=dtype,
+
+    fusion: Fusion
+    dtype: str = "auto"
+    out: Path | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "FusionRecipe":
+        """Reads a YAML file that says what to fuse, and may say `dtype` and `out` too.
+
+        Raises:
+            ValueError: If it holds something else.
+            OSError: If it cannot be read.
+        """
+        raw = read_yaml(path)
+        known = [f.name for f in fields(Fusion)]
+        unknown = sorted(set(raw) - {*known, "dtype", "out"}) if isinstance(raw, dict) else [type(raw).__name__]
+        if unknown:
+            raise Refusal(
+                "recipe",
+                f"{str(path)!r} has {unknown}",
+                f"A recipe for fusing has the fields {[*known, 'dtype', 'out']}",
+                "Recipes for training are for `ultrafuser train`, which fuses first.",
+            )
+        rest = {k: raw[k] for k in ("dtype", "out") if k in raw}
+        check_words("dtype and out", rest)
+        out = Path(rest["out"]) if "out" in rest else None
+        return cls(Fusion(**{k: v for k, v in raw.items() if k in known}), rest.get("dtype", "auto"), out)
+
+    def choose(self, choices: dict[str, Any], dtype: str | None = None) -> "FusionRecipe":
+        """Returns the recipe with other choices: fields of `Fusion`, and a dtype."""
+        return replace(self, fusion=replace(self.fusion, **choices), dtype=dtype or self.dtype)
+
+    def plan(self) -> Judgement:
+        """Returns what fusing would meet and take, from what there is beside the weights.
+
+        Raises:
+            ValueError: If it is not said what to fuse, or a choice is unknown.
+        """
+        fusion = self.fusion
+        specialists, revisions = fusion.specialists or {}, fusion.specialist_revisions or {}
+        if len(specialists) < 2 or set(revisions) - set(specialists):
+            raise Refusal(
+                "recipe",
+                f"the specialists are {specialists} and the revisions {revisions}",
+                "Fusing needs at least two specialists, name=ID each, and revisions of those",
+                "",
+            )
+        # refuses unknown choices
+        UltraFuserConfig(**gate_settings(fusion.gate), fusion=fusion.fusion)
+        locations = {name: (location, revisions.get(name)) for name, location in specialists.items()}
+        return judge(locations, dtype=self.dtype, fusion=fusion.fusion, gate=fusion.gate, base=fusion.base)
+
+    def build(self, out: Path, *, say: Callable[[str], None] = print) -> None:
+        """Writes the folder of a fused model: weights, code, tokenizer, and where the specialists come from.
+
+        Killed at any time, it leaves nothing that loads; run again, it goes on with the files that the Hub's cache has.
+
+        Args:
+            out: The folder to write. There must be nothing in it.
+            say: Called with a line about each step.
+
+        Raises:
+            FileExistsError: If there is something in `out`.
+            ValueError: If the specialists cannot be fused.
+            OSError: If one cannot be read, or the disk is too small.
+        """
+        fusion = self.fusion
+        with new_folder(out) as folder:
+            judgement, tokenizer = self.fetch(folder, say=say)
+            sources = judgement.sources
+            say("fusing")
+            model = UltraFuserForCausalLM.from_specialists(
+                fusion.specialists,
+                **gate_settings(fusion.gate),
+                fusion=fusion.fusion,
+                dtype=self.dtype,
+                revisions=commits(sources),
+                base=fusion.base,
+            )
+            say("writing")
+            save_fused(folder, model, tokenizer, {n: described(fusion.specialists[n], s) for n, s in sources.items()})
+
+    def fetch(self, folder: Path, *, say: Callable[[str], None]) -> tuple[Judgement, PreTrainedTokenizerBase]:
+        """Downloads what is to be fused, once it is known that it can be, and that `folder` has room for the outcome.
+
+        Returns:
+            What was found of the specialists, whose weights are on this machine then, and their common tokenizer.
+
+        Raises:
+            ValueError: If the specialists cannot be fused.
+            OSError: If one cannot be read, or the disk is too small.
+        """
+        judgement, specialists = self.plan(), self.fusion.specialists
+        if blocks := [f"{f.about}: {f.text} {f.fix}".rstrip() for f in judgement.findings if f.status == BLOCKS]:
+            raise ValueError("\n".join(blocks))
+        sources, size = judgement.sources, judgement.numbers["disk"]
+        tokenizer = common_tokenizer(
+            specialists,
+            chat_template=self.fusion.chat_template,
             revisions=commits(sources),
-            base=recipe.base,
+            vocab_size=judgement.numbers["vocab_size"],
+            base=self.fusion.base,
         )
-        say("writing")
-        save_fused(folder, model, tokenizer, {n: described(recipe.specialists[n], s) for n, s in sources.items()})
-
-
-def fetch(
-    recipe: Fusion, folder: Path, *, dtype: str, say: Callable[[str], None]
-) -> tuple[Judgement, PreTrainedTokenizerBase]:
-    """Downloads what is to be fused, once it is known that it can be, and that `folder` has room for the outcome.
-
-    Returns:
-        What was found of the specialists, whose weights are on this machine then, and their common tokenizer.
-
-    Raises:
-        ValueError: If the specialists cannot be fused.
-        OSError: If one cannot be read, or the disk is too small.
-    """
-    judgement = plan(recipe, dtype)
-    if blocks := [f"{f.about}: {f.text} {f.fix}".rstrip() for f in judgement.findings if f.status == BLOCKS]:
-        raise ValueError("\n".join(blocks))
-    sources, size = judgement.sources, judgement.numbers["disk"]
-    revisions = commits(sources)
-    tokenizer = common_tokenizer(
-        recipe.specialists,
-        chat_template=recipe.chat_template,
-        revisions=revisions,
-        vocab_size=judgement.numbers["vocab_size"],
-        base=recipe.base,
-    )
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise OSError(
-            f"The fused model takes {decimal(size)}, but {decimal(free)} are free at {str(folder)!r}. Make room, or "
-            f"choose a folder on another disk."
-        )
-    for k, (name, source) in enumerate(sources.items(), start=1):
-        say(f"{name} ({k} of {len(sources)}): {recipe.specialists[name]}")
-        if source.download:
-            snapshot_download(source.location, revision=source.commit, allow_patterns=[*source.weights])
-    if judgement.base is not None:
-        say(f"their base: {judgement.base.location}")
-    return judgement, tokenizer
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise OSError(
+                f"The fused model takes {decimal(size)}, and {decimal(free)} are free at {str(folder)!r}. Make room, or "
+                f"choose a folder on another disk."
+            )
+        for k, (name, source) in enumerate(sources.items(), start=1):
+            say(f"{name} ({k} of {len(sources)}): {specialists[name]}")
+            if source.download:
+                snapshot_download(source.location, revision=source.commit, allow_patterns=[*source.weights])
+        if judgement.base is not None:
+            say(f"their base: {judgement.base.location}")
+        return judgement, tokenizer
 
 
 def commits(sources: dict[str, Source]) -> dict[str, str]:

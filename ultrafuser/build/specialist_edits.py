@@ -19,6 +19,7 @@ from torch import Tensor
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.checkpoint_ultrafuser import refuse_other_tensors
+from modeling_ultrafuser.refusals_ultrafuser import Refusal
 from modeling_ultrafuser.specialist_config_ultrafuser import own_config
 
 from ..atomic import new_folder
@@ -79,9 +80,11 @@ def remove_specialist(model: UltraFuserForCausalLM, name: str) -> UltraFuserForC
     _check_name(model.config, name)
     if len(names) == 2:
         left = next(n for n in names if n != name)
-        raise ValueError(
-            f"A fused model has at least two specialists, but without {name!r} only {left!r} would be left. Take that "
-            f"one by itself: `ultrafuser specialist FOLDER {left}`."
+        raise Refusal(
+            "specialists",
+            f"without {name!r} only {left!r} would be left",
+            "A fused model has at least two specialists",
+            f"Take that one by itself: `ultrafuser specialist FOLDER {left}`.",
         )
     kept = [k for k, n in enumerate(names) if n != name]
     config = _config(
@@ -124,13 +127,20 @@ def add_specialist(
     config = model.config
     names = config.specialist_names
     if name in names:
-        raise ValueError(f"Every specialist has a name of its own, but there is a {name!r} among {names}.")
+        raise Refusal(
+            "specialists",
+            f"there is a {name!r} among {names} already",
+            "Every specialist has a name of its own",
+            "Choose another name.",
+        )
     model.model.reader_class.check_newcomer(config)
     rows = own_config(name, source, revision=revision or "main").get_text_config(decoder=True).vocab_size
     if rows < config.vocab_size:
-        raise ValueError(
-            f"A specialist is put in without touching the others, whose vocabulary has {config.vocab_size} rows, but "
-            f"{name!r} has only {rows}. Fuse all of them anew: `ultrafuser fuse` cuts every one to {rows}."
+        raise Refusal(
+            "specialists",
+            f"{name!r} has only {rows} rows",
+            f"A specialist is put in without touching the others, whose vocabulary has {config.vocab_size} rows",
+            f"Fuse all of them anew: `ultrafuser fuse` cuts every one to {rows}.",
         )
     # fused with one of the others first: that checks, scales, cuts and probes it as ever
     pair = UltraFuserForCausalLM.from_specialists(
@@ -153,7 +163,9 @@ def add_specialist(
 
 def _check_name(config: UltraFuserConfig, name: str) -> None:
     if name not in config.specialist_names:
-        raise ValueError(f"There is no specialist {name!r}. Choose one of {config.specialist_names}.")
+        raise Refusal(
+            "specialists", f"there is no specialist {name!r}", "", f"Choose one of {config.specialist_names}."
+        )
 
 
 def _config(model: UltraFuserForCausalLM, names: list[str], specialists: list, generation_config) -> UltraFuserConfig:

@@ -1,30 +1,10 @@
 """What was found about specialists that are to be fused."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from modeling_ultrafuser.plan_base_ultrafuser import BLOCKS, FITS, WARNING, Finding
+
 from .metadata import Source
-
-
-FITS, WARNING, BLOCKS = "fits", "warning", "blocks"
-
-
-@dataclass
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        about: What was looked at, in a word or two.
-        status: "fits", "warning" or "blocks".
-        text: What was found.
-        fix: What to do about it, if anything can be.
-    """
-
-    about: str
-    status: str
-    text: str
-    fix: str = ""
 
 
 @dataclass
@@ -37,7 +17,7 @@ class Judgement:
         findings: In the order in which they were made.
         merges: Names of the weight merges that would be possible, too.
         no_merge: Why none would be, if none.
-        numbers: As `estimating.estimate` returns; None if blocked.
+        numbers: As `estimates.estimate` returns; None if blocked.
     """
 
     sources: dict[str, Source] = field(default_factory=dict)
@@ -55,17 +35,3 @@ class Judgement:
     def note(self, about: str, status: str, text: str, fix: str = "") -> None:
         """Adds a finding."""
         self.findings.append(Finding(about, status, text, fix))
-
-    @contextmanager
-    def refusals(self, about: str, status: str = BLOCKS, fix: str | None = None) -> Iterator[None]:
-        """Turns what refuses inside into a finding: its first sentence, and its way out as the fix."""
-        try:
-            yield
-        except (ValueError, OSError, ImportError) as error:
-            text, _, way_out = str(error).partition(". ")
-            self.note(about, status, text.removesuffix(".") + ".", way_out if fix is None else fix)
-
-
-def each(values: dict) -> str:
-    """A value for each specialist, in words."""
-    return ", ".join(f"{name} {value}" for name, value in values.items())

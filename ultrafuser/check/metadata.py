@@ -31,6 +31,7 @@ from modeling_ultrafuser.folder_ultrafuser import check_folder
 from modeling_ultrafuser.gguf_ultrafuser import check_gguf, is_gguf
 from modeling_ultrafuser.lora_ultrafuser import CONFIG_FILE, WEIGHTS_FILE
 from modeling_ultrafuser.names_ultrafuser import validate_specialist_names
+from modeling_ultrafuser.refusals_ultrafuser import Refusal, UnavailableError
 from modeling_ultrafuser.safetensors_ultrafuser import checked_header, read_header, weight_files
 
 
@@ -142,21 +143,24 @@ def read(name: str, location: str, revision: str | None = None) -> Source:
         file = Path(location)
         return Source(location, file.parent, sizes={file.name: file.stat().st_size})
     if os.path.isfile(location):
-        raise ValueError(
-            f"A specialist is a folder or a Hub id, but {name!r} is the file {location!r}. Pass the folder that holds it."
+        raise Refusal(
+            "access",
+            f"{name!r} is the file {location!r}",
+            "A specialist is a folder or a Hub id",
+            "Pass the folder that holds it.",
         )
     if os.path.isdir(location):
         return _read_folder(location, Path(location))
     try:
         return _read_hub(location, revision)
     except HfHubHTTPError as error:
-        raise OSError(_denied(name, location, revision, error)) from error
+        raise _denied(name, location, revision, error) from error
     except (OfflineModeIsEnabled, HTTPError, ValueError) as error:
         # not online, or no id: what has been downloaded is read instead
         try:
             folder = Path(snapshot_download(location, revision=revision, local_files_only=True))
         except (OSError, ValueError):
-            raise OSError(_denied(name, location, revision, error)) from error
+            raise _denied(name, location, revision, error) from error
         source = _read_folder(str(folder), folder)
         source.commit = folder.name
         return source
@@ -196,7 +200,8 @@ def _read_hub(location: str, revision: str | None) -> Source:
     def checked(about: SafetensorsFileMetadata, file: str = WEIGHTS_FILE) -> dict:
         tensors, end = checked_header({key: vars(tensor) for key, tensor in about.tensors.items()}, file)
         if source.sizes.get(file, end) < end:
-            raise UnreadableFileError(f"{file!r} has {source.sizes[file]} bytes of more than {end}: a broken download")
+            fact = f"{file!r} has {source.sizes[file]} bytes of more than {end}: a broken download"
+            raise UnreadableFileError(fact)
         return tensors
 
     _read_weights(source, headers)
@@ -210,29 +215,30 @@ def _read_weights(source: Source, headers) -> None:
     except NotASafetensorsRepoError:
         pass
     except (OSError, UnreadableFileError) as error:
-        source.problem = f"it is not whole ({str(error).splitlines()[0]})"
+        reason = error.fact if isinstance(error, Refusal) else str(error).splitlines()[0]
+        source.problem = f"it is not whole ({reason})"
         return
     if source.weights is None:
         found = sorted(f for f in source.sizes if f.endswith((".bin", ".pt", ".pth", ".gguf", ".safetensors")))[:3]
         source.problem = f"it holds no model.safetensors, only {found}" if found else "it holds no weights"
 
 
-def _denied(name: str, location: str, revision: str | None, error: Exception) -> str:
+def _denied(name: str, location: str, revision: str | None, error: Exception) -> UnavailableError:
     token = "a token was found" if get_token() else "no token was found"
     where = f"{name!r} ({location!r}{f', revision {revision!r}' if revision else ''})"
+    rule = "A specialist is a folder or a repository on the Hub"
     if isinstance(error, GatedRepoError):
-        return (
-            f"A specialist's files must be readable, but {where} is gated, and {token}. Accept its terms on its page "
-            f"on the Hub with your account, then run `hf auth login`; or pass a local folder."
+        fact, rule = f"{where} is gated, and {token}", "A specialist's files must be readable"
+        way_out = "Accept its terms on its page on the Hub with your account, then run `hf auth login`; or pass a local folder."
+    elif isinstance(error, RevisionNotFoundError):
+        fact, rule = f"{where} has no such revision", "A specialist is read at one commit"
+        way_out = "Check the spelling."
+    elif isinstance(error, RepositoryNotFoundError):
+        fact = f"{where} is no folder here and no repository on the Hub, or it is private, and {token}"
+        way_out = "Check the spelling; for a private one run `hf auth login`."
+    else:
+        fact = (
+            f"{where} is no folder here, and the Hub cannot be asked: {str(error).splitlines()[0].removesuffix('.')}"
         )
-    if isinstance(error, RevisionNotFoundError):
-        return f"A specialist is read at one commit, but {where} has no such revision. Check the spelling."
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"A specialist is a folder or a repository on the Hub, but {where} is neither, or it is private, and "
-            f"{token}. Check the spelling; for a private one run `hf auth login`."
-        )
-    return (
-        f"A specialist is a folder or a repository on the Hub, but {where} is no folder here, and the Hub cannot be "
-        f"asked. Check the spelling; offline, pass a local folder. Its client said: {str(error).splitlines()[0]}"
-    )
+        way_out = "Check the spelling; offline, pass a local folder."
+    return UnavailableError("access", fact, rule, way_out)

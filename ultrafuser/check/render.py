@@ -1,7 +1,6 @@
 """A judgement for people and for programs."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import psutil
 from rich.console import Console
@@ -9,9 +8,11 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from modeling_ultrafuser.plan_base_ultrafuser import BLOCKS, FITS, WARNING
+
 from ..merge import MERGES
 from ..plain import plain
-from .findings import BLOCKS, FITS, WARNING, Judgement
+from .findings import Judgement
 
 
 STYLES = {FITS: "green", WARNING: "yellow", BLOCKS: "bold red"}
@@ -79,7 +80,7 @@ def as_dict(judgement: Judgement) -> dict:
     return {
         "verdict": judgement.verdict,
         "specialists": {n: {"source": s.location, "commit": s.commit, "gated": s.gated} for n, s in sources},
-        "findings": [asdict(finding) for finding in judgement.findings],
+        "findings": [{key: getattr(f, key) for key in ("about", "status", "text", "fix")} for f in judgement.findings],
         "merges": {"possible": judgement.merges, "why_none": judgement.no_merge},
         "numbers": judgement.numbers,
     }

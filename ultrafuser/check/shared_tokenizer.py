@@ -2,12 +2,13 @@
 
 import json
 import re
+from collections.abc import Iterator
 
 from modeling_ultrafuser.files_ultrafuser import read_json
 from modeling_ultrafuser.gguf_ultrafuser import is_gguf
-from modeling_ultrafuser.tokenizer_ultrafuser import load_tokenizer, tokenizer_notes, widest_usable_tokenizer
+from modeling_ultrafuser.plan_base_ultrafuser import FITS, WARNING, Finding
+from modeling_ultrafuser.tokenizer_ultrafuser import load_tokenizer
 
-from .findings import FITS, WARNING, Judgement, each
 from .metadata import Source
 
 
@@ -24,58 +25,13 @@ _FILES = (
 )
 
 
-def judge_tokenizers(found: Judgement, sources: dict[str, Source], texts: dict, rows: int) -> None:
-    """Notes whether ids mean the same for all, and which rows of the vocabulary are left."""
-    sizes = {n: c.vocab_size for n, c in texts.items()}
-    highest = _highest_id_from_hashes(sources)
-    lost: dict[str, list[str]] = {}
-    if highest is not None and highest < rows:
-        found.note("tokenizer", FITS, "the same for all, told from the hashes of the files on the Hub.")
-    else:
-        first = _first_of_each(sources)
-        with found.refusals("tokenizer"):
-            loaded = _load(found, {n: sources[n] for n in first})
-            if loaded:
-                chosen = widest_usable_tokenizer(loaded, rows)
-                told = ", some of it told from the hashes of the files on the Hub" if len(first) < len(sources) else ""
-                notes = tokenizer_notes(loaded, rows, chosen)
-                for note in notes:
-                    text, _, fix = note.partition(". ")
-                    found.note("tokenizer", WARNING, text + ".", fix)
-                if not notes:
-                    found.note("tokenizer", FITS, f"the same for all{told}.")
-                beyond = {n: sorted(i for i in t.get_vocab().values() if i >= rows) for n, t in loaded.items()}
-                lost = {n: loaded[n].convert_ids_to_tokens(ids[:3]) for n, ids in beyond.items() if ids}
-    if set(sizes.values()) == {rows}:
-        found.note("vocabulary", FITS, f"{rows} rows in each.")
-        return
-    text = f"cut to {rows} rows, the smallest of {each(sizes)}; "
-    if lost:
-        text += f"tokens beyond them are lost, such as {each(lost)}."
-        found.note("vocabulary", WARNING, text, "Prompts with those tokens are for the specialist alone.")
-    else:
-        found.note("vocabulary", FITS, text + "no token uses the others.")
-
-
-def _first_of_each(sources: dict[str, Source]) -> list[str]:
+def first_of_each(sources: dict[str, Source]) -> list[str]:
     """Names of specialists, of those whose tokenizers are equal by their hashes only the first."""
     prints = {n: _fingerprint(s) or n for n, s in sources.items()}
     return [n for k, n in enumerate(prints) if prints[n] not in list(prints.values())[:k]]
 
 
-def _load(found: Judgement, sources: dict[str, Source]) -> dict:
-    loaded = {}
-    for name, source in sources.items():
-        tokenizer = load_tokenizer(source.location, revision=source.revision, trust_remote_code=False)
-        if tokenizer is None:
-            text = f"{name}: its folder holds none, so nothing tells that its token ids mean the same."
-            found.note("tokenizer", WARNING, text, "Save it beside the model: `ultrafuser fuse` needs it.")
-        else:
-            loaded[name] = tokenizer
-    return loaded
-
-
-def _highest_id_from_hashes(sources: dict[str, Source]) -> int | None:
+def highest_id_from_hashes(sources: dict[str, Source]) -> int | None:
     """The highest token id, if all tokenizers are equal by their hashes and say what it is; otherwise None."""
     prints = {_fingerprint(s) for s in sources.values()}
     if len(prints) > 1 or None in prints:
@@ -107,18 +63,18 @@ def _json(source: Source, file: str) -> dict:
     return read_json(path) if path.exists() else {}
 
 
-def judge_templates(found: Judgement, sources: dict[str, Source]) -> None:
-    """Notes whether one chat template is right for all."""
+def compare_templates(sources: dict[str, Source]) -> Iterator[Finding]:
+    """Yields whether one chat template is right for all."""
     templates = {n: _template(s) or None for n, s in sources.items()}
     with_one = [n for n, t in templates.items() if t]
     if len({repr(t) for t in templates.values()}) > 1:
         text = f"they differ, and a fused model has one ({', '.join(with_one)} have one)."
         fix = f"Choose whose to take: `ultrafuser fuse ... --chat-template {with_one[0]}`."
-        found.note("chat template", WARNING, text, fix)
+        yield Finding("chat template", WARNING, text, fix)
     elif with_one:
-        found.note("chat template", FITS, "the same for all.")
+        yield Finding("chat template", FITS, "the same for all.")
     else:
-        found.note("chat template", FITS, "none has one: the fused model continues plain text.")
+        yield Finding("chat template", FITS, "none has one: the fused model continues plain text.")
 
 
 def _template(source: Source) -> str | None:

@@ -284,11 +284,12 @@ def explain(
     """
     from transformers.utils import logging
 
+    from ..fused_folders import open_fused
     from ..reports import explanation, terminal
 
     logging.disable_progress_bar()
     try:
-        tokens = explanation.explain(*explanation.load(model), text, generate=generate)
+        tokens = explanation.explain(*open_fused(model), text, generate=generate)
     except (OSError, ValueError) as error:
         echo(str(error), err=True)
         raise typer.Exit(2) from error
@@ -313,7 +314,8 @@ def report(
     """
     from transformers.utils import logging
 
-    from ..reports import explanation, report_folder
+    from ..fused_folders import open_fused
+    from ..reports import report_folder
     from ..result_files import read_results
 
     logging.disable_progress_bar()
@@ -321,7 +323,7 @@ def report(
         page = report_folder.report(
             out,
             results=read_results(results) if results else None,
-            fused=explanation.load(model) if model else None,
+            fused=open_fused(model) if model else None,
             training=report_folder.read_training(training or []),
             examples={f"Text {number}": given for number, given in enumerate(text, 1)} if text else None,
             seed=seed,

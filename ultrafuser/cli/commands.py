@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -53,40 +52,28 @@ def fuse(
     Example: ultrafuser fuse text=Qwen/Qwen2.5-1.5B-Instruct code=Qwen/Qwen2.5-Coder-1.5B-Instruct --out fused --chat-template text --dry-run
     """
     with _in_words():
-        from ..build import fusion_recipe, references
+        from ..build.recipes import read_recipe
 
-        given = {
+        choices = {
             "specialist_revisions": pairs(revision or [], "--revision") or None,
             "base": base,
             "chat_template": chat_template,
             "gate": gate,
             "fusion": fusion,
         }
-        given = {key: value for key, value in given.items() if value is not None}
-        rest, reference = {}, None
-        if len(what) > 1 or "=" in what[0]:
-            recipe = fusion_recipe.Fusion(pairs(what, "Specialists"))
-        elif reference := references.read(Path(what[0])):
-            if given or dtype:
-                raise typer.BadParameter("a reference recipe rebuilds one model and leaves nothing to choose.")
-            recipe, dtype = references.as_recipe(Path(what[0]), reference)
-        else:
-            recipe, rest = fusion_recipe.load_recipe(Path(what[0]))
-        recipe = replace(recipe, **given)
-        dtype = dtype or rest.get("dtype", "auto")
+        choices = {key: value for key, value in choices.items() if value is not None}
+        by_name = len(what) > 1 or "=" in what[0]
+        recipe = read_recipe(pairs(what, "Specialists") if by_name else Path(what[0])).choose(choices, dtype)
         if dry_run:
-            from ..check import findings, render
+            from ..check.render import show
 
-            judgement = fusion_recipe.plan(recipe, dtype)
-            render.show(judgement, _console())
-            raise typer.Exit(2 if judgement.verdict == findings.BLOCKS else 0)
-        if out is None and "out" not in rest:
+            judgement = recipe.plan()
+            show(judgement, _console())
+            raise typer.Exit(2 if judgement.verdict == "blocks" else 0)
+        out = out or recipe.out
+        if out is None:
             raise typer.BadParameter("say which folder to write: --out, or `out` in the recipe.")
-        out = out or Path(rest["out"])
-        if reference:
-            references.rebuild(Path(what[0]), reference, out, say=echo)
-        else:
-            fusion_recipe.fuse(recipe, out, dtype=dtype, say=echo)
+        recipe.build(out, say=echo)
     echo(f"Wrote {str(out)!r}. To load it:\n\n{_loading(out)}")
 
 
@@ -112,12 +99,12 @@ def refer(
     Example: ultrafuser refer fused --out refs && ultrafuser fuse refs/refs.yaml --out fused-again
     """
     with _in_words():
-        from ..build import references
+        from ..build import reference
 
-        references.refer(folder, out, specialists=specialists, base=base, say=echo)
+        reference.refer(folder, out, specialists=specialists, base=base, say=echo)
     size = sum(path.stat().st_size for path in out.iterdir())
     echo(
-        f"Wrote {str(out)!r}, {size:,} bytes. To have the whole model again: ultrafuser fuse {out / references.RECIPE} "
+        f"Wrote {str(out)!r}, {size:,} bytes. To have the whole model again: ultrafuser fuse {out / reference.RECIPE} "
         f"--out FOLDER"
     )
 
@@ -247,10 +234,10 @@ def speed(
     Example: ultrafuser speed fused --prompt "def area(width, height):"
     """
     with _in_words():
-        from ..reports import explanation
+        from ..fused_folders import open_fused
         from ..serve import decode_benchmark
 
-        fused, tokenizer = explanation.load(model)
+        fused, tokenizer = open_fused(model)
         prompts = prompt or [decode_benchmark.PROMPT]
         alone, found = decode_benchmark.measure(
             fused, tokenizer, prompts, new_tokens=new_tokens, compile_steps=compile_steps, assistant=assistant
@@ -275,12 +262,12 @@ def chat(
     Example: ultrafuser chat fused
     """
     with _in_words():
-        from ..reports import explanation
+        from ..fused_folders import open_fused
         from ..serve.chat import Chat, typed
         from ..serve.decode_benchmark import for_chat
 
         console = _console()
-        fused, tokenizer = explanation.load(model)
+        fused, tokenizer = open_fused(model)
         conversation = Chat(for_chat(fused, tokenizer, decoding), tokenizer, console, max_new_tokens=max_new_tokens)
         conversation.run(typed(console) if sys.stdin.isatty() else sys.stdin)
 
@@ -300,14 +287,14 @@ def demo(
     Example: ultrafuser demo fused --port 7860
     """
     with _in_words():
-        from ..reports import explanation
+        from ..fused_folders import open_fused
         from ..serve import demo as web
         from ..serve.guard import host_names, key_for, run
 
         key = key_for(host, key_variable, without_key)
         name = Path(model).resolve().name if Path(model).exists() else model
         settings = {"hosts": host_names(host, allow_host or ()), "origins": allow_origin or (), "key": key}
-        page = web.application(*explanation.load(model), name, **settings)
+        page = web.application(*open_fused(model), name, **settings)
         echo(f"Open http://{host}:{port}. End it with Ctrl-C.")
         run(page, host, port)
 

@@ -11,13 +11,13 @@ from rich import box
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.tokenizer_ultrafuser import TOKENIZER_PROBE, load_tokenizer
 from trainers.rows import CHAT, PAIR, TEXT, TOKENS, form_of_row, names, problem
 from ultrafuser.atomic import sole_writer
 from ultrafuser.provenance import provenance, weights_digest
 
 from .. import pretrained
+from ..fused_folders import fused_config
 from ..row_files import is_file, load_set, parse
 from .comparison import MIXED, SCORES, compare, write_json
 from .contenders import FUSED, Comparison
@@ -68,9 +68,9 @@ def evaluate(
     """
     if not set(data) - {MIXED}:
         raise ValueError(f"The mean is over the domains that are not {MIXED!r}, but there is no other. Pass one more.")
-    context = _fused_config(model).max_position_embeddings
+    context = fused_config(model).max_position_embeddings
     if specialists_of:
-        _fused_config(specialists_of)
+        fused_config(specialists_of)
     tokenizer = pretrained.load_tokenizer(model)
     others = [path for path in (specialists_of, base, *(also or {}).values()) if path]
     for path in others:
@@ -104,16 +104,6 @@ def evaluate(
         results = {**provenance(), "config": asked | limits, "prompt_tokens": prompt_tokens, **results}
         write_json(out / "results.json", results)
     return results
-
-
-def _fused_config(path: str) -> UltraFuserConfig:
-    config = pretrained.load_config(path)
-    if not isinstance(config, UltraFuserConfig):
-        raise ValueError(
-            f"A fused model is compared with what its specialists allow, but {path!r} is of type "
-            f"{config.model_type!r}. Pass a fused model first, and others with --also."
-        )
-    return config
 
 
 def _check_reads_alike(path: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -156,8 +156,9 @@ def _check_comparison(path: Path, results: dict) -> None:
     domains = [list(row["loss"]) for row in results["rows"]]
     if len(fused) != 1 or any(sorted(d) != sorted(domains[0]) for d in domains):
         raise UnreadableFileError(
-            f"A comparison has one row {FUSED!r}, and a loss of every row in every domain, but {str(path)!r} has not. It is "
-            f"damaged: write it anew with `ultrafuser evaluate`."
+            f"{str(path)!r} is damaged",
+            f"A comparison has one row {FUSED!r}, and a loss of every row in every domain",
+            "Write it anew with `ultrafuser evaluate`.",
         )
     check_fields(path, fused[0], {}, needed=("accuracy", "calibration_error"), where=f"of {FUSED!r} ")
     check_fields(path, results, {}, needed=("gate",))

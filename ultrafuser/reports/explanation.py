@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
-from modeling_ultrafuser.tokenizer_ultrafuser import load_tokenizer
+from modeling_ultrafuser import UltraFuserForCausalLM
 
-from ..pretrained import generating, load_config, refusing_code
+from ..pretrained import generating
 
 
 FUSED = "fused"
@@ -55,39 +54,6 @@ class Token:
     def leader(self) -> str | None:
         """The specialist with the largest weight, or None for the first token."""
         return max(self.weights, key=self.weights.get, default=None)
-
-
-def load(folder: str, **settings) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
-    """A fused model, on the GPU if there is one, and its tokenizer.
-
-    Args:
-        folder: A saved fused model, or its id on the Hub.
-        settings: Of `from_pretrained`. With a `device_map` the model is where that says.
-
-    Raises:
-        OSError: If there is no such model.
-        ValueError: If it is a model of another kind, or has no tokenizer.
-    """
-    try:
-        config = load_config(folder)
-    except OSError as error:
-        raise OSError(f"There is no model at {folder!r}: neither such a folder nor such an id on the Hub.") from error
-    if not isinstance(config, UltraFuserConfig):
-        raise ValueError(
-            f"Only a fused model has a gate to look at, but {folder!r} is of type {config.model_type!r}. Pass a folder "
-            f"that `UltraFuserForCausalLM.save_pretrained` wrote."
-        )
-    with refusing_code(folder):
-        tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        raise ValueError(
-            f"Tokens are needed to show who speaks, but {folder!r} holds no tokenizer. Save that of a specialist there: "
-            f"`common_tokenizer(specialists).save_pretrained({folder!r})`."
-        )
-    model = UltraFuserForCausalLM.from_pretrained(folder, **settings).eval()
-    if "device_map" not in settings:
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model, tokenizer
 
 
 @torch.inference_mode()

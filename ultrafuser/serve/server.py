@@ -54,8 +54,7 @@ from transformers.utils import logging
 from modeling_ultrafuser import UltraFuserForCausalLM
 from trainers.template_sandbox import RenderingError, render_chat
 
-from ..fused_folders import fused_config
-from ..reports.explanation import load
+from ..fused_folders import open_fused
 from .guard import LEAST_BYTES, Guard, refusal, run
 
 
@@ -583,9 +582,8 @@ def serve(folder: str, host: str, port: int, key: str | None, loading: dict, **s
         OSError: If there is no such model, or the port is taken.
         ValueError: If it is a model of another kind, or has no tokenizer.
     """
-    fused_config(folder)
     logging.set_verbosity_error()
-    model, tokenizer = load(folder, **loading)
+    model, tokenizer = open_fused(folder, **loading)
     app = application(model, tokenizer, folder, key=key, **settings)
     run(app, host, port)
 

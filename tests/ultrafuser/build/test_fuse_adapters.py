@@ -160,7 +160,7 @@ def saved(folder):
 @pytest.mark.parametrize("kind", MIXES)
 def test_adapters_mixed_with_anything_else_are_refused_with_both_ways_out(kind, sources, tmp_path):
     mixed = {**sources, "more": MIXES[kind](sources["text"], tmp_path)}
-    with pytest.raises(ValueError, match="one base.*'more'.*Fuse adapters of one base.*merge_and_unload"):
+    with pytest.raises(ValueError, match="'more'.*one base.*Fuse adapters of one base.*merge_and_unload"):
         UltraFuserForCausalLM.from_specialists(mixed)
 
 
@@ -192,7 +192,7 @@ def test_a_base_that_has_moved_can_be_said(sources, tmp_path):
         folders[name] = shutil.copytree(sources[name], tmp_path / name)
         file = folders[name] / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": f"lab/{name}-4bit"}))
-    with pytest.raises(ValueError, match="(?s)one base.*lab/code-4bit.*--base"):
+    with pytest.raises(ValueError, match="(?s)lab/code-4bit.*one base.*--base"):
         UltraFuserForCausalLM.from_specialists(folders)
     base = base_of(sources)
     fused = UltraFuserForCausalLM.from_specialists(folders, base=base)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from tests.support.tiny import specialist, tokenizer
-from ultrafuser.build import fusion_recipe
+from ultrafuser.build.fusion_recipe import Fusion, FusionRecipe
 from ultrafuser.cli.app import app
 
 
@@ -81,7 +81,7 @@ def test_a_recipe_says_the_same_as_flags_and_flags_go_before_it(models, tmp_path
 
 
 def test_a_dry_run_tells_the_size_to_the_byte_and_writes_nothing(models, tmp_path):
-    size = fusion_recipe.plan(fusion_recipe.Fusion({n: str(f) for n, f in models.items()})).numbers["disk"]
+    size = FusionRecipe(Fusion({n: str(f) for n, f in models.items()})).plan().numbers["disk"]
     code, said = run(*pairs(models), "--dry-run")
     assert code == 0
     assert decimal(size) in said

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_ultrafuser import common_tokenizer
 from tests.support.strange_folders import copied, edited, make_zoo, said
-from ultrafuser.build.references import sha256
+from ultrafuser.build.reference_file import sha256
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +145,7 @@ def test_a_gates_file_holds_the_gate_and_nothing_else(case, refs, tmp_path):
     gate = load_file(refs.with_name("gate.safetensors"))
     change(gate)
     save_file(gate, refs.with_name("gate.safetensors"))
-    from ultrafuser.build.references import sha256
+    from ultrafuser.build.reference_file import sha256
 
     changed(refs, lambda r: r["sha256"].update({"gate.safetensors": sha256(refs.with_name("gate.safetensors"))}))
     assert words in said(2, "fuse", refs, "--out", tmp_path / "again")

@@ -11,7 +11,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GPTJConfig, MambaConfig, MoshiConfig, PhiConfig, set_seed
 from typer.testing import CliRunner
 
-from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser import UltraFuserForCausalLM, plan_ultrafuser
+from modeling_ultrafuser.plan_ultrafuser import Check
+from modeling_ultrafuser.refusals_ultrafuser import Refusal
 from tests.support.checkpoints import (
     classifier,
     edit_config,
@@ -189,16 +191,16 @@ CASES = {
     "other tokenizer": (lambda f: small(f, words=tokenizer(swap="ab")), False, "2 ids differ, the first is 69"),
     "shorter tokenizer": (lambda f: small(f, words=tokenizer(90)), False, "9 ids differ"),
     "splitting otherwise": (lambda f: small(f, words=lowercase()), False, "splits text differently"),
-    "no tokenizer": (bare, True, "its folder holds none"),
+    "no tokenizer": (bare, True, "its folder holds no tokenizer"),
     "other dtype": (bfloat16, False, "one dtype"),
     "soft cap": (lambda f: small(f, "gemma2"), False, "soft cap"),
     "more rows": (lambda f: small(f, vocab_size=104), True, "cut to 99 rows"),
     "more rows, tied": (lambda f: small(f, vocab_size=104, tied=True), True, "cut to 99 rows"),
-    "fewer rows": (lambda f: small(f, vocab_size=97), False, "every tokenizer can produce tokens beyond"),
+    "fewer rows": (lambda f: small(f, vocab_size=97), False, "tokenizer can produce tokens beyond"),
     "fewer rows and tokens": (lambda f: small(f, vocab_size=97, words=tokenizer(97)), True, "other 97"),
     "padding beyond": (lambda f: with_ids(f, pad_token_id=103), True, "cut to 99"),
     "beginning beyond": (lambda f: with_ids(f, bos_token_id=103), True, "cut to 99"),
-    "end beyond": (lambda f: with_ids(f, eos_token_id=[2, 103]), False, "end-of-text id"),
+    "end beyond": (lambda f: with_ids(f, eos_token_id=[2, 103]), False, "of-text ids lie beyond"),
     "other end": (lambda f: small(f, eos_token_id=3), True, "the text ends at any"),
     "scaled logits": (lambda f: small(f, "granite", logits_scaling=4.0), True, "granite"),
     "other family": (lambda f: small(f, "gpt_neox"), True, "gpt_neox"),
@@ -236,6 +238,32 @@ def test_what_gates_cost_is_told_and_that_vllm_serves_those_that_look_back(good,
 
 def test_one_specialist_is_too_few(good):
     assert_agreement({"text": good}, False, "at least two")
+
+
+def test_a_new_check_is_a_function_and_a_line_and_both_commands_run_it(good, tmp_path, monkeypatch):
+    def check_depth(plan, name):
+        layers = plan.configs[name].num_hidden_layers
+        if layers > 1:
+            raise Refusal(
+                "depth", f"{name!r} has {layers} layers", "Specialists are shallow here", "Cut the rest off."
+            )
+
+    monkeypatch.setattr(plan_ultrafuser, "CHECKS", [*plan_ultrafuser.CHECKS, Check(check_depth, each="whole")])
+    folders = {
+        "text": good,
+        "deep": small(tmp_path / "deep", layers=2),
+        "deeper": small(tmp_path / "deeper", layers=3),
+    }
+    found = judge({name: (str(folder), None) for name, folder in folders.items()})
+    assert [(f.status, f.text, f.fix) for f in found.findings if f.about == "depth"] == [
+        ("blocks", f"'{name}' has {layers} layers. Specialists are shallow here.", "Cut the rest off.")
+        for name, layers in (("deep", 2), ("deeper", 3))
+    ]
+    with pytest.raises(
+        Refusal, match="^'deep' has 2 layers. Specialists are shallow here. Cut the rest off.$"
+    ) as error:
+        UltraFuserForCausalLM.from_specialists(folders)
+    assert error.value.about == "depth"
 
 
 def assert_agreement(folders, fits, words, **choices):

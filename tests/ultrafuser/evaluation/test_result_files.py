@@ -35,11 +35,11 @@ def changed(whole, *place, value):
 
 
 TEXTS = {
-    "no JSON": (json.dumps(COMPARISON)[:300], "must hold JSON"),
-    "a list": ("[1, 2]", "must hold an object in JSON, but holds a list"),
-    "nothing": ("", "must hold JSON"),
-    "brackets": ("[" * 100_000, "must hold JSON"),
-    "deep": ('{"rows": ' + "[" * 100 + "]" * 100 + "}", "nested more deeply"),
+    "no JSON": (json.dumps(COMPARISON)[:300], "does not hold JSON"),
+    "a list": ("[1, 2]", "holds a list instead of an object in JSON"),
+    "nothing": ("", "does not hold JSON"),
+    "brackets": ("[" * 100_000, "does not hold JSON"),
+    "deep": ('{"rows": ' + "[" * 100 + "]" * 100 + "}", "nested too deeply"),
     "no results": ('{"loss": 1}', "holds ['loss']"),
 }
 FIELDS = {
@@ -145,10 +145,10 @@ def test_whole_results_are_read_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("trainer_state.json", "{", "must hold JSON"),
+        ("trainer_state.json", "{", "does not hold JSON"),
         ("trainer_state.json", '{"log_history": [{"step": 1, "loss": "x"}], "global_step": 1}', "`log_history`"),
         ("trainer_state.json", '{"log_history": []}', "no `global_step`"),
-        (STATE_FILE, "[]", "must hold an object"),
+        (STATE_FILE, "[]", "instead of an object"),
         (STATE_FILE, '{"domains": ["a"], "mixes": [[0]]}', "`mixes`"),
     ],
 )
@@ -169,7 +169,7 @@ def test_what_evaluate_has_finished_is_named_if_it_is_damaged(tmp_path):
     scores = tmp_path / SCORES
     scores.mkdir()
     (scores / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run.json.* must hold JSON"):
+    with pytest.raises(ValueError, match=r"run.json.* does not hold JSON"):
         _check_identity(tmp_path, {})
     (scores / "fused.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match=r"fused.safetensors.* is not: its header should have"):

@@ -180,7 +180,7 @@ def test_what_does_not_fit_the_folder_is_refused(folder, tmp_path):
         write_card(folder, specialists={"maths": "a/b"})
     with pytest.raises(ValueError, match="a folder or an id such as 'owner/model', but that of 'math' is 'nowhere'"):
         write_card(folder, specialists={"math": "nowhere"})
-    with pytest.raises(ValueError, match=r"but '.*odd.json' holds \['loss'\]"):
+    with pytest.raises(ValueError, match=r"odd.json' holds \['loss'\]"):
         write_card(folder, results=[written(tmp_path, "odd.json", {"loss": 1})])
     other = {**COMPARISON, "specialists": ["a", "b"], "gate": None}
     with pytest.raises(ValueError, match=r"those in '.*other.json' are of \['a', 'b'\]"):

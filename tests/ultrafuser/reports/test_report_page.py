@@ -11,7 +11,8 @@ from tests.support.browsers import in_browser
 from tests.support.report_rows import HARD, rows
 from tests.support.tiny import specialist, stir_gate
 from ultrafuser.cli.app import app
-from ultrafuser.reports.explanation import explain, load
+from ultrafuser.fused_folders import open_fused
+from ultrafuser.reports.explanation import explain
 from ultrafuser.reports.report_folder import report
 from ultrafuser.toy.quickstart import train_tokenizer
 
@@ -50,7 +51,7 @@ def results():
 
 @pytest.fixture(scope="module")
 def file(folder, results, tmp_path_factory):
-    return report(tmp_path_factory.mktemp("report"), results=results, fused=load(str(folder)), examples=TEXTS)
+    return report(tmp_path_factory.mktemp("report"), results=results, fused=open_fused(str(folder)), examples=TEXTS)
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def shown(page):
 
 @in_browser
 def test_pointing_at_a_token_shows_the_model_s_weights(browser, file, folder):
-    tokens = explain(*load(str(folder)), TEXTS["Plain"])
+    tokens = explain(*open_fused(str(folder)), TEXTS["Plain"])
     with opened(browser, file) as page:
         spans = page.locator(".text").nth(1).locator("> span")
         assert spans.count() == len(tokens)
@@ -97,7 +98,7 @@ def test_pointing_at_a_token_shows_the_model_s_weights(browser, file, folder):
 
 @in_browser
 def test_the_keyboard_reaches_every_token_and_escape_closes(browser, file, folder):
-    tokens = explain(*load(str(folder)), TEXTS["Plain"])
+    tokens = explain(*open_fused(str(folder)), TEXTS["Plain"])
     with opened(browser, file) as page:
         page.locator(".text").nth(1).locator("> span").first.focus()
         assert "nobody predicted it" in page.locator("#details").inner_text()

@@ -18,9 +18,10 @@ from tests.support.stages import trainer
 from tests.support.tiny import specialist, stir_gate, tokenizer
 from trainers import GateTrainer
 from ultrafuser.cli.app import app
+from ultrafuser.fused_folders import open_fused
 from ultrafuser.reports import charts
 from ultrafuser.reports.colours import INK, PALETTE, PAPER, assign, blend, contrast, strength, text_on
-from ultrafuser.reports.explanation import FUSED, explain, load, text_pieces
+from ultrafuser.reports.explanation import FUSED, explain, text_pieces
 from ultrafuser.reports.page import verdict
 from ultrafuser.reports.plots import draw_map, save, tsne
 from ultrafuser.reports.report_folder import read_training
@@ -102,13 +103,13 @@ def test_a_text_too_short_or_too_long_is_refused(text, says, fused):
 def test_a_model_that_is_not_fused_is_refused_before_it_is_loaded(tmp_path):
     specialist().config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="of type 'llama'"):
-        load(str(tmp_path))
+        open_fused(str(tmp_path))
 
 
 def test_a_model_without_a_tokenizer_is_refused_before_it_is_loaded(fused, tmp_path):
     fused.config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds no tokenizer"):
-        load(str(tmp_path))
+        open_fused(str(tmp_path))
 
 
 # ---- in the terminal
