@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
-from trainers.chunked import score_tokens
+from trainers.heads import head_of
 from ultrafuser.provenance import provenance
 
 
@@ -54,7 +54,7 @@ def compare(fusion: str, stage: str, ways: dict[str, Callable], options: argpars
     """One row per way."""
     inputs = made(stage, options)
     specialists = [SimpleNamespace(hidden_size=options.hidden)] * SPECIALISTS
-    config = SimpleNamespace(fusion=fusion, specialists=specialists)
+    config = SimpleNamespace(fusion=fusion, specialists=specialists, adapters=None)
     found = {name: [] for name in ways}
     for _ in range(options.rounds):
         for name, way in ways.items():
@@ -154,8 +154,9 @@ def trl_kernel(config, stage, hidden, weights, head, targets) -> Tensor:
 
 def chunked(config, stage, hidden, weights, head, targets) -> Tensor:
     """What the trainers of this package do."""
-    states = scaled(hidden, weights) if config.fusion == "logits" else hidden
-    return -score_tokens(config, states, weights, head, targets, gate_only=stage == "gate")[0].mean()
+    own = head_of(config)
+    states = own.rule(hidden.chunk(SPECIALISTS, -1), weights)
+    return -own.score(states, weights, head, targets, gate_only=stage == "gate")[0].mean()
 
 
 WAYS = {

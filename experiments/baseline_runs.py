@@ -20,8 +20,11 @@ from transformers.utils import logging
 
 from experiments.ledger import digest
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES, gate_settings
 from trainers import CachedGateTrainer, GateStageConfig, JointStageConfig, JointTrainer
+from trainers.heads import head_of
 from ultrafuser.evaluation.comparison import MIXED, compare
 from ultrafuser.evaluation.contenders import FUSED, Comparison, Measured, best_per_domain
 from ultrafuser.evaluation.measurement import HeldOut, held_out, score
@@ -250,7 +253,7 @@ class Fusions:
 
         Args:
             gate: A word, see `gate_settings`.
-            fusion: "logits" or "probabilities".
+            fusion: A name in `FUSIONS`.
             stage: Settings of stage one; None for a gate that has nothing to train.
         """
 
@@ -267,9 +270,14 @@ class Fusions:
     def train(self, model: UltraFuserForCausalLM, stage: dict) -> None:
         """Stage one, from a cache that is kept."""
         config = model.config
-        # a mixture of probabilities without temperatures needs one number of each specialist and token
-        keep = "log_probs" if config.fusion == "probabilities" and not config.gate_calibration else "hidden"
-        what = [config.specialist_names, self.size, keep, stage.get("mixed_share"), GATES[config.gate].reads_past]
+        keep = next(iter(head_of(config).kinds()))
+        what = [
+            config.specialist_names,
+            self.size,
+            keep,
+            stage.get("mixed_share"),
+            Reads.PAST in GATES[config.gate].reads,
+        ]
         arguments = GateStageConfig(str(self.folder / "stage"), **self.shared, **stage)
         CachedGateTrainer(
             model,
@@ -367,8 +375,8 @@ def check(*, gates: dict[str, dict], joint: dict, **_) -> None:
 def check_gate(*, gate: str, fusion: str, stage: dict | None = None, **_) -> None:
     """Whether a gate is one that there is, with settings that stage one takes."""
     gate_settings(gate)
-    if fusion not in ("logits", "probabilities"):
-        raise ValueError(f"`fusion` is logits or probabilities, but is {fusion!r}.")
+    if fusion not in FUSIONS:
+        raise ValueError(f"`fusion` is one of {list(FUSIONS)}, but is {fusion!r}.")
     GateStageConfig("nowhere", **PLAIN, **(stage or {}))
 
 

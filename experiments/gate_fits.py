@@ -42,7 +42,7 @@ def fit(
         specialists: Steps and rate of their training, as in the quickstart's `Schedule`.
         shares: How much of each domain's data there is to fuse with.
         examples_per_domain: In every batch.
-        fusion: "logits" or "probabilities".
+        fusion: A name in `FUSIONS`.
         gate: Kind and width, as `from_specialists` takes them.
         gate_seed: Of the gate's first weights.
         stage: Settings of stage one.

@@ -21,6 +21,7 @@ from .fusions_ultrafuser import FUSIONS
 from .gates_ultrafuser import GATES, WIDEST
 from .names_ultrafuser import validate_specialist_names
 from .readers_ultrafuser import reader_of
+from .sparsifiers_ultrafuser import NONE, sparsifier
 
 
 # counts up when a saved folder changes in a way that older code would misread
@@ -47,10 +48,11 @@ class UltraFuserConfig(PreTrainedConfig):
             nothing; `from_specialists` chooses `DEFAULT_GATE`.
         gate_hidden_size: Width of the hidden layer of a gate that has one. 512 in the paper (section 4.1).
         gate_temperature: Gate scores are divided by it before the softmax. Above 1 is softer, below 1 is sharper.
+        gate_sparsifier: Which specialists keep a weight at a token: a name in `SPARSIFIERS`, a colon and its setting.
         gate_calibration: Whether the gate also predicts temperatures, see `Gate`.
         gate_switch_probability: How likely the "posterior" gate holds it that the best specialist changes after a token.
-            Default: 0.0005 where probabilities are mixed, 0.000001 where logits are.
-        fusion: "logits" mixes logits (the paper's Eq. 1), "probabilities" mixes distributions.
+            Default: what suits the fusion rule.
+        fusion: What is mixed, a name in `FUSIONS`. "logits" is the paper's (Eq. 1).
         adapters: Where specialists are LoRA adapters of one base, whose configuration all then have: the highest `rank`
             among them, and the names of the linear layers that any of them adapts, `target_modules`.
         vocab_size: Rows of the fused head. Default: the smallest vocabulary among the specialists.
@@ -73,6 +75,7 @@ class UltraFuserConfig(PreTrainedConfig):
     gate: str = "mlp"
     gate_hidden_size: int = 512
     gate_temperature: float = 1.0
+    gate_sparsifier: str = NONE
     gate_calibration: bool = False
     gate_switch_probability: float | None = None
     fusion: str = "logits"
@@ -138,6 +141,7 @@ class UltraFuserConfig(PreTrainedConfig):
             value = getattr(self, field)
             if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"Unknown {field} {value!r}. Choose one of {list(choices)}.")
+        sparsifier(self.gate_sparsifier)
         if not isinstance(self.gate_calibration, bool):
             raise ValueError(f"`gate_calibration` is {self.gate_calibration!r:.100}, but it must be true or false.")
         if self.gate_calibration and not GATES[self.gate].can_calibrate:
@@ -269,6 +273,8 @@ class UltraFuserConfig(PreTrainedConfig):
         output["specialists"] = [plain_dict(c) for c in self._names_and_configs()[1]]
         # vLLM asks for `AutoModel`, which saving the causal language model alone would leave out
         output["auto_map"] = AUTO_MAP
+        if self.gate_sparsifier == NONE:
+            del output["gate_sparsifier"]
         return output
 
 

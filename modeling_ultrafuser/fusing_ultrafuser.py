@@ -18,6 +18,7 @@ from .lora_ultrafuser import read_parts
 from .plan_ultrafuser import FusionPlan, adaptable_layers, run_checks, unequal_dtypes
 from .probing_ultrafuser import no_bars, probe_specialist, tolerance
 from .refusals_ultrafuser import Refusal
+from .sparsifiers_ultrafuser import NONE
 from .specialists_ultrafuser import BASE
 
 
@@ -30,6 +31,7 @@ def fuse_specialists(
     dtype: str | torch.dtype = "auto",
     gate_hidden_size: int | None = None,
     gate_temperature: float = 1.0,
+    gate_sparsifier: str = NONE,
     gate_calibration: bool | None = None,
     gate_switch_probability: float | None = None,
     revisions: dict[str, str] | None = None,
@@ -50,10 +52,11 @@ def fuse_specialists(
             saves them, are fused on that base, which is loaded once; one of the specialists may be the base itself.
         gate: A name in `GATES`, or a word that says more, see `gate_settings`: "mlp" is the paper's. A new gate gives every
             specialist the same weight.
-        fusion: "logits" or "probabilities".
+        fusion: A name in `FUSIONS`.
         dtype: Of the specialists and the head. "auto" takes what all specialists share; required if they differ.
         gate_hidden_size: Width of the hidden layer of a gate that has one. Default: what `gate` says, or else 512.
         gate_temperature: Divides the gate's scores before the softmax.
+        gate_sparsifier: Which specialists keep a weight at a token, see `UltraFuserConfig`.
         gate_calibration: Whether the gate also predicts temperatures, token by token. Default: what `gate` says.
         gate_switch_probability: Of the "posterior" gate, see `UltraFuserConfig`.
         revisions: Name to branch, tag or commit of its Hub repository. Pin commits for results to be repeatable.
@@ -80,6 +83,7 @@ def fuse_specialists(
         **gate_settings(gate),
         **{field: value for field, value in given.items() if value is not None},
         "gate_temperature": gate_temperature,
+        "gate_sparsifier": gate_sparsifier,
         "gate_switch_probability": gate_switch_probability,
         "fusion": fusion,
     }

@@ -13,7 +13,10 @@ from .refusals_ultrafuser import Refusal
 
 
 class LogitsFusion(Fusion):
-    """Mixes logits, sum_k w_k h_k W_k^T (Ding et al., 2024, Eq. 1): one wide linear head."""
+    """Mixes logits as one wide linear head: the paper's rule (Ding et al., 2024, Eq. 1).
+
+    logits = sum_k w_k h_k W_k^T.
+    """
 
     one_head = True
     scale_for_each = False

@@ -9,7 +9,10 @@ from .fusion_base_ultrafuser import Fusion
 
 
 class ProbabilitiesFusion(Fusion):
-    """Mixes distributions, log sum_k w_k softmax(h_k W_k^T): the classical mixture. transformers only."""
+    """Mixes distributions: the classical mixture, in transformers only.
+
+    log p = log sum_k w_k softmax(h_k W_k^T).
+    """
 
     def combined(self, logits: Iterable[Tensor], gate_weights: Tensor) -> Tensor:
         """Returns log-probabilities. Shape (..., vocab)."""

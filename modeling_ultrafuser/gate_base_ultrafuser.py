@@ -5,6 +5,7 @@ modules for their own, and 16 bits are too coarse for scores that pass through a
 """
 
 import math
+from enum import Flag, auto
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import initialization as init
 
 from .fusions_ultrafuser import FUSIONS
+from .sparsifiers_ultrafuser import sparsifier
 
 
 # a learned factor on logits stays between exp(-2) and exp(2)
@@ -35,7 +37,7 @@ class GateOutput(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What a gate reads of the past, see `accumulated` in `evidence_ultrafuser.py`.
+    """What a gate reads of the past, see `accumulated` in `forecasts_ultrafuser.py`.
 
     Attributes:
         decays: Of sums of log-probabilities.
@@ -46,8 +48,24 @@ class Evidence(NamedTuple):
     switches: tuple[float, ...] = ()
 
 
+class Reads(Flag):
+    """What a gate reads to weigh the specialists; `STATES | PAST` is both.
+
+    Attributes:
+        NOTHING: Neither the text nor what specialists make of it.
+        PROMPT: Token ids.
+        STATES: The specialists' last hidden states.
+        PAST: How well each specialist has predicted the text so far.
+    """
+
+    NOTHING = 0
+    PROMPT = auto()
+    STATES = auto()
+    PAST = auto()
+
+
 class Gate(nn.Module):
-    """Base of all gates: scores each specialist, then takes the softmax over specialists at `gate_temperature`.
+    """Base of all gates: scores, divided by `gate_temperature`, made fewer by `gate_sparsifier`, normalised to weights.
 
     With `gate_calibration` it also predicts temperatures, token by token (after Guo et al., 2017, arXiv 1706.04599, whose
     temperature is one number): how sure the fused model, or each specialist of a probability mixture, should be.
@@ -60,22 +78,21 @@ class Gate(nn.Module):
         can_calibrate: Whether it can also predict temperatures.
         learning_rate: Peak learning rate of stage one that suits it beside specialists of a million parameters.
         dropout: Probability with which training hides each number of the hidden states: the trainers set it.
-        reads_states: Whether it reads hidden states.
-        reads_past: Whether it also reads how well each specialist has predicted the text so far.
-        evidence: What of that.
+        reads: What it reads. One that reads neither states nor the past is asked before the specialists run.
+        evidence: What of the past.
     """
 
     has_width = False
     can_calibrate = False
     learning_rate = 1e-2
     dropout = 0.0
-    reads_states = True
-    reads_past = False
+    reads = Reads.STATES
     evidence = Evidence()
 
     def __init__(self, config):
         super().__init__()
         self.temperature = config.gate_temperature
+        self.sparsifier = sparsifier(config.gate_sparsifier)
         self.num_specialists = len(config.specialists)
         self.num_outputs = self.num_specialists + num_scales(config)
 
@@ -83,7 +100,7 @@ class Gate(nn.Module):
         """Scores each specialist before the softmax, then gives the logarithms of the scales, if there are any.
 
         Args:
-            hidden_states: Each specialist's last hidden state in float32. Shapes (batch, seq, hidden).
+            hidden_states: As for `forward`, in float32.
             *evidence: Of a gate that reads the past, what it does. Shape (batch, seq, specialists, numbers).
 
         Returns:
@@ -95,17 +112,22 @@ class Gate(nn.Module):
         """Weighs the specialists at every token.
 
         Args:
-            hidden_states: Each specialist's last hidden state, after its final norm. Shapes (batch, seq, hidden).
+            hidden_states: Each specialist's last hidden state, after its final norm. Shapes (batch, seq, hidden). If it
+                is asked before the specialists run, the token ids alone. Shape (batch, seq, 1).
             *evidence: As for `scores`.
         """
         with torch.autocast(device_type=hidden_states[0].device.type, enabled=False):
             states = [F.dropout(h.float(), self.dropout, self.training) for h in hidden_states]
             scores = self.scores(states, *evidence)
-            weights = (scores[..., : self.num_specialists] / self.temperature).softmax(-1)
+            weights = self.normalised(self.sparsifier(scores[..., : self.num_specialists] / self.temperature))
             if self.num_outputs == self.num_specialists:
                 return GateOutput(weights)
             log_scales = scores[..., self.num_specialists :]
             return GateOutput(weights, log_scales.clamp(-LARGEST_LOG_SCALE, LARGEST_LOG_SCALE).exp())
+
+    def normalised(self, scores: Tensor) -> Tensor:
+        """Turns scores into weights: by a softmax over specialists. Shape (batch, seq, specialists)."""
+        return scores.softmax(-1)
 
     def init_weights(self) -> None:
         """Starts uniform and with scales of 1: an untrained fused model is the plain average of its specialists."""
@@ -138,6 +160,11 @@ class Gate(nn.Module):
             Tensors of the gate of all specialists.
         """
         raise NotImplementedError
+
+
+def asked_first(gate: nn.Module, input_ids: Tensor) -> GateOutput | None:
+    """Asks a gate before the specialists run; returns None if it reads what they say. `input_ids`: (batch, seq)."""
+    return None if gate.reads & (Reads.STATES | Reads.PAST) else gate([input_ids[..., None]])
 
 
 def empty(*shape: int) -> nn.Parameter:

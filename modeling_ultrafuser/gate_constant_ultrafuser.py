@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .gate_base_ultrafuser import Gate, empty, rows_of_others, with_equal_share
+from .gate_base_ultrafuser import Gate, Reads, empty, rows_of_others, with_equal_share
 
 
 class ConstantGate(Gate):
@@ -12,7 +12,7 @@ class ConstantGate(Gate):
     """
 
     can_calibrate = True
-    reads_states = False
+    reads = Reads.NOTHING
 
     def __init__(self, config):
         super().__init__(config)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import initialization as init
 
-from .gate_base_ultrafuser import Evidence, empty, linear, rows_of_others, with_rows_of_one_more
+from .gate_base_ultrafuser import Evidence, Reads, empty, linear, rows_of_others, with_rows_of_one_more
 from .gate_cross_ultrafuser import CrossGate
 
 
@@ -21,7 +21,7 @@ class EvidenceGate(CrossGate):
     forecasters.
     """
 
-    reads_past = True
+    reads = Reads.STATES | Reads.PAST
     evidence = Evidence(decays=(0.5, 0.8, 0.9, 0.95, 0.99), switches=(0.2, 0.05, 0.01, 0.002))
 
     def __init__(self, config):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .fusions_ultrafuser import FUSIONS
-from .gate_base_ultrafuser import Evidence, Gate
+from .gate_base_ultrafuser import Evidence, Gate, Reads
 
 
 class PosteriorGate(Gate):
@@ -15,8 +15,7 @@ class PosteriorGate(Gate):
     specialist; with switching also at most that behind the best sequence of specialists, plus a price for each change.
     """
 
-    reads_states = False
-    reads_past = True
+    reads = Reads.PAST
 
     def __init__(self, config):
         super().__init__(config)

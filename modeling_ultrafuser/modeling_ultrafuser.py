@@ -24,7 +24,7 @@ from .configuration_ultrafuser import UltraFuserConfig, attention_of_all
 from .evidence_ultrafuser import decoding_layer, last_logits, layer_of, read_evidence
 from .fusing_ultrafuser import fuse_specialists
 from .fusions_ultrafuser import FUSIONS, one_head_rules
-from .gate_base_ultrafuser import GateOutput
+from .gate_base_ultrafuser import GateOutput, Reads, asked_first
 from .gates_ultrafuser import GATES
 from .generation_ultrafuser import FusedGeneration
 from .inputs_ultrafuser import Tokens, check_checkpointed, check_inputs, refuse_router_loss
@@ -144,13 +144,13 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         for key, asked in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions)):
             if getattr(self.config, key) if asked is None else asked:
                 kwargs[key] = True
-
+        gate_output = asked_first(self.fusion_gate, input_ids)
         outputs = self.reader.read(tokens, cache, use_cache=use_cache, **kwargs)
         # a device map may have put the specialists on several devices
         device = outputs[-1].last_hidden_state.device
         states = [o.last_hidden_state.to(device) for o in outputs]
         evidence = self._evidence(states, tokens, cache, kwargs.get("cu_seq_lens_q"))
-        fused, gate_output = self.weighed(states, *evidence)
+        fused, gate_output = self.weighed(states, *evidence, gate_output=gate_output)
 
         output = self.fusion_rule.output_class(
             fused,
@@ -171,17 +171,23 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
             return (self.carrier(states, ids, positions, self.wide_head[0].weight),)
         return read_evidence(self, states, ids, cache, mask, positions, *views, cu_seq_lens)
 
-    def weighed(self, hidden_states: list[Tensor], *evidence: Tensor) -> tuple[Tensor, GateOutput]:
+    def weighed(
+        self, hidden_states: list[Tensor], *evidence: Tensor, gate_output: GateOutput | None = None
+    ) -> tuple[Tensor, GateOutput]:
         """Weighs last hidden states into what the head reads.
 
         Args:
             hidden_states: Each specialist's, on one device. Shapes (batch, seq, hidden).
             *evidence: See `read_evidence`.
+            gate_output: Of a gate that was asked before the specialists ran.
 
         Returns:
             What the head reads, see `Fusion.forward`, and what the gate returned.
         """
-        gate_output = self.fusion_gate(hidden_states, *evidence)
+        if gate_output is None:
+            gate_output = self.fusion_gate(hidden_states, *evidence)
+        device = hidden_states[0].device
+        gate_output = GateOutput(*(None if t is None else t.to(device) for t in gate_output))
         return self.fusion_rule(hidden_states, *gate_output), gate_output
 
     def shared_cache(self, cache: Cache | None) -> Cache:
@@ -197,7 +203,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
             cache.layers = DynamicCache(config=self.config).layers
             cache.layer_class_to_replicate = None
         refuse_cache_of_one_shape(self.config, cache)
-        if self.fusion_gate.reads_past:
+        if Reads.PAST in self.fusion_gate.reads:
             layer_of(cache)
         if self.training and self.is_gradient_checkpointing:
             check_checkpointed(cache)
@@ -224,7 +230,7 @@ class UltraFuserForCausalLM(FusedGeneration, UltraFuserPreTrainedModel, Generati
     def __setattr__(self, name: str, value) -> None:
         if name == "lm_head" and not FUSIONS[self.config.fusion].one_head:
             check_head(value, f"fusion={self.config.fusion!r}")
-        elif name == "lm_head" and GATES[self.config.gate].reads_past:
+        elif name == "lm_head" and Reads.PAST in GATES[self.config.gate].reads:
             check_head(value, f"the gate {self.config.gate!r}")
         super().__setattr__(name, value)
         if name == "lm_head":
@@ -357,7 +363,7 @@ class UltraFuserForSequenceClassification(GenericForSequenceClassification, Ultr
                 f"A score is read off one hidden state, which a fused model has with {one_head_rules()}, but this one has "
                 f"fusion={config.fusion!r}. Fuse the specialists anew with {one_head_rules()}."
             )
-        if GATES[config.gate].reads_past:
+        if Reads.PAST in GATES[config.gate].reads:
             raise ValueError(
                 f"The gate {config.gate!r} asks how likely every specialist held each token, which their heads tell, but a "
                 f"model that scores whole texts has another head in their place. Choose a gate that reads hidden states "

@@ -15,6 +15,7 @@ from .families_ultrafuser import (
     specialist_layer_types,
 )
 from .fusions_ultrafuser import FUSIONS, one_head_rules
+from .gate_base_ultrafuser import Reads
 from .gates_ultrafuser import GATES
 from .readers_ultrafuser import reader_of
 
@@ -76,8 +77,8 @@ def _check_texts_end_to_end(config: UltraFuserConfig, engine: str) -> None:
 
 
 def _refuse_evidence(config: UltraFuserConfig, engine: str) -> None:
-    if GATES[config.gate].reads_past:
-        stateless = [name for name, gate in GATES.items() if not gate.reads_past]
+    if Reads.PAST in GATES[config.gate].reads:
+        stateless = [name for name, gate in GATES.items() if Reads.PAST not in gate.reads]
         raise ValueError(
             f"{engine} keeps keys and values of each text and nothing else, but gate={config.gate!r} also carries from "
             f"token to token how well each specialist has predicted the text so far. Use `generate` for this model, or "
@@ -95,7 +96,7 @@ def prepared_for_vllm(backbone: nn.Module) -> Carrier | None:
         for module in specialist.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx += start
-    if not backbone.fusion_gate.reads_past:
+    if Reads.PAST not in backbone.fusion_gate.reads:
         return None
     carrier = Carrier(backbone.config, backbone.fusion_gate.evidence)
     find_head(backbone)

@@ -11,6 +11,8 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
+from modeling_ultrafuser.gate_base_ultrafuser import Reads
+
 
 class HookedSFTTrainer(SFTTrainer):
     """`SFTTrainer` that calls methods with public names where a stage replaces or extends private ones.
@@ -114,7 +116,7 @@ def keep_head_whole(fused: PreTrainedModel) -> None:
         if hasattr(head, "reshard") and not torch.is_grad_enabled():  # else the backward pass does
             head.reshard()
 
-    if fused.model.fusion_gate.reads_past:
+    if Reads.PAST in fused.model.fusion_gate.reads:
         # the backbone asks it for evidence
         fused.model.register_forward_pre_hook(gather)
     fused.model.register_forward_hook(gather)

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from modeling_ultrafuser.families_ultrafuser import soft_cap
 
-from .chunked import specialist_log_probs
 from .compat import whole_head
+from .heads.chunks import specialist_log_probs
 
 
 @contextmanager
@@ -22,8 +22,8 @@ def capture(fused: PreTrainedModel, *, own: bool = False, hidden: bool = False) 
 
     Args:
         fused: The fused model, not wrapped.
-        own: Whether to keep every specialist's last hidden state, and the evidence that a gate reads beside them.
-        hidden: Whether to keep the backbone's.
+        own: Whether to keep every specialist's last hidden state.
+        hidden: Whether to keep the fused one, which the head reads.
     """
     seen: dict = {}
 
@@ -31,21 +31,21 @@ def capture(fused: PreTrainedModel, *, own: bool = False, hidden: bool = False) 
         if hasattr(output, "label_mask"):
             seen["scores"] = output
 
-    def gate_of(_, __, output):
-        seen["gate_weights"] = output.gate_weights
-        if hidden:
-            seen["last_hidden_state"] = output[0]
+    def gate_of(_, inputs, output):
+        seen["gate_weights"], seen["evidence"] = output[0], inputs[1:]
 
-    def states_of(_, inputs):
-        seen["hidden_states"], seen["evidence"] = [state.detach() for state in inputs[0]], inputs[1:]
+    def states_of(_, inputs, output):
+        if own:
+            seen["hidden_states"] = [state.detach() for state in inputs[0]]
+        if hidden:
+            seen["last_hidden_state"] = output
 
     handles = [
         fused.register_forward_hook(scores_of),
-        fused.model.register_forward_hook(gate_of),
+        fused.model.fusion_gate.register_forward_hook(gate_of),
+        # whichever way the specialists run, the fusion rule mixes the last hidden state of each
+        fused.model.fusion_rule.register_forward_hook(states_of),
     ]
-    if own:
-        # whichever way the specialists run, the gate reads the last hidden state of each
-        handles.append(fused.model.fusion_gate.register_forward_pre_hook(states_of))
     try:
         yield seen
     finally:

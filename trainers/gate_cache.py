@@ -1,15 +1,8 @@
 """Stage one from one pass: frozen specialists run over the data once, and any number of gates is trained on that.
 
-Specialists that do not move say the same of a token in every epoch. What a gate's loss needs of them is kept in files
-that are mapped into memory:
-
-- "log_probs", for mixtures of probabilities: each specialist's log-probability of the label. Exact; an epoch costs the
-  gate alone.
-- "hidden", for mixtures of logits: last hidden states, which are multiplied by the head again. Exact.
-- "top", for mixtures of logits: the likeliest tokens, and a polynomial for the others (see `top_tokens`). An epoch costs
-  little more than the gate.
-
-The gate's own input is kept in all three: the last hidden states, and the evidence of a gate that reads the past.
+Specialists that do not move say the same of a token in every epoch. What the gate reads is kept in files that are mapped
+into memory: last hidden states, and the evidence of a gate that looks back. So is what the loss needs besides, of which
+each fusion rule's head has several kinds: see `Head.kept` in `heads`.
 """
 
 import hashlib
@@ -18,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -29,19 +21,15 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
-from modeling_ultrafuser.families_ultrafuser import soft_cap
+from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.log_ultrafuser import print_line
-from modeling_ultrafuser.outputs_ultrafuser import UltraFuserMixtureOutput
 
-from .chunked import CHUNK, CHUNK_ELSEWHERE, scattered, score_tokens, specialist_log_probs
 from .forward_hooks import capture
+from .heads.head_base import TokenScores, scattered
 from .mix.rewards import REWARDS
 from .stage_gate import GateTrainer
-from .top_tokens import TOP, mixed_log_probs, summarised, terms
 
 
-KEPT = {"logits": ("hidden", "top"), "probabilities": ("log_probs", "hidden")}  # by fusion rule, the default first
-ADDED = ("log_probs", "top", "tail")  # to hidden states and labels, where they are kept
 STATE, LOCK = "cache.json", ".lock"
 SAMPLES = 1024  # values of each of the specialists' tensors that tell them from others
 
@@ -158,7 +146,7 @@ class CachedGateTrainer(GateTrainer):
     Args:
         *args: As for `GateTrainer`.
         cache: Folder of the files.
-        keep: "log_probs", "hidden" or "top". Default: the exact one of the fusion rule.
+        keep: A name in `Head.kept` of the fusion rule's head. Default: its first, which is exact.
         dtype: Of hidden states in the files: torch.float32 or torch.bfloat16. Default: the specialists' own, which is
             exact.
         **kwargs: As for `GateTrainer`.
@@ -172,8 +160,12 @@ class CachedGateTrainer(GateTrainer):
 
     def __init__(self, *args, cache: str | os.PathLike, keep: str | None = None, dtype=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.keep = _kept(self.fused.config)[0] if keep is None else keep
-        self._check()
+        self.head = self.scorer.head
+        kinds = self.head.kinds()
+        self.keep = next(iter(kinds)) if keep is None else keep
+        self._check(kinds)
+        self.kept = kinds[self.keep](self.fused.config)
+        self.kept.check()
         self.rows = self._remove_unused_columns(self.train_dataset, description="training")
         dtype = dtype or next(self.fused.model.specialists.parameters()).dtype
         counts: list[int] = []
@@ -184,28 +176,31 @@ class CachedGateTrainer(GateTrainer):
             "rows": _digest(self._counted(counts)),
             "specialists": _digest(_samples(self.fused)),
             # one made for a gate that reads the past serves all that do not
-            **({"evidence": [list(numbers) for numbers in gate.evidence]} if gate.reads_past else {}),
+            **({"evidence": [list(numbers) for numbers in gate.evidence]} if Reads.PAST in gate.reads else {}),
         }
         self.cache = GateCache(cache, identity, counts, self._fields(dtype))
         # from here on an example is the place of its row
         self.train_dataset = Dataset.from_dict({"row": range(len(counts)), "domain": list(self.rows["domain"])})
         self.data_collator = _CachedRows(self.data_collator, self.cache, self.drawn)
-        self._answer_from_cache()
+        self.scorer.from_cache = self._scores
 
-    def _check(self) -> None:
+    def _check(self, kinds: dict) -> None:
         config, world = self.fused.config, self.args.world_size
-        if self.keep not in _kept(config):
+        if self.keep not in kinds:
             calibrated = " and a calibrated gate" if config.gate_calibration else ""
             raise ValueError(
-                f"For fusion={config.fusion!r}{calibrated} a cache keeps one of {list(_kept(config))}, but `keep` is "
+                f"For fusion={config.fusion!r}{calibrated} a cache keeps one of {list(kinds)}, but `keep` is "
                 f"{self.keep!r}."
             )
-        if self.keep == "top" and soft_cap(self.fused.config) is not None:
-            raise ValueError("keep='top' sums logits that are not bounded once mixed. Use keep='hidden'.")
         if self.args.mix_reward is not None and not REWARDS[self.args.mix_reward].reads_cache:
             raise ValueError(
                 f"A cache holds the training data alone, but mix_reward={self.args.mix_reward!r} runs the specialists on "
                 f"the way. Use mix_reward='loss', or GateTrainer."
+            )
+        if Reads.PROMPT in self.fused.model.fusion_gate.reads:
+            raise ValueError(
+                f"A cache holds what specialists say of each token, but the gate {config.gate!r} reads the prompt. Train it "
+                f"with GateTrainer."
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or world > 1:
             raise ValueError(
@@ -221,17 +216,11 @@ class CachedGateTrainer(GateTrainer):
             yield from (torch.as_tensor(value) for _, value in sorted(batch.items()))
 
     def _fields(self, dtype: torch.dtype) -> dict:
-        widths = [c.hidden_size for c in self.fused.config.specialists]
-        number, vocab = len(widths), self.fused.config.vocab_size
-        fields = {"targets": ((), torch.int64), "states": ((sum(widths),), dtype)}
-        if self.fused.model.fusion_gate.reads_past:
-            fields["evidence"] = ((number, sum(map(len, self.fused.model.fusion_gate.evidence))), torch.float32)
-        if self.keep != "hidden":
-            fields["log_probs"] = ((number,), torch.float32)
-        if self.keep == "top":
-            fields["top"] = ((number * min(TOP, vocab), number), torch.float32)
-            fields["tail"] = ((terms(number),), torch.float32)
-        return fields
+        gate, specialists = self.fused.model.fusion_gate, self.fused.config.specialists
+        fields = {"targets": ((), torch.int64), "states": ((sum(c.hidden_size for c in specialists),), dtype)}
+        if Reads.PAST in gate.reads:
+            fields["evidence"] = ((len(specialists), sum(map(len, gate.evidence))), torch.float32)
+        return fields | self.kept.fields()
 
     # ---- the pass
 
@@ -268,77 +257,32 @@ class CachedGateTrainer(GateTrainer):
                 said["evidence"] = evidence[:, :-1][mask]
             weight = self.fused.lm_head.weight
             heads = [weight[:, columns] for columns in self.fused.head_columns()]
-            caps = [soft_cap(c) for c in self.fused.config.specialists]
-            parts = list(zip(states, heads, caps, strict=True))
-            if self.keep == "log_probs":
-                said["log_probs"] = torch.stack(
-                    [specialist_log_probs(h, head, targets, cap) for h, head, cap in parts], -1
-                )
-            elif self.keep == "top":
-                said |= _top_of(states, heads, targets)
+            said |= self.kept.made(states, heads, targets)
         return said
 
     # ---- training on it
 
-    def _answer_from_cache(self) -> None:
-        """Lets model and backbone answer for places in the cache as they would for the tokens that are there."""
-        fused, backbone, arrays = self.fused, self.fused.model, self.cache.arrays
-        ordinary, run = fused.forward, backbone.forward
-        widths = [c.hidden_size for c in fused.config.specialists]
-
-        # `generate` asks what they take
-        @wraps(run)
-        def read(*args, cached=None, **kwargs):
-            if cached is None:
-                return run(*args, **kwargs)
-            states, *evidence = (
-                arrays[name][cached.cpu()].to(self.args.device) for name in ("states", "evidence") if name in arrays
-            )
-            weights, scales = backbone.fusion_gate(states.split(widths, -1), *evidence)
-            return UltraFuserMixtureOutput(states, gate_weights=weights, logit_scales=scales)
-
-        @wraps(ordinary)
-        def forward(*args, cached=None, labels=None, **kwargs):
-            if cached is None:
-                return ordinary(*args, labels=labels, **kwargs)
-            outputs = backbone(cached=cached)  # as a module, so that what watches it sees it
-            states, weights, scales = (
-                None if output is None else output[0, :-1]
-                for output in (outputs.specialist_hidden_states, outputs.gate_weights, outputs.logit_scales)
-            )
-            scores = self._scores(cached[0, :-1].cpu(), states, weights, scales, labels[0, 1:])
-            return scattered(labels[:, 1:] != -100, *scores)
-
-        backbone.forward, fused.forward = read, forward
-
-    def _scores(
-        self, places: Tensor, states: Tensor, weights: Tensor, scales: Tensor | None, targets: Tensor
-    ) -> tuple[Tensor, ...]:
-        if self.keep == "hidden":
-            config, head = self.fused.config, self.fused.lm_head.weight
-            rule = self.fused.model.fusion_rule
-            mixed = rule(states.split([c.hidden_size for c in config.specialists], -1), weights, scales)
-            factors = rule.factors(weights, scales) if rule.one_head else weights
-            return score_tokens(config, mixed, factors, head, targets, gate_only=True)
-        kept = [self.cache.arrays[name][places].to(weights.device) for name in ADDED if name in self.cache.arrays]
-        if self.keep == "top":
-            log_probs = mixed_log_probs(weights, *kept)
-        else:
-            log_probs = (weights.clamp(min=torch.finfo(weights.dtype).tiny).log() + kept[0]).logsumexp(-1)
-        # what only the whole vocabulary could tell: see `log`
-        return log_probs, torch.zeros_like(log_probs), torch.zeros_like(targets, dtype=torch.bool)
+    def _scores(self, cached: Tensor, labels: Tensor) -> TokenScores:
+        """Scores labels of tokens in the cache. `cached` holds their places. Shapes (1, tokens + 1)."""
+        arrays, widths = self.cache.arrays, [c.hidden_size for c in self.fused.config.specialists]
+        states, *evidence = (
+            arrays[name][cached.cpu()].to(self.args.device) for name in ("states", "evidence") if name in arrays
+        )
+        # as a module, so that what watches it sees it
+        weights, scales = self.fused.model.fusion_gate(states.split(widths, -1), *evidence)
+        states, weights, scales = (None if t is None else t[0, :-1] for t in (states, weights, scales))
+        places = cached[0, :-1].cpu()
+        kept = {name: arrays[name][places].to(weights.device) for name in self.kept.fields()}
+        inputs = (kept, states, weights, scales, labels[0, 1:])
+        scores = self.kept.score(self.head, self.fused.lm_head.weight, *inputs)
+        return scattered(labels[:, 1:] != -100, *scores)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `GateTrainer.log`, without what only all of the vocabulary could tell."""
-        if self.keep != "hidden" and self.model.training:
+        if not self.kept.sees_vocabulary and self.model.training:
             for name in ("entropy", "mean_token_accuracy"):
                 self._metrics["train"].pop(name, None)
         super().log(logs, start_time)
-
-
-def _kept(config) -> tuple[str, ...]:
-    """What a cache can keep for a fused model, the default first: temperatures are learned from whole logits."""
-    return ("hidden",) if config.gate_calibration else KEPT[config.fusion]
 
 
 class _CachedRows:
@@ -361,18 +305,6 @@ class _CachedRows:
             "domain": F.pad(domain, (1, 0))[None],
             "attention_mask": torch.ones(1, len(places) + 1, dtype=torch.int64),
         }
-
-
-def _top_of(states: list[Tensor], heads: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
-    """Likeliest tokens, polynomial, and labels' log-probabilities of each specialist, some tokens at a time."""
-    size = CHUNK.get(targets.device.type, CHUNK_ELSEWHERE)
-    found = []
-    for part in torch.arange(len(targets), device=targets.device).split(size):
-        words = [F.linear(h[part], w.to(h.dtype)).float().log_softmax(-1) for h, w in zip(states, heads, strict=True)]
-        words = torch.stack(words, 1)
-        own = words.gather(-1, targets[part, None, None].expand(-1, len(heads), 1))[..., 0]
-        found.append((own, *summarised(words)))
-    return dict(zip(ADDED, map(torch.cat, zip(*found, strict=True)), strict=True))
 
 
 def _samples(fused: PreTrainedModel) -> Iterable[Tensor]:

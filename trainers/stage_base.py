@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from modeling_ultrafuser.gate_base_ultrafuser import Gate
+from modeling_ultrafuser.gate_base_ultrafuser import Gate, Reads
 
 from .batch_statistics import Statistics
-from .chunked import add_chunked_head
 from .compat import end_without_training, is_zero_3, keep_head_whole, remember_callback
 from .domain_trainer import DomainTrainer, data_seed
 from .domains import DomainCollator, by_domain, split, together
 from .forward_hooks import capture, own_log_probs
+from .label_scorer import LabelScorer
 from .losses import gate_terms
 from .mix.mix_controller import MixController
 from .mix.mixes import MIXES
@@ -98,7 +98,7 @@ class StageTrainer(DomainTrainer):
             mixable = len(self.domains) > 1 and MIXED not in self.domains and not as_they_are
             args.mixed_share = MIXED_SHARE if first and mixable else 0.0
         if args.gate_dropout is None:
-            args.gate_dropout = GATE_DROPOUT if first and model.model.fusion_gate.reads_states else 0.0
+            args.gate_dropout = GATE_DROPOUT if first and Reads.STATES in model.model.fusion_gate.reads else 0.0
 
     def _prepare_model(self, gate: Mapping[str, Tensor]) -> None:
         """Makes the model ready for training, once TRL has put its head and its adapters on it.
@@ -121,7 +121,7 @@ class StageTrainer(DomainTrainer):
         for module in self.fused.modules():
             if isinstance(module, Gate):
                 module.dropout = self.args.gate_dropout
-        add_chunked_head(self.fused)
+        self.scorer = LabelScorer(self.fused)
         keep_head_whole(self.fused)
 
     def _prepare_draws(self) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from modeling_ultrafuser.gate_base_ultrafuser import Reads
+
 from .mix.rewards import REWARDS
 from .mixed import MIXED
 from .stage_config import StageConfig
@@ -89,7 +91,7 @@ def check_terms(args: StageConfig, model: PreTrainedModel, kwargs: Mapping) -> N
             "`auto_find_batch_size` would change the batch size in mid-run, but draws are counted in batches. Lower "
             "`per_device_train_batch_size` by hand: the number of accumulated steps follows."
         )
-    if args.gate_dropout and not model.model.fusion_gate.reads_states:
+    if args.gate_dropout and Reads.STATES not in model.model.fusion_gate.reads:
         raise ValueError(
             f"`gate_dropout` hides what the gate reads of hidden states, but the gate {model.config.gate!r} reads none. "
             f"Set gate_dropout=0, or train another gate."

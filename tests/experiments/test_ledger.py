@@ -165,7 +165,7 @@ def test_settings_that_a_run_does_not_take_are_refused_before_anything_runs(sett
         ),
         (
             {"gates": {"fused": {"gate": "mlp", "fusion": "logit"}}, "joint": {"after": ["fused"], "stage": {}}},
-            "`fusion` is logits or probabilities",
+            "`fusion` is one of",
         ),
         (
             {

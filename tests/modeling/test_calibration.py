@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.support.adapted import make, pair
 from tests.support.conversations import weights
@@ -130,7 +131,7 @@ def test_a_stage_moves_the_scales_as_the_models_own_loss_does_and_so_does_one_fr
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("gate", [gate for gate in ABLE if not GATES[gate].reads_past])
+@pytest.mark.parametrize("gate", [gate for gate in ABLE if Reads.PAST not in GATES[gate].reads])
 @torch.no_grad()
 def test_scales_stay_when_a_specialist_is_added_and_removed(gate, fusion, tmp_path):
     model, ids = calibrated(gate, fusion, {name: specialist() for name in ("text", "code", "math")}), prompt()

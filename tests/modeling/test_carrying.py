@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.carrying_ultrafuser import WINDOW, Carrier, carried_on, joined, pieces
-from modeling_ultrafuser.evidence_ultrafuser import accumulated
+from modeling_ultrafuser.forecasts_ultrafuser import accumulated
 from modeling_ultrafuser.gate_base_ultrafuser import Evidence
 from modeling_ultrafuser.modeling_ultrafuser import UltraFuserModel
 from tests.support.tiny import VOCAB, specialist

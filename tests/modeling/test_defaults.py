@@ -7,12 +7,14 @@ import torch
 from datasets import Dataset
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
-from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, GATES, gate_settings
+from modeling_ultrafuser.sparsifiers_ultrafuser import SPARSIFIERS
 from tests.support.stages import BOTH, domains, trainer
 from tests.support.tiny import tokenizer
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 from trainers.mixed import MIXED
-from ultrafuser import gate_words
+from ultrafuser import strategies
 from ultrafuser.build.fusion_recipe import Fusion
 
 
@@ -31,12 +33,21 @@ def gate_of(model):
 
 
 def test_the_default_gate_is_one_word_everywhere(specialists, tmp_path):
-    assert gate_words.DEFAULT == DEFAULT_GATE == Fusion().gate
+    assert strategies.DEFAULT_GATE == DEFAULT_GATE == Fusion().gate
     model = UltraFuserForCausalLM.from_specialists(specialists)
     assert gate_of(model)[0] == ("cross", 128, True)
     assert gate_of(model) == gate_of(UltraFuserForCausalLM.from_specialists(specialists, gate=DEFAULT_GATE))
     model.save_pretrained(tmp_path)
     assert gate_of(UltraFuserForCausalLM.from_pretrained(tmp_path)) == gate_of(model)
+
+
+@pytest.mark.parametrize(
+    ("module", "table"),
+    [("gates_ultrafuser", GATES), ("fusions_ultrafuser", FUSIONS), ("sparsifiers_ultrafuser", SPARSIFIERS)],
+)
+def test_help_says_of_every_strategy_what_its_class_says(module, table):
+    found = strategies.summaries(module, module.removesuffix("_ultrafuser").upper())
+    assert found == {name: strategy.__doc__.partition("\n")[0] for name, strategy in table.items()}
 
 
 def test_a_folder_that_says_nothing_means_the_papers_gate():

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, DynamicCache
 
 from modeling_ultrafuser import UltraFuserConfig
-from modeling_ultrafuser.evidence_ultrafuser import EvidenceLayer, accumulated
+from modeling_ultrafuser.evidence_ultrafuser import EvidenceLayer
+from modeling_ultrafuser.forecasts_ultrafuser import accumulated
 from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
-from modeling_ultrafuser.gate_base_ultrafuser import Evidence
+from modeling_ultrafuser.gate_base_ultrafuser import Evidence, Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
 from tests.support.adapted import BASES, make, pair
@@ -25,7 +26,7 @@ from ultrafuser.evaluation.baselines import ShuffledGate, ensemble
 from ultrafuser.evaluation.measurement import cost
 
 
-READERS = [name for name, gate in GATES.items() if gate.reads_past]
+READERS = [name for name, gate in GATES.items() if Reads.PAST in gate.reads]
 
 
 STEPS = 8

@@ -7,13 +7,14 @@ import torch
 from transformers import DynamicCache, set_seed
 
 from modeling_ultrafuser.evidence_ultrafuser import KEPT, EvidenceLayer
+from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.support.mixes import MIXES, fuse, naive_greedy, prompt, textbook
 from tests.support.tiny import specialist
 from ultrafuser.decoding.drafting import self_draft
 
 
-READERS = [name for name, gate in GATES.items() if gate.reads_past]
+READERS = [name for name, gate in GATES.items() if Reads.PAST in gate.reads]
 
 
 STEPS = 8

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from tests.support.tiny import specialist, stir_gate
 
 
@@ -84,7 +85,7 @@ def naive_gate_weights(fused, specialists, input_ids, **inputs):
     """The fused model's gate, on the hidden states of the specialists it was made from."""
     states = [m.base_model(input_ids, **inputs).last_hidden_state for m in specialists.values()]
     gate = fused.model.fusion_gate
-    if not gate.reads_past:
+    if Reads.PAST not in gate.reads:
         return gate(states).weights
     log_probs = [m(input_ids, **inputs).logits.double().log_softmax(-1)[:, :-1] for m in specialists.values()]
     of_tokens = [lp.gather(-1, input_ids[:, 1:, None]) for lp in log_probs]

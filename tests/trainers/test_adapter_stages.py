@@ -12,8 +12,8 @@ from tests.support.conversations import CHAT_TEMPLATE, PAPER, changed, conversat
 from tests.support.mixes import prompt
 from tests.support.tiny import tokenizer
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
-from trainers.chunked import score_tokens
 from trainers.gate_cache import CachedGateTrainer
+from trainers.heads import head_of
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_scores_in_chunks_have_the_gradients_of_the_models_own_loss(fusion, sour
     own = torch.autograd.grad(fused(ids, labels=ids).loss, parameters)
     outputs = fused.model(ids, use_cache=False)
     states, shares = outputs[0][:, :-1].flatten(0, 1), outputs.gate_weights[:, :-1].flatten(0, 1)
-    scores, *_ = score_tokens(fused.config, states, shares, fused.lm_head.weight, ids[:, 1:].flatten(), chunk=5)
+    scores, *_ = head_of(fused.config).score(states, shares, fused.lm_head.weight, ids[:, 1:].flatten(), chunk=5)
     chunked = torch.autograd.grad(-scores.mean(), parameters)
     for one, other in zip(chunked, own, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)

@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
-from trainers import chunked
-from trainers.chunked import score_tokens
+from trainers.heads import HEADS, Head, head_of
 
 
 TOKENS, VOCAB, WIDTHS = 13, 37, (6, 4, 5)
-RULES = list(FUSIONS)
+RULES = list(HEADS)
 
 
 def config_of(fusion, caps=(None, None, None)):
@@ -20,7 +18,9 @@ def config_of(fusion, caps=(None, None, None)):
         SimpleNamespace(hidden_size=d, final_logit_softcapping=c) for d, c in zip(WIDTHS, caps, strict=True)
     ]
     # logits are bounded once they are mixed, so there the specialists' caps are one
-    return SimpleNamespace(fusion=fusion, specialists=specialists, final_logit_softcapping=caps[0])
+    return SimpleNamespace(
+        fusion=fusion, specialists=specialists, final_logit_softcapping=caps[0], adapters=None, gate_calibration=False
+    )
 
 
 def inputs(tokens=TOKENS, dtype=torch.float64):
@@ -59,8 +59,8 @@ def test_scores_and_all_gradients_are_those_of_the_formula(fusion, chunk, caps, 
     counts = torch.full((TOKENS,), 0.3, dtype=torch.float64) if even else torch.rand(TOKENS, dtype=torch.float64)
     words = naive(config, hidden, weights, head)
     expected = words.gather(-1, targets[:, None])[:, 0]
-    found, entropy, is_top1 = score_tokens(
-        config, states_of(config, hidden, weights), weights, head, targets, chunk=chunk
+    found, entropy, is_top1 = head_of(config).score(
+        states_of(config, hidden, weights), weights, head, targets, chunk=chunk
     )
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(entropy, torch.special.entr(words.exp()).sum(-1).detach())
@@ -79,7 +79,7 @@ def test_a_gate_alone_has_the_gradients_of_the_formula(fusion, chunk, caps):
     words = naive(config, hidden, weights, head)
     expected = words.gather(-1, targets[:, None])[:, 0]
     states = states_of(config, hidden, weights)
-    found, entropy, is_top1 = score_tokens(config, states, weights, head, targets, gate_only=True, chunk=chunk)
+    found, entropy, is_top1 = head_of(config).score(states, weights, head, targets, gate_only=True, chunk=chunk)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(entropy, torch.special.entr(words.exp()).sum(-1).detach())
     assert is_top1.equal(words.argmax(-1) == targets)
@@ -88,12 +88,35 @@ def test_a_gate_alone_has_the_gradients_of_the_formula(fusion, chunk, caps):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("caps", [(None, None, None), (3.0, 3.0, 3.0)], ids=["", "capped"])
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+@pytest.mark.parametrize("fusion", RULES)
+def test_a_rule_without_a_loss_of_its_own_has_that_of_its_logits(fusion, chunk, caps):
+    config, (hidden, weights, head, targets) = config_of(fusion, caps), inputs()
+    words = naive(config, hidden, weights, head)
+    found, entropy, is_top1 = Head(config).score(
+        states_of(config, hidden, weights), weights, head, targets, chunk=chunk
+    )
+    expected, near = words.gather(-1, targets[:, None])[:, 0], {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
+    torch.testing.assert_close(found, expected, **near)
+    torch.testing.assert_close(entropy, torch.special.entr(words.exp()).sum(-1).detach(), **near)
+    assert is_top1.equal(words.argmax(-1) == targets)
+    (of_states, of_weights, of_head), other = (
+        torch.autograd.grad(f.sum(), [hidden, weights, head]) for f in (expected, found)
+    )
+    torch.testing.assert_close(other[::2], (of_states, of_head), **near)
+    # weights come out of a softmax, to which it does not matter what is added to all alike
+    even = [g - (weights * g).sum(-1, keepdim=True) for g in (of_weights, other[1])]
+    torch.testing.assert_close(even[1], even[0], **near)
+    assert [len(f) for f in Head(config).score(hidden[:0], weights[:0], head, targets[:0])] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("gate_only", [True, False])
 @pytest.mark.parametrize("fusion", RULES)
 def test_no_tokens_give_gradients_of_zero(fusion, gate_only):
     config, (hidden, weights, head, targets) = config_of(fusion), inputs(tokens=0)
     states = states_of(config, hidden, weights)
-    found, _, _ = score_tokens(config, states, weights, head, targets, gate_only=gate_only)
+    found, _, _ = head_of(config).score(states, weights, head, targets, gate_only=gate_only)
     found.sum().backward()
     assert weights.grad.shape == (0, 3)
     assert gate_only or not head.grad.any()
@@ -101,7 +124,7 @@ def test_no_tokens_give_gradients_of_zero(fusion, gate_only):
 
 def test_a_graph_that_is_kept_can_be_walked_twice():
     config, (hidden, weights, head, targets) = config_of("probabilities"), inputs()
-    loss = -score_tokens(config, hidden, weights, head, targets)[0].mean()
+    loss = -head_of(config).score(hidden, weights, head, targets)[0].mean()
     first, second = (torch.autograd.grad(loss, [hidden, weights, head], retain_graph=True) for _ in range(2))
     torch.testing.assert_close(second, first)
 
@@ -109,7 +132,7 @@ def test_a_graph_that_is_kept_can_be_walked_twice():
 def test_a_weight_of_zero_and_a_word_that_underflows_leave_everything_finite():
     config, (hidden, _, head, targets) = config_of("probabilities"), inputs(dtype=torch.float32)
     weights = torch.tensor([[1.0, 0.0, 0.0]]).expand(TOKENS, -1).clone().requires_grad_()
-    found = score_tokens(config, 100 * hidden, weights, head, targets)[0]
+    found = head_of(config).score(100 * hidden, weights, head, targets)[0]
     assert found.min() < -200
     assert all(g.isfinite().all() for g in torch.autograd.grad(found.sum(), [hidden, weights, head]))
 
@@ -122,7 +145,7 @@ def test_sixteen_bits_are_near_float32(fusion, gate_only):
     def scored(hidden, head, autocast):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             states = states_of(config, hidden, weights.to(hidden.dtype))
-            found = score_tokens(config, states, weights, head, targets, gate_only=gate_only, chunk=5)[0]
+            found = head_of(config).score(states, weights, head, targets, gate_only=gate_only, chunk=5)[0]
         wanted = [weights] if gate_only else [hidden, head]
         return found, *torch.autograd.grad(found.mean(), wanted, allow_unused=True)
 
@@ -150,5 +173,5 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made():
             return found
 
     with Watch():
-        (-chunked.score_tokens(config, hidden, weights, head, targets, chunk=4)[0].mean()).backward()
+        (-head_of(config).score(hidden, weights, head, targets, chunk=4)[0].mean()).backward()
     assert largest == head.numel() < tokens * vocab

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.support.conversations import changed, sft_trainer, weights
 from tests.support.mixes import MIXES, fuse, prompt
@@ -15,7 +16,7 @@ from trainers import GateTrainer, JointTrainer
 from trainers.gate_cache import CachedGateTrainer
 
 
-READERS = [name for name, gate in GATES.items() if gate.reads_past]
+READERS = [name for name, gate in GATES.items() if Reads.PAST in gate.reads]
 
 
 every_reader = pytest.mark.parametrize("gate", READERS)

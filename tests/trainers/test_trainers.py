@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-import trainers.chunked
+import trainers.heads.chunks
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE
@@ -176,7 +176,7 @@ def test_the_default_rate_is_the_papers_for_large_specialists_and_higher_for_sma
 @pytest.mark.parametrize(("gate", "dtype"), [("mlp", torch.float32), (DEFAULT_GATE, torch.float64)])
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_loss_in_chunks_is_the_models_own(fusion, gate, dtype, stage, specialists, tmp_path, monkeypatch):
-    monkeypatch.setitem(trainers.chunked.CHUNK, "cpu", 5)
+    monkeypatch.setitem(trainers.heads.chunks.CHUNK, "cpu", 5)
     model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion, gate=gate, dtype=dtype)
     for parameter in model.model.fusion_gate.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

@@ -14,6 +14,7 @@ from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
 from modeling_ultrafuser.plan_base_ultrafuser import BLOCKS
 from modeling_ultrafuser.refusals_ultrafuser import Refusal
+from modeling_ultrafuser.sparsifiers_ultrafuser import NONE
 
 from .. import licences
 from ..atomic import new_folder
@@ -21,7 +22,7 @@ from ..check.checks import judge
 from ..check.findings import Judgement
 from ..check.metadata import Source
 from ..fused_folders import save_fused
-from ..gate_words import HELP
+from ..strategies import FUSION_HELP, GATE_HELP, SPARSIFIER_HELP
 from ..yaml_files import read_yaml
 
 
@@ -36,8 +37,9 @@ class Fusion:
         default=None, metadata={"help": "Name to commit of its repository, for results that can be repeated."}
     )
     chat_template: str | None = field(default=None, metadata={"help": "Whose chat template to take, if they differ."})
-    gate: str = field(default=DEFAULT_GATE, metadata={"help": HELP})
-    fusion: str = field(default="logits", metadata={"help": "What is mixed, when fusing: logits or probabilities."})
+    gate: str = field(default=DEFAULT_GATE, metadata={"help": GATE_HELP})
+    fusion: str = field(default="logits", metadata={"help": FUSION_HELP})
+    gate_sparsifier: str = field(default=NONE, metadata={"help": SPARSIFIER_HELP})
     base: str | None = field(
         default=None, metadata={"help": "Where the base of specialists that are adapters is, if not where they say."}
     )
@@ -45,10 +47,14 @@ class Fusion:
     def __post_init__(self):
         for name in ("specialists", "specialist_revisions"):
             check_words(name, getattr(self, name) or {})
-        for name in ("chat_template", "gate", "fusion", "base"):
+        for name in ("chat_template", "gate", "fusion", "gate_sparsifier", "base"):
             value = getattr(self, name)
             if not isinstance(value, str | None):
                 raise Refusal("recipe", f"`{name}` of a recipe is {str(value)[:200]!r}", "It is a word", "Correct it.")
+
+    def choices(self) -> dict:
+        """Gate, sparsifier and fusion rule, as fields of the configuration."""
+        return {**gate_settings(self.gate), "gate_sparsifier": self.gate_sparsifier, "fusion": self.fusion}
 
 
 def check_words(field: str, value) -> None:
@@ -124,7 +130,7 @@ class FusionRecipe:
                 "",
             )
         # refuses unknown choices
-        UltraFuserConfig(**gate_settings(fusion.gate), fusion=fusion.fusion)
+        UltraFuserConfig(**fusion.choices())
         locations = {name: (location, revisions.get(name)) for name, location in specialists.items()}
         return judge(locations, dtype=self.dtype, fusion=fusion.fusion, gate=fusion.gate, base=fusion.base)
 
@@ -149,8 +155,7 @@ class FusionRecipe:
             say("fusing")
             model = UltraFuserForCausalLM.from_specialists(
                 fusion.specialists,
-                **gate_settings(fusion.gate),
-                fusion=fusion.fusion,
+                **fusion.choices(),
                 dtype=self.dtype,
                 revisions=commits(sources),
                 base=fusion.base,

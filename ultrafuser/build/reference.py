@@ -211,9 +211,9 @@ def _recipe(reference: Reference, config: UltraFuserConfig) -> FusionRecipe:
     """Returns the recipe of the same model with a new gate."""
     # without a choice, templates that differ are refused; whatever this one is, the tokenizer's own is put in its place
     template = reference.chat_template or next(iter(reference.specialists))
-    fusion = Fusion(
-        reference.specialists, reference.specialist_revisions, template, config.gate, config.fusion, reference.base
-    )
+    sources = (reference.specialists, reference.specialist_revisions)
+    choices = (config.gate, config.fusion, config.gate_sparsifier)
+    fusion = Fusion(*sources, template, *choices, reference.base)
     return FusionRecipe(fusion, _dtype(config))
 
 
@@ -246,6 +246,7 @@ def _fused(reference: Reference, config: UltraFuserConfig) -> UltraFuserForCausa
         gate=config.gate,
         fusion=config.fusion,
         gate_hidden_size=config.gate_hidden_size,
+        gate_sparsifier=config.gate_sparsifier,
         gate_calibration=config.gate_calibration,
         dtype=_dtype(config),
         revisions=reference.specialist_revisions,

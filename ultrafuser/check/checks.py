@@ -40,7 +40,7 @@ def judge(
     Args:
         specialists: Name to folder or Hub id, and revision or None.
         dtype: Of the fused model; "auto" takes what all share.
-        fusion: "logits" or "probabilities".
+        fusion: A name in `FUSIONS`.
         gate: See `gate_settings`.
         base: Where the base of specialists that are adapters is, if it is not where they say.
     """

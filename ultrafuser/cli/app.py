@@ -13,9 +13,8 @@ from typing import Annotated
 
 import typer
 
-from ..gate_words import DEFAULT as DEFAULT_GATE
-from ..gate_words import HELP as GATE_HELP
 from ..plain import echo
+from ..strategies import DEFAULT_GATE, FUSION_HELP, GATE_HELP
 from .commands import app as commands
 from .commands import pairs
 from .data import app as data_commands
@@ -102,7 +101,7 @@ def check(
         list[str], typer.Argument(help="Folders or ids on the Hub, each ID, ID@REVISION or NAME=...; two or more.")
     ],
     dtype: Annotated[str, typer.Option(help="Of the fused model. Default: what all specialists share.")] = "auto",
-    fusion: Annotated[str, typer.Option(help="logits or probabilities.")] = "logits",
+    fusion: Annotated[str, typer.Option(help=FUSION_HELP)] = "logits",
     gate: Annotated[str, typer.Option(help=GATE_HELP)] = DEFAULT_GATE,
     base: Annotated[str | None, typer.Option(help="Of adapters, if it is not where they say.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything in JSON, for programs.")] = False,

@@ -11,10 +11,8 @@ from typing import Annotated
 
 import typer
 
-from ..gate_words import CANDIDATES
-from ..gate_words import DEFAULT as DEFAULT_GATE
-from ..gate_words import HELP as GATE_HELP
 from ..plain import echo
+from ..strategies import CANDIDATES, DEFAULT_GATE, FUSION_HELP, GATE_HELP, SPARSIFIER_HELP
 
 
 app = typer.Typer()
@@ -38,7 +36,8 @@ def fuse(
     what: Annotated[list[str], typer.Argument(help="NAME=ID or NAME=FOLDER of each specialist; or one YAML recipe.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; there must be nothing in it.")] = None,
     gate: Annotated[str | None, typer.Option(help=f"{GATE_HELP} Default: {DEFAULT_GATE}.")] = None,
-    fusion: Annotated[str | None, typer.Option(help="logits (default) or probabilities.")] = None,
+    fusion: Annotated[str | None, typer.Option(help=f"{FUSION_HELP} Default: logits.")] = None,
+    gate_sparsifier: Annotated[str | None, typer.Option(help=f"{SPARSIFIER_HELP} Default: none.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights, bfloat16 say. Default: what they share.")] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="Name of the specialist whose chat template to take.")
@@ -60,6 +59,7 @@ def fuse(
             "chat_template": chat_template,
             "gate": gate,
             "fusion": fusion,
+            "gate_sparsifier": gate_sparsifier,
         }
         choices = {key: value for key, value in choices.items() if value is not None}
         by_name = len(what) > 1 or "=" in what[0]

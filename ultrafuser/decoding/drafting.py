@@ -26,6 +26,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.causal_ultrafuser import starts_over, switching_lengths, tokens_before_switch
 from modeling_ultrafuser.evidence_ultrafuser import MOST_KEPT, read_evidence
 from modeling_ultrafuser.families_ultrafuser import bounded, soft_cap
+from modeling_ultrafuser.gate_base_ultrafuser import Reads, asked_first
 from modeling_ultrafuser.inputs_ultrafuser import Tokens
 from modeling_ultrafuser.peft_ultrafuser import has_prefix
 from modeling_ultrafuser.versions_ultrafuser import CACHE
@@ -224,7 +225,9 @@ class _Reader:
         backbone, mask = self.model.model, self._mask(input_ids.shape[1])
         read = input_ids[:, -hidden_states[0].shape[1] :]
         evidence = [e[:, -count:] for e in read_evidence(backbone, hidden_states, read, self.cache, mask)]
-        fused, gate_output = backbone.weighed([h[:, -count:] for h in hidden_states], *evidence)
+        ahead = asked_first(backbone.fusion_gate, input_ids[:, -count:])
+        states = [h[:, -count:] for h in hidden_states]
+        fused, gate_output = backbone.weighed(states, *evidence, gate_output=ahead)
         return fused, gate_output.weights
 
     def start_over(self, length: int) -> int:
@@ -311,7 +314,7 @@ def _check(model, config: GenerationConfig, num_drafts: int, model_kwargs: dict)
         raise ValueError(f"`num_drafts` counts tokens drafted in a round, at least 1, but it is {num_drafts!r}.")
     if model._is_stateful:
         raise ValueError(f"A recurrent specialist cannot go back to before a rejected draft. {plain}")
-    if model.model.fusion_gate.reads_past and any(map(switching_lengths, model.config.specialists)):
+    if Reads.PAST in model.model.fusion_gate.reads and any(map(switching_lengths, model.config.specialists)):
         raise ValueError(
             f"Keys of a specialist are rotated by other factors once the text is longer (longrope), so that it is read anew, "
             f"which a drafter does alone, but gate={model.config.gate!r} reads what all say of all of it. {plain}"

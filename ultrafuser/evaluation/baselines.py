@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.gate_base_ultrafuser import Gate, GateOutput
 from modeling_ultrafuser.gates_ultrafuser import GATES
+from modeling_ultrafuser.sparsifiers_ultrafuser import NONE
 
 from .measurement import HeldOut, Scores
 
@@ -33,7 +34,7 @@ def ensemble(
     config = copy.deepcopy(model.config)
     config.fusion = fusion
     if isinstance(gate, str):
-        config.gate, config.gate_calibration = gate, False
+        config.gate, config.gate_calibration, config.gate_sparsifier = gate, False, NONE
     if calibrated is not None:
         config.gate_calibration = calibrated
     with torch.device("meta"):
@@ -71,7 +72,7 @@ class ShuffledGate(Gate):
     def __init__(self, config, gate: Gate, seed: int = 0):
         super().__init__(config)
         self.gate, self.rng = gate, torch.Generator().manual_seed(seed)
-        self.reads_past, self.evidence = gate.reads_past, gate.evidence
+        self.reads, self.evidence = gate.reads, gate.evidence
 
     def forward(self, hidden_states: list[Tensor], *evidence: Tensor) -> GateOutput:
         weights, scales = self.gate(hidden_states, *evidence)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig
 
+from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES, gate_settings
 from trainers import CachedGateTrainer, GateStageConfig
 from trainers.domain_trainer import data_seed
@@ -80,7 +81,7 @@ def compare(
     """
     kinds = {gate: gate_settings(gate) for gate in (UNTRAINED, *gates)}
     # first those that read more: a cache made for them serves all
-    kinds = dict(sorted(kinds.items(), key=lambda kind: not GATES[kind[1]["gate"]].reads_past))
+    kinds = dict(sorted(kinds.items(), key=lambda kind: Reads.PAST not in GATES[kind[1]["gate"]].reads))
     data, kept_back = split(by_domain(load_domains(fused, args.dataset_text_field)), HELD_OUT, args.seed)
     out, fits = Path(args.output_dir), []
     cache = fused.cache or out.with_name(f"{out.name}-cache")

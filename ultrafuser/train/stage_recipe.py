@@ -16,9 +16,9 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.files_ultrafuser import in_words
-from modeling_ultrafuser.gates_ultrafuser import gate_settings
 from modeling_ultrafuser.log_ultrafuser import print_line
 from trainers import CachedGateTrainer, GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
+from trainers.heads import HEADS
 from trainers.stage_checkpoint import STATE_FILE, last_complete_checkpoint
 
 from ..atomic import sole_writer
@@ -39,6 +39,7 @@ WRITES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 STAGES = {"gate": GateStageConfig, "joint": JointStageConfig}
+KINDS = ", ".join(sorted({kind for head in HEADS.values() for kind in head.kept}))
 
 
 @dataclass
@@ -61,7 +62,7 @@ class FusedArguments(Fusion):
         default=None, metadata={"help": "Folder of what they said, for any number of gates. Default: OUT/cache."}
     )
     cache_keep: str | None = field(
-        default=None, metadata={"help": "log_probs, hidden or top; see CachedGateTrainer. Default: what is exact."}
+        default=None, metadata={"help": f"{KINDS}; see CachedGateTrainer. Default: what is exact."}
     )
 
 
@@ -286,9 +287,7 @@ def load_model(
                 "`specialists:`, which are fused now. Fuse them into a folder first: `ultrafuser fuse`."
             )
         own = {"revisions": fused.specialist_revisions, "base": fused.base}
-        fusing = UltraFuserForCausalLM.from_specialists(
-            fused.specialists, **gate_settings(fused.gate), fusion=fused.fusion, **own, **shared
-        )
+        fusing = UltraFuserForCausalLM.from_specialists(fused.specialists, **fused.choices(), **own, **shared)
         words = {"chat_template": fused.chat_template, "vocab_size": fusing.config.vocab_size}
         return fusing, common_tokenizer(fused.specialists, **own, **words)
     shared |= {"revision": model.model_revision, "trust_remote_code": trust_remote_code}

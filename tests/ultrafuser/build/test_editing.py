@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.support.tiny import specialist, stir_gate, tokenizer
 from ultrafuser.build.specialist_edits import add_specialist, remove_specialist
@@ -95,7 +96,7 @@ def test_one_specialist_is_no_fused_model():
 
 
 @pytest.mark.parametrize("size", [32, 24])
-@pytest.mark.parametrize("gate", [name for name, gate in GATES.items() if not gate.reads_past])
+@pytest.mark.parametrize("gate", [name for name, gate in GATES.items() if Reads.PAST not in gate.reads])
 def test_with_one_more_the_others_keep_their_proportions(gate, size, tmp_path):
     model, newcomer = fused_model(gate, temperature=2.0), specialist(layers=1, hidden_size=size)
     newcomer.save_pretrained(tmp_path)

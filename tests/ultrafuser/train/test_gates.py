@@ -13,7 +13,7 @@ from tests.support.conversations import CHAT_TEMPLATE, PAPER, conversations
 from tests.support.tiny import specialist, tokenizer
 from trainers import CachedGateTrainer
 from ultrafuser.cli.app import app
-from ultrafuser.gate_words import CANDIDATES, DEFAULT
+from ultrafuser.strategies import CANDIDATES, DEFAULT_GATE
 
 
 NAMES = ["text", "code"]
@@ -69,7 +69,7 @@ def test_without_a_word_the_default_is_compared_with_a_linear_and_the_papers_gat
     assert done.exit_code == 0, done.output
     rows = {line.split("│")[1].strip() for line in done.output.splitlines() if line.startswith("│")}
     assert rows == {"uniform", *CANDIDATES}
-    assert CANDIDATES[0] == DEFAULT
+    assert CANDIDATES[0] == DEFAULT_GATE
     # temperatures are learned from whole logits, and one pass serves all
     assert len(seen) == 11
 

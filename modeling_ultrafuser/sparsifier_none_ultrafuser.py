@@ -1,0 +1,12 @@
+"""The "none" sparsifier: every specialist keeps its weight."""
+
+from torch import Tensor
+
+from .sparsifier_base_ultrafuser import Sparsifier
+
+
+class NoSparsifier(Sparsifier):
+    """Keeps every specialist."""
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return scores
