@@ -39,7 +39,8 @@ def folders(path, made: dict, rows=ROWS):
 
 
 def notes_on(made):
-    return tokenizer_notes(made, ROWS, widest_usable_tokenizer(made, ROWS))
+    """What is told, each fact followed by what to do."""
+    return list(map(" ".join, tokenizer_notes(made, ROWS, widest_usable_tokenizer(made, ROWS))))
 
 
 @pytest.fixture
@@ -100,7 +101,8 @@ def test_every_makers_name_of_a_free_row_gives_way_to_a_token(name):
 def test_an_added_token_of_another_name_is_refused_for_what_it_is(tmp_path):
     made = {"text": words(["<|user|>", "<|end|>"]), "code": words(["<|human|>", "<|end|>"])}
     with pytest.raises(
-        ValueError, match=r"1 have other names .*id 90 is '<\|user\|>' in 'text' and '<\|human\|>' in 'code'"
+        ValueError,
+        match=r"1 of the tokens .* have other names .*id 90 is '<\|user\|>' in 'text' and '<\|human\|>' in 'code'",
     ):
         UltraFuserForCausalLM.from_specialists(folders(tmp_path, made))
     verdict, told = warnings_of({name: tmp_path / name for name in made})
@@ -181,8 +183,8 @@ def test_stop_strings_of_all_specialists_end_the_text():
         "math": GenerationConfig(eos_token_id=2, stop_strings="END"),
         "law": GenerationConfig(eos_token_id=2, stop_strings="###"),
     }
-    assert merged_generation_config(configs, ROWS).stop_strings == ["<|end|>", "END", "###"]
-    assert merged_generation_config({"code": configs["code"]}, ROWS).stop_strings is None
+    assert merged_generation_config(configs, ROWS)[0].stop_strings == ["<|end|>", "END", "###"]
+    assert merged_generation_config({"code": configs["code"]}, ROWS)[0].stop_strings is None
 
 
 def test_an_answer_ends_at_a_stop_string():
