@@ -35,7 +35,7 @@ class TokenEmbeddings(nn.ModuleDict):
 
     @property
     def neftune_noise_alpha(self) -> float:
-        """How much noise training adds to the embeddings."""
+        """Amount of noise that training adds to the embeddings."""
         return next(iter(self.values())).neftune_noise_alpha
 
     @neftune_noise_alpha.setter

@@ -57,7 +57,7 @@ class FusedGeneration:
     def _starts_over(
         self, cache: Cache, input_ids: Tensor, own_mask: Tensor | None, mask: Tensor | None, positions: Tensor | None
     ) -> bool:
-        """Whether what is in the cache must be computed anew, for any specialist."""
+        """Returns whether the cache must be recomputed for any specialist."""
         for k, config in enumerate(self.config.specialists):
             lengths = switching_lengths(config)
             if not lengths:

@@ -9,6 +9,6 @@ from .readers_ultrafuser import reader_of
 
 
 def specialist_parts(states: Tensor, config) -> Iterator[tuple[Tensor, slice, float | None]]:
-    """Of each specialist: its states among all side by side, its columns of the wide head, what bounds its logits."""
+    """Yields, for each specialist, its states, its columns of the wide head, and what bounds its logits."""
     own = states.split([c.hidden_size for c in config.specialists], -1)
     yield from zip(own, reader_of(config).head_columns(config), map(soft_cap, config.specialists), strict=True)

@@ -45,7 +45,7 @@ def refuse_other_specialists(names: list[str], parts: list[str], parameters: lis
 
 
 def is_plain(weight: Tensor) -> bool:
-    """Whether a tensor is not quantised. That it is floating point torchao's say of themselves, too."""
+    """Returns whether a tensor is unquantized. `is_floating_point()` is not enough: torchao's quantized tensors are, too."""
     ours = type(weight.data).__module__.split(".")[0] == "torch"
     return ours and weight.is_floating_point() and weight.element_size() > 1
 

@@ -1,4 +1,4 @@
-"""What the backbone and the causal language model return, by name."""
+"""Outputs of the backbone and the causal language model."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from .versions_ultrafuser import CACHE
 
 @dataclass
 class UltraFuserModelOutput(BaseModelOutputWithPast):
-    """What the backbone returns.
+    """Output of the backbone.
 
     Attributes:
         last_hidden_state: The specialists' last hidden states side by side, scaled by the gate: times the head, they
@@ -31,7 +31,7 @@ class UltraFuserModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class UltraFuserMixtureOutput(ModelOutput):
-    """What the backbone returns with fusion="probabilities".
+    """Output of the backbone with fusion="probabilities".
 
     It has no `last_hidden_state`. Trainers and serving engines multiply that by the head to save memory, which would
     mix logits here, and nothing would show it.
@@ -70,7 +70,7 @@ class UltraFuserMixtureOutput(ModelOutput):
 
 @dataclass
 class UltraFuserCausalLMOutput(CausalLMOutputWithPast):
-    """What the causal language model returns.
+    """Output of the causal language model.
 
     Attributes:
         loss: Negative log-likelihood in nats per labelled token, if `labels` were given. A scalar.

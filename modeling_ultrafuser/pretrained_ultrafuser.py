@@ -17,7 +17,7 @@ from .versions_ultrafuser import CACHE
 
 
 class UltraFuserPreTrainedModel(PreTrainedModel):
-    """What the backbone and the causal language model have in common."""
+    """Base of the backbone and the causal language model."""
 
     config_class = UltraFuserConfig
     base_model_prefix = "model"

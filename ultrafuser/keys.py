@@ -1,4 +1,4 @@
-"""Which secret goes to which server: the one that the user names, to the server that it belongs to, and nowhere else."""
+"""Sends each secret only to the server that it belongs to and that the user names."""
 
 import ipaddress
 import os

@@ -32,7 +32,7 @@ def _exponents(specialists: int) -> tuple[Tensor, Tensor]:
 
 
 def terms(specialists: int) -> int:
-    """How many numbers per token the polynomial takes."""
+    """Counts the polynomial's coefficients per token."""
     return len(_exponents(specialists)[1])
 
 

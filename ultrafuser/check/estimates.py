@@ -1,4 +1,4 @@
-"""What a fused model costs, from its specialists' configurations: disk, memory, cache, time, training."""
+"""Estimates the cost of a fused model from its specialists' configurations: disk, memory, cache, time, training."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ LORA_RANK = 16
 
 @dataclass
 class Size:
-    """Of one specialist inside the fused model, in parameters.
+    """Parameters of one specialist inside the fused model.
 
     Attributes:
         backbone: All but its head.
@@ -76,7 +76,7 @@ def part_sizes(config: UltraFuserConfig, model: PreTrainedModel, sizes: dict[str
 
 
 def estimate(config: UltraFuserConfig, sizes: dict[str, Size], dtype: torch.dtype, download: int = 0) -> dict:
-    """What the fused model will take, in bytes, activations not counted.
+    """Bytes that the fused model takes, activations not counted.
 
     - weights: parameters of backbones and heads times the size of a number; the gate's are float32. A head that was
       tied to its embedding is stored beside it: that is what untying costs.

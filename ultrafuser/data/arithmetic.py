@@ -192,7 +192,7 @@ def parse(text: str, letters: Sequence[str] = ()) -> Fraction | PolyElement:
 
 @functools.lru_cache(maxsize=256)
 def _leaves(letters: tuple[str, ...]) -> dict[str, object]:
-    """How a number is made, and what the letters are."""
+    """States how a number is made, and what the letters are."""
     if not letters:
         return {"number": _fraction}
     polynomials, *generators = ring(letters, QQ)

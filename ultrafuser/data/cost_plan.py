@@ -138,7 +138,7 @@ class Plan:
 
 
 def spread(total: int, rows: int) -> list[tuple[int, int]]:
-    """How many each row gets and how many rows get so many, as `Maker.shares` deals out a total."""
+    """Returns how many each row gets, and how many rows get that many, as `Maker.shares` deals out a total."""
     each, more = divmod(total, rows)
     return [(each + 1, more), (each, rows - more)]
 

@@ -50,7 +50,7 @@ def fingerprint(record: dict, threshold: float = 0.7) -> Fingerprint:
 
 @functools.cache
 def bands(threshold: float) -> tuple[int, int]:
-    """How many bands of how many rows of the signature: candidates are compared, so a missed one weighs more."""
+    """Chooses the bands and rows of the signature: candidates are compared, so a missed one weighs more."""
     # with so few permutations, higher thresholds would have a single band
     lsh = MinHashLSH(min(threshold, 0.9), PERMUTATIONS, weights=(0.1, 0.9))
     return lsh.b, lsh.r

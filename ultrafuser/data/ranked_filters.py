@@ -27,7 +27,7 @@ SHARE = "A share is the part of the records to keep, above 0 and up to 1"
 
 
 def style(record: dict) -> np.ndarray:
-    """How the answers are written, whatever they say: lengths, vocabulary, layout and tone. Shape (10,)."""
+    """Measures the style of the answers: lengths, vocabulary, layout and tone. Shape (10,)."""
     text = "\n".join(answers(record))
     prose = FENCE.sub("\n", text)
     lines = [line for line in prose.splitlines() if line.strip()]
@@ -50,7 +50,7 @@ def style(record: dict) -> np.ndarray:
 
 
 def style_distances(path: Path) -> np.ndarray:
-    """How far each record's style is from what is usual in its domain: the mean squared z-score. Shape (records,).
+    """Measures each record's distance from its domain's usual style: the mean squared z-score. Shape (records,).
 
     A measure of the consistency that SCAR ranks by (Li et al., 2025, https://arxiv.org/abs/2406.10882), without its
     trained ranker: means and variances of a domain are taken in a first pass over the file, distances in a second.

@@ -31,7 +31,7 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "c
 
 
 class Source(NamedTuple):
-    """Where a set lies, what it may be used for, and which of its columns holds what (see `to_record`)."""
+    """Location of a data set, its licence, and which of its columns holds what (see `to_record`)."""
 
     path: str
     domain: str | None

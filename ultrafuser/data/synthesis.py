@@ -63,7 +63,7 @@ class Maker:
         return Request(step, row["domain"], messages, number, sample, _reply_tokens(step, domain, number))
 
     def shares(self, rows: Dataset, total: Callable[[Domain], int]) -> list[int]:
-        """How many to make from each row, so that every domain gets its total, as evenly as can be."""
+        """Returns how many to make from each row, so that every domain gets its total, as evenly as possible."""
         names, numbers = rows["domain"][:], []
         rows_left, left = Counter(names), {name: total(d) for name, d in self.recipe.domains.items()}
         for name in names:
@@ -165,7 +165,7 @@ def instructions(maker: Maker, rows: Dataset) -> Dataset:
 
 
 def expansion_totals(domain: Domain) -> tuple[int, int, int]:
-    """How many of a domain's instructions are first ones, strongly and weakly related ones."""
+    """Splits a domain's number of instructions into first, strongly and weakly related ones."""
     first = -(-domain.instructions // (1 + domain.strong + domain.weak))
     strong = round((domain.instructions - first) * domain.strong / ((domain.strong + domain.weak) or 1))
     return first, strong, domain.instructions - first - strong

@@ -1,4 +1,4 @@
-"""Which way of decoding is fastest here: all that a model can do, measured on prompts of one's own.
+"""Chooses the fastest decoding strategy: all that a model supports, measured on given prompts.
 
 What pays depends on the machine, on the specialists' size and on the text, so nothing is guessed. Every way is exact: one
 whose greedy tokens are not the plain way's is left out, as is one that a model cannot do, with the reason.

@@ -107,7 +107,7 @@ class Comparison:
 
 
 def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
-    """How to measure each contender, in an order in which each finds what it builds on."""
+    """Returns a function that measures each contender, in an order in which each finds what it builds on."""
     fused, ingredients, config = comparison.fused, comparison.ingredients, comparison.ingredients.config
     plan = {f"{n} specialist": partial(comparison.run, s, "specialist") for n, s in comparison.specialists.items()}
     plan[FUSED] = partial(comparison.run, fused, "fused")
@@ -252,7 +252,7 @@ def calibrated_oracle(comparison: Comparison, gates: Sequence[str]) -> Measured:
 
 
 def _fitted(examples: HeldOut) -> int:
-    """How many examples temperatures are fitted on: three quarters, at least one."""
+    """Counts the examples that temperatures are fitted on: three quarters, at least one."""
     return max(len(examples) * 3 // 4, 1)
 
 

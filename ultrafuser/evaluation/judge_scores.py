@@ -10,7 +10,7 @@ from .questions import Question
 
 
 def pairwise_scores(questions: list[Question], verdicts: dict, ours: dict, theirs: dict) -> dict:
-    """How often the judge prefers our answers, as in AlpacaEval, but in both orders.
+    """Computes how often the judge prefers our answers, as in AlpacaEval, but in both orders.
 
     A question counts by the mean of both orders: 1 if ours is preferred, 0 if the other, a half for a tie.
 

@@ -1,4 +1,4 @@
-"""How sure a difference is: everything here resamples whole examples, because tokens of one example are not independent.
+"""Measures how sure a difference is, by resampling whole examples, because tokens of one example are not independent.
 
 Domains count alike, however many tokens each has.
 """
@@ -62,7 +62,7 @@ def permutation_test(domains: list[tuple[np.ndarray, np.ndarray]], *, samples: i
 
 
 def flips(scores: Scores, reference: Scores, data: HeldOut) -> dict[str, float]:
-    """How a model's likeliest tokens differ from those of the specialist whose domain it is (MUSCLE, arXiv 2407.09435).
+    """Counts flips of likeliest tokens against the specialist whose domain it is (MUSCLE, arXiv 2407.09435).
 
     Returns:
         Shares of all scored tokens: `positive_flips`, wrong there and right here, and `negative_flips`, right there and

@@ -73,7 +73,7 @@ def draw_gate_by_position(
 
 
 def draw_gate_entropy(entropy: Mapping[str, float], specialists: int, colours: dict[str, str]) -> Figure:
-    """How undecided the gate is, one bar per domain.
+    """Draws the gate's entropy, one bar per domain.
 
     Args:
         entropy: Domain to mean entropy of the gate weights, in nats.
@@ -116,7 +116,7 @@ def draw_rows(rows: Sequence[Mapping], colours: dict[str, str]) -> Figure:
 
 
 def draw_differences(rows: Sequence[Mapping], colours: dict[str, str]) -> Figure:
-    """How far every row is from the fused model, with intervals.
+    """Draws every row's difference to the fused model, with intervals.
 
     Args:
         rows: As for `draw_rows`, with `difference` and perhaps `difference_interval`.

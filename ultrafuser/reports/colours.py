@@ -16,7 +16,7 @@ def assign(names: Iterable[str]) -> dict[str, str]:
 
 
 def strength(weight: float, specialists: int) -> float:
-    """How much of a specialist's colour to show: from 0.1, when all speak alike, to 0.5, when it speaks alone."""
+    """Returns the strength of a specialist's colour: from 0.1, when weights are equal, to 0.5, when it has all of it."""
     even = 1 / specialists
     return 0.1 + 0.4 * max(0.0, weight - even) / (1 - even)
 

@@ -52,7 +52,7 @@ def render(
 
 
 def verdict(row: Mapping) -> str:
-    """Where a row stands: ahead of the fused model or behind it, or too close to tell by its interval."""
+    """Classifies a row: ahead of the fused model or behind it, or too close to tell by its interval."""
     if row["name"] == FUSED:
         return "this model"
     low, high = row.get("difference_interval") or (None, None)

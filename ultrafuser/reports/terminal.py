@@ -59,7 +59,7 @@ def _coloured(tokens: list[Token], colours: dict[str, str]) -> Text:
 
 
 def speaker_style(colour: str, weight: float, specialists: int) -> Style:
-    """How a terminal shows that a specialist leads with this weight."""
+    """Returns the terminal style of a specialist that leads with this weight."""
     # both colours are given, so that it reads whatever the terminal's own are
     background = blend(colour, 1.5 * strength(weight, specialists))
     return Style(color=text_on(background), bgcolor=background)
