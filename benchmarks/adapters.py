@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from benchmarks.timing import compare
+from benchmarks.timing import compare_ways
 from modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.provenance import provenance
 
@@ -71,7 +71,7 @@ def main() -> None:
     ways = {name: partial(seconds, model) for name, model in models.items()}
     for run in ways.values():
         run()
-    result["ways"] = compare(ways, options.rounds)
+    result["ways"] = compare_ways(ways, options.rounds)
     for name, model in models.items():
         result["ways"][name]["bytes of weights"] = sum(p.numel() * p.element_size() for p in model.parameters())
         print(f"{name}: {result['ways'][name]}", flush=True)

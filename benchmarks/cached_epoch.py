@@ -23,6 +23,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import LlamaConfig, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
+from benchmarks.timing import ratios
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from trainers import CachedGateTrainer, GateStageConfig, GateTrainer
 from ultrafuser.provenance import provenance
@@ -70,12 +71,14 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     disable_progress_bars()
-    rows = [row for shape in options.shapes for fusion in KEPT for row in compare(shape, fusion, options.rounds)]
+    rows = [
+        row for shape in options.shapes for fusion in KEPT for row in compare_epochs(shape, fusion, options.rounds)
+    ]
     run = {"length": LENGTH, "examples_per_domain": PER_DOMAIN, "steps": STEPS, "rounds": options.rounds}
     options.out.write_text(json.dumps({**provenance(), "shapes": SHAPES, "run": run, "rows": rows}, indent=2) + "\n")
 
 
-def compare(shape: str, fusion: str, rounds: int) -> list[dict]:
+def compare_epochs(shape: str, fusion: str, rounds: int) -> list[dict]:
     """One row per way."""
     ways = {"naive": (Naive, {}), "stage": (GateTrainer, {})}
     found = {name: [] for name in (*ways, *KEPT[fusion])}
@@ -84,17 +87,17 @@ def compare(shape: str, fusion: str, rounds: int) -> list[dict]:
             for keep in KEPT[fusion]:
                 ways[keep] = (CachedGateTrainer, {"cache": Path(folder) / keep, "keep": keep})
             for name, (trainer, more) in ways.items():
-                found[name].append(measure(trainer, shape, fusion, more))
+                found[name].append(measure_epoch(trainer, shape, fusion, more))
     rows = []
     for name, runs in found.items():
-        ratios = [own["step"] / naive["step"] for own, naive in zip(runs, found["naive"], strict=True)]
+        steps = ratios(*([run["step"] for run in of] for of in (runs, found["naive"])))
         row = {
             "shape": shape,
             "parameters": runs[0]["parameters"],
             "fusion": fusion,
             "way": name if name in ("naive", "stage") else f"cached: {name}",
-            "epoch": round(statistics.median(ratios), 4),
-            "epoch_range": [round(min(ratios), 4), round(max(ratios), 4)],
+            "epoch": round(statistics.median(steps), 4),
+            "epoch_range": [round(min(steps), 4), round(max(steps), 4)],
             "step_seconds": [round(r["step"], 4) for r in runs],
             "loss": runs[0]["loss"],
             "difference": runs[0]["loss"] - found["naive"][0]["loss"],
@@ -107,7 +110,7 @@ def compare(shape: str, fusion: str, rounds: int) -> list[dict]:
     return rows
 
 
-def measure(trainer: type[GateTrainer], shape: str, fusion: str, more: dict) -> dict:
+def measure_epoch(trainer: type[GateTrainer], shape: str, fusion: str, more: dict) -> dict:
     """Median processor seconds of a step, those before the first one, and the last loss."""
     set_seed(0)
     specialist = LlamaConfig(**SHAPES[shape], num_attention_heads=4, initializer_range=0.05)

@@ -7,7 +7,6 @@ A table stands in docs/benchmarks.md between the marker that is printed above it
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 import matplotlib
@@ -18,12 +17,12 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from benchmarks import gate_costs, growth, headlines, rivals, serving
 from ultrafuser.reports.charts import OTHER
 from ultrafuser.reports.colours import PALETTE
+from ultrafuser.reports.marked_tables import with_tables
 from ultrafuser.reports.plots import save
 
 
 ROOT = Path(__file__).parent.parent
 SHAPES = {"small": "bound by operations", "large": "bound by weights"}
-MARKED = re.compile(r"(<!-- (results/\S+: .+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 QUANTITIES = {"token": "each token", "prompt": "prompt"}
 
 
@@ -47,16 +46,7 @@ def main() -> None:
         print(f"\n<!-- {marker} -->\n\n{table}\n\n<!-- end -->")
     page = options.out.with_suffix(".md")
     if page.exists():
-        page.write_text(with_tables(page.read_text(), tables))
-
-
-def with_tables(text: str, tables: dict[str, str]) -> str:
-    """The same page with every table between its marker and an end written anew.
-
-    Raises:
-        KeyError: If a marker names a table that is not there.
-    """
-    return MARKED.sub(lambda m: f"{m[1]}\n{tables[m[2]]}\n\n{m[3]}", text)
+        page.write_text(with_tables(page.read_text(), lambda path, name: tables[f"{path}: {name}"]))
 
 
 def show_rivals(result: dict, out: Path) -> dict[str, str]:
@@ -83,7 +73,7 @@ def draw_rivals(regimes: dict[str, dict]) -> Figure:
     """Every way's time relative to one specialist, from least to most over rounds: a token filled, a prompt hollow.
 
     Args:
-        regimes: Title to what `rivals.measure` returns.
+        regimes: Title to what `rivals.measure_rivals` returns.
     """
     names = list(dict.fromkeys(name for found in regimes.values() for name in found))
     figure = Figure(figsize=(9, 1.4 + 0.32 * len(names)), layout="constrained")
@@ -146,7 +136,7 @@ def draw_serving(models: dict[str, dict]) -> Figure:
     """Tokens per second against the batch: colours are libraries, lines are models.
 
     Args:
-        models: Title to what `serving.measure` returns.
+        models: Title to what `serving.measure_throughput` returns.
     """
     figure = Figure(figsize=(4.2 * len(models), 3.8), layout="constrained")
     axes = figure.subplots(1, len(models), squeeze=False)[0]

@@ -281,7 +281,7 @@ def watched(command: list[str]) -> tuple[dict, float]:
     return json.loads(process.stdout.read().splitlines()[-1]), round(peak / 2**20)
 
 
-def measure(number: int, processes: int) -> dict:
+def measure_cleaning(number: int, processes: int) -> dict:
     """One number of records, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.data_cleaning", "--alone", str(number), "--processes", str(processes)]
     done, peak = watched(command)
@@ -320,7 +320,7 @@ def main() -> None:
     }
     save(result)
     for number in SIZES:
-        result["rows"].append(measure(number, options.processes))
+        result["rows"].append(measure_cleaning(number, options.processes))
         save(result)
         print(result["rows"][-1], flush=True)
 

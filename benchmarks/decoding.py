@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, StaticCache, set_seed
 from transformers.utils import logging
 
-from benchmarks.timing import spread
+from benchmarks.timing import ratios, spread, take_turns
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from ultrafuser.decoding.compiling import compiled
 from ultrafuser.decoding.drafting import self_draft
@@ -70,11 +70,13 @@ def main() -> None:
     small, large = random_model(**SHAPES["small"]), random_model(**SHAPES["large"])
     tables = {
         "passes per token, quickstart's models": lambda: passes_per_token(trained, prompts),
-        "step, small": lambda: compare(step_ways(small, compile_steps=True), options.rounds),
-        "end to end, quickstart's models": lambda: compare(text_ways(trained, prompts), max(3, options.rounds // 3)),
-        "step, large": lambda: compare(step_ways(large), options.rounds),
-        "checking a block, large": lambda: compare(block_ways(large), options.rounds),
-        "prompt, large": lambda: compare(prompt_ways(large), max(3, options.rounds // 2)),
+        "step, small": lambda: compare_decoding(step_ways(small, compile_steps=True), options.rounds),
+        "end to end, quickstart's models": lambda: compare_decoding(
+            text_ways(trained, prompts), max(3, options.rounds // 3)
+        ),
+        "step, large": lambda: compare_decoding(step_ways(large), options.rounds),
+        "checking a block, large": lambda: compare_decoding(block_ways(large), options.rounds),
+        "prompt, large": lambda: compare_decoding(prompt_ways(large), max(3, options.rounds // 2)),
     }
     for name, measure in tables.items():
         result[name] = measure()
@@ -84,16 +86,14 @@ def main() -> None:
         RESULTS.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def compare(ways: Ways, rounds: int) -> dict[str, dict[str, float]]:
+def compare_decoding(ways: Ways, rounds: int) -> dict[str, dict[str, float]]:
     """Each way's time over the first's, round by round."""
     for run in ways.values():
         run()
-    times = [{name: run() for name, run in ways.items()} for _ in range(rounds)]
-    one = next(iter(ways))
-    table = {}
-    for name in ways:
-        table[name] = spread([t[name] / t[one] for t in times])
-    table[one]["milliseconds"] = round(1000 * statistics.median(t[one] for t in times), 3)
+    times = take_turns(ways, rounds)
+    first = next(iter(ways))
+    table = {name: spread(ratios(seconds, times[first])) for name, seconds in times.items()}
+    table[first]["milliseconds"] = round(1000 * statistics.median(times[first]), 3)
     return table
 
 

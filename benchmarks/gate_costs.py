@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, set_seed
 
-from benchmarks.timing import compare
+from benchmarks.timing import compare_ways
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from modeling_ultrafuser.evidence_ultrafuser import EvidenceLayer
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
@@ -38,14 +38,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    rows = measure(options.rounds, **SIZES)
+    rows = measure_gates(options.rounds, **SIZES)
     for gate, row in rows.items():
         print(gate, json.dumps(row))
     shape = {"specialists": len(DOMAINS), **SIZES, "context": CONTEXT, "rounds": options.rounds}
     options.out.write_text(json.dumps({**provenance(), "shape": shape, "rows": rows}, indent=2) + "\n")
 
 
-def measure(rounds: int, **sizes: int) -> dict[str, dict]:
+def measure_gates(rounds: int, **sizes: int) -> dict[str, dict]:
     """Parameters, bytes of state and times of each gate."""
     set_seed(0)
     specialist = LlamaConfig(**sizes, num_attention_heads=8, initializer_range=0.05)
@@ -58,7 +58,7 @@ def measure(rounds: int, **sizes: int) -> dict[str, dict]:
     ways = {gate: lambda model=model: seconds(model, ids) for gate, model in models.items()}
     for run in ways.values():
         run()
-    times = compare(ways, rounds)
+    times = compare_ways(ways, rounds)
     return {
         gate: {
             "parameters": sum(p.numel() for p in model.model.fusion_gate.parameters()),

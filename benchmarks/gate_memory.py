@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     options = parser.parse_args()
     if options.way:
-        print(json.dumps(measure(WAYS[options.way], options.batch)))
+        print(json.dumps(measure_peaks(WAYS[options.way], options.batch)))
         return
     rows = []
     for batch in BATCHES:
@@ -70,7 +70,7 @@ def main() -> None:
     (ROOT / "results" / "gate_memory.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(trainer: type[GateTrainer], batch: int) -> dict[str, int]:
+def measure_peaks(trainer: type[GateTrainer], batch: int) -> dict[str, int]:
     """Bytes of the weights, and of all that the process held at its peak beyond what it began with."""
     logging.disable_progress_bar()
     tokenizer = train_tokenizer(["memory"], vocab_size=300)

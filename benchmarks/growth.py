@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_see
 from transformers.utils import logging
 
 from benchmarks.decoding import SHAPES, check_alike
-from benchmarks.timing import compare
+from benchmarks.timing import compare_ways
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from ultrafuser.decoding.stacking import stack
 from ultrafuser.provenance import provenance
@@ -61,12 +61,14 @@ def main() -> None:
     for regime, shape in REGIMES.items():
         result[regime] = {}
         for what, values in VARIED.items():
-            result[regime][what] = {str(value): measure(shape, options.rounds, **{what: value}) for value in values}
+            result[regime][what] = {
+                str(value): measure_growth(shape, options.rounds, **{what: value}) for value in values
+            }
             print(f"\n{regime}\n\n{table(what, result[regime][what])}", flush=True)
             options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(
+def measure_growth(
     shape: dict[str, int],
     rounds: int,
     specialists: int = USUAL["specialists"],
@@ -83,7 +85,7 @@ def measure(
     ids = torch.randint(3, own.vocab_size, (batch, context + STEPS))
     said = {name: model(ids, logits_to_keep=1).logits for name, model in models.items()}
     check_alike(said["fused"], said["fused, stacked"])
-    return compare({name: lambda model=model: seconds(model, ids) for name, model in models.items()}, rounds)
+    return compare_ways({name: lambda model=model: seconds(model, ids) for name, model in models.items()}, rounds)
 
 
 def seconds(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:

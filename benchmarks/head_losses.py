@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
+from benchmarks.timing import held, ratios, take_turns
 from trainers.heads import head_of
 from ultrafuser.provenance import provenance
 
@@ -44,31 +46,29 @@ def main() -> None:
     rows = []
     for fusion, ways in WAYS.items():
         for stage in ("joint", "gate"):
-            rows += compare(fusion, stage, ways, options)
+            rows += compare_losses(fusion, stage, ways, options)
     shape = {key: getattr(options, key) for key in ("tokens", "hidden", "vocab", "rounds")}
     result = {**provenance(), "shape": {"specialists": SPECIALISTS, **shape}, "rows": rows}
     options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def compare(fusion: str, stage: str, ways: dict[str, Callable], options: argparse.Namespace) -> list[dict]:
+def compare_losses(fusion: str, stage: str, ways: dict[str, Callable], options: argparse.Namespace) -> list[dict]:
     """One row per way."""
     inputs = made(stage, options)
     specialists = [SimpleNamespace(hidden_size=options.hidden)] * SPECIALISTS
     config = SimpleNamespace(fusion=fusion, specialists=specialists, adapters=None)
-    found = {name: [] for name in ways}
-    for _ in range(options.rounds):
-        for name, way in ways.items():
-            found[name].append(measure(way, config, stage, inputs))
+    runs_of = {name: partial(measure_loss, way, config, stage, inputs) for name, way in ways.items()}
+    found = take_turns(runs_of, options.rounds)
     rows = []
     for name, runs in found.items():
         seconds, peaks, losses = zip(*runs, strict=True)
-        ratios = [own / loop[0] for own, loop in zip(seconds, found["loop"], strict=True)]
+        times = ratios(seconds, [loop[0] for loop in found["loop"]])
         row = {
             "fusion": fusion,
             "stage": stage,
             "way": name,
-            "time": round(statistics.median(ratios), 3),
-            "time_range": [round(min(ratios), 3), round(max(ratios), 3)],
+            "time": round(statistics.median(times), 3),
+            "time_range": [round(min(times), 3), round(max(times), 3)],
             "peak": round(statistics.median(peaks) / statistics.median(p for _, p, _ in found["loop"]), 3),
             "seconds": [round(s, 2) for s in seconds],
             "peak_bytes": max(peaks),
@@ -94,7 +94,7 @@ def made(stage: str, options: argparse.Namespace) -> tuple[Tensor, ...]:
     return hidden, scores, head, torch.randint(0, options.vocab, (options.tokens,))
 
 
-def measure(way: Callable, config, stage: str, inputs: tuple[Tensor, ...]) -> tuple[float, int, float]:
+def measure_loss(way: Callable, config, stage: str, inputs: tuple[Tensor, ...]) -> tuple[float, int, float]:
     """Processor seconds, bytes at the peak, and the loss."""
     for tensor in inputs[:3]:
         tensor.grad = None
@@ -106,12 +106,6 @@ def measure(way: Callable, config, stage: str, inputs: tuple[Tensor, ...]) -> tu
     loss = way(config, stage, hidden, scores.softmax(-1), head, targets)
     loss.backward()
     return time.process_time() - began, held("VmHWM") - before, loss.item()
-
-
-def held(field: str) -> int:
-    """Bytes of memory of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
 
 
 def scaled(hidden: Tensor, weights: Tensor) -> Tensor:

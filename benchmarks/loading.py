@@ -50,7 +50,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), tied, **sizes)
             make(Path(folder, "tiny"), tied, **TINY)
-            rows += compare(Path(folder), tied, options.rounds)
+            rows += compare_loading(Path(folder), tied, options.rounds)
     shape = {"specialists": len(NAMES), **sizes, "dtype": "bfloat16", "rounds": options.rounds}
     options.out.write_text(json.dumps({**provenance(), "shape": shape, "rows": rows}, indent=2) + "\n")
 
@@ -69,7 +69,7 @@ def make(folder: Path, tied: bool, **sizes: int) -> None:
     fused.save_pretrained(folder / "fused")
 
 
-def compare(folder: Path, tied: bool, rounds: int) -> list[dict]:
+def compare_loading(folder: Path, tied: bool, rounds: int) -> list[dict]:
     """One row per way."""
     runs = {way: [] for way in WAYS}
     clean = multiprocessing.get_context("forkserver")
@@ -78,7 +78,7 @@ def compare(folder: Path, tied: bool, rounds: int) -> list[dict]:
         # the first round brings the files into the page cache and is not counted
         for number in range(rounds + 1):
             for way, own in runs.items():
-                found = pool.apply(measure, (way, folder))
+                found = pool.apply(measure_loading, (way, folder))
                 if number:
                     own.append(found)
     return [row(way, tied, own, runs["separately"]) for way, own in runs.items()]
@@ -103,7 +103,7 @@ def row(way: str, tied: bool, runs: list[dict], separate: list[dict]) -> dict:
 
 
 @torch.inference_mode()
-def measure(way: str, folder: Path) -> dict[str, float]:
+def measure_loading(way: str, folder: Path) -> dict[str, float]:
     """Seconds of one load, and bytes that the process holds more than before."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from transformers.utils import logging
 
 from benchmarks.decoding import SHAPES
-from benchmarks.timing import compare
+from benchmarks.timing import compare_ways
 from modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.decoding.compiling import compiled
 from ultrafuser.decoding.drafting import self_draft
@@ -69,19 +69,19 @@ def main() -> None:
     logging.disable_progress_bar()
     result = {"provenance": provenance(), "regimes": REGIMES, "shapes": SHAPES}
     for name, settings in REGIMES.items():
-        result[name] = measure(SHAPES[name], **settings)
+        result[name] = measure_rivals(SHAPES[name], **settings)
         print(f"\n{name}\n\n{table(result[name])}", flush=True)
         options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(shape: dict[str, int], prompt: int, new: int, rounds: int, compile_steps: bool) -> dict[str, dict]:
+def measure_rivals(shape: dict[str, int], prompt: int, new: int, rounds: int, compile_steps: bool) -> dict[str, dict]:
     """Every way's cost relative to one specialist."""
     set_seed(0)
     ids = torch.randint(3, shape["vocab_size"], (1, prompt))
     with tempfile.TemporaryDirectory() as folder:
         rows = all_rows(shape, Path(folder), compile_steps)
     check_alike(rows, ids, 1 + new)
-    found = compare({name: lambda row=row: seconds(row.way, ids, new) for name, row in rows.items()}, rounds)
+    found = compare_ways({name: lambda row=row: seconds(row.way, ids, new) for name, row in rows.items()}, rounds)
     one = weight_bytes(rows[ONE].models)
     for name, row in rows.items():
         found[name]["weights"] = round(weight_bytes(row.models) / one, 3)

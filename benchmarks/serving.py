@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from benchmarks.decoding import held_out_prompts
 from benchmarks.growth import REGIMES
-from benchmarks.timing import compare
+from benchmarks.timing import compare_ways
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from ultrafuser.decoding.stacking import stack
 from ultrafuser.provenance import provenance
@@ -63,12 +63,12 @@ def main() -> None:
     result = {"provenance": provenance(), "served with": served_with, **settings}
     makers = {"quickstart": lambda: trained(options.fused), "random": lambda: untrained(REGIMES["large"])}
     for name, make in makers.items():
-        result[name] = measure(*make(), python, BATCHES, options.rounds)
+        result[name] = measure_throughput(*make(), python, BATCHES, options.rounds)
         print(f"\n{name}\n\n{table(result[name])}", flush=True)
         options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(
+def measure_throughput(
     fused: UltraFuserForCausalLM, prompts: Prompts, python: str, batches: tuple[int, ...], rounds: int
 ) -> dict:
     """Every way at every batch."""
@@ -99,7 +99,7 @@ def at_batch(ways: dict[str, Serve], prompts: Prompts, rounds: int) -> dict[str,
             )
     count = NEW * len(prompts)
     timed = {name: lambda serve=serve: {"tokens": count / serve(prompts, NEW)[1]} for name, serve in ways.items()}
-    return {name: found["tokens"] for name, found in compare(timed, rounds).items()}
+    return {name: found["tokens"] for name, found in compare_ways(timed, rounds).items()}
 
 
 def in_transformers(model: PreTrainedModel) -> Serve:

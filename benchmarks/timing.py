@@ -3,9 +3,10 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
-def compare(ways: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -> dict[str, dict]:
+def compare_ways(ways: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -> dict[str, dict]:
     """Measures every way once per round.
 
     Args:
@@ -16,17 +17,27 @@ def compare(ways: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) 
         Name to quantity to its ratio to the first way in the same round, as median, least and most over rounds, with
         the median of the numbers themselves as "value".
     """
-    found = [{name: run() for name, run in ways.items()} for _ in range(rounds)]
-    first = next(iter(ways))
-    table = {}
-    for name in ways:
-        table[name] = {}
-        for quantity in found[0][name]:
-            ratios = [once[name][quantity] / once[first][quantity] for once in found]
-            table[name][quantity] = spread(ratios) | {
-                "value": statistics.median(once[name][quantity] for once in found)
-            }
-    return table
+    runs = take_turns(ways, rounds)
+    first = runs[next(iter(ways))]
+    return {
+        name: {
+            quantity: spread(ratios(*([run[quantity] for run in of] for of in (own, first))))
+            | {"value": statistics.median(run[quantity] for run in own)}
+            for quantity in own[0]
+        }
+        for name, own in runs.items()
+    }
+
+
+def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list]:
+    """What every way returns, round by round: each runs once per round."""
+    rounds_of_all = [{name: run() for name, run in ways.items()} for _ in range(rounds)]
+    return {name: [once[name] for once in rounds_of_all] for name in ways}
+
+
+def ratios(numbers: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Each number to the other of its round."""
+    return [number / other for number, other in zip(numbers, others, strict=True)]
 
 
 def spread(ratios: Sequence[float]) -> dict[str, float]:

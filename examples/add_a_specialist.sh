@@ -16,5 +16,5 @@ ultrafuser add "$FUSED" "$NEW" --out "$OUT/fused"
 # until now nothing has shown the gate when the newcomer is right
 ultrafuser train --stage gate --model "$OUT/fused" --out "$OUT/gate" \
     --data text=text.jsonl --data code=code.jsonl --data math=math.jsonl --data "$name=$name.jsonl" \
-    --max_steps "${STEPS:-400}" --examples_per_domain "${EXAMPLES:-64}" --per_device_train_batch_size 2 \
-    --max_length 2048 --assistant_only_loss true --report_to none
+    --max-steps "${STEPS:-400}" --examples-per-domain "${EXAMPLES:-64}" --per-device-train-batch-size 2 \
+    --max-length 2048 --assistant-only-loss true --report-to none

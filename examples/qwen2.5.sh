@@ -33,8 +33,8 @@ ultrafuser fuse "${specialists[@]}" --chat-template text --dtype bfloat16 --out 
 
 ultrafuser train --stage gate --model "$OUT/fused" --out "$OUT/gate" --dtype bfloat16 \
     --data text=text.jsonl --data code=code.jsonl --data math=math.jsonl \
-    --max_steps "${STEPS:-400}" --examples_per_domain "${EXAMPLES:-64}" --per_device_train_batch_size 2 \
-    --max_length 2048 --assistant_only_loss true --report_to none
+    --max-steps "${STEPS:-400}" --examples-per-domain "${EXAMPLES:-64}" --per-device-train-batch-size 2 \
+    --max-length 2048 --assistant-only-loss true --report-to none
 
 # is it worth it? and who speaks where?
 ultrafuser evaluate "$OUT/gate" --out "$OUT/evaluated" \

@@ -18,17 +18,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, set_seed
 from transformers.utils import logging
 
-from experiments.ledger import digest
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES, gate_settings
 from trainers import CachedGateTrainer, GateStageConfig, JointStageConfig, JointTrainer
 from trainers.heads import head_of
-from ultrafuser.evaluation.comparison import MIXED, compare
+from ultrafuser.evaluation.comparison import MIXED, compare_models
 from ultrafuser.evaluation.contenders import FUSED, Comparison, Measured, best_per_domain
 from ultrafuser.evaluation.measurement import HeldOut, held_out, score
 from ultrafuser.evaluation.resampling import interval, per_example
+from ultrafuser.provenance import digest
 from ultrafuser.toy.corpora import DOMAINS, documents, splits
 from ultrafuser.toy.quickstart import LENGTH, new_model, pretrain, to_blocks, train_tokenizer
 
@@ -97,7 +97,7 @@ def rivals(
     comparison = _comparison(folder, files.pop(FUSED), blocks, tokenizer, seed)
     identity = {"base": base, "specialist": specialist, "gates": gates, "joint": joint, "tuned": tuned, "whole": whole}
     out = folder / f"compared-{digest(identity)}"
-    found = compare(comparison, out, more={n: partial(load, f) for n, f in files.items()}, identity=identity)
+    found = compare_models(comparison, out, more={n: partial(load, f) for n, f in files.items()}, identity=identity)
     return found | {"against": against(comparison)}
 
 

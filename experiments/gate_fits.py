@@ -13,13 +13,13 @@ from filelock import FileLock
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
-from experiments.ledger import digest
 from experiments.stage_runs import arguments_of, prepared
 from experiments.stage_runs import check as check_training
 from modeling_ultrafuser import UltraFuserForCausalLM
 from trainers import CachedGateTrainer
+from ultrafuser.provenance import digest
 from ultrafuser.toy.corpora import DOMAINS
-from ultrafuser.toy.quickstart import measure
+from ultrafuser.toy.quickstart import measure_losses
 
 
 def fit(
@@ -69,7 +69,7 @@ def fit(
     seconds = time.process_time() - began
     held_out = {d: blocks[d]["held_out"] for d in DOMAINS}
     parameters = sum(p.numel() for p in model.model.fusion_gate.parameters())
-    return {"seconds": seconds, "parameters": parameters, "nats_per_token": measure(model, held_out)}
+    return {"seconds": seconds, "parameters": parameters, "nats_per_token": measure_losses(model, held_out)}
 
 
 def check(*, specialists: dict, shares: dict, examples_per_domain: int, stage: dict, **_) -> None:

@@ -1,14 +1,13 @@
 """What every experiment is, what of it has been measured, and what is missing."""
 
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from ultrafuser.provenance import provenance
+from ultrafuser.atomic import write_json
+from ultrafuser.provenance import digest, provenance
 
 
 ROOT = Path(__file__).parent.parent
@@ -29,17 +28,12 @@ class Run(NamedTuple):
 
     def digest(self) -> str:
         """Hash of the settings: another config, another hash."""
-        return digest(self.settings)
+        return digest(self.settings, 12)
 
     def path(self, root: Path = ROOT) -> Path:
         """The result file."""
         name = self.variant.replace(" ", "_").replace(",", "")
         return root / "results" / self.experiment / f"{name}-{self.seed}.json"
-
-
-def digest(settings: Any) -> str:
-    """Hash of settings, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def experiments(root: Path = ROOT) -> list[str]:
@@ -102,10 +96,6 @@ def results(experiment: str, root: Path = ROOT) -> dict[str, list[dict]]:
 
 def record(run: Run, measured: dict, root: Path = ROOT) -> Path:
     """Writes a result with where it comes from. A killed process leaves the whole file or none."""
-    found = {"name": run.variant, "seed": run.seed, "config": run.digest(), **provenance(), **measured}
     path = run.path(root)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(partial, path)
+    write_json(path, {"name": run.variant, "seed": run.seed, "config": run.digest(), **provenance(), **measured})
     return path

@@ -14,11 +14,11 @@ from filelock import FileLock
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import logging
 
-from experiments.ledger import digest
 from modeling_ultrafuser import UltraFuserForCausalLM
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
+from ultrafuser.provenance import digest
 from ultrafuser.toy.corpora import DOMAINS, documents, splits
-from ultrafuser.toy.quickstart import LENGTH, Schedule, make_specialist, measure, to_blocks, train_tokenizer
+from ultrafuser.toy.quickstart import LENGTH, Schedule, make_specialist, measure_losses, to_blocks, train_tokenizer
 
 
 # what the paper's stage one does without, unless a config says otherwise
@@ -78,7 +78,7 @@ def train(
                 torch.save(model.model.fusion_gate.state_dict(), f"{file}.partial")
                 os.replace(f"{file}.partial", file)
         model.model.fusion_gate.load_state_dict(torch.load(file))
-    found = {"before": measure(model, held_out)}
+    found = {"before": measure_losses(model, held_out)}
     began = time.process_time()
     if gate:
         stage(GateTrainer, gate)
@@ -88,7 +88,7 @@ def train(
         found["domains"] = trainer.domains
         found["drawn"] = trainer.sampler.counts(joint["max_steps"]).tolist()
     seconds = time.process_time() - began
-    return {"seconds": seconds, "nats_per_token": measure(model, held_out), **found}
+    return {"seconds": seconds, "nats_per_token": measure_losses(model, held_out), **found}
 
 
 def prepared(seed: int, work: Path, specialists: dict) -> Path:

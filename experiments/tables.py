@@ -7,15 +7,16 @@ from the path to Markdown. A path is a file, an experiment's folder, or a patter
 (`results/rivals/from_scratch-*.json`), whose means are shown.
 """
 
-import json
-import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from experiments import ledger
+from experiments import ledger, paper_tables, robustness_tables
+from experiments.averages import DOMAINS, files, losses_of, numbers, spread, vector, weights_of
+from ultrafuser.reports import marked_tables
+from ultrafuser.reports.marked_tables import markdown
 
 
 ROOT = ledger.ROOT
@@ -27,33 +28,6 @@ DOCUMENTS = (
     "docs/security.md",
     "docs/when-not.md",
 )
-MARKED = re.compile(r"(<!-- (results/\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-DOMAINS = ("text", "code", "math")
-
-# Ding et al., 2024, table 2: TruthfulQA, HumanEval and GSM8K, in per cent
-PAPER_STAGES = {
-    "joint from the start": (51.17, 46.95, 53.83),
-    "two stages": (61.72, 50.00, 52.69),
-    "two stages, balanced": (64.67, 53.05, 54.59),
-}
-# table 3 (ACL 2025 version): loss on AlpacaEval, HumanEval and GSM8K, in a unit that it does not name
-PAPER_LOSSES = {
-    "text specialist": (0.046, 0.055, 0.063),
-    "code specialist": (0.060, 0.042, 0.056),
-    "math specialist": (0.062, 0.064, 0.036),
-}
-# table 6: mean weight of the specialists for text, code and mathematics, by domain
-PAPER_WEIGHTS = {"text": (0.45, 0.29, 0.26), "code": (0.23, 0.59, 0.18), "math": (0.18, 0.39, 0.43)}
-# table 1: average of seven benchmarks in per cent, recomputed from the seven; tuned on what the fused model is tuned on
-PAPER_TUNED = {
-    "text specialist": (35.46,),
-    "text specialist, tuned further": (41.60,),
-    "code specialist": (36.78,),
-    "code specialist, tuned further": (21.76,),
-    "math specialist": (29.90,),
-    "math specialist, tuned further": (36.94,),
-    "fused": (46.05,),
-}
 
 
 def with_tables(text: str) -> str:
@@ -62,7 +36,7 @@ def with_tables(text: str) -> str:
     Raises:
         ValueError: If a marker names a table or a file that is not there.
     """
-    return MARKED.sub(lambda m: f"{m[1]}\n{table(ROOT / m[2], m[3])}\n\n{m[4]}", text)
+    return marked_tables.with_tables(text, lambda path, name: table(ROOT / path, name))
 
 
 def table(path: Path, name: str) -> str:
@@ -262,125 +236,9 @@ def scores(models: Mapping[str, dict]) -> str:
     return markdown(["", *tasks], rows)
 
 
-def stages_beside_paper(path: Path) -> str:
-    """The paper's table 2 beside ours: what each step of the training adds."""
-    found = ledger.results(path.name)
-    ours = {name: averaged(vector(r["nats_per_token"]) for r in results) for name, results in found.items()}
-    return beside(["TruthfulQA, %", "HumanEval, %", "GSM8K, %"], PAPER_STAGES, 2, DOMAINS, ours, 3)
-
-
-def losses_beside_paper(path: Path) -> str:
-    """The paper's table 3 beside ours: loss of every specialist on every domain."""
-    return beside(["AlpacaEval", "HumanEval", "GSM8K"], PAPER_LOSSES, 3, DOMAINS, losses_of(path), 3)
-
-
-def weights_beside_paper(path: Path) -> str:
-    """The paper's table 6 beside ours: mean gate weights by domain."""
-    heads = [[f"{d}, {whose}" for d in DOMAINS] for whose in ("paper", "ours")]
-    return beside(heads[0], PAPER_WEIGHTS, 2, heads[1], weights_of(path), 2, corner="mean gate weight on")
-
-
-def tuned_beside_paper(path: Path) -> str:
-    """The paper's figure 5 (of its first version) beside ours: every specialist tuned on all the data."""
-    ours = {name: [mean(by_domain)] for name, by_domain in losses_of(path).items()}
-    return beside(["seven benchmarks, %"], PAPER_TUNED, 2, ["mean of domains, nats"], ours, 3)
-
-
-def cleaning(path: Path) -> str:
-    """What the data filters find of what was planted, and what cleaning takes by the number of records."""
-    found = files(path)[0]
-    plants = [[name, *map(str, (p["planted"], p["found"]))] for name, p in found["recall"]["plants"].items()]
-    wrong = ["dropped among the others", str(found["recall"]["others"]), str(found["recall"]["false_positives"])]
-    columns = "records_per_second", "processor_milliseconds_per_record", "peak_mib", "load_average"
-    rows = [[f"{row['records']:,}", *(f"{row[c]:,}" for c in columns)] for row in found["rows"]]
-    heads = ["records", "per second", "processor ms each", "peak MiB", "load"]
-    return "\n\n".join([markdown(["", "records", "found"], [*plants, wrong]), markdown(heads, rows)])
-
-
-def families_fused(path: Path) -> str:
-    """How every use of every family that can be fused ends, with itself and with Llama."""
-    found = {f: its for f, its in files(path)[0]["families"].items() if isinstance(its.get("itself"), dict)}
-    uses = list(next(iter(found.values()))["itself"])
-    rows = []
-    for family, its in found.items():
-        pairs = [its[pair] for pair in ("itself", "Llama") if isinstance(its[pair], dict)]
-        cells = [[_ENDINGS[pair[use].partition(":")[0]] for pair in pairs] for use in uses]
-        rows.append([f"`{family}`", *(" / ".join(dict.fromkeys(both)) for both in cells)])
-    return markdown(["family", *uses], rows)
-
-
-_ENDINGS = {"right": "✓", "as alone": "as alone", "refused": "refused", "wrong": "wrong"}
-
-
-def families_refused(path: Path) -> str:
-    """The sentence that refuses a family."""
-    found = files(path)[0]["families"].items()
-    told = {f: its["itself"] for f, its in found if isinstance(its.get("itself"), str)}
-    return markdown(["family", "what is said"], [[f"`{f}`", _cell(said)] for f, said in told.items()])
-
-
-def families_not_built(path: Path) -> str:
-    """Why a family was not tried."""
-    found = files(path)[0]["families"].items()
-    told = {f: its["not tiny"] for f, its in found if "not tiny" in its}
-    return markdown(["family", "why"], [[f"`{f}`", _cell(said)] for f, said in told.items()])
-
-
-def _cell(text: str) -> str:
-    return f"`` {text.removeprefix('refused: ').replace('|', '¦')} ``"
-
-
-def verbatim(path: Path) -> str:
-    """What a command printed."""
-    return f"```\n{path.read_text().rstrip()}\n```"
-
-
-def servers(path: Path) -> str:
-    """What became of clients and strangers at once, from `python -m tests.load`."""
-    found = files(path)[0]
-    rows = []
-    for command in ("serve", "demo"):
-        one = found[command]
-        memory = f"{one['memory before, MB']} to {one['memory after, MB']} MB"
-        rows.append([f"`{command}`", str(one["asked"]), str(one["answered as alone"]), memory])
-    threads = found["threads"]
-    right = threads["asked"] - threads["answered otherwise"]
-    rows.append([f"{threads['threads']} threads, {threads['ways']} ways", str(threads["asked"]), str(right), ""])
-    strangers = [[kind, str(count)] for kind, count in sorted(found["serve"]["strangers"].items())]
-    return "\n\n".join(
-        [
-            markdown(["", "asked", "answered as alone", "memory before and after"], rows),
-            markdown(["strangers beside `serve`'s clients", "times"], strangers),
-        ]
-    )
-
-
-def damaged(path: Path) -> str:
-    """What became of files that were damaged at random, by kind."""
-    counts = json.loads(path.read_text())["counts"]
-    heads = ["", "mutations", *next(iter(counts.values()))]
-    return markdown(heads, [[k, f"{sum(c.values()):,}", *(f"{n:,}" for n in c.values())] for k, c in counts.items()])
-
-
-def durability(path: Path) -> str:
-    """Stops and full disks that each command came through, from `python -m tests.durability`."""
-    rows = []
-    for command, one in files(path)[0]["commands"].items():
-        disks = one["disks"]
-        stops = (
-            f"{one['survived']} of {one['kills']}",
-            *(f"{one[kind]['survived']} of {one[kind]['sent']}" for kind in ("SIGTERM", "SIGINT")),
-        )
-        twice = "one ran, one was told" if one["twice"]["held"] else "no"
-        told = f"{disks['in_a_sentence'] + disks['read_only_told']} of {disks['full'] + 1}"
-        rows.append([f"`{command}`", *stops, twice, told, f"{disks['same_with_room']} of {len(disks['sizes'])}"])
-    heads = "kills survived", "SIGTERM", "Ctrl-C", "twice at once", "full or read-only disks told in a sentence"
-    return markdown(["", *heads, "the same with room again"], rows)
-
-
 TABLES: dict[str, Callable[[Path], str]] = {
     "losses": losses,
-    "damaged": damaged,
+    "damaged": robustness_tables.damaged,
     "runs": runs,
     "runs and time": partial(runs, time=relative_time),
     "runs, worst domain and time": partial(runs, **{"worst to stage one": worst_gain, "time": relative_time}),
@@ -391,69 +249,18 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "chosen": chosen,
     "edits": edits,
     "benchmarks": benchmarks,
-    "stages beside the paper's": stages_beside_paper,
-    "losses beside the paper's": losses_beside_paper,
-    "gate weights beside the paper's": weights_beside_paper,
-    "tuned further beside the paper's": tuned_beside_paper,
-    "cleaning": cleaning,
-    "families that are fused": families_fused,
-    "families that are refused": families_refused,
-    "families that were not built": families_not_built,
-    "verbatim": verbatim,
-    "servers": servers,
-    "durability": durability,
+    "stages beside the paper's": paper_tables.stages_beside_paper,
+    "losses beside the paper's": paper_tables.losses_beside_paper,
+    "gate weights beside the paper's": paper_tables.weights_beside_paper,
+    "tuned further beside the paper's": paper_tables.tuned_beside_paper,
+    "cleaning": robustness_tables.cleaning,
+    "families that are fused": robustness_tables.families_fused,
+    "families that are refused": robustness_tables.families_refused,
+    "families that were not built": robustness_tables.families_not_built,
+    "verbatim": robustness_tables.verbatim,
+    "servers": robustness_tables.servers,
+    "durability": robustness_tables.durability,
 }
-
-
-def losses_of(path: Path) -> dict[str, list[float]]:
-    """By row the loss on each domain: of the quickstart's file, or of files that `ultrafuser evaluate` writes."""
-    return pooled([f.get("nats_per_token") or {row["name"]: row["loss"] for row in f["rows"]} for f in files(path)])
-
-
-def weights_of(path: Path) -> dict[str, list[float]]:
-    """By domain the mean weight of each specialist, from the same files."""
-    found = [f.get("mean_gate_weights") or f["gate"]["mean_weights"] for f in files(path)]
-    return {domain: weights for domain, weights in pooled(found).items() if domain in DOMAINS}
-
-
-def files(path: Path) -> list[dict]:
-    """What all result files of a path say, seed by seed."""
-    return [json.loads(file.read_text()) for file in sorted(path.parent.glob(path.name))]
-
-
-def pooled(found: list[dict]) -> dict[str, list[float]]:
-    """Means over files of what each has by name."""
-    return {name: averaged(vector(f[name]) for f in found) for name in found[0]}
-
-
-def vector(values: Mapping[str, float] | list[float]) -> list[float]:
-    """Values by domain or specialist in the one order."""
-    return [values[d] for d in DOMAINS] if isinstance(values, Mapping) else values
-
-
-def averaged(vectors: Iterable[list[float]]) -> list[float]:
-    """Element by element."""
-    return [mean(values) for values in zip(*vectors, strict=True)]
-
-
-def beside(heads, paper, places, our_heads, ours, our_places, corner="") -> str:
-    """The paper's rows, each with ours of the same name."""
-    rows = [[name, *numbers(p, places), *numbers(ours[name], our_places)] for name, p in paper.items()]
-    return markdown([corner, *heads, *our_heads], rows)
-
-
-def numbers(values: Iterable[float], places: int = 3) -> list[str]:
-    return [f"{value:.{places}f}" for value in values]
-
-
-def spread(values: Sequence[float]) -> str:
-    more = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{mean(values):.3f}{more}"
-
-
-def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
 def main() -> None:

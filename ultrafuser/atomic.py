@@ -1,6 +1,7 @@
 """Folders and files that are whole or not there, written by one process at a time, over nothing of somebody else's."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -196,6 +197,11 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     with whole_file(path) as file:
         file.write(text)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from pathlib import Path
 class LineFile:
     """JSON objects, one a line, only ever added to. Use it as a context manager.
 
-    A line is on the disk when `add` returns. A last line that a killed process left half written is cut off when the
-    file is opened, and one that found no room at once. One process at a time opens it: `writing.sole_writer`.
+    A line is on the disk when `write` returns. A last line that a killed process left half written is cut off when the
+    file is opened, and one that found no room at once. One process at a time opens it: `atomic.sole_writer`.
     """
 
     def __init__(self, path: Path) -> None:

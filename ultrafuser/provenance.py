@@ -49,6 +49,6 @@ def weights_digest(folder: Path) -> str | None:
     return digest(found) if found else None
 
 
-def digest(value) -> str:
-    """A short fingerprint of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+def digest(value, length: int = 16) -> str:
+    """Returns a fingerprint of anything that JSON can hold, in hexadecimal digits, the same on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]

@@ -27,25 +27,13 @@ from trainers.rows import (
     problem,
 )
 
+from .source_names import is_file
+
 
 MOST_CHARACTERS = 4096  # of a name
 MOST_FILES = 10_000
-ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # in this order where rows hold several
 FORMS = (CHAT, PAIR, TEXT, OLD_CHAT, TOKENS)
-
-
-def is_file(source: str) -> bool:
-    """Whether this is a file that is read here, by its ending."""
-    return source.endswith(ENDINGS)
-
-
-def arguments_of(source: str) -> dict[str, str]:
-    """Arguments of `load_dataset` for a JSON file, or for HUB_ID:SPLIT."""
-    if is_file(source):
-        return {"path": "json", "data_files": source}
-    path, _, split = source.partition(":")
-    return {"path": path, "split": split or "train"}
 
 
 def load(arguments: dict[str, Any], domain: str | None = None, *, text_field: str = "text") -> Any:

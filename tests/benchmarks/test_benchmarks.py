@@ -12,9 +12,10 @@ import torch
 from transformers.utils import logging
 
 from benchmarks import cost_figures, gate_costs, growth, rivals, serving
-from benchmarks.timing import compare
+from benchmarks.timing import compare_ways
 from tests.support.tiny import specialist
 from tests.vllm import check_vllm
+from ultrafuser.reports.marked_tables import with_tables
 
 
 ROOT = Path(__file__).parents[2]
@@ -42,12 +43,12 @@ def _as_the_commands_set_it():
 def measured():
     """One regime of rivals."""
     torch.set_num_threads(1)
-    return rivals.measure(TINY, **SETTINGS)
+    return rivals.measure_rivals(TINY, **SETTINGS)
 
 
 def test_ratios_are_of_one_round_and_to_the_first_way():
     seconds = {"one": iter([1.0, 2.0, 4.0]), "other": iter([3.0, 4.0, 20.0])}
-    found = compare({name: lambda own=own: {"time": next(own)} for name, own in seconds.items()}, 3)
+    found = compare_ways({name: lambda own=own: {"time": next(own)} for name, own in seconds.items()}, 3)
     assert found["other"]["time"] == {"median": 3.0, "least": 2.0, "most": 5.0, "value": 4.0}
     assert found["one"]["time"] == {"median": 1.0, "least": 1.0, "most": 1.0, "value": 2.0}
 
@@ -117,7 +118,7 @@ def test_each_token_is_timed_without_the_prompt(monkeypatch):
 
 
 def test_growth_is_relative_to_one_specialist_under_the_same_conditions():
-    found = growth.measure(TINY, 1, specialists=2, batch=2, context=5, vocabulary=64)
+    found = growth.measure_growth(TINY, 1, specialists=2, batch=2, context=5, vocabulary=64)
     assert list(found) == ["one specialist", "fused", "fused, stacked"]
     assert found["one specialist"]["token"]["median"] == found["one specialist"]["prompt"]["median"] == 1
 
@@ -166,7 +167,7 @@ def test_without_vllms_environment_there_is_a_way_to_make_it(tmp_path):
 def test_vllm_is_measured_beside_transformers():
     python = check_vllm.environment(Path(os.environ.get("VLLM_VENV", ROOT / ".venv-vllm")))
     shape = {**TINY, "hidden_size": 128}  # heads that vLLM's attention on a CPU supports
-    found = serving.measure(*serving.untrained(shape), python, (1, 3), rounds=1)
+    found = serving.measure_throughput(*serving.untrained(shape), python, (1, 3), rounds=1)
     assert list(found) == ["1", "3"]
     assert found["3"]["fused, vLLM"]["value"] > 0
 
@@ -177,7 +178,7 @@ def test_vllm_is_measured_beside_transformers():
 @pytest.fixture
 def results(tmp_path, measured, monkeypatch):
     """Result files of all three, as the commands write them."""
-    monkeypatch.setattr(rivals, "measure", lambda *_, **__: measured)
+    monkeypatch.setattr(rivals, "measure_rivals", lambda *_, **__: measured)
     monkeypatch.setattr(growth, "REGIMES", dict.fromkeys(growth.REGIMES, TINY))
     monkeypatch.setattr(growth, "VARIED", {"specialists": (2, 4), "batch": (2,), "context": (4,), "vocabulary": (64,)})
     for benchmark in (rivals, growth):
@@ -204,7 +205,7 @@ def test_figures_and_tables_are_made_from_result_files(results, tmp_path, monkey
 
 def test_tables_of_the_page_are_written_anew():
     page = "before\n<!-- results/rivals.json: small -->\n\n| old |\n\n<!-- end -->\nafter\n"
-    written = cost_figures.with_tables(page, {"results/rivals.json: small": "| new |"})
+    written = with_tables(page, lambda path, name: {"results/rivals.json: small": "| new |"}[f"{path}: {name}"])
     assert written == page.replace("old", "new")
 
 
@@ -230,7 +231,7 @@ def test_figures_and_tables_of_the_documents_are_made_from_the_result_files(tmp_
 
 def test_every_gate_is_measured_beside_the_papers_and_those_that_look_back_have_a_state():
     sizes = {key: TINY[key] for key in ("intermediate_size", "num_hidden_layers", "vocab_size")}
-    rows = gate_costs.measure(1, hidden_size=64, **sizes)
+    rows = gate_costs.measure_gates(1, hidden_size=64, **sizes)
     assert rows[gate_costs.PAPER]["token"]["median"] == 1
     assert rows[gate_costs.PAPER]["parameters"] == 64 * 512 + 512 + 512
     assert {gate for gate, row in rows.items() if row["state_bytes"]} == {"evidence:128+calibration", "posterior"}

@@ -3,7 +3,10 @@ import re
 
 import pytest
 
-from experiments.tables import DOCUMENTS, MARKED, PAPER_TUNED, ROOT, TABLES, files, with_tables
+from experiments.averages import files
+from experiments.paper_tables import PAPER_TUNED
+from experiments.tables import DOCUMENTS, ROOT, TABLES, with_tables
+from ultrafuser.reports.marked_tables import MARKED
 
 
 @pytest.fixture(params=DOCUMENTS)

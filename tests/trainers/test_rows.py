@@ -16,7 +16,8 @@ from trainers import GateStageConfig, GateTrainer
 from trainers.domains import by_domain
 from ultrafuser.cli.app import app
 from ultrafuser.evaluation.evaluation_run import _read
-from ultrafuser.row_files import arguments_of, load
+from ultrafuser.row_files import load
+from ultrafuser.source_names import load_arguments
 
 
 TEMPLATE = (
@@ -189,7 +190,7 @@ def test_a_bad_row_is_named_with_its_domain(case, fused, tmp_path):
     file.write_text("\n".join(map(json.dumps, [good, good, row])))
     if case not in ("a foreign token", "a foreign label"):
         with pytest.raises(ValueError, match=rf"code\.jsonl, line 3: this row of domain 'code' has.*{words}"):
-            load(arguments_of(str(file)), "code")
+            load(load_arguments(str(file)), "code")
     if case not in ONLY_IN_FILES and "chat_template_kwargs" not in row:
         data = {"text": SOME, "code": Dataset.from_list([good, good, row])}
         with pytest.raises(ValueError, match=rf"^Row 3 of domain 'code' has.*{words}"):
@@ -244,7 +245,7 @@ def written(path, *rows, name="code.jsonl"):
 
 def test_rows_of_a_file_are_read_as_they_stand_in_it(tmp_path):
     rows = [FORMS["calls"], {"messages": calls({"y": [1, "a"]})}, FORMS["named"], FORMS["template settings"]]
-    found = load(arguments_of(str(written(tmp_path, *rows))), "code")
+    found = load(load_arguments(str(written(tmp_path, *rows))), "code")
     assert [row["messages"] for row in found] == [row["messages"] for row in rows]
     assert found["tools"][:] == [[{"name": "f"}], None, None, None]
     assert found["chat_template_kwargs"][:] == [{}, {}, {}, {"shout": True}]
@@ -252,20 +253,20 @@ def test_rows_of_a_file_are_read_as_they_stand_in_it(tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_file_of_any_form_trains(form, fused, tmp_path):
-    rows = load(arguments_of(str(written(tmp_path, *[FORMS[form]] * 4))), "code")
+    rows = load(load_arguments(str(written(tmp_path, *[FORMS[form]] * 4))), "code")
     memory = stage(fused, {"code": Dataset.from_list([FORMS[form]] * 4)}, tmp_path).train_dataset
     assert stage(fused, {"code": rows}, tmp_path).train_dataset["labels"][:] == memory["labels"][:]
 
 
 def test_a_file_that_has_changed_is_read_anew(tmp_path):
-    first = load(arguments_of(str(written(tmp_path, {"text": "one"}))), "code")["text"][:]
-    again = load(arguments_of(str(written(tmp_path, {"text": "twice"}))), "code")["text"][:]
+    first = load(load_arguments(str(written(tmp_path, {"text": "one"}))), "code")["text"][:]
+    again = load(load_arguments(str(written(tmp_path, {"text": "twice"}))), "code")["text"][:]
     assert (first, again) == (["one"], ["twice"])
 
 
 def test_domains_of_one_file_are_in_forms_of_their_own(fused, tmp_path):
     file = written(tmp_path, *({**FORMS[n], "domain": n} for n in ("text", "chat", "strings", "text")))
-    found = load(arguments_of(str(file)))
+    found = load(load_arguments(str(file)))
     assert {name: len(rows) for name, rows in found.items()} == {"text": 2, "chat": 1, "strings": 1}
     stage(fused, found, tmp_path).train()
 
@@ -289,7 +290,7 @@ GOOD_LINE = b'{"text": "a"}\n'
     ids=["a byte order mark", "blank lines", "zipped", "a list"],
 )
 def test_files_are_read_whatever_stands_around_their_rows(name, content, tmp_path):
-    assert load(arguments_of(str(raw(tmp_path, content, name))), "code")["text"][:] == ["a", "a"]
+    assert load(load_arguments(str(raw(tmp_path, content, name))), "code")["text"][:] == ["a", "a"]
 
 
 BROKEN = {
@@ -319,7 +320,7 @@ def test_a_file_that_cannot_be_read_is_named_with_domain_and_line(case, tmp_path
     content, words = BROKEN[case]
     file = raw(tmp_path, content)
     with pytest.raises((ValueError, OSError), match=rf"code\.jsonl.*{words}") as error:
-        load(arguments_of(str(file)), "code")
+        load(load_arguments(str(file)), "code")
     assert "\n" not in str(error.value)
 
 
@@ -333,12 +334,12 @@ def test_evaluating_says_the_same_of_a_file(case, tmp_path):
 def test_a_row_of_a_file_without_a_domain_is_named(tmp_path):
     file = written(tmp_path, {"text": "a", "domain": "text"}, {"text": "b"})
     with pytest.raises(ValueError, match=r"code\.jsonl, line 2: this row of the data has the domain None"):
-        load(arguments_of(str(file)))
+        load(load_arguments(str(file)))
 
 
 def test_a_missing_file_is_named_with_its_domain(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file '.*gone\.jsonl' for domain 'code'"):
-        load(arguments_of(str(tmp_path / "gone.jsonl")), "code")
+        load(load_arguments(str(tmp_path / "gone.jsonl")), "code")
 
 
 @pytest.mark.parametrize("arguments", [{"path": ""}, {"path": 5}, {"path": "json", "data_files": [[]]}], ids=str)

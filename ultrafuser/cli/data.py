@@ -1,32 +1,90 @@
-"""Commands `ultrafuser data clean`, `take-in`, `look` and `push`."""
+"""Commands `ultrafuser data ...`: make, clean, take in, look at and push instruction data."""
 
 import functools
 import itertools
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..plain import echo
+from ..plain import Console, echo
+from ..source_names import split_source
+from .arguments import TrustRemoteCode, named
+from .group import Group, hide_bars
 
 
-app = typer.Typer()
+HELP = "Instruction data: make it, clean it, take it in, look at it."
 Inputs = Annotated[list[str], typer.Argument(help="Files of records, or folders or Hub sets in this schema.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's or tokenizer's folder.")
-]
+
+group = Group("Data", extra="data")
 
 
-@app.command()
+@group.command()
+def plan(recipe: Annotated[Path, typer.Argument(help="YAML file that says what to make.")]) -> None:
+    """What making a recipe's data would take: calls, tokens, money and time. Sends nothing.
+
+    Example: ultrafuser data plan examples/recipes/ultrachat.yaml
+    """
+
+    _planned(recipe, Console())
+
+
+@group.command()
+def make(
+    recipe: Annotated[Path, typer.Argument(help="YAML file that says what to make.")],
+    out: Annotated[Path, typer.Option(help="Folder for the data. Run again, it goes on.")],
+    key_variable: Annotated[
+        str | None, typer.Option(help="Environment variable of the server's API key; a recipe's own is asked about.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before many calls, or calls that cost much.")] = False,
+) -> None:
+    """Make instruction data with a teacher behind any OpenAI-compatible server. Nothing is paid for twice.
+
+    Example: ultrafuser data make examples/recipes/ultrachat_tiny.yaml --out ultrachat
+    """
+
+    console = Console(stderr=True)
+    read, plan = _planned(recipe, console, key_variable)
+    read.teacher.api_key()
+    variable = read.teacher.api_key_variable
+    if variable and key_variable is None:
+        # who wrote the recipe chose the server: the user chooses what it gets
+        if not (console.is_terminal and sys.stdin.isatty()):
+            raise ValueError(
+                f"A recipe does not choose alone which secret goes to which server, but this one sends what {variable} "
+                f"holds to {read.teacher.base_url}. If that is right: --key-variable {variable}."
+            )
+        typer.confirm(f"Send what {variable} holds to {read.teacher.base_url}?", abort=True, err=True)
+    if not yes and (plan.total["calls"] > 1000 or plan.money > 1):
+        if not console.is_terminal:
+            raise ValueError("This plan makes more than 1,000 calls or costs more than 1. Pass --yes to confirm.")
+        typer.confirm("Make it?", abort=True, err=True)
+    from ..data.synthesis_run import make_set
+
+    report = make_set(read, out, plan.total["calls"], console)
+    for domain, kinds in report["records"].items():
+        console.print(f"{domain}: {sum(kinds.values()):,} conversations")
+    for step, domains in report["given_up"].items():
+        console.print(f"given up in step {step}, no reply could be used: {sum(domains.values()):,}")
+    spent = f"{report['tokens_in'] + report['tokens_out']:,} tokens and {report['cost']:,.2f} in all"
+    console.print(
+        f"{report['replies']:,} replies, {report['refused']:,} refusals, {spent}: {out / 'dataset'}", soft_wrap=True
+    )
+    if report["stopped"] or not report["records"]:
+        echo(report["stopped"] or f"No reply could be used; {out}/journal.jsonl holds them all.", err=True)
+        raise typer.Exit(1)
+
+
+@group.command()
 def clean(
     records: Inputs,
     out: Annotated[Path, typer.Option(help="Folder for kept.jsonl, dropped.jsonl and cleaning.json.")],
     against: Annotated[
         list[str] | None,
-        typer.Option(help="Evaluation set, name=file, name=id or name=id:config; may be given again."),
+        typer.Option(help="Evaluation set, NAME=FILE, NAME=HUB_ID or NAME=HUB_ID:CONFIG; may be given again."),
     ] = None,
     split: Annotated[str, typer.Option(help="Split of evaluation sets that are on the Hub.")] = "test",
     languages: Annotated[str, typer.Option(help="ISO 639-1 codes of the languages to keep, with commas.")] = "en",
@@ -47,32 +105,31 @@ def clean(
     """
     if (ifd_share is None) != (ifd_model is None):
         raise typer.BadParameter("IFD is scored by a model and keeps a share: --ifd-model and --ifd-share together.")
-    with _in_words():
-        from ..data import cleaning, ranked_filters
-        from ..data.decontamination import gram_hashes
+    from ..data import cleaning, ranked_filters
+    from ..data.decontamination import gram_hashes
 
-        then = [] if style_share is None else [lambda folder: ranked_filters.keep_style(folder, style_share)]
-        if ifd_model is not None:
-            asked = functools.partial(_loaded, ifd_model, trust_remote_code)
-            then.append(lambda folder: ranked_filters.keep_difficult(folder, *asked(), ifd_share))
-        evaluation = {name: gram_hashes(texts) for name, texts in _evaluation_sets(against or [], split)}
-        report = cleaning.clean(
-            _records(records),
-            out,
-            languages=tuple(languages.split(",")),
-            shortest=shortest,
-            longest=longest,
-            near=near,
-            evaluation=evaluation,
-            skip=skip or (),
-            processes=processes,
-            overwrite=overwrite,
-            then=then,
-        )
-        echo(f"{cleaning.table(report)}\n{out / cleaning.KEPT}; why the others went: {out / cleaning.DROPPED}")
+    then = [] if style_share is None else [lambda folder: ranked_filters.keep_style(folder, style_share)]
+    if ifd_model is not None:
+        asked = functools.partial(_loaded, ifd_model, trust_remote_code)
+        then.append(lambda folder: ranked_filters.keep_difficult(folder, *asked(), ifd_share))
+    evaluation = {name: gram_hashes(texts) for name, texts in _evaluation_sets(named(against, "--against"), split)}
+    report = cleaning.clean(
+        _records(records),
+        out,
+        languages=tuple(languages.split(",")),
+        shortest=shortest,
+        longest=longest,
+        near=near,
+        evaluation=evaluation,
+        skip=skip or (),
+        processes=processes,
+        overwrite=overwrite,
+        then=then,
+    )
+    echo(f"{cleaning.table(report)}\n{out / cleaning.KEPT}; why the others went: {out / cleaning.DROPPED}")
 
 
-@app.command()
+@group.command()
 def take_in(
     name: Annotated[str, typer.Argument(help="A known set (see --help), a file, a folder, or a Hub set.")],
     out: Annotated[Path, typer.Option(help="File of records to write, .jsonl.")],
@@ -101,25 +158,24 @@ def take_in(
     --column answer=answer --out gsm8k.jsonl
     """
     malformed: list[str] = []
-    with _in_words():
-        if out.exists() and not overwrite:
-            raise FileExistsError(f"Nothing is overwritten unasked, but {str(out)!r} is there. Use --overwrite.")
-        from ..data import sources
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"Nothing is overwritten unasked, but {str(out)!r} is there. Use --overwrite.")
+    from ..data import sources
 
-        options = {"domain": domain, "licence": licence, "config": config, "split": split, "revision": revision}
-        columns = dict(_pair(text) for text in column or []) or None
+    options = {"domain": domain, "licence": licence, "config": config, "split": split, "revision": revision}
+    columns = named(column, "--column") or None
 
-        def report(message: str) -> None:
-            malformed.append(message)
-            echo(message, err=True)
+    def report(message: str) -> None:
+        malformed.append(message)
+        echo(message, err=True)
 
-        on_malformed = report if skip_malformed else None
-        rows = sources.take_in(name, columns=columns, files=files, on_malformed=on_malformed, **options)
-        number = sources.write_records(itertools.islice(rows, limit), out)
+    on_malformed = report if skip_malformed else None
+    rows = sources.take_in(name, columns=columns, files=files, on_malformed=on_malformed, **options)
+    number = sources.write_records(itertools.islice(rows, limit), out)
     echo(f"{number:,} records, {len(malformed):,} malformed rows left out: {out}")
 
 
-@app.command()
+@group.command()
 def look(
     records: Inputs,
     out: Annotated[Path, typer.Option(help="Folder for index.html, README.md and statistics.json.")],
@@ -132,19 +188,18 @@ def look(
 
     Example: ultrafuser data look cleaned/kept.jsonl --out look --tokenizer Qwen/Qwen2.5-1.5B-Instruct
     """
-    with _in_words():
-        from ..data import dataset_report
+    from ..data import dataset_report
 
-        loaded = None
-        if tokenizer:
-            from ..pretrained import load_tokenizer
+    loaded = None
+    if tokenizer:
+        from ..pretrained import load_tokenizer
 
-            loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
-        dataset_report.look(_records(records), out, name=name, tokenizer=loaded, seed=seed)
+        loaded = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+    dataset_report.look(_records(records), out, name=name, tokenizer=loaded, seed=seed)
     echo(out / dataset_report.PAGE)
 
 
-@app.command()
+@group.command()
 def push(
     records: Annotated[Path, typer.Argument(help="File of records.")],
     repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
@@ -161,10 +216,27 @@ def push(
         echo(what)
         return yes or typer.confirm("Push?")
 
-    with _in_words():
-        from ..data.dataset_report import push_to_hub
+    from ..data.dataset_report import push_to_hub
 
-        echo(push_to_hub(records, repo_id, card=card, private=not public, agree=agree) or "Nothing was sent.")
+    echo(push_to_hub(records, repo_id, card=card, private=not public, agree=agree) or "Nothing was sent.")
+
+
+def _planned(recipe: Path, console, key_variable: str | None = None):
+    """The recipe and its plan, which is printed with where everything goes."""
+    hide_bars()
+    from ..data.cost_plan import Plan
+    from ..data.recipe import load_recipe
+    from ..keys import described
+
+    read = load_recipe(recipe)
+    if key_variable is not None:
+        read = read.model_copy(update={"teacher": read.teacher.model_copy(update={"api_key_variable": key_variable})})
+    plan = Plan(read)
+    console.print(plan.table())
+    console.print(plan.assumptions(), highlight=False)
+    where = described(read.teacher.base_url, read.teacher.api_key_variable)
+    console.print(f"Asked: {read.teacher.model!r} at {where}.", highlight=False, markup=False, soft_wrap=True)
+    return read, plan
 
 
 def _loaded(name: str, trust_remote_code: bool) -> tuple:
@@ -181,31 +253,10 @@ def _records(names: list[str]) -> Iterator[dict]:
     return itertools.chain.from_iterable(take_in(name) for name in names)
 
 
-def _evaluation_sets(texts: list[str], split: str) -> Iterator[tuple[str, Iterator[str]]]:
+def _evaluation_sets(sources: dict[str, str], split: str) -> Iterator[tuple[str, Iterator[str]]]:
     from ..data.decontamination import strings
     from ..data.sources import raw_rows
 
-    for name, path in map(_pair, texts):
-        # a configuration is written behind the id, as in gsm8k=openai/gsm8k:main
-        path, _, config = (path, "", "") if Path(path).exists() else path.partition(":")
-        yield name, strings(raw_rows(path, config=config or None, split=split))
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, sign, value = text.partition("=")
-    if not (name and sign and value):
-        raise typer.BadParameter(f"Two words with = between them are needed, but got {text!r}.")
-    return name, value
-
-
-@contextmanager
-def _in_words() -> Iterator[None]:
-    """What a user can put right is said in words, without a traceback."""
-    try:
-        yield
-    except ModuleNotFoundError:
-        # `cli.main` says which extra brings it
-        raise
-    except (ValueError, OSError, ImportError) as error:
-        echo(error, err=True)
-        raise typer.Exit(2) from None
+    for name, source in sources.items():
+        path, config = split_source(source)
+        yield name, strings(raw_rows(path, config=config, split=split))

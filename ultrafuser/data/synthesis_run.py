@@ -16,7 +16,7 @@ from ..atomic import sole_writer, whole_file, write_whole
 from .recipe import Recipe
 from .synthesis import RECORDS, Maker, all_instructions, conversations
 from .teacher import Request, Teacher, cost
-from .teacher_journal import Journal
+from .teacher_journal import ReplyJournal
 
 
 JOURNAL = "journal.jsonl"
@@ -47,7 +47,7 @@ def make_set(recipe: Recipe, out: Path, calls: int | None = None, console: Conso
     task = bar.add_task("", total=calls, spent="")
 
     writes = (JOURNAL, "steps", "unfinished", "dataset", "report.json", *(f"{name}.jsonl" for name in recipe.domains))
-    with sole_writer(out, "data make", writes, begun=[JOURNAL]), Journal(out / JOURNAL) as journal, bar:
+    with sole_writer(out, "data make", writes, begun=[JOURNAL]), ReplyJournal(out / JOURNAL) as journal, bar:
 
         def on_reply(request: Request) -> None:
             tokens = journal.tokens_in, journal.tokens_out

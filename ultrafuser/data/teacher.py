@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import openai
 
-from ..keys import open_client, without_key
-from ..replies import NO_COMPLETION, bounded_client, reply_of
+from ..keys import without_key
+from ..openai_client import NO_COMPLETION, Server, reply_of
+from ..provenance import digest
 from .recipe import Budget
 from .recipe import Teacher as TeacherSettings
-from .teacher_journal import Journal, request_key
+from .teacher_journal import ReplyJournal
 
 
 CHARACTERS_PER_TOKEN = 4  # of English prose; to foresee, and where a server does not tell
@@ -60,7 +61,7 @@ class Teacher:
     def __init__(
         self,
         settings: TeacherSettings,
-        journal: Journal,
+        journal: ReplyJournal,
         budget: Budget | None = None,
         on_reply: Callable[[Request], None] = lambda request: None,
     ) -> None:
@@ -84,15 +85,16 @@ class Teacher:
         self._settled = asyncio.Condition()
         self._requests_pace = Pace(settings.requests_per_minute)
         self._tokens_pace = Pace(settings.tokens_per_minute)
-        self._key_sent = settings.api_key()
-        self._client = open_client(
+        self._server = Server(
             settings.base_url,
-            self._key_sent,
-            timeout=settings.timeout,
-            # the client waits as long as Retry-After says, or twice as long each time
-            max_retries=settings.retries,
-            http_client=bounded_client(settings.timeout),
+            settings.model,
+            settings.parameters,
+            settings.api_key_variable,
+            settings.api_key(),
+            settings.retries,
+            settings.timeout,
         )
+        self._client = self._server.client()
         self._loop = asyncio.new_event_loop()
 
     def ask(self, requests: list[Request]) -> list[Reply | None]:
@@ -120,7 +122,7 @@ class Teacher:
         return Reply(entry["reply"], entry["finish"] == "length")
 
     def _key(self, request: Request) -> str:
-        return request_key(self.settings.model, request.messages, self._parameters(request), request.sample)
+        return digest([self.settings.model, request.messages, self._parameters(request), request.sample], 32)
 
     def _parameters(self, request: Request) -> dict:
         settings = self.settings
@@ -162,24 +164,24 @@ class Teacher:
             self._refusals_in_a_row += 1
             # a server that never accepted anything refuses how it is asked, not what
             if len(self.journal) == 0 or self._refusals_in_a_row >= REFUSALS_IN_A_ROW:
-                self.stopped = self._in_words(error)
+                self.stopped = self._failure(error)
                 return
-            entry |= {"reply": None, "finish": self._said(error), "tokens_in": 0, "tokens_out": 0}
+            entry |= {"reply": None, "finish": self._server.quoted(error), "tokens_in": 0, "tokens_out": 0}
         except _UnreadableError as error:
             self._unread.append(entry | {"reply": None, "finish": str(error), "tokens_in": 0, "tokens_out": 0})
             if len(self._unread) >= REFUSALS_IN_A_ROW:
                 self._unread.clear()
-                self.stopped = self.stopped or self._in_words(error)
+                self.stopped = self.stopped or self._failure(error)
             return
         except openai.OpenAIError as error:
-            self.stopped = self.stopped or self._in_words(error)
+            self.stopped = self.stopped or self._failure(error)
             return
         else:
             self._refusals_in_a_row = 0
             while self._unread:
-                self.journal.add(self._unread.pop())
+                self.journal.write(self._unread.pop())
         self._tokens_pace.correct(entry["tokens_in"] + entry["tokens_out"] - foreseen)
-        self.journal.add(entry)
+        self.journal.write(entry)
         self.on_reply(request)
 
     async def _complete(self, request: Request) -> dict:
@@ -196,7 +198,9 @@ class Teacher:
                 return self._content(completion, request)
             except NO_COMPLETION as error:
                 if not tries_left:
-                    raise _UnreadableError(f"what came is no chat completion ({self._said(error)})") from error
+                    raise _UnreadableError(
+                        f"what came is no chat completion ({self._server.quoted(error)})"
+                    ) from error
                 await asyncio.sleep(SECONDS_BETWEEN_TRIES)
 
     async def _reserve(self, dearest: tuple[int, int]) -> bool:
@@ -235,56 +239,29 @@ class Teacher:
         """Tokens of prompts and of replies, all runs together."""
         return self.journal.tokens_in, self.journal.tokens_out
 
-    def _in_words(self, error: Exception) -> str:
+    def _failure(self, error: Exception) -> str:
         """Why the server does not serve, and the way out."""
-        settings, kept = self.settings, "Then run again: all replies so far are kept."
-        where, tries = settings.base_url, f"{settings.retries + 1} tries"
-        match error:
-            case openai.APITimeoutError():
-                return (
-                    f"{where} did not answer within {settings.timeout:g} s in {tries}. Raise `teacher.timeout`, or "
-                    f"lower `teacher.concurrency` (now {settings.concurrency}). {kept}"
-                )
-            case openai.APIConnectionError():
-                return (
-                    f"{where} cannot be reached in {tries} ({self._said(error.__cause__ or error)}). See that the server is up "
-                    f"and `teacher.base_url` right. {kept}"
-                )
-            case openai.AuthenticationError() | openai.PermissionDeniedError():
-                return (
-                    f"{where} does not accept the API key, which came from {settings.api_key_variable or 'nowhere'} "
-                    f"(`teacher.api_key_variable`). It said: {self._said(error)} {kept}"
-                )
-            case openai.NotFoundError():
-                return (
-                    f"{where} does not know {settings.model!r}. Name a model that {where}/models lists, or mend "
-                    f"`teacher.base_url`. It said: {self._said(error)} {kept}"
-                )
-            case openai.RateLimitError():
-                return (
-                    f"{where} still refuses after {tries}: too many requests, or no credit left. Lower "
-                    f"`teacher.requests_per_minute` or `teacher.concurrency`. It said: {self._said(error)} {kept}"
-                )
-            case openai.APIStatusError() if error.status_code < 500:
-                return (
-                    f"{where} refuses what is asked. A server that knows no schemas needs `teacher.structured: none`. "
-                    f"It said: {self._said(error)} {kept}"
-                )
-        return f"{where} still fails after {tries}. It said: {self._said(error)} {kept}"
+        now = f"(now {self.settings.concurrency})"
+        ways_out = {
+            "timeout": f"Raise `teacher.timeout`, or lower `teacher.concurrency` {now}.",
+            "connection": "See that the server is up and `teacher.base_url` right.",
+            "key": "It is named in `teacher.api_key_variable`.",
+            "model": f"Name a model that {self.settings.base_url}/models lists, or correct `teacher.base_url`.",
+            "rate": f"Lower `teacher.requests_per_minute` or `teacher.concurrency` {now}.",
+            "request": "A server that knows no schemas needs `teacher.structured: none`.",
+        }
+        return f"{self._server.failure(error, ways_out)} Then run again: all replies so far are kept."
 
     def _content(self, completion, request: Request) -> dict:
         """What the journal keeps of a completion."""
         (text, finish), usage = reply_of(completion), getattr(completion, "usage", None)
-        text = without_key(text, self._key_sent)
+        text = without_key(text, self._server.key)
         return {
             "reply": text,
             "finish": finish,
             "tokens_in": _count(getattr(usage, "prompt_tokens", None), request.prompt_tokens()),
             "tokens_out": _count(getattr(usage, "completion_tokens", None), len(text) // CHARACTERS_PER_TOKEN),
         }
-
-    def _said(self, error: Exception) -> str:
-        return without_key(" ".join(str(error).split()), self._key_sent)[:300]
 
     async def _close(self) -> None:
         # after Ctrl-C, requests may be under way

@@ -1,13 +1,12 @@
 """What a teacher has said and been paid for, so that it is never asked for again."""
 
-import hashlib
 import json
 from pathlib import Path
 
 from ..journal import LineFile
 
 
-class Journal(LineFile):
+class ReplyJournal(LineFile):
     """Replies by the key of their request. Only where each begins is held in memory.
 
     Attributes:
@@ -38,10 +37,6 @@ class Journal(LineFile):
         self.tokens_in += tokens(tokens_in) or 0
         self.tokens_out += tokens(tokens_out) or 0
 
-    def add(self, entry: dict) -> None:
-        """Writes down a reply: a dict with `key`, `tokens_in`, `tokens_out` and whatever else is to be kept."""
-        self.write(entry)
-
     def get(self, key: str) -> dict:
         """The entry with this key."""
         self._reader.seek(self._places[key])
@@ -61,8 +56,3 @@ class Journal(LineFile):
 def tokens(told) -> int | None:
     """A server's count of tokens; None if it is none."""
     return told if isinstance(told, int) and not isinstance(told, bool) and told >= 0 else None
-
-
-def request_key(*parts) -> str:
-    """A fingerprint of what JSON can hold, the same on every machine."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -3,7 +3,7 @@
 import json
 import re
 
-from ..replies import text_of
+from ..openai_client import text_of
 
 
 LONGEST = 400_000  # characters that are searched for a list

@@ -5,7 +5,7 @@ from pathlib import Path
 from ..journal import LineFile, lines
 
 
-class Journal(LineFile):
+class AnswerJournal(LineFile):
     """Rows by `id` and `part`. The first line holds the settings that the work was done with.
 
     Attributes:

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from functools import partial
 
-from .answer_journal import Journal
+from .answer_journal import AnswerJournal
 from .endpoint import BadReplyError, Endpoint, RefusedError, for_all
 from .questions import Question
 
 
-def messages_of(question: Question, turn: int, journal: Journal) -> list[dict]:
+def messages_of(question: Question, turn: int, journal: AnswerJournal) -> list[dict]:
     """The conversation up to a turn, which comes last."""
     messages = []
     for t in range(turn):
@@ -18,7 +18,11 @@ def messages_of(question: Question, turn: int, journal: Journal) -> list[dict]:
 
 
 async def answer_through(
-    endpoint: Endpoint, questions: list[Question], journal: Journal, *, advance: Callable[[], None] = lambda: None
+    endpoint: Endpoint,
+    questions: list[Question],
+    journal: AnswerJournal,
+    *,
+    advance: Callable[[], None] = lambda: None,
 ) -> None:
     """Asks a server for what the journal lacks; the turns of a question one after the other.
 

@@ -17,7 +17,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.files_ultrafuser import read_json
 from modeling_ultrafuser.safetensors_ultrafuser import read_header
 
-from ..atomic import write_whole
+from ..atomic import write_json
 from ..merge.merged_model import NotMergeableError
 from ..provenance import digest
 from .contenders import FUSED, Comparison, Measured, UntunedError, best_per_domain, contenders
@@ -30,7 +30,7 @@ SCORES = "scores"  # folder of what is finished
 BIN = 16  # tokens in each bin of the gate weights by position
 
 
-def compare(
+def compare_models(
     comparison: Comparison,
     out: Path,
     *,
@@ -207,11 +207,6 @@ def _kept(file: Path, make: Callable[[], Measured]) -> Measured:
     save_file(tensors, part, {key: json.dumps(value) for key, value in meta.items()})
     os.replace(part, file)
     return measured
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Writes a file whole or not at all."""
-    write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
 def _mean(values: list[float]) -> float:

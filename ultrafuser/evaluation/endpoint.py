@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 import openai
 
-from ..keys import api_key, check_address, check_no_secrets, open_client, without_key
-from ..replies import NO_COMPLETION, bounded_client, reply_of, text_of
+from ..keys import api_key, check_address, check_no_secrets, without_key
+from ..openai_client import NO_COMPLETION, Server, reply_of, text_of
 
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -68,8 +68,8 @@ class Endpoint:
             EndpointError: If the server cannot be reached, does not know key or model, or still fails after all
                 retries, in words.
         """
-        settings = {"max_retries": self.retries, "timeout": self.timeout, "http_client": bounded_client(self.timeout)}
-        async with open_client(self.url, self.key(), **settings) as client:
+        server = Server(self.url, self.model, self.options, self.variable, self.key(), self.retries, self.timeout)
+        async with server.client() as client:
 
             async def ask(messages: list[dict]) -> tuple[str, str]:
                 messages = [{**message, "content": text_of(message["content"])} for message in messages]
@@ -78,63 +78,40 @@ class Endpoint:
                         model=self.model, messages=messages, extra_body=self.options
                     )
                     text, finish = reply_of(completion)
-                    return text_of(without_key(text, self.key())), finish or "unknown"
+                    return text_of(without_key(text, server.key)), finish or "unknown"
                 except openai.BadRequestError as error:
-                    raise RefusedError(self._in_words(error)) from error
+                    raise RefusedError(self._failure(server, error)) from error
                 except NO_COMPLETION as error:
                     raise BadReplyError(f"{self.url} replied with something that is no chat completion.") from error
 
             try:
                 yield ask
             except openai.NotFoundError as error:
-                raise EndpointError(await self._unknown_model(client, error)) from error
+                known = await self._known(client, server.key)
+                raise EndpointError(self._failure(server, error, known)) from error
             except openai.OpenAIError as error:
-                raise EndpointError(self._in_words(error)) from error
+                raise EndpointError(self._failure(server, error)) from error
 
-    async def _unknown_model(self, client: openai.AsyncOpenAI, error: openai.OpenAIError) -> str:
+    async def _known(self, client: openai.AsyncOpenAI, key: str) -> list[str]:
+        """Names of the server's models; none if it does not list them."""
         try:
-            known = [without_key(m, self.key()) for m in sorted([m.id async for m in client.models.list()])]
+            return [without_key(name, key) for name in sorted([model.id async for model in client.models.list()])]
         except (openai.OpenAIError, *NO_COMPLETION):
-            known = []
-        there = f"It knows {known[:20]}." if known else "It does not list what it knows; check the address, too."
-        return f"{self.url} does not know the model {self.model!r}. {there} It said: {self._said(error)}"
+            return []
 
-    def _in_words(self, error: openai.OpenAIError) -> str:
-        tries = f"{self.retries + 1} tries" if self.retries else "one try"
-        match error:
-            case openai.APITimeoutError():
-                return (
-                    f"{self.url} did not answer within {self.timeout:g} s in {tries}. Raise the time-out, or ask for "
-                    f"fewer at once ({self.concurrency} now)."
-                )
-            case openai.APIConnectionError():
-                return (
-                    f"{self.url} could not be reached in {tries}. Check the address and that the server is up. It "
-                    f"ended with: {self._said(error.__cause__ or error)}"
-                )
-            case openai.AuthenticationError() | openai.PermissionDeniedError():
-                return (
-                    f"{self.url} refused the API key, which came from {self.variable or 'nowhere: name a variable'}. "
-                    f"It said: {self._said(error)}"
-                )
-            case openai.RateLimitError():
-                return (
-                    f"{self.url} still refuses after {tries}: too many requests, or nothing left to pay with. Ask "
-                    f"for fewer at once ({self.concurrency} now), or wait. It said: {self._said(error)}"
-                )
-            case openai.APIStatusError() if error.status_code < 500:
-                return (
-                    f"{self.url} cannot take a request for {self.model!r} with {self.options}. It said: "
-                    f"{self._said(error)}"
-                )
-        return f"{self.url} still fails after {tries}. It said: {self._said(error)}"
-
-    def _said(self, error: BaseException) -> str:
-        lines = without_key(str(error), self.key()).splitlines() or [type(error).__name__]
-        return f"{lines[0][:300]!r}."
+    def _failure(self, server: Server, error: Exception, known: list[str] | None = None) -> str:
+        fewer = f"ask for fewer at once ({self.concurrency} now)"
+        ways_out = {
+            "timeout": f"Raise the time-out, or {fewer}.",
+            "connection": "Check the address and that the server is up.",
+            "key": "" if self.variable else "Name a variable that holds one.",
+            "model": f"It knows {known[:20]}." if known else "It does not list what it knows; check the address, too.",
+            "rate": f"Wait, or {fewer}.",
+        }
+        return server.failure(error, ways_out)
 
 
-class EndpointError(RuntimeError):
+class EndpointError(OSError):
     """A server that does not answer, and why, in words."""
 
 

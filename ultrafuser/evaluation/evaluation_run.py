@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser.tokenizer_ultrafuser import TOKENIZER_PROBE, load_tokenizer
 from trainers.rows import CHAT, PAIR, TEXT, TOKENS, form_of_row, names, problem
-from ultrafuser.atomic import sole_writer
-from ultrafuser.provenance import provenance, weights_digest
 
 from .. import pretrained
+from ..atomic import sole_writer, write_json
 from ..fused_folders import fused_config
-from ..row_files import is_file, load_set, parse
-from .comparison import MIXED, SCORES, compare, write_json
+from ..provenance import provenance, weights_digest
+from ..row_files import load_set, parse
+from ..source_names import is_file, split_source
+from .comparison import MIXED, SCORES, compare_models
 from .contenders import FUSED, Comparison
 from .measurement import HeldOut, held_out
 
@@ -100,7 +101,7 @@ def evaluate(
     more = {name: partial(load, path) for name, path in (also or {}).items()}
     identity = {**asked, **weights, "data": tokens, "tune": tuned}
     with sole_writer(out, "evaluate", WRITES, begun=[f"{SCORES}/run.json"]):
-        results = compare(comparison, out, more=more, identity=identity)
+        results = compare_models(comparison, out, more=more, identity=identity)
         results = {**provenance(), "config": asked | limits, "prompt_tokens": prompt_tokens, **results}
         write_json(out / "results.json", results)
     return results
@@ -126,7 +127,7 @@ def _read(domain: str, source: str, *, tokenizer, examples: int, **limits) -> He
     if is_file(source):
         rows = _rows(source, whose, examples)
     else:
-        name, _, split = source.partition(":")
+        name, split = split_source(source)
         stream = load_set({"path": name, "split": split or "test", "streaming": True}, whose)
         rows = list(stream.take(examples))
     if not rows:

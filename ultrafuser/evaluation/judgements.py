@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..atomic import sole_writer, write_whole
 from ..provenance import digest, weights_digest
-from .answer_journal import Journal, read_journal
+from .answer_journal import AnswerJournal, read_journal
 from .answers import answer_through
 from .endpoint import BadReplyError, Endpoint, EndpointError, RefusedError, for_all
 from .judge_scores import grading_scores, pairwise_scores
@@ -173,7 +173,7 @@ def _answer(
 ) -> tuple[dict[str, list[str]], int]:
     """Answers by question, and how many were cut."""
     turns = [(q.id, t) for q in questions for t in range(len(q.turns))]
-    with Journal(out / ANSWERS, settings) as journal:
+    with AnswerJournal(out / ANSWERS, settings) as journal:
         advance = _bar(progress, "answers", len(turns), len(journal.rows))
         if len(journal.rows) < len(turns):
             # generating takes long, and is for nothing if the judge then does not answer
@@ -252,7 +252,7 @@ def _templates(folder: Path, method: str) -> dict[str, Template]:
 def _judge(judge: Endpoint, method: str, items: list[tuple[str, int, str]], out: Path, progress: Progress) -> dict:
     """The judge's verdict on each item, None where it gave none, by question and part."""
     settings = {"method": method, "judge": judge.model, "options": judge.options, "prompts": digest(items)}
-    with Journal(out / JUDGEMENTS, settings) as journal:
+    with AnswerJournal(out / JUDGEMENTS, settings) as journal:
         advance = _bar(progress, "judgements", len(items), len(journal.rows))
         waiting = [item for item in items if item[:2] not in journal.rows]
 

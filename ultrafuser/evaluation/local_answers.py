@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trainers.prompt_views import render
 
 from ..pretrained import generating, load_model, load_tokenizer
-from .answer_journal import Journal
+from .answer_journal import AnswerJournal
 from .answers import messages_of
 from .questions import Question
 
@@ -17,7 +17,7 @@ from .questions import Question
 def answer_locally(
     folder: Path,
     questions: list[Question],
-    journal: Journal,
+    journal: AnswerJournal,
     *,
     max_new_tokens: int = 1024,
     temperature: float = 0.0,

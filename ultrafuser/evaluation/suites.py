@@ -30,36 +30,26 @@ import re
 import shlex
 import urllib.request
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import jinja2
 import lm_eval.utils
 import torch
-import yaml
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 from modeling_ultrafuser import UltraFuserConfig
-from modeling_ultrafuser.files_ultrafuser import check_file, read_json
-from trainers.template_sandbox import render_task
+from modeling_ultrafuser.files_ultrafuser import read_json
 
 from ..atomic import sole_writer, write_whole
 from ..keys import check_address
 from ..pretrained import load_config, load_tokenizer, refusing_code
 from ..provenance import digest, provenance
-from ..yaml_files import MOST_BYTES, MOST_NESTED, parse_yaml
 from . import local_tasks, sandbox
 from .comparison import slug
-
-
-# of a task, under which regular expressions stand
-PATTERNS = ("regex_pattern", "regexes_to_ignore")
+from .foreign_tasks import LM_EVAL_JINJA, Elsewhere, are_strange, names_task, sandboxed
 
 
 class Suite(NamedTuple):
@@ -145,15 +135,15 @@ def run_suite(
             set, or if `out` holds a result of other settings.
         OSError: If the server does not answer.
     """
-    strange = include is not None and not trust_remote_code and _strange(Path(include))
+    strange = include is not None and not trust_remote_code and are_strange(Path(include))
     # tasks are templates that others wrote; those that nobody vouches for are rendered where they can do nothing else
-    lm_eval.utils.env = _Elsewhere() if strange else _sandboxed(_THEIRS)
+    lm_eval.utils.env = Elsewhere() if strange else sandboxed(LM_EVAL_JINJA)
     out = Path(out)
     shots = {}
     for name in names:
         suite = SUITES.get(name, Suite((name,)))
         shots |= dict.fromkeys(suite.tasks, suite.shots)
-    with _named(include, strange):
+    with names_task(include, strange):
         manager = _task_manager(shots, include)
     _check_names(shots, manager)
     if not run_code:
@@ -175,7 +165,7 @@ def run_suite(
             if task in found:
                 continue
             model = model or get_model(backend)(**run_with, batch_size=batch_size, **_device(backend))
-            with _named(task, strange):
+            with names_task(task, strange):
                 evaluated = simple_evaluate(
                     model,
                     tasks=[task],
@@ -242,95 +232,6 @@ def _check_nothing_runs_code(tasks: Iterable[str], manager: TaskManager) -> None
             f"Code that a model wrote is executed only when asked for, but {unsafe} do so. Set `--run-code` "
             f"(`run_code=True`), preferably in a container, or leave them out."
         )
-
-
-def _strange(folder: Path) -> bool:
-    """Whether tasks are others' than those that `local_tasks.write` wrote; refused if they name functions, which are code."""
-    strange = False
-    for file in sorted(p for p in folder.rglob("*") if p.suffix in (".yaml", ".yml") and not p.is_dir()):
-        check_file(file, MOST_BYTES)
-        text = file.read_bytes().decode("utf-8", "replace")
-        if local_tasks.wrote(file, text):
-            continue
-        strange = True
-        try:
-            foreign = [tag for tag in _tags(text) if not tag.startswith("tag:yaml.org,2002:")]
-            content = None if foreign else parse_yaml(text, file)
-            names = list(_values(content, "include"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"Tasks are YAML files, but {str(file)!r} cannot be read as one: {error}") from error
-        # what is included is read as well, whatever its name
-        foreign += [
-            f"include: {name}" for name in names if not (file.parent / name).is_file() or not name.endswith(".yaml")
-        ]
-        patterns = [value for key in PATTERNS for value in _values(content, key)]
-        if patterns and not foreign:
-            raise ValueError(
-                f"A pattern can be written so that matching an answer takes for ever, so those of strangers are not tried "
-                f"unasked, but {str(file)!r} has {patterns[0][:200]!r}. Read it; then --trust-remote-code "
-                f"(`trust_remote_code=True`) uses it."
-            )
-        if foreign:
-            raise ValueError(
-                f"Functions that tasks name are code, which is not run unasked, but {str(file)!r} has {foreign[0]!r}. "
-                f"Read it; then --trust-remote-code (`trust_remote_code=True`) runs it."
-            )
-    return strange
-
-
-def _tags(text: str) -> Iterator[str]:
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MOST_NESTED:
-            raise yaml.YAMLError(f"it is nested in more than {MOST_NESTED} levels")
-        if tag := getattr(event, "tag", None):
-            yield tag
-
-
-def _values(content, key: str) -> Iterator[str]:
-    """What stands under a key, wherever it is."""
-    if isinstance(content, dict):
-        yield from ([str(content[key])] if key in content else [])
-        content = list(content.values())
-    for inside in content if isinstance(content, list) else ():
-        yield from _values(inside, key)
-
-
-def _sandboxed(environment: jinja2.Environment) -> ImmutableSandboxedEnvironment:
-    """What renders lm-eval's tasks, as it is but for what a template could do."""
-    safe = ImmutableSandboxedEnvironment(
-        loader=environment.loader,
-        undefined=environment.undefined,
-        keep_trailing_newline=environment.keep_trailing_newline,
-    )
-    safe.filters.update(environment.filters)
-    return safe
-
-
-_THEIRS = lm_eval.utils.env
-
-
-class _Elsewhere:
-    """Stands for lm-eval's Jinja: what it compiles is rendered by another process, within limits."""
-
-    def from_string(self, template: str) -> SimpleNamespace:
-        return SimpleNamespace(render=lambda **row: render_task(template, row))
-
-
-@contextmanager
-def _named(task: object, strange: bool) -> Iterator[None]:
-    """Says in a sentence what fails in tasks that others wrote; what is wrong with lm-eval's own stays a fault."""
-    try:
-        yield
-    except Exception as error:
-        if not strange or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
-            raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(".")
-        raise ValueError(
-            f"A task says what is asked and how it is scored, but {str(task)[:200]!r} cannot be run by lm-eval: {reason}. "
-            f"Correct its file."
-        ) from error
 
 
 def _file_names(tasks: Iterable[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ PROMPT = "def area(width, height):\n"
 STREAMED = ("plain", "stacked")  # one token at a time, as a chat shows them
 
 
-def measure(
+def measure_decoding(
     model: UltraFuserForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],

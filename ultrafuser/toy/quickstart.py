@@ -122,8 +122,8 @@ def _run(out: Path, seed: int, schedule: Schedule) -> dict[str, dict[str, float]
     console.print("[bold]3/5[/] Fused; then stage one: the gate alone, on text the specialists have not seen")
     model = UltraFuserForCausalLM.from_specialists(folders)
     tokenizer = common_tokenizer(folders)
-    rows = {f"{d} specialist": measure(model.specialist(d), held_out) for d in DOMAINS}
-    rows["uniform fusion"] = measure(model, held_out)
+    rows = {f"{d} specialist": measure_losses(model.specialist(d), held_out) for d in DOMAINS}
+    rows["uniform fusion"] = measure_losses(model, held_out)
     data = {d: Dataset.from_dict(dict.fromkeys(("input_ids", "labels"), blocks[d]["fuse"].tolist())) for d in DOMAINS}
     settings = {"per_device_train_batch_size": 12, "examples_per_domain": 4, "max_length": LENGTH, "bf16": False}
     settings |= {"gradient_checkpointing": False, "seed": seed, **_QUIET}
@@ -132,13 +132,13 @@ def _run(out: Path, seed: int, schedule: Schedule) -> dict[str, dict[str, float]
     # the specialists do not change, so they run over the text once
     with TemporaryDirectory() as cache:
         train(CachedGateTrainer(model, arguments, data, processing_class=tokenizer, cache=cache), "gate")
-    rows["stage one: gate"] = measure(model, held_out)
+    rows["stage one: gate"] = measure_losses(model, held_out)
 
     console.print("[bold]4/5[/] Stage two: gate and specialists together")
     steps, rate = schedule.joint_steps, schedule.joint_rate
     arguments = JointStageConfig(str(out / "stage_two"), max_steps=steps, learning_rate=rate, **settings)
     train(JointTrainer(model, arguments, data, processing_class=tokenizer), "gate and specialists")
-    rows["stage two: everything"] = measure(model, held_out)
+    rows["stage two: everything"] = measure_losses(model, held_out)
 
     console.print("[bold]5/5[/] Saved, and reloaded in a process that cannot import this package")
     fused = out / "fused"
@@ -265,7 +265,7 @@ _QUIET = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", 
 
 
 @torch.inference_mode()
-def measure(model: PreTrainedModel, held_out: dict[str, Tensor], batch_size: int = 32) -> dict[str, float]:
+def measure_losses(model: PreTrainedModel, held_out: dict[str, Tensor], batch_size: int = 32) -> dict[str, float]:
     """Held-out loss by domain, in nats per token."""
     model.eval()
     losses = {}

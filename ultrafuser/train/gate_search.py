@@ -52,7 +52,7 @@ class Fit:
         return sum(self.losses.values()) / len(self.losses)
 
 
-def compare(
+def compare_gates(
     fused: FusedArguments,
     args: GateStageConfig,
     model_args: ModelConfig,

@@ -226,7 +226,7 @@ def test_a_teacher_that_stops_before_any_answer_leaves_an_earlier_set_alone(made
     out = tmp_path / "set"
     shutil.copytree(made[0], out)
     path = write_recipe(tmp_path, text__description="Something else entirely.", teacher__retries=0)
-    assert "cannot be reached" in make(path, out)["stopped"]
+    assert "could not be reached" in make(path, out)["stopped"]
     before, after = files(made[0]), files(out)
     assert {k: v for k, v in after.items() if "steps" not in k} == {
         k: v for k, v in before.items() if "steps" not in k
@@ -368,7 +368,7 @@ def test_much_is_not_made_unasked(tmp_path):
     path = write_recipe(tmp_path, teacher__price_out=1000)
     done = cli("make", path, "--out", tmp_path / "set")
     assert done.exit_code == 2
-    assert "Add --yes" in done.stderr
+    assert "Pass --yes" in done.stderr
     assert not (tmp_path / "set").exists()
 
 
@@ -380,4 +380,4 @@ def test_mistakes_are_told_in_words_by_the_command(tmp_path):
     path = write_recipe(tmp_path, teacher__retries=0)
     done = cli("make", path, "--out", tmp_path / "set", "--yes")
     assert done.exit_code == 1
-    assert "cannot be reached in 1 tries" in done.stderr
+    assert "could not be reached in one try" in done.stderr

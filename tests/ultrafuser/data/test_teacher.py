@@ -11,7 +11,7 @@ from tests.support.teacher_server import KEY, MODEL, TeacherServer, say, try_aga
 from ultrafuser.data.recipe import Budget
 from ultrafuser.data.recipe import Teacher as Settings
 from ultrafuser.data.teacher import Pace, Request, Teacher
-from ultrafuser.data.teacher_journal import Journal
+from ultrafuser.data.teacher_journal import ReplyJournal
 
 
 def questions(number):
@@ -24,7 +24,10 @@ def settings(server, **more):
 
 
 def ask(server, folder, requests, budget=None, **more):
-    with Journal(folder / "journal.jsonl") as journal, Teacher(settings(server, **more), journal, budget) as teacher:
+    with (
+        ReplyJournal(folder / "journal.jsonl") as journal,
+        Teacher(settings(server, **more), journal, budget) as teacher,
+    ):
         replies = teacher.ask(requests)
     return [None if reply is None else reply.text for reply in replies], teacher
 
@@ -70,9 +73,9 @@ def test_a_server_that_says_how_long_to_wait_is_not_asked_before(tmp_path, monke
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"model": "unheard-of"}, "does not know 'unheard-of'. Name a model"),
-        ({"api_key_variable": "WRONG_KEY"}, "does not accept the API key, which came from WRONG_KEY"),
-        ({"base_url": "http://127.0.0.1:9/v1", "retries": 0}, "cannot be reached in 1 tries"),
+        ({"model": "unheard-of"}, "does not know the model 'unheard-of'. Name a model"),
+        ({"api_key_variable": "WRONG_KEY"}, "refused the API key, which came from WRONG_KEY"),
+        ({"base_url": "http://127.0.0.1:9/v1", "retries": 0}, "could not be reached in one try"),
     ],
 )
 def test_a_server_that_cannot_serve_is_told_in_words_once(more, words, tmp_path, monkeypatch):
@@ -95,7 +98,7 @@ def test_a_server_that_goes_down_half_way_stops_the_run_with_what_there_is(tmp_p
 def test_a_slow_server_is_told_in_words(tmp_path):
     with TeacherServer(delay=0.5) as server:
         _, teacher = ask(server, tmp_path, questions(2), timeout=0.05, retries=0)
-    assert "did not answer within 0.05 s in 1 tries. Raise `teacher.timeout`" in teacher.stopped
+    assert "did not answer within 0.05 s in one try. Raise `teacher.timeout`" in teacher.stopped
 
 
 def test_a_request_that_is_refused_for_what_it_says_is_never_made_again(tmp_path):
@@ -111,9 +114,8 @@ def test_a_request_that_is_refused_for_what_it_says_is_never_made_again(tmp_path
 def test_a_server_that_refuses_the_very_first_request_is_asked_in_the_wrong_way(tmp_path):
     with TeacherServer(faults=(1, "400")) as server:
         _, teacher = ask(server, tmp_path, questions(50))
-        assert (
-            "refuses what is asked. A server that knows no schemas needs `teacher.structured: none`" in teacher.stopped
-        )
+        assert f"cannot take a request for {MODEL!r} with" in teacher.stopped
+        assert "A server that knows no schemas needs `teacher.structured: none`" in teacher.stopped
         assert len(server.bodies) <= 4
 
 
@@ -176,19 +178,19 @@ def entries(number):
 
 def test_a_journal_cut_at_any_byte_holds_the_whole_lines_before_the_cut(tmp_path):
     path = tmp_path / "journal.jsonl"
-    with Journal(path) as journal:
+    with ReplyJournal(path) as journal:
         for entry in entries(3):
-            journal.add(entry)
+            journal.write(entry)
     content = path.read_bytes()
     for length in range(len(content) + 1):
         path.write_bytes(content[:length])
-        with Journal(path) as journal:
+        with ReplyJournal(path) as journal:
             whole = content[:length].count(b"\n")
             assert len(journal) == whole
             assert journal.tokens_in == sum(range(whole))
             # and it can be gone on with
             for entry in entries(3)[whole:]:
-                journal.add(entry)
+                journal.write(entry)
             assert [journal.get(entry["key"]) for entry in entries(3)] == entries(3)
         assert path.read_bytes() == content
 
@@ -197,7 +199,7 @@ def test_a_journal_damaged_in_its_middle_is_refused_by_line(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_text('{"key": "a", "tokens_in": 1, "tokens_out": 1}\n{"key": \n')
     with pytest.raises(ValueError, match="line 2 of .* is damaged"):
-        Journal(path)
+        ReplyJournal(path)
 
 
 class Still(asyncio.SelectorEventLoop):

@@ -15,7 +15,7 @@ from ultrafuser.evaluation import contenders, evaluation_run
 from ultrafuser.evaluation.baselines import (
     ensemble,
 )
-from ultrafuser.evaluation.comparison import compare
+from ultrafuser.evaluation.comparison import compare_models
 from ultrafuser.evaluation.contenders import Comparison, merged, trained_choice, tuned_constant
 from ultrafuser.evaluation.evaluation_run import evaluate, left_out, tables, verdict
 from ultrafuser.evaluation.measurement import held_out, score
@@ -47,7 +47,7 @@ def comparison():
 
 
 def test_every_baseline_has_a_row_and_the_best_comes_first(comparison, tmp_path):
-    results = compare(comparison, tmp_path, more={"another": lambda: specialist("llama", layers=1)})
+    results = compare_models(comparison, tmp_path, more={"another": lambda: specialist("llama", layers=1)})
     names = [row["name"] for row in results["rows"]]
     assert {"fused", "uniform logits", "uniform probabilities", "random gate", "shuffled gate", "another"} < set(names)
     assert {"router: prompt perplexity", "prompt perplexity weights (PackLLM)", "text specialist"} < set(names)
@@ -124,23 +124,23 @@ def test_a_merge_has_the_best_factor_and_one_copy_is_held_at_a_time(tunable, mon
 def test_a_second_run_measures_only_what_is_missing_and_takes_up_no_scores_of_another(
     comparison, tmp_path, monkeypatch
 ):
-    first = compare(comparison, tmp_path, identity={"run": 1})
+    first = compare_models(comparison, tmp_path, identity={"run": 1})
     (tmp_path / "scores" / "uniform_logits.safetensors").unlink()
     ran = []
     run = Comparison.run
     monkeypatch.setattr(Comparison, "run", lambda self, *args, **more: ran.append(args) or run(self, *args, **more))
     comparison.found.clear()
-    second = compare(comparison, tmp_path, identity={"run": 1})
+    second = compare_models(comparison, tmp_path, identity={"run": 1})
     assert len(ran) == 1
     for row in (*first["rows"], *second["rows"]):
         row["cost"].pop("speed"), row["cost"].pop("tokens_per_second")
     assert second == first
     with pytest.raises(ValueError, match=r"there \{'run': 1\}, here \{'run': 2\}"):
-        compare(comparison, tmp_path, identity={"run": 2})
+        compare_models(comparison, tmp_path, identity={"run": 2})
 
 
 def test_merges_that_do_not_apply_are_left_out_with_the_reason(fused, data, tmp_path):
-    results = compare(Comparison(fused, fused, tokenizer(), {"text": data}, {}), tmp_path)
+    results = compare_models(Comparison(fused, fused, tokenizer(), {"text": data}, {}), tmp_path)
     assert len(results["left_out"]) == 4 + 8
     said = left_out(results)
     assert len(said) == 3
@@ -155,7 +155,7 @@ def test_merges_that_do_not_apply_are_left_out_with_the_reason(fused, data, tmp_
 def test_a_contender_may_not_take_the_name_of_another(comparison, tmp_path):
     for name in ("fused", "Uniform_logits"):
         with pytest.raises(ValueError, match=f"{name!r} is, or is written like, one of"):
-            compare(comparison, tmp_path, more={name: lambda: specialist("llama")})
+            compare_models(comparison, tmp_path, more={name: lambda: specialist("llama")})
     assert not list(tmp_path.iterdir())
 
 
@@ -228,7 +228,7 @@ def test_examples_are_cut_to_the_models_context(comparison, tmp_path, monkeypatc
     tokenizer().save_pretrained(tmp_path / "fused")
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": LINES[2]}))
     seen = []
-    monkeypatch.setattr(evaluation_run, "compare", lambda comparison, *_, **__: seen.append(comparison) or {})
+    monkeypatch.setattr(evaluation_run, "compare_models", lambda comparison, *_, **__: seen.append(comparison) or {})
     found = evaluate(str(tmp_path / "fused"), {"text": str(tmp_path / "text.jsonl")}, tmp_path, prompt_tokens=5)
     assert seen[0].data["text"].input_ids.shape == (1, 20)
     assert found["config"]["max_length"] == 20

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tests.support.judge_server import GREETING, ROWS, Server
 from ultrafuser.cli.app import app
 from ultrafuser.evaluation import judgements
-from ultrafuser.evaluation.answer_journal import Journal
+from ultrafuser.evaluation.answer_journal import AnswerJournal
 from ultrafuser.evaluation.endpoint import Endpoint, EndpointError
 from ultrafuser.evaluation.judge_scores import grading_scores, length_controlled, pairwise_scores
 from ultrafuser.evaluation.questions import Question
@@ -222,10 +222,10 @@ def test_a_killed_run_is_taken_up_where_it_was(serve, questions, tmp_path):
     script = """
 import sys
 from pathlib import Path
-from ultrafuser.evaluation import judging
+from ultrafuser.evaluation import judgements
 from ultrafuser.evaluation.endpoint import Endpoint
 judge = Endpoint("judge", sys.argv[1], concurrency=1)
-judging.run(judge, questions=sys.argv[2], judge=judge, out=Path(sys.argv[3]), method="grading")
+judgements.run(judge, questions=sys.argv[2], judge=judge, out=Path(sys.argv[3]), method="grading")
 """
     process = subprocess.Popen([sys.executable, "-c", script, server.url, questions, tmp_path / "out"])
     assert stuck.wait(120)
@@ -325,16 +325,16 @@ def test_two_models_are_compared_with_each_other(serve, questions, tmp_path):
 
 def test_a_half_written_line_is_cut_off_and_done_again(tmp_path):
     path = tmp_path / "journal.jsonl"
-    with Journal(path, {"a": 1}) as journal:
+    with AnswerJournal(path, {"a": 1}) as journal:
         journal.add("x", 0, answer="é\u2028\n")
         whole = path.read_bytes()
         journal.add("y", 0, answer="gone")
     path.write_bytes(path.read_bytes()[:-4])
-    with Journal(path, {"a": 1}) as journal:
+    with AnswerJournal(path, {"a": 1}) as journal:
         assert journal.rows == {("x", 0): {"id": "x", "part": 0, "answer": "é\u2028\n"}}
         assert path.read_bytes() == whole
     path.write_bytes(b'{"a"')
-    with Journal(path, {"a": 2}) as journal:
+    with AnswerJournal(path, {"a": 2}) as journal:
         assert journal.rows == {}
     assert path.read_bytes() == b'{"a": 2}\n'
 

@@ -100,7 +100,7 @@ def test_an_update_takes_the_earlier_model_s_files_out_and_leaves_other_people_s
     assert "Of the model that is there now, these go" in done.said
     assert "model.safetensors" in done.said
     assert "chat_template.jinja" in done.said
-    assert "Add --yes" in done.said
+    assert "Pass --yes" in done.said
     assert seen("lab/update") == seen(folder)
     assert commands.run("push", models / "second", "lab/update", "--yes").code == 0
     _, now = server.tree("lab/update")

@@ -20,7 +20,7 @@ from tests.support.http_clients import (
     until,
 )
 from tests.support.tiny import specialist, stir_gate, tokenizer
-from ultrafuser.serve import guard, server  # noqa: E402
+from ultrafuser.serve import guard, served_model, server  # noqa: E402
 
 
 pytest.importorskip("fastapi")
@@ -171,8 +171,10 @@ def test_one_request_that_takes_for_ever_does_not_hold_up_another(port, model):
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
 def test_a_client_that_hangs_up_while_its_prompt_is_read_stops_at_the_next_layer(path, stream, model, monkeypatch):
     asked = []
-    make = server.Asked.__init__
-    monkeypatch.setattr(server.Asked, "__init__", lambda self, *given: (make(self, *given), asked.append(self))[0])
+    make = served_model.Asked.__init__
+    monkeypatch.setattr(
+        served_model.Asked, "__init__", lambda self, *given: (make(self, *given), asked.append(self))[0]
+    )
     text = "9" * (100 if path == COMPLETIONS else 100 - len("<user>\n<assistant>"))
     body = {CHAT: conversation(text), COMPLETIONS: {"prompt": text}, RESPONSES: {"input": text}}[path]
     with running(app(model)) as port, Held(model, tokens=100) as held:
@@ -186,7 +188,7 @@ def test_a_client_that_hangs_up_while_its_prompt_is_read_stops_at_the_next_layer
 
 
 def test_a_client_that_hangs_up_while_it_waits_is_not_answered_at_all(model, monkeypatch):
-    monkeypatch.setattr(server, "AT_ONCE", 1)
+    monkeypatch.setattr(served_model, "AT_ONCE", 1)
     with running(app(model)) as port, Held(model, tokens=100) as held:
         first = opened(port, request({"prompt": "9" * 100, "max_tokens": 1}))
         held.reached.wait(30)
@@ -203,7 +205,7 @@ def test_a_client_that_hangs_up_while_it_waits_is_not_answered_at_all(model, mon
 
 
 def test_more_requests_than_may_wait_are_refused_in_words_and_room_is_made_again(model, monkeypatch):
-    monkeypatch.setattr(server, "AT_ONCE", 1)
+    monkeypatch.setattr(served_model, "AT_ONCE", 1)
     monkeypatch.setattr(server, "WAITING", 0)
     with running(app(model)) as port, Held(model, tokens=100) as held, ThreadPoolExecutor() as pool:
         first = pool.submit(ask, port, COMPLETIONS, {"prompt": "9" * 100, "max_tokens": 1})

@@ -20,7 +20,7 @@ from tests.support.http_clients import (
 from tests.support.tiny import specialist, stir_gate, tokenizer
 from ultrafuser.cli.app import app as command_line  # noqa: E402
 from ultrafuser.serve import guard, server  # noqa: E402
-from ultrafuser.serve.server import template_variables  # noqa: E402
+from ultrafuser.serve.request_fields import template_variables  # noqa: E402
 
 
 pytest.importorskip("fastapi")

@@ -10,17 +10,17 @@ import pytest
 from rich.console import Console
 
 from tests.support.teacher_server import MODEL, TeacherServer, _send, completion, say, try_again_at_once, write_recipe
-from ultrafuser import replies
+from ultrafuser import openai_client
 from ultrafuser.data.recipe import Teacher as Settings
 from ultrafuser.data.recipe import load_recipe
 from ultrafuser.data.synthesis_run import make_set
 from ultrafuser.data.teacher import Request, Teacher
-from ultrafuser.data.teacher_journal import Journal
+from ultrafuser.data.teacher_journal import ReplyJournal
 from ultrafuser.data.teacher_output import LONGEST, LONGEST_ITEM, read_items
 from ultrafuser.evaluation import judgements
-from ultrafuser.evaluation.answer_journal import Journal as Answers
+from ultrafuser.evaluation.answer_journal import AnswerJournal
 from ultrafuser.evaluation.answers import answer_through
-from ultrafuser.evaluation.endpoint import Endpoint
+from ultrafuser.evaluation.endpoint import Endpoint, EndpointError
 from ultrafuser.evaluation.questions import Question
 
 
@@ -116,7 +116,7 @@ def asked(number, odd_at=None):
 
 def ask(server, folder, requests, **more):
     settings = {"base_url": server.url, "model": MODEL, "concurrency": 1, "timeout": 5, "retries": 1, **more}
-    with Journal(folder / "journal.jsonl") as journal, Teacher(Settings(**settings), journal) as teacher:
+    with ReplyJournal(folder / "journal.jsonl") as journal, Teacher(Settings(**settings), journal) as teacher:
         return [reply and reply.text for reply in teacher.ask(requests)], teacher
 
 
@@ -143,7 +143,7 @@ def test_a_body_of_brackets_without_end_is_given_up(tmp_path, monkeypatch):
 
 def test_a_body_without_end_is_given_up_before_it_fills_the_memory(tmp_path, monkeypatch):
     try_again_at_once(monkeypatch)
-    monkeypatch.setattr(replies, "LONGEST_BODY", 1_000_000)
+    monkeypatch.setattr(openai_client, "LONGEST_BODY", 1_000_000)
     with OddServer(lambda request: b" " * 1_500_000) as server:
         found, teacher = ask(server, tmp_path, asked(3, odd_at=1))
     assert teacher.stopped is None
@@ -161,8 +161,8 @@ def test_a_server_that_never_sends_a_reply_is_stopped_and_nothing_of_it_is_kept(
 def test_a_reply_longer_than_any_is_kept_in_part_and_counts_as_cut_off():
     message = SimpleNamespace(content="a" * 3_000_000)
     choice = SimpleNamespace(message=message, finish_reason="stop")
-    text, finish = replies.reply_of(SimpleNamespace(choices=[choice]))
-    assert (len(text), finish) == (replies.LONGEST_TEXT, "length")
+    text, finish = openai_client.reply_of(SimpleNamespace(choices=[choice]))
+    assert (len(text), finish) == (openai_client.LONGEST_TEXT, "length")
 
 
 @pytest.mark.parametrize("told", [-(10**9), "many", None, True, 1.5, [7], float("nan")])
@@ -240,8 +240,8 @@ def test_one_odd_answer_or_judgement_is_recorded_and_the_rest_is_judged(who, nam
 
 def test_a_model_that_never_answers_is_told_and_nothing_of_it_is_kept(tmp_path):
     questions = [Question(q["id"], q["turns"]) for q in QUESTIONS]
-    with OddServer(as_json("no choices"), word="What") as server, Answers(tmp_path / "a.jsonl", {}) as journal:
-        with pytest.raises(RuntimeError, match="no chat completion"):
+    with OddServer(as_json("no choices"), word="What") as server, AnswerJournal(tmp_path / "a.jsonl", {}) as journal:
+        with pytest.raises(EndpointError, match="no chat completion"):
             asyncio.run(answer_through(Endpoint(MODEL, server.url, retries=0), questions, journal))
         assert journal.rows == {}
 

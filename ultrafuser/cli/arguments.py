@@ -1,0 +1,46 @@
+"""Arguments and options that several commands share, and how NAME=VALUE is read."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+Folder = Annotated[Path, typer.Argument(help="Folder of a fused model.")]
+Model = Annotated[str, typer.Argument(help="Folder of a fused model, or its id on the Hub.")]
+SpecialistName = Annotated[str, typer.Argument(help="Name of the specialist.")]
+Out = Annotated[Path, typer.Option(help="Folder to write; it must be empty or not exist.")]
+Base = Annotated[str | None, typer.Option(help="Base of the adapters, if it is not where they say.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's or tokenizer's folder.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Everything in JSON, for programs.")]
+
+
+def named(texts: list[str] | None, what: str) -> dict[str, str]:
+    """Reads NAME=VALUE arguments into a dict.
+
+    Args:
+        texts: The arguments.
+        what: Name of the option, for the error.
+
+    Raises:
+        typer.BadParameter: If one is of another form, or two have one name.
+    """
+    pairs = [text.partition("=") for text in texts or []]
+    for text, (name, _, value) in zip(texts or [], pairs, strict=True):
+        if not name or not value:
+            raise typer.BadParameter(f"{what} must be NAME=VALUE, but got {text!r}.")
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise typer.BadParameter(f"{what} must have a name each, but the names are {names}.")
+    return {name: value for name, _, value in pairs}
+
+
+def loading_code(out: Path | str, revision: str | None = None) -> str:
+    """Returns the Python that loads a fused folder or repository and its tokenizer."""
+    of = f'"{out}", revision="{revision}"' if revision else f'"{out}"'
+    return "\n".join(
+        f"{variable} = {auto}.from_pretrained({of}, trust_remote_code=True)"
+        for variable, auto in (("model", "AutoModelForCausalLM"), ("tokenizer", "AutoTokenizer"))
+    )

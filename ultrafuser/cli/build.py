@@ -1,0 +1,178 @@
+"""Commands that build and change folders of fused models."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..plain import Console, echo
+from ..strategies import DEFAULT_GATE, FUSION_HELP, GATE_HELP, SPARSIFIER_HELP
+from .arguments import Base, Folder, Json, Out, SpecialistName, loading_code, named
+from .group import Group, hide_bars, hide_trl_warning
+
+
+group = Group("Fuse")
+
+
+@group.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("ultrafuser-quickstart"),
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+) -> None:
+    """Make three small specialists, fuse them, train both stages and show what came out. Offline, on the CPU.
+
+    Example: ultrafuser quickstart --out /tmp/quickstart
+    """
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    # bars for what takes long only: training
+    hide_bars()
+    hide_trl_warning()
+    # heavy imports only once they are needed, so that --help answers at once
+    from ..toy import quickstart as module
+
+    module.run(out, seed=seed, overwrite=overwrite)
+
+
+@group.command()
+def check(
+    specialists: Annotated[
+        list[str], typer.Argument(help="Folders or ids on the Hub, each ID, ID@REVISION or NAME=...; two or more.")
+    ],
+    dtype: Annotated[
+        str, typer.Option(help="dtype of the fused model. Default: the one that all specialists share.")
+    ] = "auto",
+    fusion: Annotated[str, typer.Option(help=FUSION_HELP)] = "logits",
+    gate: Annotated[str, typer.Option(help=GATE_HELP)] = DEFAULT_GATE,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Do these models fit together, and what would fusing them take? Reads no weights. Exit status 2 if they do not.
+
+    Example: ultrafuser check Qwen/Qwen2.5-7B-Instruct Qwen/Qwen2.5-Coder-7B-Instruct Qwen/Qwen2.5-Math-7B-Instruct
+    """
+    from ..check import checks, findings, metadata, render
+
+    hide_bars()
+    judgement = checks.judge(metadata.parse(specialists), dtype=dtype, fusion=fusion, gate=gate, base=base)
+    if as_json:
+        echo(json.dumps(render.as_dict(judgement), indent=1))
+    else:
+        render.show(judgement, Console())
+    if judgement.verdict == findings.BLOCKS:
+        raise typer.Exit(2)
+
+
+@group.command()
+def fuse(
+    what: Annotated[list[str], typer.Argument(help="NAME=ID or NAME=FOLDER of each specialist; or one YAML recipe.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; it must be empty or not exist.")] = None,
+    gate: Annotated[str | None, typer.Option(help=f"{GATE_HELP} Default: {DEFAULT_GATE}.")] = None,
+    fusion: Annotated[str | None, typer.Option(help=f"{FUSION_HELP} Default: logits.")] = None,
+    gate_sparsifier: Annotated[str | None, typer.Option(help=f"{SPARSIFIER_HELP} Default: none.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="dtype of the weights, such as bfloat16. Default: the one that all specialists share."),
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Name of the specialist whose chat template to take.")
+    ] = None,
+    revision: Annotated[list[str] | None, typer.Option(help="NAME=COMMIT, branch or tag; may be given again.")] = None,
+    base: Base = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its sizes; load no weights.")] = False,
+) -> None:
+    """Fuse specialists into one model's folder. Its new gate weighs all alike: train it next.
+
+    Example: ultrafuser fuse text=Qwen/Qwen2.5-1.5B-Instruct code=Qwen/Qwen2.5-Coder-1.5B-Instruct --out fused --chat-template text --dry-run
+    """
+    from ..build.recipes import read_recipe
+
+    choices = {
+        "specialist_revisions": named(revision, "--revision") or None,
+        "base": base,
+        "chat_template": chat_template,
+        "gate": gate,
+        "fusion": fusion,
+        "gate_sparsifier": gate_sparsifier,
+    }
+    choices = {key: value for key, value in choices.items() if value is not None}
+    by_name = len(what) > 1 or "=" in what[0]
+    recipe = read_recipe(named(what, "Specialists") if by_name else Path(what[0])).choose(choices, dtype)
+    if dry_run:
+        from ..check.render import show
+
+        judgement = recipe.plan()
+        show(judgement, Console())
+        raise typer.Exit(2 if judgement.verdict == "blocks" else 0)
+    out = out or recipe.out
+    if out is None:
+        raise typer.BadParameter("say which folder to write: --out, or `out` in the recipe.")
+    recipe.build(out, say=echo)
+    echo(f"Wrote {str(out)!r}. To load it:\n\n{loading_code(out)}")
+
+
+@group.command()
+def add(
+    folder: Folder,
+    newcomer: Annotated[str, typer.Argument(help="NAME=ID or NAME=FOLDER.")],
+    out: Out,
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of its repository.")] = None,
+) -> None:
+    """Put one more specialist into a fused model; what the gate learned about the others stays.
+
+    Example: ultrafuser add fused medicine=owner/medicine-1.5b --out fused-4
+    """
+    from ..build import specialist_edits
+
+    [(name, source)] = named([newcomer], "The argument").items()
+    specialist_edits.add(folder, name, source, out, revision=revision)
+    echo(f"Wrote {str(out)!r}. The gate has not been trained on {name!r} yet: train it.")
+
+
+@group.command()
+def remove(folder: Folder, name: SpecialistName, out: Out) -> None:
+    """Take a specialist out of a fused model; what the gate learned about the others stays.
+
+    Example: ultrafuser remove fused math --out fused-2
+    """
+    from ..build import specialist_edits
+
+    specialist_edits.remove(folder, name, out)
+    echo(f"Wrote {str(out)!r}.")
+
+
+@group.command()
+def specialist(folder: Folder, name: SpecialistName, out: Out) -> None:
+    """One specialist of a fused model back, as an ordinary model's folder with its tokenizer.
+
+    Example: ultrafuser specialist fused code --out code-again
+    """
+    from ..build import specialist_edits
+
+    specialist_edits.take_out(folder, name, out)
+    echo(f"Wrote {str(out)!r}, which loads with AutoModelForCausalLM and needs no code of ours.")
+
+
+@group.command()
+def refer(
+    folder: Folder,
+    out: Out,
+    specialists: Annotated[
+        list[str] | None, typer.Option(help="NAME=ID, NAME=ID@COMMIT or NAME=FOLDER, if the folder does not say.")
+    ] = None,
+    base: Base = None,
+) -> None:
+    """Write a fused model without its specialists: the gate, and where they are. `ultrafuser fuse` makes it whole again.
+
+    Example: ultrafuser refer fused --out refs && ultrafuser fuse refs/refs.yaml --out fused-again
+    """
+    from ..build import reference
+
+    reference.refer(folder, out, specialists=specialists, base=base, say=echo)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    echo(
+        f"Wrote {str(out)!r}, {size:,} bytes. To have the whole model again: ultrafuser fuse {out / reference.RECIPE} "
+        f"--out FOLDER"
+    )

@@ -1,0 +1,142 @@
+"""Commands that put a fused model to use."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..plain import Console, echo
+from .arguments import Model
+from .group import Group
+
+
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+AllowHost = Annotated[
+    list[str] | None, typer.Option(help="Further name under which the server may be asked for; may be given again.")
+]
+AllowOrigin = Annotated[
+    list[str] | None, typer.Option(help="Web page that may ask, https://example.org; may be given again.")
+]
+KeyVariable = Annotated[str, typer.Option(help="Environment variable of the key that clients must send.")]
+WithoutKey = Annotated[bool, typer.Option("--without-key", help="Let others than this machine ask without a key.")]
+KEY_VARIABLE = "ULTRAFUSER_KEY"
+
+group = Group("Use")
+
+
+@group.command()
+def chat(
+    model: Model,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    decoding: Annotated[str, typer.Option(help="plain; stacked; or auto: what is faster, by measurement.")] = "plain",
+) -> None:
+    """Chat in the terminal, every token coloured by the specialist that leads. Or pipe one prompt per line into it.
+
+    Example: ultrafuser chat fused
+    """
+    from ..fused_folders import open_fused
+    from ..serve.chat import Chat, typed
+    from ..serve.decode_benchmark import for_chat
+
+    console = Console()
+    fused, tokenizer = open_fused(model)
+    conversation = Chat(for_chat(fused, tokenizer, decoding), tokenizer, console, max_new_tokens=max_new_tokens)
+    conversation.run(typed(console) if sys.stdin.isatty() else sys.stdin)
+
+
+@group.command()
+def speed(
+    model: Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Example prompt to measure with; repeat it to form a batch.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=8, help="Tokens to generate for each prompt.")] = 64,
+    compile_steps: Annotated[
+        bool, typer.Option("--compile", help="Also measure strategies that compile (takes minutes).")
+    ] = False,
+    assistant: Annotated[str | None, typer.Option(help="Small model of the same tokenizer, to draft.")] = None,
+) -> None:
+    """Benchmark every decoding strategy on this machine, beside each specialist alone.
+
+    Example: ultrafuser speed fused --prompt "def area(width, height):"
+    """
+    from ..fused_folders import open_fused
+    from ..serve import decode_benchmark
+
+    fused, tokenizer = open_fused(model)
+    prompts = prompt or [decode_benchmark.PROMPT]
+    alone, found = decode_benchmark.measure_decoding(
+        fused, tokenizer, prompts, new_tokens=new_tokens, compile_steps=compile_steps, assistant=assistant
+    )
+    Console().print(decode_benchmark.table(fused, alone, found))
+    for way, reason in found.left_out.items():
+        echo(f"Not {way}: {reason}")
+    echo(
+        f"In Python, the fastest: model, options = ultrafuser.decoding.choosing.decoder(model, {found.fastest!r}); "
+        f"model.generate(**inputs, **options)"
+    )
+
+
+@group.command()
+def serve(
+    folder: Annotated[str, typer.Argument(help="Folder of a fused model: its name in requests.")],
+    host: Host = "localhost",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    allow_host: AllowHost = None,
+    allow_origin: AllowOrigin = None,
+    key_variable: KeyVariable = KEY_VARIABLE,
+    without_key: WithoutKey = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0 and so on.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="dtype of the weights. Default: as saved.")] = "auto",
+    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 and so on.")] = None,
+    continuous_batching: Annotated[
+        bool,
+        typer.Option("--continuous-batching", help="One paged cache for all requests; sampling is the model's own."),
+    ] = False,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="""JSON, variables of the chat template: '{"enable_thinking": false}'.""")
+    ] = None,
+) -> None:
+    """Serve one fused model behind OpenAI's protocol, with transformers' handlers. Nobody can make it load another.
+
+    Example: ultrafuser serve fused --port 8000
+    """
+    from ..serve.guard import host_names, key_for
+    from ..serve.request_fields import template_variables
+    from ..serve.server import serve as run
+
+    key = key_for(host, key_variable, without_key)
+    variables = template_variables(chat_template_kwargs)
+    loading = {"device_map": device, "dtype": dtype}
+    if attn_implementation is not None:
+        loading["attn_implementation"] = attn_implementation
+    settings = {"hosts": host_names(host, allow_host or ()), "origins": allow_origin or ()}
+    settings |= {"continuous_batching": continuous_batching, "template_variables": variables}
+    run(folder, host, port, key, loading, **settings)
+
+
+@group.command()
+def demo(
+    model: Model,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    allow_host: AllowHost = None,
+    allow_origin: AllowOrigin = None,
+    key_variable: KeyVariable = KEY_VARIABLE,
+    without_key: WithoutKey = False,
+) -> None:
+    """A web page to chat with a fused model, coloured by who speaks, with sliders that steer the gate.
+
+    Example: ultrafuser demo fused --port 7860
+    """
+    from ..fused_folders import open_fused
+    from ..serve import demo as web
+    from ..serve.guard import host_names, key_for, run
+
+    key = key_for(host, key_variable, without_key)
+    name = Path(model).resolve().name if Path(model).exists() else model
+    settings = {"hosts": host_names(host, allow_host or ()), "origins": allow_origin or (), "key": key}
+    page = web.application(*open_fused(model), name, **settings)
+    echo(f"Open http://{host}:{port}. End it with Ctrl-C.")
+    run(page, host, port)

@@ -1,1 +1,0 @@
-"""A metric for the `evaluate` library."""
