@@ -203,7 +203,7 @@ def check_adapter(name: str, config: dict) -> None:
 
 
 def _rejected(fact: str, rule: str, way_out: str = "Download it again.") -> Refusal:
-    return Refusal("adapter", fact, rule, way_out)
+    return Refusal("model", fact, rule, way_out)
 
 
 def _odd(name: str, field: str, value) -> Refusal:

@@ -172,7 +172,7 @@ def test_what_evaluate_has_finished_is_named_if_it_is_damaged(tmp_path):
     with pytest.raises(ValueError, match=r"run.json.* does not hold JSON"):
         _check_identity(tmp_path, {})
     (scores / "fused.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match=r"fused.safetensors.* is not: its header should have"):
+    with pytest.raises(ValueError, match=r"fused.safetensors.* is not whole: its header should have"):
         _kept(scores / "fused.safetensors", None)
 
 
