@@ -1,4 +1,4 @@
-"""What specialists cost that are LoRA adapters of one base, beside one of them: `python -m benchmarks.adapters`.
+"""Measures specialists that are LoRA adapters of one base, beside one of them: `python -m benchmarks.adapters`.
 
 One specialist is the base with an adapter merged into it, in transformers. Against it: three adapters on one base as a
 fused model, three merged specialists fused, and PEFT's own batch of three rows with an adapter each (`adapter_names`),
@@ -114,7 +114,7 @@ def check_alike(models: dict[str, PreTrainedModel]) -> None:
 
 
 def seconds(model: PreTrainedModel) -> dict[str, float]:
-    """Of a step, and of reading a prompt."""
+    """Measures a step, and reading a prompt."""
     return {"step": steps(model), "prompt": prompt(model)}
 
 

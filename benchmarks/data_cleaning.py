@@ -225,7 +225,7 @@ PLANTS = {
 
 
 def recall(number: int = 1200, planted: float = 0.4, seed: int = 0, processes: int = 1) -> dict:
-    """Of each plant, how many the filter of its name finds; of all other records, which are dropped, and why."""
+    """Counts, for each plant, those that the filter of its name finds; of all other records, those dropped, and why."""
     rng = random.Random(seed)
     found, evaluation = pools(seed=seed)
     rows = list(records(number, used_once(found, rng), evaluation, rng, planted))
@@ -262,12 +262,12 @@ def run(number: int, processes: int) -> dict:
 
 
 def processor_seconds() -> float:
-    """Of this process and its children that have ended: what other work on the machine does not change much."""
+    """Returns the processor time of this process and its finished children, which other work on the machine changes little."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def watched(command: list[str]) -> tuple[dict, float]:
-    """What a command printed last, and the most memory that it and its children held together, in MiB."""
+    """Returns the last line that a command printed, and the peak memory of it and its children together, in MiB."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     tree, peak = psutil.Process(process.pid), 0
     while process.poll() is None:

@@ -1,4 +1,4 @@
-"""What decoding with a fused model costs, beside one specialist: `python -m benchmarks.decoding QUICKSTART/fused`.
+"""Measures decoding with a fused model, beside one specialist: `python -m benchmarks.decoding QUICKSTART/fused`.
 
 Times are process CPU seconds of one thread. Ways to be compared take turns within each round, and every number is the
 ratio to one specialist in the same round: the median over rounds, with the smallest and the largest. Fused ways must give
@@ -129,7 +129,7 @@ def steps(model, call: Callable, ids: Tensor, static: bool = False) -> float:
 
 
 def last(model, call: Callable, ids: Tensor) -> Tensor:
-    """What it says after all of the text, read one token at a time after the context."""
+    """Computes the logits after the text, which is read one token at a time after the context."""
     cache = StaticCache(config=model.config, max_cache_len=CONTEXT + STEPS)
     model(ids[:, :CONTEXT], past_key_values=cache, use_cache=True)
     return [
@@ -196,7 +196,7 @@ def passes_per_token(fused: UltraFuserForCausalLM, prompts: dict[str, list[Tenso
 
 @contextmanager
 def counted(fused: UltraFuserForCausalLM) -> Iterator[dict[str, int]]:
-    """How often each specialist and the gate run meanwhile."""
+    """Counts how often each specialist and the gate run meanwhile."""
     modules = {**fused.model.specialists, "gate": fused.model.fusion_gate}
     calls = dict.fromkeys(modules, 0)
 
@@ -210,7 +210,7 @@ def counted(fused: UltraFuserForCausalLM) -> Iterator[dict[str, int]]:
 
 
 def block_ways(fused: UltraFuserForCausalLM) -> Ways:
-    """What a round of self-drafting costs besides its drafts: the other two specialists, the gate and the head."""
+    """Measures a round of self-drafting without its drafts: the other two specialists, the gate and the head."""
     one, ids = fused.specialist("text"), torch.randint(3, 1000, (1, CONTEXT + STEPS))
     backbones = list(fused.model.specialists.values())
 

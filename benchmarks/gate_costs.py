@@ -1,4 +1,4 @@
-"""What each gate costs, beside the paper's: `python -m benchmarks.gate_costs`.
+"""Measures each gate, beside the paper's: `python -m benchmarks.gate_costs`.
 
 The same three random Llamas of 36 million parameters each under every gate, in float32 with one thread: processor time of a
 token, read alone with a context in the cache, and of a prompt. Gates take turns within each round, and every number is the

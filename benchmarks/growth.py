@@ -1,4 +1,4 @@
-"""How the cost of a fused model grows: `python -m benchmarks.growth`.
+"""Measures how the cost of a fused model grows: `python -m benchmarks.growth`.
 
 One thing is varied at a time: the number of specialists, the rows of a batch, the length of the text before, and the
 vocabulary. Each number is a fused model's time over one specialist's under the same conditions, as ordinary and as

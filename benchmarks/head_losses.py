@@ -109,7 +109,7 @@ def measure_loss(way: Callable, config, stage: str, inputs: tuple[Tensor, ...]) 
 
 
 def scaled(hidden: Tensor, weights: Tensor) -> Tensor:
-    """What the backbone of a mixture of logits returns."""
+    """Returns the output of a backbone that mixes logits."""
     own = zip(hidden.chunk(SPECIALISTS, -1), weights.split(1, -1), strict=True)
     return torch.cat([w * h for h, w in own], -1)
 
@@ -139,7 +139,7 @@ def wide_head(config, stage, hidden, weights, head, targets) -> Tensor:
 
 
 def trl_kernel(config, stage, hidden, weights, head, targets) -> Tensor:
-    """What TRL's trainers do with a model that is one linear head."""
+    """Computes the loss as TRL's trainers do for a model that is one linear head."""
     outputs = ("log_probs", "entropy", "is_top1")
     states = scaled(hidden, weights)
     size = _CHUNKED_LOGPROB_CHUNK_SIZE
@@ -147,7 +147,7 @@ def trl_kernel(config, stage, hidden, weights, head, targets) -> Tensor:
 
 
 def chunked(config, stage, hidden, weights, head, targets) -> Tensor:
-    """What the trainers of this package do."""
+    """Computes the loss as the trainers of this package do."""
     own = head_of(config)
     states = own.rule(hidden.chunk(SPECIALISTS, -1), weights)
     return -own.score(states, weights, head, targets, gate_only=stage == "gate")[0].mean()

@@ -176,7 +176,7 @@ def x_lora(base: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def generated(model: nn.Module, **options) -> Callable[[Tensor, int], Tensor]:
-    """What transformers' `generate` says."""
+    """Generates with transformers' `generate`."""
     return lambda ids, new: model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **options
     )
@@ -194,7 +194,7 @@ def routed(moe: PreTrainedModel, count: int) -> Callable[[Tensor, int], Tensor]:
 
 
 def loop_of_logits(models: list[PreTrainedModel]) -> Callable[[Tensor, int], Tensor]:
-    """What one would write oneself: every model with its own cache, and logits averaged."""
+    """Writes the loop by hand: every model with its own cache, and logits averaged."""
 
     def way(ids: Tensor, new: int) -> Tensor:
         caches, unread = [None] * len(models), ids
@@ -288,7 +288,7 @@ def weight_bytes(models: list[nn.Module]) -> int:
 
 
 def tokens_in_a_round(drafting: Row, ids: Tensor, new: int) -> float:
-    """How far a round of self-drafting gets. The gate weighs the prompt first, then each round."""
+    """Counts the tokens of a round of self-drafting. The gate weighs the prompt first, then each round."""
     calls = []
     hook = drafting.models[0].model.fusion_gate.register_forward_hook(lambda *_: calls.append(1))
     drafting.way(ids, 1 + new)

@@ -30,7 +30,7 @@ def compare_ways(ways: Mapping[str, Callable[[], Mapping[str, float]]], rounds: 
 
 
 def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list]:
-    """What every way returns, round by round: each runs once per round."""
+    """Returns the measurements of every way, round by round: each runs once per round."""
     rounds_of_all = [{name: run() for name, run in ways.items()} for _ in range(rounds)]
     return {name: [once[name] for once in rounds_of_all] for name in ways}
 

@@ -1,4 +1,4 @@
-"""What the site needs beyond Markdown: equations as MathML, pictures that follow its palette, and tables of settings."""
+"""Adds to Markdown what the site needs: equations as MathML, pictures that follow its palette, and tables of settings."""
 
 import html
 import importlib

@@ -1,4 +1,4 @@
-"""What result files of several seeds say together: means, in one order of domains."""
+"""Averages result files of several seeds: means, in one order of domains."""
 
 import json
 import statistics
@@ -22,7 +22,7 @@ def weights_of(path: Path) -> dict[str, list[float]]:
 
 
 def files(path: Path) -> list[dict]:
-    """What all result files of a path say, seed by seed."""
+    """Returns the values of all result files of a path, seed by seed."""
     return [json.loads(file.read_text()) for file in sorted(path.parent.glob(path.name))]
 
 

@@ -175,7 +175,7 @@ def examples_of(blocks: Tensor, tokenizer) -> HeldOut:
 
 
 def folder_of(seed: int, work: Path, base: dict, specialist: dict) -> tuple[Path, FileLock]:
-    """Where specialists and all that is made of them are kept, and what one process at a time holds."""
+    """Folder of specialists and all that is made of them, which one process at a time holds."""
     folder = work / f"rivals-{seed}-{digest([base, specialist])}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder, FileLock(f"{folder}.lock")
@@ -309,7 +309,7 @@ class Fusions:
 
 
 def _comparison(folder: Path, fused: Path, blocks, tokenizer, seed: int) -> Comparison:
-    """What everybody is measured on, and tuned on."""
+    """Collects what all models are measured on, and tuned on."""
     data = {d: examples_of(blocks[d]["held_out"][:EXAMPLES], tokenizer) for d in DOMAINS}
     data[MIXED] = examples_of(mixed({d: blocks[d]["held_out"] for d in DOMAINS}, seed, EXAMPLES), tokenizer)
     tune = {d: blocks[d]["fuse"][:EXAMPLES] for d in DOMAINS}
@@ -324,7 +324,7 @@ def rows_of(blocks: dict[str, Tensor]) -> dict[str, Dataset]:
 
 
 def against(comparison: Comparison) -> dict[str, dict[str, dict]]:
-    """How far fused models are from the rows of `REFERENCES`, in nats per token; below 0 is better.
+    """Tables the distance of fused models from the rows of `REFERENCES`, in nats per token; below 0 is better.
 
     Returns:
         By reference and row: `difference` by domain, the `interval` of its mean over domains, mixed items left out, and
@@ -364,7 +364,7 @@ def _mean(losses: Tensor, test: HeldOut) -> float:
 
 
 def check(*, gates: dict[str, dict], joint: dict, **_) -> None:
-    """Whether gates are such that there are."""
+    """Checks that all gates exist."""
     if not {FUSED, *joint["after"]} <= set(gates):
         raise ValueError(f"`gates` must have {FUSED!r} and all of `joint: after:`, but has {list(gates)}.")
     for how in gates.values():
@@ -373,7 +373,7 @@ def check(*, gates: dict[str, dict], joint: dict, **_) -> None:
 
 
 def check_gate(*, gate: str, fusion: str, stage: dict | None = None, **_) -> None:
-    """Whether a gate is one that there is, with settings that stage one takes."""
+    """Checks that a gate exists, with settings that stage one takes."""
     gate_settings(gate)
     if fusion not in FUSIONS:
         raise ValueError(f"`fusion` is one of {list(FUSIONS)}, but is {fusion!r}.")

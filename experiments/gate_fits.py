@@ -1,4 +1,4 @@
-"""Which gate: any number of them, trained on what specialists said once.
+"""Compares any number of gates, trained on one cache of the specialists' states.
 
 Specialists, tokenizer and data are the quickstart's, as in `training`. The first run of a fusion rule makes the cache in
 the work folder; the others read it.
@@ -73,7 +73,7 @@ def fit(
 
 
 def check(*, specialists: dict, shares: dict, examples_per_domain: int, stage: dict, **_) -> None:
-    """Whether settings of specialists and stage are such that there are."""
+    """Checks that the settings of specialists and stage exist."""
     check_training(specialists=specialists, shares=shares, examples_per_domain=examples_per_domain, gate=stage)
 
 

@@ -1,4 +1,4 @@
-"""What every experiment is, what of it has been measured, and what is missing."""
+"""Reads every experiment, which runs of it have been measured, and which are missing."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ def merged(shared: dict, own: dict) -> dict:
 
 
 def result(run: Run, root: Path = ROOT) -> dict | None:
-    """What was measured under these very settings, or None."""
+    """Returns the result of exactly these settings, or None."""
     path = run.path(root)
     found = json.loads(path.read_text()) if path.exists() else None
     return found if found and found.get("config") == run.digest() else None

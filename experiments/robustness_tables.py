@@ -8,7 +8,7 @@ from ultrafuser.reports.marked_tables import markdown
 
 
 def cleaning(path: Path) -> str:
-    """What the data filters find of what was planted, and what cleaning takes by the number of records."""
+    """Tables how many of the planted records the data filters find, and the cost of cleaning by the number of records."""
     found = files(path)[0]
     plants = [[name, *map(str, (p["planted"], p["found"]))] for name, p in found["recall"]["plants"].items()]
     wrong = ["dropped among the others", str(found["recall"]["others"]), str(found["recall"]["false_positives"])]
@@ -19,7 +19,7 @@ def cleaning(path: Path) -> str:
 
 
 def families_fused(path: Path) -> str:
-    """How every use of every family that can be fused ends, with itself and with Llama."""
+    """Tables how every use of every family that can be fused ends, with itself and with Llama."""
     found = {f: its for f, its in files(path)[0]["families"].items() if isinstance(its.get("itself"), dict)}
     uses = list(next(iter(found.values()))["itself"])
     rows = []
@@ -52,12 +52,12 @@ def _cell(text: str) -> str:
 
 
 def verbatim(path: Path) -> str:
-    """What a command printed."""
+    """Returns the output of a command."""
     return f"```\n{path.read_text().rstrip()}\n```"
 
 
 def servers(path: Path) -> str:
-    """What became of clients and strangers at once, from `python -m tests.load`."""
+    """Tables the fate of simultaneous clients and strangers, from `python -m tests.load`."""
     found = files(path)[0]
     rows = []
     for command in ("serve", "demo"):
@@ -77,7 +77,7 @@ def servers(path: Path) -> str:
 
 
 def damaged(path: Path) -> str:
-    """What became of files that were damaged at random, by kind."""
+    """Tables the outcomes of randomly damaged files, by kind."""
     counts = json.loads(path.read_text())["counts"]
     heads = ["", "mutations", *next(iter(counts.values()))]
     return markdown(heads, [[k, f"{sum(c.values()):,}", *(f"{n:,}" for n in c.values())] for k, c in counts.items()])

@@ -1,4 +1,4 @@
-"""How to train a fused model: the experiments on stages, mixes and learning rates are one run under other settings.
+"""Trains fused models: the experiments on stages, mixes and learning rates are one run under other settings.
 
 Specialists, tokenizer and data are the quickstart's. They are made once per seed and shared by all runs.
 """
@@ -119,7 +119,7 @@ def arguments_of(config_class, examples_per_domain: int, settings: dict, folder:
 
 
 def check(*, specialists: dict, shares: dict, examples_per_domain: int, **stages: dict | None) -> None:
-    """Whether settings of specialists and stages are such that there are, and every domain has its share."""
+    """Checks that the settings of specialists and stages exist, and that every domain has its share."""
     Schedule(**specialists)
     if set(shares) != set(DOMAINS):
         raise ValueError(f"`shares` must say how much there is of each of {list(DOMAINS)}, but has {list(shares)}.")

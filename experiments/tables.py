@@ -86,7 +86,7 @@ def worst_gain(results: list[dict], first: list[dict]) -> str:
 
 
 def comparison(path: Path) -> str:
-    """What `ultrafuser evaluate` found, best mean first: losses and how sure they are, then what each keeps and costs.
+    """Tables the results of `ultrafuser evaluate`, best mean first: losses with intervals, then retention and costs.
 
     Nats per token are means over seeds, ± their standard deviation; the intervals are of the examples and hold for every
     seed: from the lowest end to the highest.
@@ -117,7 +117,7 @@ def comparison(path: Path) -> str:
 
 
 def headline(path: Path) -> str:
-    """What is ahead of the fused model, and the rivals that one would name first, beside the oracle specialist.
+    """Tables the rows ahead of the fused model, and the usual rivals, beside the oracle specialist.
 
     A cell is a domain of one seed; ahead is what has the lower loss there.
     """
@@ -194,7 +194,7 @@ def differences(path: Path, reference: str) -> dict[str, list[dict]]:
 
 
 def chosen(path: Path) -> str:
-    """What gates got under each setting on text that was kept out: nats to the oracle, and on mixed items."""
+    """Tables the gates' losses on held-out text for each setting: nats to the oracle, and on mixed items."""
     rows, heads = [], []
     for variant, (one, *_) in ledger.results(path.name).items():
         cells, heads = [], []

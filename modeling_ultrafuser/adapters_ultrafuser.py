@@ -27,7 +27,7 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 class Rows:
-    """How many rows the layer that is running reads, for its parts that read tokens end to end."""
+    """Number of rows that the running layer reads, for its parts that read tokens end to end."""
 
     count: int | None = None
 

@@ -135,7 +135,7 @@ def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def auto_class(name: str, config: PreTrainedConfig) -> type:
-    """Which auto class loads this checkpoint together with its head."""
+    """Returns the auto class that loads this checkpoint together with its head."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:

@@ -1,4 +1,4 @@
-"""What families keep on their `...ForCausalLM` classes, of which a fused model holds the backbones alone.
+"""Restores what families keep on their `...ForCausalLM` classes, of which a fused model holds only the backbones.
 
 Generation calls some of it by name. Everything that a causal class defines otherwise than its backbone stands in one of
 the tables here with the reason why it has its effect in a fused model; a specialist with anything else is refused.
@@ -105,7 +105,7 @@ def check_head_dtype(name: str, config: PreTrainedConfig, backbone: type, dtype:
 
 
 def masks_for_generate(backbone: PreTrainedModel) -> Callable:
-    """How a specialist's masks for static caches are made: as its causal class, else its backbone or the library says."""
+    """Returns the mask function of a specialist for static caches: of its causal class, its backbone or transformers."""
     for owner in (causal_class(backbone.config), type(backbone)):
         create = inspect.getattr_static(owner, "create_masks_for_generate", None)
         if create is not None:
@@ -121,7 +121,7 @@ def switching_lengths(config: PreTrainedConfig) -> set[int]:
 
 
 def starts_over(lengths: set[int], past: int, mask: Tensor | None, length: int) -> bool:
-    """Whether keys in a cache were rotated by other factors than the longer text is: they must be computed anew.
+    """Returns whether cached keys were rotated by other factors than the longer text needs, and must be recomputed.
 
     Args:
         lengths: See `switching_lengths`.
@@ -137,5 +137,5 @@ def starts_over(lengths: set[int], past: int, mask: Tensor | None, length: int) 
 
 
 def tokens_before_switch(lengths: set[int], length: int) -> int | None:
-    """How many tokens a text can grow by until its factors of rotation change; None if they do not any more."""
+    """Counts the tokens that a text can grow by until its rotation factors change; None if they never do."""
     return min((switch - length for switch in lengths if switch >= length), default=None)

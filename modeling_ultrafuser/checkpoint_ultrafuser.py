@@ -135,7 +135,7 @@ def check_fused(load: Callable, cls: type[PreTrainedModel], source: str | os.Pat
 def _odd_tensors(
     load: Callable, model: PreTrainedModel, header: dict[str, tuple[str, tuple[int, ...]]]
 ) -> tuple[set[str], set[str], set[tuple], dict[str, str]]:
-    """What files lack of a model, what they have no place for, other shapes, and those that are no floating point."""
+    """Compares files with a model: missing tensors, unexpected ones, other shapes, and those that are not floating point."""
 
     def loaded(state: dict[str, Tensor]) -> dict:
         # loading translates names as the families need, so it is loading that says which tensors have a place

@@ -238,7 +238,7 @@ class UltraFuserConfig(PreTrainedConfig):
 
     @property
     def kv_sharing_modes(self) -> list[str | None] | None:
-        """Which layers keep no keys and values because they reuse another's (Gemma 3n and 4): not laid out in caches."""
+        """Returns the layers that reuse another's keys and values (Gemma 3n and 4): caches hold none of theirs."""
         configs = self.backbones
         modes = [getattr(c, "kv_sharing_modes", None) for c in configs]
         if not any(modes):

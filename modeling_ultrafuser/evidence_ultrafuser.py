@@ -32,7 +32,7 @@ NOWHERE = -2
 
 
 class Past(NamedTuple):
-    """What is carried from token to token. All are (batch, seq, ...).
+    """State that is carried from token to token. All are (batch, seq, ...).
 
     Attributes:
         states: The specialists' last hidden states side by side. Shape (..., sum of hidden sizes).
@@ -182,7 +182,7 @@ def read_evidence(
     specialist_attention_mask: Tensor | None = None,
     cu_seq_lens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """What a gate reads besides hidden states: nothing, or how well each specialist predicted the text up to each token.
+    """Computes what a gate reads besides hidden states: nothing, or how well each specialist predicted the text so far.
 
     That is noted down in the cache. A token counts if it follows the one before it: not behind padding, and not where
     another text begins, as positions tell. There everything starts anew. Where specialists read the text in words of
@@ -231,7 +231,7 @@ def _places(
     cu_seq_lens: Tensor | None,
     before: Past | None,
 ) -> tuple[Tensor, Tensor]:
-    """Where the new tokens are in their texts, and which of them follow the one before.
+    """Returns the new tokens' positions in their texts, and which of them follow the one before.
 
     Args:
         ids: For all specialists or for each. Shape (batch, 1 or specialists, seq).
@@ -306,7 +306,7 @@ def logits_of(states: Tensor, ids: Tensor, head: Tensor, config: UltraFuserConfi
 
 
 def decoding_layer(backbone: nn.Module, cache: Cache | None, logits_to_keep: int | Tensor) -> EvidenceLayer | None:
-    """Where evidence is kept, in a step of decoding with a gate that reads it and a head that is a plain layer."""
+    """Returns the layer that keeps evidence, in a decoding step with a gate that reads it and a plain head."""
     last = isinstance(logits_to_keep, int) and logits_to_keep == 1
     reads_past = Reads.PAST in backbone.fusion_gate.reads
     if not reads_past or cache is None or not last or torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""What the configurations of all families say, under whatever names: heads, widths, types of layers, soft caps."""
+"""Reads the configurations of all families under their several names: heads, widths, types of layers, soft caps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ SCALE_FIELDS = (
 
 
 def spoken_rows(config: PreTrainedConfig) -> int:
-    """How many tokens a specialist gives logits to; some pad their vocabulary beyond that."""
+    """Counts the tokens that a specialist gives logits to; some pad their vocabulary beyond that."""
     return min(config.vocab_size, getattr(config, "unpadded_vocab_size", None) or config.vocab_size)
 
 
@@ -50,7 +50,7 @@ def common(values):
 
 
 def of_all_layers(config: PreTrainedConfig, read: Callable[[PreTrainedConfig], Any]):
-    """What is read of a configuration, or of all its layers alike; None where its layers differ, as Gemma 4's do."""
+    """Reads a field of a configuration, or of all its layers; None where its layers differ, as Gemma 4's do."""
     try:
         return read(config)
     except RuntimeError:  # how transformers refuses to say one thing of layers that differ

@@ -33,7 +33,7 @@ class UnreadableFileError(Refusal):
 
 
 def is_number(value) -> bool:
-    """Whether a value of a file is a number that a `float` can hold, which JSON's long integers need not be."""
+    """Returns whether a file's value is a number that a `float` can hold, which JSON's long integers need not be."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

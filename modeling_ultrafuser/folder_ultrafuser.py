@@ -193,7 +193,7 @@ def check_config(path: str | os.PathLike, tensors: int | None = None) -> dict:
 
 
 def _fits(key: str, value) -> bool:
-    """Whether a number that this package itself reads, or that no tensor's shape tells, is one."""
+    """Returns whether a field that this package reads, or that no tensor's shape tells, is a number."""
     if _HEADS.fullmatch(key) and not isinstance(value, list | dict):
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
     if _WINDOWS.fullmatch(key):

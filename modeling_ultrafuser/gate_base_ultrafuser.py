@@ -1,4 +1,4 @@
-"""What all gates share: from the specialists' last hidden states to one weight per specialist and token.
+"""Base of all gates: from the specialists' last hidden states to one weight per specialist and token.
 
 A gate's parameters are bare `nn.Parameter`s in float32 whatever the model's dtype: serving engines swap `nn.Linear`
 modules for their own, and 16 bits are too coarse for scores that pass through a softmax.
@@ -22,7 +22,7 @@ LARGEST_LOG_SCALE = 2.0
 
 
 class GateOutput(NamedTuple):
-    """What a gate returns.
+    """Output of a gate.
 
     Attributes:
         weights: Share of each specialist in each token in float32: non-negative, summing to 1 over the last axis. Shape
@@ -37,7 +37,7 @@ class GateOutput(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What a gate reads of the past, see `accumulated` in `forecasts_ultrafuser.py`.
+    """Inputs that a gate reads of the past, see `accumulated` in `evidence_ultrafuser.py`.
 
     Attributes:
         decays: Of sums of log-probabilities.
@@ -49,7 +49,7 @@ class Evidence(NamedTuple):
 
 
 class Reads(Flag):
-    """What a gate reads to weigh the specialists; `STATES | PAST` is both.
+    """Inputs that a gate reads to weigh the specialists; `STATES | PAST` is both.
 
     Attributes:
         NOTHING: Neither the text nor what specialists make of it.

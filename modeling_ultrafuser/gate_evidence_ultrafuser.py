@@ -50,7 +50,7 @@ class EvidenceGate(CrossGate):
         init.normal_(self.hidden_evidence_weight, std=size**-0.5)
 
     def without(self, index: int, config) -> dict[str, Tensor]:
-        """What it read from the removed specialist is missing from the others' scores: train it again."""
+        """Removes a specialist. What the gate read from it is missing from the others' scores: train it again."""
         others = [k for k in range(self.num_specialists) if k != index]
         return super().without(index, config) | {
             "hidden_evidence_weight": self.hidden_evidence_weight.detach()[:, others],

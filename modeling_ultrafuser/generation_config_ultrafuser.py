@@ -19,7 +19,7 @@ _NOT_SETTINGS = (
 
 
 def own_generation_config(source, config: PreTrainedConfig, **hub) -> GenerationConfig | None:
-    """What a specialist's own model would have, without loading it."""
+    """Returns the generation configuration of a specialist's model, without loading it."""
     if isinstance(source, PreTrainedModel):
         return getattr(source, "generation_config", None)
     if is_gguf(source):

@@ -22,7 +22,7 @@ _TEXT, _LIST = 8, 9
 
 
 def gguf_arguments(source) -> tuple[str, dict]:
-    """Where to load a specialist from, and the arguments that say so.
+    """Returns where to load a specialist from, and the arguments for it.
 
     Args:
         source: Its Hub id or folder; or its GGUF file.
@@ -37,7 +37,7 @@ def gguf_arguments(source) -> tuple[str, dict]:
 
 
 def is_gguf(source) -> bool:
-    """Whether a specialist is given as a GGUF file."""
+    """Returns whether a specialist is given as a GGUF file."""
     return isinstance(source, str | os.PathLike) and os.fspath(source).lower().endswith(".gguf")
 
 

@@ -1,4 +1,4 @@
-"""What a fused model reads, and what it rejects."""
+"""Inputs of a fused model, and those that it rejects."""
 
 from typing import NamedTuple
 

@@ -66,7 +66,7 @@ class Adapters:
 
 
 def read_adapters(specialists: dict, hub: dict[str, dict], base: str | os.PathLike | None = None) -> Adapters | None:
-    """What adapters say of themselves, or None if all specialists are whole models.
+    """Reads the adapters' configurations, or returns None if all specialists are whole models.
 
     Args:
         specialists: Name to Hub id or folder.
@@ -256,7 +256,7 @@ def adaptable(model: PreTrainedModel, backbone_type: type) -> dict[str, tuple[st
 def read_parts(
     adapters: Adapters, specialists: dict, hub: dict[str, dict], linear: dict[str, tuple[str, torch.Size]]
 ) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
-    """What `pairs` returns, by specialist; empty for the base itself."""
+    """Returns the output of `pairs` by specialist; empty for the base itself."""
     return {
         name: {} if config is None else pairs(name, config, read_tensors(name, specialists[name], **hub[name]), linear)
         for name, config in adapters.configs.items()
@@ -352,7 +352,7 @@ def _check_target(name: str, config: dict, module: str) -> None:
 
 
 def _is_in_layers(module: str, config: dict) -> bool:
-    """Whether a module is in one of the layers that a LoRA configuration chooses by number, as PEFT reads it."""
+    """Returns whether a module is in a layer that a LoRA configuration chooses by number, as PEFT reads it."""
     chosen, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or []
     if chosen is None or chosen == [] or module in (config.get("target_modules") or ()):
         return True
@@ -371,7 +371,7 @@ def _scale(config: dict, module: str, rank: int) -> float:
 
 
 def _is_named(module: str, pattern: str, field: str = "alpha_pattern", whole: bool = False) -> bool:
-    """Whether a layer is one that a pattern of a LoRA configuration means, as PEFT reads it.
+    """Returns whether a pattern of a LoRA configuration matches a layer, as PEFT reads it.
 
     Args:
         module: Name of the layer.

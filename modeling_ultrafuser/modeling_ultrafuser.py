@@ -78,7 +78,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
 
     @property
     def reader(self) -> Reader:
-        """How tokens reach the specialists. Made anew at each call: its modules are parts of the model."""
+        """Returns the reader that brings tokens to the specialists. Made anew at each call: its modules are parts of the model."""
         return self.reader_class(self.config, self.specialists)
 
     def _tell_attention(self) -> None:
@@ -165,7 +165,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
     def _evidence(
         self, states: list[Tensor], tokens: Tokens, cache: Cache | None, cu_seq_lens: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """What the gate reads besides hidden states, see `read_evidence`."""
+        """Returns what the gate reads besides hidden states, see `read_evidence`."""
         ids, mask, positions, *views = tokens
         if self.carrier is not None:
             return (self.carrier(states, ids, positions, self.wide_head[0].weight),)
@@ -303,7 +303,7 @@ class UltraFuserForCausalLM(FusedGeneration, UltraFuserPreTrainedModel, Generati
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def logits(self, hidden_states: Tensor, gate_weights: Tensor) -> Tensor:
-        """What the head says of what `UltraFuserModel.weighed` returns. Shape (batch, seq, vocab)."""
+        """Applies the head to the output of `UltraFuserModel.weighed`. Shape (batch, seq, vocab)."""
         return self.model.fusion_rule.logits(self.lm_head, hidden_states, gate_weights)
 
     def head_columns(self) -> list[slice]:

@@ -59,7 +59,7 @@ def check_head(head: nn.Module, reader: str) -> None:
 
 
 def has_prefix(model: nn.Module) -> bool:
-    """Whether PEFT generates with a prefix, for which it prepares a model's inputs itself."""
+    """Returns whether PEFT generates with a prefix, for which it prepares a model's inputs itself."""
     # it puts its own function in place of the model's, and that one back afterwards
     return getattr(model.prepare_inputs_for_generation, "__self__", None) is not model
 
@@ -89,7 +89,7 @@ def _about_embeddings(model: nn.Module, config) -> str | None:
 
 
 def _about_prefix(model: nn.Module, config) -> str | None:
-    """Which specialists PEFT would take for adapters and train as a whole, or None."""
+    """Returns the specialists that PEFT would take for adapters and train as a whole, or None."""
     prefix = f"{config.peft_type.value.lower()}_"
     alike = [name for name in model.config.specialist_names if prefix in name]
     if not alike:
@@ -101,6 +101,6 @@ def _about_prefix(model: nn.Module, config) -> str | None:
 
 
 def embedding_leaf(specialist: nn.Module) -> str:
-    """What a specialist calls its token embedding: the last part of its path."""
+    """Returns the name of a specialist's token embedding: the last part of its path."""
     embedding = specialist.get_input_embeddings()
     return next(name for name, module in specialist.named_modules() if module is embedding).rpartition(".")[2]

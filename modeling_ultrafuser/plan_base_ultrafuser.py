@@ -74,7 +74,7 @@ class Files:
 
 @dataclass
 class FusionPlan:
-    """What is to be fused, and what the checks learned of it.
+    """Specialists to be fused, and what the checks learned of them.
 
     Attributes:
         specialists: Name to Hub id, folder or model in memory.

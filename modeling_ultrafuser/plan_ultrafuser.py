@@ -377,7 +377,7 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _plain(config: PreTrainedConfig) -> dict:
-    """What a configuration says, as its file would."""
+    """Returns a configuration as its file has it."""
     return {k: v for k, v in json.loads(config.to_json_string(use_diff=False)).items() if k not in _OF_THE_FILE}
 
 

@@ -1,4 +1,4 @@
-"""What all readers share: how tokens reach the specialists, and what else of a fused model depends on it."""
+"""Base of all readers: how tokens reach the specialists, and what else of a fused model depends on it."""
 
 from contextlib import nullcontext
 

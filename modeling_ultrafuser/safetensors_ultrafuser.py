@@ -39,7 +39,7 @@ def weight_files(source: str | os.PathLike, **hub) -> list[str] | None:
 
 
 def read_index(path: str | os.PathLike) -> dict[str, str]:
-    """Which tensor is in which file, by the index of several.
+    """Maps each tensor to its file, by the index of several.
 
     Raises:
         UnreadableFileError: If it says anything else.

@@ -1,4 +1,4 @@
-"""What all sparsifiers share: which specialists keep a weight at a token."""
+"""Base of all sparsifiers: which specialists keep a weight at a token."""
 
 import math
 

@@ -247,7 +247,7 @@ def _split_differently(
 def tokenizer_notes(
     tokenizers: dict[str, PreTrainedTokenizerBase], vocab_size: int, chosen: PreTrainedTokenizerBase
 ) -> list[tuple[str, str]]:
-    """What differs between tokenizers of which `widest_usable_tokenizer` chose one: each in a sentence, with what to do."""
+    """Describes how tokenizers differ of which `widest_usable_tokenizer` chose one: a sentence each, and the way out."""
     vocabularies = {n: _tokens_by_id(t.get_vocab(), vocab_size) for n, t in tokenizers.items()}
     only_some = _known_to_some(vocabularies)
     whose = next(n for n, t in tokenizers.items() if t is chosen)
@@ -306,7 +306,7 @@ def _some(tokens: list[str]) -> str:
 
 
 def _parts(tokenizer: PreTrainedTokenizerBase, common: set[str]) -> dict[str, Any]:
-    """What decides how a tokenizer splits text: its parts by name, of the model only what makes tokens of both.
+    """Returns what decides how a tokenizer splits text: its parts by name, of the model only what makes tokens of both.
 
     Empty for a tokenizer that neither is one of the `tokenizers` library nor can be turned into one.
     """

@@ -35,7 +35,7 @@ SAMPLES = 1024  # values of each of the specialists' tensors that tell them from
 
 
 class GateCache:
-    """What specialists say of every supervised token, one file per kind, row after row of the training data.
+    """Keeps the specialists' predictions at every supervised token, one file per kind, in the order of the training data.
 
     Several processes may use one folder: one at a time makes it or adds to it, and the others read what is there.
 
@@ -131,7 +131,7 @@ class GateCache:
         os.replace(partial, self.folder / STATE)
 
     def places(self, rows: Iterable[int]) -> Tensor:
-        """Where the rows' tokens are. Shape (tokens,)."""
+        """Returns the indices of the rows' tokens. Shape (tokens,)."""
         return torch.cat([torch.arange(self.starts[r], self.starts[r + 1]) for r in rows])
 
 
@@ -244,7 +244,7 @@ class CachedGateTrainer(GateTrainer):
 
     @torch.no_grad()
     def _said_of(self, rows: Iterable[int]) -> dict[str, Tensor]:
-        """What is kept of some rows' supervised tokens."""
+        """Computes what is kept of some rows' supervised tokens."""
         batch = self._prepare_inputs(self.data_collator.collator([self.rows[i] for i in rows]))
         batch.pop("domain")
         labels = batch.pop("labels")[:, 1:]

@@ -18,7 +18,7 @@ from .heads.head_base import TokenScores, scattered
 
 
 class LabelScorer:
-    """What a fused model's forward pass is while a trainer has it, after TRL's own head is on the model.
+    """Replaces a fused model's forward pass while a trainer has it, after TRL's own head is on the model.
 
     TRL's head multiplies one hidden state by one matrix: for most fusion rules that is the wrong loss. Where it is right it
     stays on GPUs, for which it is written, and where ZeRO-3 or tensor parallelism hold the head in parts.

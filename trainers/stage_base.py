@@ -1,4 +1,4 @@
-"""What the two stages of the paper share (Ding et al., 2024, Algorithm 1), on TRL's `SFTTrainer`.
+"""Base of the paper's two stages (Ding et al., 2024, Algorithm 1), on TRL's `SFTTrainer`.
 
 A fused model is an ordinary causal language model, so TRL already computes the right loss. A stage chooses which
 parameters it trains and how fast, draws its batches from the domains, logs losses and gate weights by domain, and resumes

@@ -176,7 +176,7 @@ class GateStageConfig(StageConfig):
     max_steps: int = field(default=400, metadata={"help": "Optimizer steps. The paper's 400 (section 4.1)."})
     save_steps: float = field(default=100, metadata={"help": "Steps between checkpoints: resuming needs one."})
     # it would make frozen specialists run a second time, for gradients that nobody needs
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Of no use while specialists are frozen."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Useless while specialists are frozen."})
 
 
 @dataclass
@@ -187,8 +187,12 @@ class JointStageConfig(StageConfig):
     examples_per_domain: int = field(
         default=32, metadata={"help": StageConfig.__dataclass_fields__["examples_per_domain"].metadata["help"]}
     )
-    gate_learning_rate: float | None = field(default=None, metadata={"help": "Of the gate. Default: learning_rate."})
-    head_learning_rate: float | None = field(default=None, metadata={"help": "Of the heads. Default: learning_rate."})
+    gate_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the gate. Default: learning_rate."}
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the heads. Default: learning_rate."}
+    )
     train_specialists: list[str] | None = field(
         default=None,
         metadata={"help": "Which specialists to train; the others keep backbone and head. Default: all."},

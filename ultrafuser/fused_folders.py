@@ -81,7 +81,7 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def read_ingredients(folder: Path) -> dict[str, dict]:
-    """What a folder says of where its specialists come from, by name; empty if it says nothing."""
+    """Reads the origins of a folder's specialists, by name; empty if it has none."""
     path = folder / INGREDIENTS
     found = read_json(path) if path.exists() else {}
     for name, about in found.items():

@@ -79,7 +79,7 @@ def text_of(text: str) -> str:
 
 @dataclass(frozen=True)
 class Server:
-    """How a server is asked.
+    """Settings of requests to a server.
 
     Attributes:
         url: Base address, up to and including `/v1`.

@@ -1,4 +1,4 @@
-"""Where a number comes from."""
+"""Records the origin of numbers."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ def provenance() -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the libraries that numbers depend on."""
+    """Returns the versions of Python and of the libraries that numbers depend on."""
     libraries = {name: metadata.version(name) for name in ("torch", "transformers", "trl", "ultrafuser")}
     return {"python": platform.python_version(), **libraries}
 

@@ -65,17 +65,17 @@ def check_fields(
 
 
 def whole(value: object) -> bool:
-    """Whether a value is a number that one counts with."""
+    """Returns whether a value is a count: an integer from 0 that fits 64 bits."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
 def number(value: object) -> bool:
-    """Whether a value is a number."""
+    """Returns whether a value is a number."""
     return type(value) is float or (type(value) is int and abs(value) < 1 << 63)
 
 
 def word(value: object) -> bool:
-    """Whether a value is a text."""
+    """Returns whether a value is a string."""
     return isinstance(value, str)
 
 
@@ -90,7 +90,7 @@ def by_name(fits: Check) -> Check:
 
 
 def anything(value: object) -> bool:  # noqa: ARG001
-    """Of an object whose values are only shown."""
+    """Accepts any value: it is only shown."""
     return True
 
 

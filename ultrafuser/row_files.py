@@ -131,7 +131,7 @@ def _local(arguments: dict[str, Any]) -> list[str]:
 
 @dataclass
 class _Form:
-    """What the rows of a domain have in common: columns, the type of each, and what is read beside them."""
+    """Collects what the rows of a domain share: columns, the type of each, and what is read beside them."""
 
     columns: tuple[str, ...]
     types: list[type]
@@ -239,7 +239,7 @@ def parse(file: str, whose: str) -> Iterator[tuple[str, dict]]:
 
 
 class _RowError(ValueError):
-    """What is wrong with a row, as the rest of a sentence."""
+    """Describes the fault of a row, as the rest of a sentence."""
 
 
 def _json(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""How commands name rows: a JSON file, or a set on the Hub with something behind a colon.
+"""Parses the names of rows in commands: a JSON file, or a set on the Hub with something behind a colon.
 
 `--data` and `--tune` take HUB_ID:SPLIT. `data clean --against` takes HUB_ID:CONFIG, since `--split` names the split.
 """
@@ -10,7 +10,7 @@ ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
 def is_file(source: str) -> bool:
-    """Whether this is a JSON file, by its ending."""
+    """Returns whether this is a JSON file, by its ending."""
     return source.endswith(ENDINGS)
 
 

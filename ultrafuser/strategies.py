@@ -1,4 +1,4 @@
-"""What `--help` says of gates, fusion rules and sparsifiers. Importing them takes seconds, so that their source is read."""
+"""Help texts about gates, fusion rules and sparsifiers. Importing them takes seconds, so that their source is read."""
 
 import ast
 from importlib.util import find_spec

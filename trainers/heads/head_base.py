@@ -1,4 +1,4 @@
-"""What losses of all fusion rules share: log-probabilities of labels, a few positions at a time."""
+"""Base of the losses of all fusion rules: log-probabilities of labels, a few positions at a time."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from .kept_base import Kept
 
 @dataclass
 class TokenScores(ModelOutput):
-    """What TRL's trainers read from a forward pass with `fused_lm_head=True`. All shapes (batch, seq - 1).
+    """Scores that TRL's trainers read from a forward pass with `fused_lm_head=True`. All shapes (batch, seq - 1).
 
     Attributes:
         log_probs: Log-probability of each next token, 0 where the label is -100.

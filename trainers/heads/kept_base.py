@@ -1,4 +1,4 @@
-"""What a gate's cache keeps of each token, besides its label and what the gate reads."""
+"""Base of what a gate's cache keeps of each token, besides its label and what the gate reads."""
 
 from torch import Tensor
 

@@ -28,7 +28,7 @@ class MixConfig:
         default=None, metadata={"help": "For mix='fixed': domain to weight, on any scale."}
     )
     mix_unit: str = field(
-        default="example", metadata={"help": "What a share of the mix counts: example, token, or supervised (tokens)."}
+        default="example", metadata={"help": "Unit of the mix's shares: example, token, or supervised (tokens)."}
     )
     mix_reward: str | None = field(
         default=None,

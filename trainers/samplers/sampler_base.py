@@ -86,7 +86,7 @@ class DomainSampler(Sampler[int]):
         raise NotImplementedError
 
     def counts(self, batches: int) -> np.ndarray:
-        """How many examples of each domain the first so many batches hold. Shape (domains,)."""
+        """Counts the examples of each domain in the first batches. Shape (domains,)."""
         done, counts = self._counted
         if batches < done:
             done, counts = 0, np.zeros(len(self.names), int)

@@ -28,7 +28,7 @@ from ..yaml_files import read_yaml
 
 @dataclass
 class Fusion:
-    """What to fuse, as a recipe says it."""
+    """Recipe of a fused model."""
 
     specialists: dict[str, str] | None = field(
         default=None, metadata={"help": "Name to Hub id or folder, to fuse first. Or give --model_name_or_path."}
@@ -205,7 +205,7 @@ def commits(sources: dict[str, Source]) -> dict[str, str]:
 
 
 def described(location: str, source: Source) -> dict[str, str | None]:
-    """Where a specialist comes from and what its card says of its licence, to be kept beside the model."""
+    """Describes a specialist's origin and the licence on its card, to be kept beside the model."""
     card = licences.read_ingredient(location, str(source.folder))
     stated = {"licence": card.licence, "terms": card.terms, "link": card.link, "problem": card.problem}
     return {

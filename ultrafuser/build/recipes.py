@@ -1,4 +1,4 @@
-"""Which recipe a command line means: specialists by name, a recipe file, or a reference."""
+"""Finds the recipe that a command line means: specialists by name, a recipe file, or a reference."""
 
 from pathlib import Path
 

@@ -222,7 +222,7 @@ def _dtype(config: UltraFuserConfig) -> str:
 
 
 def _origins(folder: Path, config: UltraFuserConfig, specialists: list[str] | None) -> Reference:
-    """Where the specialists come from: as told, or else as the folder says."""
+    """Returns the specialists' origins: as given, else as the folder says."""
     if specialists:
         found = parse(specialists)
     else:
@@ -334,7 +334,7 @@ def _read_of(source: Source) -> list[str]:
 
 
 def _path(source: Source, file: str) -> Path:
-    """Where a file of a specialist is on this machine."""
+    """Returns the path of a specialist's file on this machine."""
     # offline, a repository is read from its folder in the Hub's cache
     if Path(source.location).exists():
         return source.folder / file

@@ -24,7 +24,7 @@ BESIDE = ("config.json", "generation_config.json", GATE_FILE, *TOKENIZER)
 
 @dataclass
 class Reference:
-    """What `refs.yaml` says.
+    """Content of `refs.yaml`.
 
     Attributes:
         specialists: Name to Hub id or folder.
@@ -159,6 +159,6 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
+    """Returns the digest of a file's content in hexadecimal digits."""
     with path.open("rb") as file:
         return sha_fileobj(file).hex()

@@ -1,4 +1,4 @@
-"""What was found about specialists that are to be fused."""
+"""Findings about specialists that are to be fused."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from .metadata import Source
 
 @dataclass
 class Judgement:
-    """Whether specialists fit together, and what fusing them would take.
+    """Verdict on whether specialists fit together, and what fusing them would take.
 
     Attributes:
         sources: What was read of each, by name; those that could not be read are missing.

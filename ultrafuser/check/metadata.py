@@ -1,4 +1,4 @@
-"""What there is of a specialist beside its weights: its small files, and the headers of its safetensors."""
+"""Reads a specialist's metadata: its small files, and the headers of its safetensors."""
 
 import os
 import re
@@ -80,7 +80,7 @@ class Source:
 
     @property
     def revision(self) -> str:
-        """What to read it by, so that everything is of one commit."""
+        """Returns the revision to read, so that everything is of one commit."""
         return self.commit or "main"
 
     @property

@@ -1,4 +1,4 @@
-"""How `ultrafuser check` reads what a plan asks for: headers over the network, tokenizers only where hashes differ."""
+"""Reads what a plan asks for, for `ultrafuser check`: headers over the network, tokenizers only where hashes differ."""
 
 from modeling_ultrafuser.lora_ultrafuser import WEIGHTS_FILE
 from modeling_ultrafuser.plan_base_ultrafuser import Files, FusionPlan

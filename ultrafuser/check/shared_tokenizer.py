@@ -1,4 +1,4 @@
-"""Whether specialists share one tokenizer, told from hashes where they are equal, so that nothing need be downloaded."""
+"""Compares tokenizers by hashes first, so that equal ones are not downloaded."""
 
 import json
 import re

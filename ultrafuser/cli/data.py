@@ -24,7 +24,7 @@ group = Group("Data", extra="data")
 
 @group.command()
 def plan(recipe: Annotated[Path, typer.Argument(help="YAML file that says what to make.")]) -> None:
-    """What making a recipe's data would take: calls, tokens, money and time. Sends nothing.
+    """Estimate calls, tokens, money and time of making a recipe's data. Sends nothing.
 
     Example: ultrafuser data plan examples/recipes/ultrachat.yaml
     """
@@ -136,7 +136,7 @@ def take_in(
     domain: Annotated[str | None, typer.Option(help="Domain of all records.")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of all records, as the Hub writes it.")] = None,
     column: Annotated[
-        list[str] | None, typer.Option(help="What a column holds, as prompt=question; may be given again.")
+        list[str] | None, typer.Option(help="Meaning of a column, as prompt=question; may be given again.")
     ] = None,
     files: Annotated[
         list[str] | None, typer.Option(help="Copy of the set on this machine; may be given again.")
@@ -184,7 +184,7 @@ def look(
     seed: Annotated[int, typer.Option(help="Seed of samples and map.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """What is in a set: counts, lengths, duplicates, a map and samples, as a page and a dataset card.
+    """Describe a data set: counts, lengths, duplicates, a map and samples, as a page and a dataset card.
 
     Example: ultrafuser data look cleaned/kept.jsonl --out look --tokenizer Qwen/Qwen2.5-1.5B-Instruct
     """

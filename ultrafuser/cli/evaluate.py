@@ -25,7 +25,9 @@ def evaluate(
     specialists_of: Annotated[
         str | None, typer.Option(help="Fused model from before stage two, whose specialists are untouched.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="What the specialists were tuned from, for merges.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model that the specialists were tuned from, for merges.")
+    ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Most examples of each domain.")] = 200,
     max_length: Annotated[int, typer.Option(min=2, help="Longer examples are cut, in tokens.")] = 1024,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="First tokens of plain text, which routers read.")] = 32,
@@ -60,7 +62,7 @@ def evaluate(
 @group.command()
 def explain(
     model: Model,
-    text: Annotated[str, typer.Argument(help="What to explain, or with --generate the prompt.")],
+    text: Annotated[str, typer.Argument(help="Text to explain, or with --generate the prompt.")],
     generate: Annotated[int, typer.Option(help="Tokens to continue the text by.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:

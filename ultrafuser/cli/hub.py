@@ -21,7 +21,9 @@ def card(
         list[Path] | None, typer.Option(help="results.json of evaluate or judge; may be given again.")
     ] = None,
     specialists: Annotated[list[str] | None, typer.Option(help="NAME=ID or NAME=FOLDER; may be given again.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="What it was trained on; may be given again.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Data set that it was trained on; may be given again.")
+    ] = None,
     repo: Annotated[str | None, typer.Option(help="Id that the model will have on the Hub.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md of someone else's.")] = False,
 ) -> None:

@@ -66,7 +66,7 @@ def gates(
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps of each.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How often each is trained.")] = 1,
 ) -> None:
-    """Which gate? Trains several on one pass of the specialists over the data, and measures them on rows held out.
+    """Train several gates on one pass of the specialists over the data, and measure them on held-out rows.
 
     Example: ultrafuser gates --model fused --data text=text.jsonl --data code=code.jsonl --gate mlp:64 --gate linear --out gated
     """
@@ -81,7 +81,7 @@ def gates(
 
 
 def _stage(stage: str | None, words: list[str] | None, model, data: list[str] | None, out, max_steps):
-    """What to train, and how, from a command line."""
+    """Parses what to train, and how, from a command line."""
     from .. import source_names
     from ..train import stage_recipe
 

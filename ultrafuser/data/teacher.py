@@ -20,7 +20,7 @@ SECONDS_BETWEEN_TRIES = 0.5
 
 
 class Request(NamedTuple):
-    """What the teacher is asked.
+    """Request to the teacher.
 
     Attributes:
         step: Name of the step that asks.
@@ -44,7 +44,7 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What the teacher said, and whether it reached the limit of tokens before its end."""
+    """Reply of the teacher, and whether it reached the limit of tokens before its end."""
 
     text: str
     cut_off: bool = False
@@ -253,7 +253,7 @@ class Teacher:
         return f"{self._server.failure(error, ways_out)} Then run again: all replies so far are kept."
 
     def _content(self, completion, request: Request) -> dict:
-        """What the journal keeps of a completion."""
+        """Returns the part of a completion that the journal keeps."""
         (text, finish), usage = reply_of(completion), getattr(completion, "usage", None)
         text = without_key(text, self._server.key)
         return {
@@ -280,7 +280,7 @@ class Teacher:
 
 
 class _UnreadableError(openai.OpenAIError):
-    """What came, in all tries, is no reply."""
+    """Raised if no try returned a usable reply."""
 
 
 class Pace:
@@ -310,7 +310,7 @@ def list_schema(number: int) -> dict:
 
 
 def cost(settings: TeacherSettings, tokens_in: int, tokens_out: int) -> float:
-    """What so many tokens cost, in the unit of the prices."""
+    """Returns the price of these tokens, in the unit of the prices."""
     return (tokens_in * settings.price_in + tokens_out * settings.price_out) / 1e6
 
 

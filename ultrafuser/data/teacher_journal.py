@@ -1,4 +1,4 @@
-"""What a teacher has said and been paid for, so that it is never asked for again."""
+"""Journal of a teacher's paid replies, so that none is requested again."""
 
 import json
 from pathlib import Path

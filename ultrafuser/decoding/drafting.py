@@ -179,7 +179,7 @@ def verified(
 
 
 def _said_before(input_ids: Tensor, count: int) -> Tensor:
-    """What followed the last tokens of a text where they stood before, up to `count` tokens. Shape (1, tokens).
+    """Returns up to `count` tokens that followed the same last tokens earlier in the text. Shape (1, tokens).
 
     Several texts would have to repeat themselves at the same time: for them it is nothing.
     """
@@ -221,7 +221,7 @@ class _Reader:
         return None if self.mask is None else F.pad(self.mask, (0, length - self.mask.shape[1]), value=1)
 
     def weighed(self, hidden_states: list[Tensor], input_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """What the head reads at the last `count` tokens, once all specialists have read them, and gate weights there."""
+        """Returns the head's input and the gate weights at the last `count` tokens, once all specialists have read them."""
         backbone, mask = self.model.model, self._mask(input_ids.shape[1])
         read = input_ids[:, -hidden_states[0].shape[1] :]
         evidence = [e[:, -count:] for e in read_evidence(backbone, hidden_states, read, self.cache, mask)]
@@ -243,7 +243,7 @@ class _Reader:
         return sys.maxsize if room is None else room + 1
 
     def logits(self, k: int, hidden_states: Tensor) -> Tensor:
-        """What one specialist would say. Shape (batch, new, vocab)."""
+        """Predicts with one specialist. Shape (batch, new, vocab)."""
         logits = F.linear(hidden_states, self.model.lm_head.weight[:, self.columns[k]])
         return bounded(logits, soft_cap(self.model.config.specialists[k]))
 
@@ -285,7 +285,7 @@ def _choose(scores: Tensor, sample: bool) -> Tensor:
 
 
 def _padding(config: GenerationConfig) -> int:
-    """What stands after the end of a text that others outlast, as in `generate`."""
+    """Returns the padding token after the end of a text that others outlast, as in `generate`."""
     ends = config.eos_token_id
     if config.pad_token_id is not None or ends is None:
         return config.pad_token_id or 0

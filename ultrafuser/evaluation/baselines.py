@@ -1,4 +1,4 @@
-"""What a sceptic would do with the same specialists instead of training a gate. No weights are copied."""
+"""Baselines from the same specialists without a trained gate. No weights are copied."""
 
 import copy
 from collections.abc import Mapping

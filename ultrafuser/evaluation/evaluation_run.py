@@ -221,7 +221,7 @@ def verdict(results: dict) -> str:
 
 
 def left_out(results: dict) -> list[str]:
-    """What could not be compared or measured, a sentence for each reason."""
+    """Lists what could not be compared or measured, one sentence for each reason."""
     reasons: dict[str, list[str]] = {}
     for name, reason in results["left_out"].items():
         reasons.setdefault(reason, []).append(name)

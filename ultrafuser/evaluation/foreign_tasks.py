@@ -22,7 +22,7 @@ PATTERNS = ("regex_pattern", "regexes_to_ignore")
 
 
 def are_strange(folder: Path) -> bool:
-    """Whether tasks are others' than those that `local_tasks.write` wrote; refused if they name functions, which are code."""
+    """Returns whether tasks are not those that `local_tasks.write` wrote; rejects those that name functions, which are code."""
     strange = False
     for file in sorted(p for p in folder.rglob("*") if p.suffix in (".yaml", ".yml") and not p.is_dir()):
         check_file(file, MOST_BYTES)
@@ -66,7 +66,7 @@ def _tags(text: str) -> Iterator[str]:
 
 
 def _values(content, key: str) -> Iterator[str]:
-    """What stands under a key, wherever it is."""
+    """Yields the values of a key at any depth."""
     if isinstance(content, dict):
         yield from ([str(content[key])] if key in content else [])
         content = list(content.values())
@@ -75,7 +75,7 @@ def _values(content, key: str) -> Iterator[str]:
 
 
 def sandboxed(environment: jinja2.Environment) -> ImmutableSandboxedEnvironment:
-    """What renders lm-eval's tasks, as it is but for what a template could do."""
+    """Renders lm-eval's tasks with the same templates in a sandbox."""
     safe = ImmutableSandboxedEnvironment(
         loader=environment.loader,
         undefined=environment.undefined,

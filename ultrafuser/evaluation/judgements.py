@@ -125,7 +125,7 @@ def run(
 def _answer_settings(
     model: str | Path | Endpoint, questions: list[Question], max_new_tokens: int, temperature: float
 ) -> dict:
-    """What an answer depends on."""
+    """Returns the settings that an answer depends on."""
     settings = {"questions": digest([(q.id, q.turns) for q in questions])}
     if isinstance(model, Endpoint):
         options = {"max_tokens": max_new_tokens, "temperature": temperature, **model.options}
@@ -305,7 +305,7 @@ def _bar(progress: Progress, name: str, total: int, done: int) -> Callable[[], N
 
 
 def table(results: dict) -> Table:
-    """What `run` found, to look at."""
+    """Tables the results of `run` for the terminal."""
     name, scale = ("win_rate", 100) if results["method"] == "pairwise" else ("score", 1)
     unit = " %" if scale == 100 else " of 10"
     shown = Table(title=f"{results['model']}, judged by {results['judge']}", title_justify="left", show_header=False)

@@ -313,7 +313,7 @@ def _command(task: str, backend: str, arguments: dict, settings: dict, include, 
 
 
 def _result(task: str, evaluated: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a task: its scores, or those of the group and of all its tasks."""
+    """Returns the part of a task's results that is kept: its scores, or those of the group and of all its tasks."""
     scores = {}
     for name, row in evaluated["results"].items():
         metrics = [key for key in row if "," in key and "_stderr," not in key]

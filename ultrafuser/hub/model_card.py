@@ -121,7 +121,7 @@ def read_licences(
 
 
 def _is_ours(text: str) -> bool:
-    """Whether this wrote the card, and nobody has changed a letter since."""
+    """Returns whether this package wrote the card, and nobody has edited it since."""
     mark = re.search(r"<!-- ultrafuser card (\w+) -->\n\Z", text)
     return mark is not None and digest(text[: mark.start()]) == mark[1]
 
@@ -278,7 +278,7 @@ def _comparison(results: dict) -> dict:
 
 
 def _ahead(rows: list[dict]) -> str:
-    """Which rows beat the fused model, in words: a reader should not have to find them."""
+    """States which rows beat the fused model: a reader should not have to find them."""
     sentences = []
     for row in rows:
         if row["name"] != FUSED and row["difference"] < 0:

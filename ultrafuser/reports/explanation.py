@@ -109,7 +109,7 @@ def explain(
 
 
 def text_pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What each token adds to the text. Joined, they are the decoded text.
+    """Returns the text that each token adds. Joined, they are the decoded text.
 
     A token of byte-level BPE may hold a part of a character only. It adds nothing then, and the token that completes
     the character adds all of it.
@@ -147,7 +147,7 @@ def mean_weights(tokens: list[Token]) -> dict[str, float]:
 def _add_predictions(
     tokens: list[Token], name: str, logits: Tensor, ids: Tensor, tokenizer: PreTrainedTokenizerBase, candidates: int
 ) -> None:
-    """What one model predicted at every position but the last."""
+    """Predictions of one model at every position but the last."""
     probabilities = logits[0, :-1].float().softmax(-1)
     own = probabilities.gather(-1, ids[0, 1:, None].to(probabilities.device))[:, 0].tolist()
     top = probabilities.topk(min(candidates, probabilities.shape[-1]))

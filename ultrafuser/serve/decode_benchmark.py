@@ -1,4 +1,4 @@
-"""How fast a fused folder decodes on this machine, each way, beside its specialists."""
+"""Benchmarks a fused folder's decoding strategies on this machine, beside its specialists."""
 
 from rich.filesize import decimal
 from rich.table import Table
@@ -45,7 +45,7 @@ def measure_decoding(
 
 
 def table(model: UltraFuserForCausalLM, alone: dict[str, float], found: Speeds) -> Table:
-    """What was measured, beside the fastest specialist."""
+    """Tables the measurements, beside the fastest specialist."""
     best = max(alone.values())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     shown = Table("", "tokens/s", "time / specialist's", "weights")

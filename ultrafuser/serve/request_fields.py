@@ -47,7 +47,7 @@ def template_variables(written: str | None) -> dict:
 
 
 class _Fields(BaseModel):
-    """What all kinds of requests have in common. What is not named here has no effect, or is refused by the handler."""
+    """Base of all requests. Fields that are not named here have no effect, or are rejected by the handler."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -97,7 +97,7 @@ class _Response(_Fields):
 
 
 class Kind(NamedTuple):
-    """Of requests: their fields, what answers them, and the field of the answer's length."""
+    """Kind of request: its fields, its handler, and the field of the answer's length."""
 
     fields: type[_Fields]
     handler: type[BaseHandler]

@@ -1,4 +1,4 @@
-"""What transformers' handlers are given: one model that nothing unloads, and threads that answer at once."""
+"""Gives transformers' handlers one model that nothing unloads, and threads that answer at once."""
 
 import asyncio
 import math
@@ -225,11 +225,11 @@ class State(GenerationState):
             self.manager.init_cb(model, GenerationConfig(**{**model.generation_config.to_dict(), "use_cache": False}))
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
-        """What answers."""
+        """Returns the manager that generates."""
         return self.manager
 
     def is_cb_alive(self) -> bool:
-        """Whether it still does."""
+        """Returns whether the manager still runs."""
         return not isinstance(self.manager, Batches) or self.manager.is_alive()
 
     def shutdown(self) -> None:
@@ -238,7 +238,7 @@ class State(GenerationState):
 
 
 def _blocks(model: UltraFuserForCausalLM) -> ContinuousBatchingConfig | None:
-    """Of the paged cache. On a GPU the library fits it to the memory; on a CPU it would take all of the machine's."""
+    """Returns the settings of the paged cache. On a GPU transformers fits it to the memory; on a CPU it would take all."""
     if model.device.type != "cpu":
         return None
     blocks = math.ceil((model.config.max_position_embeddings or 0) / ContinuousBatchingConfig().page_size)

@@ -149,7 +149,7 @@ class Answering:
             gone.cancel()
 
     async def _handled(self, data: bytes, asked: Asked) -> Response:
-        """What the handler makes of a request."""
+        """Returns the answer of the handler to a request."""
         reading = anyio.to_thread.run_sync(self._read, data, abandon_on_cancel=True, limiter=self.state.readers)
         body, asked.ids, seed = await reading
         asked.seed = secrets.randbits(63) if seed is None else seed
@@ -244,7 +244,7 @@ def serve(folder: str, host: str, port: int, key: str | None, loading: dict, **s
 
 
 def _response(answer: asyncio.Future) -> Response:
-    """What a handler returned or raised."""
+    """Returns the handler's answer, or raises its error as an HTTP one."""
     try:
         return answer.result()
     except HTTPException:

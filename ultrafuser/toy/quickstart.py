@@ -64,7 +64,7 @@ print(json.dumps([generate(p, max_new_tokens=24, do_sample=False)[0]["generated_
 
 @dataclass
 class Schedule:
-    """How long and how fast to train. The learning rates are measured to fit specialists of a million parameters."""
+    """Steps and learning rates of training. The rates are measured to fit specialists of a million parameters."""
 
     base_steps: int = 100
     specialist_steps: int = 80
@@ -284,7 +284,7 @@ def mean_gate_weights(model: UltraFuserForCausalLM, held_out: dict[str, Tensor])
 
 
 def reload_elsewhere(folder: Path, prompts: list[str]) -> list[str]:
-    """What `pipeline("text-generation")` says, in a fresh process that cannot import this package.
+    """Runs `pipeline("text-generation")` in a fresh process that cannot import this package.
 
     Raises:
         RuntimeError: If the folder does not load there.

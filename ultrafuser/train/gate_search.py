@@ -1,4 +1,4 @@
-"""Which gate: several, trained on one cache of what the specialists say, and measured on rows that none has seen."""
+"""Compares several gates, trained on one cache of the specialists' states, on held-out rows."""
 
 import copy
 import time

@@ -221,7 +221,7 @@ def _train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, mode
 
 
 def _publishing(args: GateStageConfig | JointStageConfig) -> Callable[[], None] | None:
-    """What pushes the trained model, if that is asked for: as `ultrafuser push` does, once and at the end.
+    """Returns a function that pushes the trained model, if asked for: as `ultrafuser push` does, once and at the end.
 
     The library would send the whole output folder, its data and its arguments included, and keep the token in them.
     """
@@ -262,7 +262,7 @@ def _trainer(fused: FusedArguments, out: Path, model_args: ModelConfig) -> tuple
 
 
 def ingredients_of(fused: FusedArguments, model: ModelConfig) -> dict[str, dict]:
-    """Where the specialists come from: what the folder says that training began from, or what was fused."""
+    """Returns the specialists' origins: those that the folder names, or those that were fused."""
     if fused.specialists:
         revisions = fused.specialist_revisions or {}
         return {n: described(s, metadata.read(n, s, revisions.get(n))) for n, s in fused.specialists.items()}
@@ -304,7 +304,7 @@ def load_model(
 
 
 def load_domains(fused: FusedArguments, text_field: str = "text") -> Dataset | dict[str, Dataset]:
-    """What a trainer draws from: one dataset per domain, or one whose rows name theirs.
+    """Loads the training data: one dataset per domain, or one whose rows name theirs.
 
     Raises:
         ValueError: If a domain cannot be read, naming it, its file and the row.

@@ -8,7 +8,7 @@ from .reward_similarity import cosines
 
 
 class GradientReward(Reward):
-    """How well a step on each domain serves all domains: cosines of gradients on two halves of the pool."""
+    """Cosines of gradients on two halves of the pool: how well a step on each domain serves all domains."""
 
     def __init__(self, args, probe: Probe):
         if probe.sharded:

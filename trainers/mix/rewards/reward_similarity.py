@@ -7,7 +7,7 @@ from .reward_base import Reward
 
 
 class SimilarityReward(Reward):
-    """How much each domain's mean hidden state on the pool resembles the others', or the target's alone."""
+    """Similarity of each domain's mean hidden state on the pool to the others', or to the target's alone."""
 
     def measure(self) -> ndarray:
         return similarity(self.probe.mean_hidden_states(), self.target)
