@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from .compat_ultrafuser import drop_plans
+
 
 # what PEFT adapts as x W^T; the second keeps W transposed
 LINEAR = (nn.Linear, Conv1D)
@@ -130,8 +132,7 @@ def add_adapters(base: PreTrainedModel, config) -> None:
         owner, _, leaf = name.rpartition(".")
         layer = AdaptedLinear(base.get_submodule(name), len(config.specialists), config.adapters["rank"], rows)
         setattr(base.get_submodule(owner), leaf, layer)
-    # they speak of the base's layers as they were
-    base._tp_plan = base._ep_plan = {}
+    drop_plans(base)
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:

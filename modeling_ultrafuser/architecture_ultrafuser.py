@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from .causal_ultrafuser import check_causal_class
+from .compat_ultrafuser import CACHE, keeps_states_in_layers
 from .configuration_ultrafuser import UltraFuserConfig
 from .files_ultrafuser import in_words
 from .refusals_ultrafuser import Refusal
-from .versions_ultrafuser import CACHE
 
 
 def check_architecture(name: str, config: PreTrainedConfig, text_config: PreTrainedConfig) -> None:
@@ -58,7 +58,7 @@ def check_architecture(name: str, config: PreTrainedConfig, text_config: PreTrai
             "because the fused model's follows from that",
             "Use another architecture.",
         )
-    if hasattr(backbone_class(text_config), "_setup_cache"):
+    if keeps_states_in_layers(backbone_class(text_config)):
         raise Refusal(
             "model",
             f"{kind}, which keeps recurrent states in its layers",

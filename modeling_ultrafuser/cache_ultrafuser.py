@@ -1,11 +1,10 @@
 """One key-value cache for all specialists: the library's own, with a window onto it for each specialist."""
 
-import inspect
-
 import torch
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
+from .compat_ultrafuser import PAGES_CHANGE_KWARGS, bare, init_without_layers
 from .families_ultrafuser import common, head_dim, num_key_value_heads, of_each
 
 
@@ -23,10 +22,8 @@ class SpecialistCache(Cache):
     """
 
     def __init__(self, cache: Cache, start: int, length: int):
-        # not `super().__init__`: it would make layers of its own
         self.cache, self.start, self.length = cache, start, length
-        self.layer_class_to_replicate = None
-        self.offloading = False
+        init_without_layers(self)
 
     @property
     def layers(self):
@@ -61,9 +58,7 @@ def refuse_cache_of_one_shape(config, cache: Cache) -> None:
 
 def paged_window(cache: PagedAttentionCache, start: int) -> PagedAttentionCache:
     """The same window onto the paged cache of continuous batching (`generate_batch`)."""
-    window = object.__new__(_PagedWindow)
-    window.__dict__.update(cache=cache, start=start)
-    return window
+    return bare(_PagedWindow, cache=cache, start=start)
 
 
 class _PagedWindow(PagedAttentionCache):
@@ -78,17 +73,12 @@ class _PagedWindow(PagedAttentionCache):
 
 def paged_record() -> PagedAttentionCache:
     """A stand-in for the paged cache that serves one text, and remembers in `written` what each layer put in."""
-    record = object.__new__(_PagedRecord)
-    record.__dict__["written"] = {}
-    return record
+    return bare(_PagedRecord, written={})
 
 
 class _PagedRecord(PagedAttentionCache):
-    # from transformers 5.24 on, what attention was given is changed in place
-    changes_kwargs = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
-
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
-        if self.changes_kwargs:
+        if PAGES_CHANGE_KWARGS:
             _ = kwargs["kwargs"]["max_length_k"]
         before = self.written.setdefault(layer_idx, [])
         before.append((key_states, value_states))

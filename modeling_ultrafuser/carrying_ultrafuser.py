@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .compat_ultrafuser import CarrierLayer, cache_dtypes
 from .configuration_ultrafuser import UltraFuserConfig
 from .evidence_ultrafuser import judged
 from .families_ultrafuser import head_dim, num_attention_heads, num_key_value_heads, soft_cap
@@ -33,28 +33,6 @@ DIGITS = 31
 PIECES = 3
 # tokens that a carrier must see: one and the one before it
 WINDOW = 2
-
-
-class CarrierLayer(nn.Module):
-    """A layer of attention without weights.
-
-    Args:
-        config: Of a specialist, which says by what attention runs.
-        layer_idx: Its number among all layers.
-    """
-
-    is_causal = True
-    scaling = 1.0
-
-    def __init__(self, config, layer_idx: int):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attends. All are (1, heads, tokens, head size). Returns (tokens, heads * head size)."""
-        # vLLM finds layers by these two lines
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
-        return attention(self, query, key, value, None, scaling=self.scaling)[0]
 
 
 class Carrier(nn.Module):
@@ -264,7 +242,7 @@ _without_head = weakref.WeakSet()
 @cache
 def _look_for_heads() -> None:
     def registered(module: nn.Module, name: str, child: nn.Module) -> None:
-        if name == "lm_head" and (backbone := module._modules.get("model")) in _without_head:
+        if name == "lm_head" and (backbone := getattr(module, "model", None)) in _without_head:
             _without_head.remove(backbone)
             _check_head(backbone, child)
             backbone.wide_head = (child,)
@@ -280,8 +258,7 @@ def _check_head(backbone: nn.Module, head: nn.Module) -> None:
             f"weights, but vLLM has {'none' if weight is None else f'{len(weight)} of its rows'} here. Serve with "
             f"--tensor-parallel-size 1 and without quantising the head, or fuse with another gate, such as 'cross'."
         )
-    layers = [getattr(layer, "attn", None) for layer in backbone.carrier.layers]
-    kept = {getattr(layer, "kv_cache_torch_dtype", weight.dtype) for layer in layers}
+    kept = cache_dtypes(backbone.carrier.layers, weight.dtype)
     if kept != {weight.dtype}:
         raise ValueError(
             f"The gate {gate!r} keeps how well each specialist has predicted the text so far in the key-value cache, which "

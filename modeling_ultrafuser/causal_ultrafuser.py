@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
+from .compat_ultrafuser import kept_in_float32
 from .refusals_ultrafuser import Refusal
 
 
@@ -94,7 +95,7 @@ def check_head_dtype(name: str, config: PreTrainedConfig, backbone: type, dtype:
         ValueError: Naming the specialist and its class.
     """
     causal = causal_class(config)
-    kept = [set(getattr(c, "_keep_in_fp32_modules_strict", None) or ()) for c in (causal, backbone)]
+    kept = [kept_in_float32(c) for c in (causal, backbone)]
     if kept[0] - kept[1] and dtype is not None and dtype.itemsize < 4:
         raise Refusal(
             "architecture",

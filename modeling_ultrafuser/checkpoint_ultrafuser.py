@@ -15,10 +15,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from .architecture_ultrafuser import empty_model
+from .compat_ultrafuser import file_if_any
 from .files_ultrafuser import in_words, read_json
 from .folder_ultrafuser import check_config, check_folder
 from .gguf_ultrafuser import check_gguf
@@ -108,7 +108,7 @@ def check_fused(load: Callable, cls: type[PreTrainedModel], source: str | os.Pat
         ValueError: Naming the first tensor that is missing, left over, or of another shape or type.
         OSError: If there is nothing.
     """
-    file = cached_file(source, "config.json", **{**hub, "_raise_exceptions_for_missing_entries": False})
+    file = file_if_any(source, "config.json", **hub)
     if file is None:  # the library says so
         return
     check_folder(os.path.dirname(file))

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .compat_ultrafuser import attention_of
 from .families_ultrafuser import (
     SCALE_FIELDS,
     common,
@@ -324,4 +325,4 @@ def _as_config(config: PreTrainedConfig | dict) -> PreTrainedConfig:
 
 def attention_of_all(config: "UltraFuserConfig") -> str | None:
     """The attention implementation that all specialists run by, or None."""
-    return common(c._attn_implementation for c in config.backbones)
+    return common(map(attention_of, config.backbones))

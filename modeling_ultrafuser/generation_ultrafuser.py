@@ -1,26 +1,24 @@
 """Generation with a fused model: views of the prompt, drafts, prepared masks, continuous batching."""
 
-import inspect
-
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .causal_ultrafuser import causal_class, starts_over, switching_lengths, tokens_before_switch
+from .compat_ultrafuser import CACHE, GenerationHooks, is_stateful, takes_cache
 from .inputs_ultrafuser import positions_of
 from .peft_ultrafuser import has_prefix
 from .probing_ultrafuser import check_pages
 from .serving_ultrafuser import check_answered, check_pageable
-from .versions_ultrafuser import CACHE, takes_cache
 
 
-class FusedGeneration:
+class FusedGeneration(GenerationHooks):
     """Mixin of the causal language model, before `GenerationMixin`: what generation asks of many specialists."""
 
     @property
-    def _is_stateful(self) -> bool:
-        # recurrent states cannot go back to before a rejected draft, so the library refuses drafts for such models
-        return any(causal_class(config)._is_stateful for config in self.config.backbones)
+    def goes_back(self) -> bool:
+        """Whether the cache can go back to before a rejected draft, which recurrent states cannot."""
+        return not any(is_stateful(causal_class(config)) for config in self.config.backbones)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs) -> dict:
         """Like the library's, and lets each specialist read the prompt in its own words.
@@ -89,23 +87,13 @@ class FusedGeneration:
                 streamer.end()
             raise
 
-    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer) -> dict:
-        # the library hands a function of one's own neither of these, even if it takes them
-        both = {"streamer": streamer, "tokenizer": kwargs.get("tokenizer")}
-        extracted = super()._extract_generation_mode_kwargs(
-            custom_generate, kwargs, synced_gpus, assistant_model, streamer
-        )
-        taken = inspect.signature(custom_generate).parameters if callable(custom_generate) else {}
-        return extracted | {key: value for key, value in both.items() if key in taken and value is not None}
+    def arguments_of_drafts(self, model_kwargs: dict) -> dict:
+        """Returns the ordinary input: a draft model of any kind reads that."""
+        views = {"specialist_input_ids", "specialist_attention_mask"}
+        return {key: value for key, value in model_kwargs.items() if key not in views}
 
-    def _get_candidate_generator(self, *, input_ids: Tensor, model_kwargs: dict, **kwargs):
-        # a draft model of any kind reads the ordinary input
-        own = {"specialist_input_ids", "specialist_attention_mask"}
-        generator = super()._get_candidate_generator(
-            input_ids=input_ids,
-            model_kwargs={key: value for key, value in model_kwargs.items() if key not in own},
-            **kwargs,
-        )
+    def shorten_drafts(self, generator, model_kwargs: dict) -> None:
+        """Ends drafts where a specialist's factors of rotation change."""
         lengths = set().union(*map(switching_lengths, self.config.specialists))
         if lengths:
             mask, draft = model_kwargs.get("attention_mask"), generator.get_candidates
@@ -122,7 +110,6 @@ class FusedGeneration:
                 ] if room and logits is not None else None
 
             generator.get_candidates = get_candidates
-        return generator
 
     def init_continuous_batching(self, *args, **kwargs):
         """Like the library's, and refuses what one paged cache cannot hold before anything starts.

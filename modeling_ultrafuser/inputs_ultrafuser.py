@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .versions_ultrafuser import CACHE, OLD_CACHE
+from .compat_ultrafuser import CACHE, OLD_CACHE
 
 
 NO_ROUTER_LOSS = (

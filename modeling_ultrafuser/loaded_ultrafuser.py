@@ -4,6 +4,8 @@ import re
 
 from torch import Tensor, nn
 
+from .compat_ultrafuser import forget
+
 
 def refuse_other_specialists(names: list[str], parts: list[str], parameters: list[str], loading_info) -> None:
     """Rejects a checkpoint of other specialists than the configuration names, with one sentence.
@@ -33,9 +35,7 @@ def refuse_other_specialists(names: list[str], parts: list[str], parameters: lis
     no_adapters = found and any(".lora_" in key for key in loading_info.missing_keys if key in parameters)
     if extra or shapes or no_adapters or 0 < len(found) < len(parts):
         there = [n for n in parts if n in found] + sorted(extra)
-        # or the library would report on top, and raise an error of its own in place of this one
-        for keys in (loading_info.missing_keys, loading_info.unexpected_keys, loading_info.mismatched_keys):
-            keys.clear()
+        forget(loading_info)
         raise ValueError(
             f"A checkpoint must hold the specialists that its configuration names, because gate and head have a part "
             f"for each, but it holds {len(there)} ({there}) and the configuration names {len(names)} ({names})"

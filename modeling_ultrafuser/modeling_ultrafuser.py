@@ -20,6 +20,7 @@ from transformers.utils import TransformersKwargs
 
 from .cache_ultrafuser import refuse_cache_of_one_shape
 from .carrying_ultrafuser import Carrier
+from .compat_ultrafuser import CACHE, attention_of, is_for_vllm, set_attention, set_layers, takes_cache
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all
 from .evidence_ultrafuser import decoding_layer, last_logits, layer_of, read_evidence
 from .fusing_ultrafuser import fuse_specialists
@@ -41,7 +42,6 @@ from .pretrained_ultrafuser import UltraFuserPreTrainedModel
 from .reader_base_ultrafuser import Reader
 from .readers_ultrafuser import reader_of
 from .serving_ultrafuser import check_servable_by_vllm, prepared_for_vllm
-from .versions_ultrafuser import CACHE, takes_cache
 
 
 # a path that no fused model has
@@ -62,8 +62,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
                 "`UltraFuserForCausalLM.from_specialists({'text': ..., 'code': ...})`."
             )
         refuse_router_loss(None, config)
-        for_vllm = config._attn_implementation == "vllm"
-        if for_vllm:
+        if is_for_vllm(config):
             check_servable_by_vllm(config)
         self.reader_class = reader_of(config)
         self.specialists = self.reader_class.build(config)
@@ -71,7 +70,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         self.fusion_rule = FUSIONS[config.fusion](config)
         # whoever has a head puts it here, for gates that read the past; in a tuple, so that it is no part of the backbone
         self.wide_head: tuple[nn.Module, ...] = ()
-        self.carrier: Carrier | None = prepared_for_vllm(self) if for_vllm else None
+        self.carrier: Carrier | None = prepared_for_vllm(self) if is_for_vllm(config) else None
         self.resized = False
         self._tell_attention()
         self.post_init()
@@ -84,9 +83,8 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
     def _tell_attention(self) -> None:
         """Writes into the configuration how specialists attend: as all do, or else as all can."""
         chosen = attention_of_all(self.config)
-        own = {name: c._attn_implementation for name, c in zip(*self.config._names_and_configs(), strict=True)}
-        # for each, or the setter would change theirs, too
-        self.config._attn_implementation = own | {"": chosen or "eager"}
+        own = {name: attention_of(c) for name, c in zip(*self.config._names_and_configs(), strict=True)}
+        set_attention(self.config, own | {"": chosen or "eager"})
 
     def get_input_embeddings(self) -> nn.Module:
         """Returns every specialist's, as one module. Adapters of one base have a single one."""
@@ -199,9 +197,8 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         if cache is None:
             cache = DynamicCache(config=self.config)
         elif not cache.layers and isinstance(cache, DynamicCache):
-            # one made without a configuration adds layers as they come, in an order that only one model can have
-            cache.layers = DynamicCache(config=self.config).layers
-            cache.layer_class_to_replicate = None
+            # layers that came as specialists run would be in an order that only one model can have
+            set_layers(cache, self.config)
         refuse_cache_of_one_shape(self.config, cache)
         if Reads.PAST in self.fusion_gate.reads:
             layer_of(cache)

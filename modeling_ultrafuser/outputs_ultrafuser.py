@@ -7,7 +7,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from .versions_ultrafuser import CACHE
+from .compat_ultrafuser import CACHE
 
 
 @dataclass

@@ -5,18 +5,17 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 
 from .checkpoint_ultrafuser import check_fused
+from .compat_ultrafuser import CACHE, LoadingHooks, resized_head
 from .configuration_ultrafuser import UltraFuserConfig
 from .files_ultrafuser import HUB_OPTIONS, in_words
 from .gate_base_ultrafuser import Gate
 from .loaded_ultrafuser import refuse_other_specialists, refuse_quantised_head
 from .peft_ultrafuser import check_adapters
-from .versions_ultrafuser import CACHE
 
 
-class UltraFuserPreTrainedModel(PreTrainedModel):
+class UltraFuserPreTrainedModel(LoadingHooks, PreTrainedModel):
     """Base of the backbone and the causal language model."""
 
     config_class = UltraFuserConfig
@@ -29,20 +28,6 @@ class UltraFuserPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _skip_keys_device_placement = [CACHE]
     _keep_in_fp32_modules_strict = ["fusion_gate"]
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """False, so that loading fills whatever a saved folder does not hold as it does for the library's own models.
-
-        In other people's code it passes over modules without tensors of their own, backbones among them: the buffers
-        that Falcon-H1 fills there, for one, would be left as whatever was in memory.
-        """
-        return False
-
-    @classmethod
-    def get_init_context(cls, *args, **kwargs) -> list:
-        """Like the library's, without drawing numbers for tensors that are loaded right after."""
-        return [*super().get_init_context(*args, **kwargs), init.no_init_weights()]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -68,9 +53,8 @@ class UltraFuserPreTrainedModel(PreTrainedModel):
         with in_words("The fused model", source or "in memory", kwargs):
             return super().from_pretrained(source, *args, **kwargs)
 
-    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
-        # the library's last step before it reports, with a table of shapes or a mere warning
-        super()._adjust_missing_and_unexpected_keys(loading_info)
+    def check_loaded(self, loading_info) -> None:
+        """Rejects a checkpoint of other specialists, and a quantised head."""
         names, parts = self.config.specialist_names, list(self.base_model.specialists)
         refuse_other_specialists(names, parts, [n for n, _ in self.named_parameters()], loading_info)
         refuse_quantised_head(getattr(self, "lm_head", None))
@@ -104,7 +88,7 @@ class UltraFuserPreTrainedModel(PreTrainedModel):
         head = self.get_output_embeddings()
         if isinstance(head, nn.Linear):
             trainable = head.weight.requires_grad
-            self.set_output_embeddings(self._get_resized_lm_head(head, rows, mean_resizing=mean_resizing))
+            self.set_output_embeddings(resized_head(self, head, rows, mean_resizing))
             self.get_output_embeddings().requires_grad_(trainable)
         self.base_model.resized |= rows != self.config.vocab_size
         self.config.vocab_size = self.vocab_size = self.base_model.vocab_size = rows

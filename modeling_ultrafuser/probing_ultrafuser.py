@@ -14,13 +14,13 @@ from transformers.utils import logging
 from .architecture_ultrafuser import empty_backbones, parts_of
 from .cache_ultrafuser import SpecialistCache, paged_record
 from .causal_ultrafuser import masks_for_generate
+from .compat_ultrafuser import CACHE, PAGES_CHANGE_KWARGS, attention_of
 from .configuration_ultrafuser import UltraFuserConfig
 from .families_ultrafuser import SCALE_FIELDS, soft_cap, specialist_layer_types
 from .files_ultrafuser import in_words
 from .inputs_ultrafuser import Tokens
 from .reader_separate_ultrafuser import named_masks, read_within
 from .refusals_ultrafuser import Refusal
-from .versions_ultrafuser import CACHE
 
 
 def check_steps(config: UltraFuserConfig) -> None:
@@ -57,7 +57,7 @@ def check_pages(config: UltraFuserConfig, specialists: dict[str, PreTrainedModel
     # masks by kind of layer, as the library makes them for all specialists
     kinds = {kind for c in config.specialists for kind in specialist_layer_types(c)}
     for name, backbone in specialists.items():
-        attention, record = backbone.config._attn_implementation, paged_record()
+        attention, record = attention_of(backbone.config), paged_record()
         backbone.set_attn_implementation("sdpa" if attention == "sdpa" else "paged|eager")
         try:
             for start, end in ((0, 3), (3, 5)):
@@ -65,7 +65,7 @@ def check_pages(config: UltraFuserConfig, specialists: dict[str, PreTrainedModel
                 positions = torch.arange(start, end, device=backbone.device)[None]
                 tokens = Tokens(positions, dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask, positions)
                 layers = [0, backbone.config.num_hidden_layers]
-                more = {"max_length_k": end} if record.changes_kwargs else {}
+                more = {"max_length_k": end} if PAGES_CHANGE_KWARGS else {}
                 read_within(backbone, name, layers, tokens, None, cache=record, use_cache=False, **more)
             odd = _not_as_paged(record.written, layers[1], config)
         except Exception as error:

@@ -11,11 +11,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from .adapters_ultrafuser import MERGE_FIRST, adapter_parameters, add_adapters, merged_backbone
 from .cache_ultrafuser import SpecialistCache
 from .causal_ultrafuser import masks_for_generate
+from .compat_ultrafuser import CACHE
 from .families_ultrafuser import CACHED_LAYERS, of_each, plain_dict, specialist_layer_types
 from .inputs_ultrafuser import Tokens, positions_of
 from .reader_base_ultrafuser import Reader, run
 from .specialists_ultrafuser import BASE, Specialists
-from .versions_ultrafuser import CACHE
 
 
 # no specialist can have this name

@@ -8,9 +8,9 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .compat_ultrafuser import CACHE
 from .inputs_ultrafuser import Tokens
 from .specialists_ultrafuser import Specialists
-from .versions_ultrafuser import CACHE
 
 
 class Reader:

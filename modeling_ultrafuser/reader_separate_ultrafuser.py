@@ -8,11 +8,11 @@ from transformers.utils import ModelOutput
 
 from .cache_ultrafuser import SpecialistCache, paged_window
 from .causal_ultrafuser import masks_for_generate
+from .compat_ultrafuser import CACHE
 from .embeddings_ultrafuser import TokenEmbeddings
 from .families_ultrafuser import specialist_layer_types
 from .inputs_ultrafuser import Tokens, positions_of, view
 from .reader_base_ultrafuser import Reader, run
-from .versions_ultrafuser import CACHE
 
 
 class SeparateReader(Reader):

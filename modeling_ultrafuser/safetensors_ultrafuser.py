@@ -7,6 +7,7 @@ import struct
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from .compat_ultrafuser import file_if_any
 from .files_ultrafuser import UnreadableFileError, check_file, parse_json, read_json
 
 
@@ -29,10 +30,9 @@ def weight_files(source: str | os.PathLike, **hub) -> list[str] | None:
         UnreadableFileError: If the index of several files names one that is none of the folder's.
         OSError: If one is not there.
     """
-    optional = {"_raise_exceptions_for_missing_entries": False, **hub}
-    if (one := cached_file(source, SAFE_WEIGHTS_NAME, **optional)) is not None:
+    if (one := file_if_any(source, SAFE_WEIGHTS_NAME, **hub)) is not None:
         return [one]
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **optional)
+    index = file_if_any(source, SAFE_WEIGHTS_INDEX_NAME, **hub)
     if index is None:
         return None
     return [cached_file(source, name, **hub) for name in sorted(set(read_index(index).values()))]

@@ -5,6 +5,7 @@ from transformers import PreTrainedConfig
 
 from .carrying_ultrafuser import Carrier, find_head
 from .causal_ultrafuser import switching_lengths
+from .compat_ultrafuser import attention_of, number_layers
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all
 from .families_ultrafuser import (
     common,
@@ -93,9 +94,7 @@ def prepared_for_vllm(backbone: nn.Module) -> Carrier | None:
         What hands on evidence from token to token, if the gate reads the past.
     """
     for start, specialist in zip(backbone.reader.first_layers, backbone.specialists.values(), strict=False):
-        for module in specialist.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx += start
+        number_layers(specialist, start)
     if Reads.PAST not in backbone.fusion_gate.reads:
         return None
     carrier = Carrier(backbone.config, backbone.fusion_gate.evidence)
@@ -114,7 +113,7 @@ def check_pageable(config: UltraFuserConfig) -> None:
     if attention_of_all(config) is None:
         raise ValueError(
             f"Continuous batching puts one paged attention in place of that of all layers, but specialists attend by "
-            f"{of_each(config, lambda c: c._attn_implementation)}. Let all attend alike first: "
+            f"{of_each(config, attention_of)}. Let all attend alike first: "
             f"`model.set_attn_implementation('eager')`."
         )
     used = set().union(*map(specialist_layer_types, config.specialists))

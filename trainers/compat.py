@@ -1,6 +1,6 @@
 """Private hooks of TRL, transformers and torch that the trainers rely on, each behind a name of its own.
 
-Seen in trl 1.16, transformers 5.23 and torch 2.13. A release that changes one breaks this file alone.
+Seen in trl 1.16, transformers 5.23, accelerate 1.15 and torch 2.13. `tests/contracts/` holds a test of each.
 """
 
 from typing import Any
@@ -59,6 +59,11 @@ def model_columns(trainer: Trainer) -> list[str]:
     return trainer._signature_columns
 
 
+def without_unused_columns(trainer: Trainer, dataset) -> Any:
+    """Returns a dataset with the columns that training reads, as the training data loader has it."""
+    return trainer._remove_unused_columns(dataset, description="training")
+
+
 def on_device(trainer: Trainer, batch: dict[str, Tensor]) -> dict[str, Any]:
     """Moves a batch to the device of this process, as the training step does (`Trainer._prepare_inputs`)."""
     return trainer._prepare_inputs(batch)
@@ -70,6 +75,12 @@ def token_scores(model: nn.Module, batch: dict[str, Tensor]):
     `SFTTrainer.__init__` puts the keyword `fused_lm_head` on `model.forward`, and `compute_loss` passes it.
     """
     return model(**batch, use_cache=False, fused_lm_head=True)
+
+
+def forget_metrics(trainer: SFTTrainer, names: tuple[str, ...]) -> None:
+    """Drops what TRL has gathered for the next log of training (`_metrics`), before it logs the means."""
+    for name in names:
+        trainer._metrics["train"].pop(name, None)
 
 
 def dict_settings(config: type[SFTConfig] | SFTConfig) -> list[str]:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.log_ultrafuser import print_line
 
+from .compat import forget_metrics, on_device, without_unused_columns
 from .forward_hooks import capture
 from .heads.head_base import TokenScores, scattered
 from .mix.rewards import REWARDS
@@ -166,7 +167,7 @@ class CachedGateTrainer(GateTrainer):
         self._check(kinds)
         self.kept = kinds[self.keep](self.fused.config)
         self.kept.check()
-        self.rows = self._remove_unused_columns(self.train_dataset, description="training")
+        self.rows = without_unused_columns(self, self.train_dataset)
         dtype = dtype or next(self.fused.model.specialists.parameters()).dtype
         counts: list[int] = []
         gate = self.fused.model.fusion_gate
@@ -245,7 +246,7 @@ class CachedGateTrainer(GateTrainer):
     @torch.no_grad()
     def _said_of(self, rows: Iterable[int]) -> dict[str, Tensor]:
         """Computes what is kept of some rows' supervised tokens."""
-        batch = self._prepare_inputs(self.data_collator.collator([self.rows[i] for i in rows]))
+        batch = on_device(self, self.data_collator.collator([self.rows[i] for i in rows]))
         batch.pop("domain")
         labels = batch.pop("labels")[:, 1:]
         mask = labels != -100
@@ -280,8 +281,7 @@ class CachedGateTrainer(GateTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `GateTrainer.log`, without what only all of the vocabulary could tell."""
         if not self.kept.sees_vocabulary and self.model.training:
-            for name in ("entropy", "mean_token_accuracy"):
-                self._metrics["train"].pop(name, None)
+            forget_metrics(self, ("entropy", "mean_token_accuracy"))
         super().log(logs, start_time)
 
 

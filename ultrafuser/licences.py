@@ -7,10 +7,10 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from modeling_ultrafuser.files_ultrafuser import check_file
 
+from .compat import yaml_of_card
 from .yaml_files import MOST_BYTES, parse_yaml
 
 
@@ -90,8 +90,8 @@ def read_ingredient(name: str, source: str | None) -> Ingredient:
         )
     try:
         check_file(card, MOST_BYTES)
-        block = REGEX_YAML_BLOCK.search(Path(card).read_text(encoding="utf-8"))
-        data = parse_yaml(block[2], card) if block else {}
+        block = yaml_of_card(Path(card).read_text(encoding="utf-8"))
+        data = {} if block is None else parse_yaml(block, card)
         if not isinstance(data or {}, dict):
             raise ValueError(f"it is a {type(data).__name__}")
     except ValueError:

@@ -16,9 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from modeling_ultrafuser.causal_ultrafuser import HANDLED, PREPARED, check_causal_class, overridden
+from modeling_ultrafuser.compat_ultrafuser import CACHE
 from modeling_ultrafuser.plan_base_ultrafuser import BLOCKS
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
-from modeling_ultrafuser.versions_ultrafuser import CACHE
 from tests.support.tiny import VOCAB, specialist, stir_gate, tokenizer
 from tests.support.versions import TESTED
 from ultrafuser.check.checks import judge

@@ -7,8 +7,8 @@ from packaging import version
 from transformers import DynamicCache, set_seed
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.compat_ultrafuser import CACHE
 from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
-from modeling_ultrafuser.versions_ultrafuser import CACHE
 from tests.support.mixes import MIXES, fuse, naive_gate_weights, naive_greedy, naive_logits, prompt
 from tests.support.tiny import specialist
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
-from modeling_ultrafuser.versions_ultrafuser import CACHE
+from modeling_ultrafuser.compat_ultrafuser import CACHE
 from tests.fixtures.make_fused_v1 import FOLDER as FUSED_V1
 from tests.fixtures.make_fused_v1 import TEMPLATE
 from tests.support import clean_process

@@ -4,11 +4,10 @@ import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from huggingface_hub.utils.sha import sha_fileobj
-
 from modeling_ultrafuser.files_ultrafuser import check_file, read_json
 from modeling_ultrafuser.refusals_ultrafuser import Refusal
 
+from ..compat import sha256_of
 from ..yaml_files import read_yaml
 from .fusion_recipe import check_words
 
@@ -161,4 +160,4 @@ def check_sha256(path: Path, expected: str) -> None:
 def sha256(path: Path) -> str:
     """Returns the digest of a file's content in hexadecimal digits."""
     with path.open("rb") as file:
-        return sha_fileobj(file).hex()
+        return sha256_of(file)

@@ -2,6 +2,8 @@
 
 from transformers import CompileConfig
 
+from ..compat import compile_on_any_device
+
 
 def compiled(cpp_wrapper: bool = False) -> dict:
     """Options for `generate` that compile each step, all specialists, gate and head, over a static key-value cache.
@@ -19,5 +21,5 @@ def compiled(cpp_wrapper: bool = False) -> dict:
     """
     how = {"mode": None, "options": {"cpp_wrapper": True}} if cpp_wrapper else {"mode": "default"}
     config = CompileConfig(fullgraph=True, dynamic=False, **how)
-    config._compile_all_devices = True
+    compile_on_any_device(config)
     return {"cache_implementation": "static", "compile_config": config}

@@ -24,12 +24,12 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, Gen
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.causal_ultrafuser import starts_over, switching_lengths, tokens_before_switch
+from modeling_ultrafuser.compat_ultrafuser import CACHE, is_stateful
 from modeling_ultrafuser.evidence_ultrafuser import MOST_KEPT, read_evidence
 from modeling_ultrafuser.families_ultrafuser import bounded, soft_cap
 from modeling_ultrafuser.gate_base_ultrafuser import Reads, asked_first
 from modeling_ultrafuser.inputs_ultrafuser import Tokens
 from modeling_ultrafuser.peft_ultrafuser import has_prefix
-from modeling_ultrafuser.versions_ultrafuser import CACHE
 
 
 # of the library's, those that only look at the text so far, so that what was drafted leaves no trace in them
@@ -312,7 +312,7 @@ def _check(model, config: GenerationConfig, num_drafts: int, model_kwargs: dict)
         )
     if not isinstance(num_drafts, int) or num_drafts < 1:
         raise ValueError(f"`num_drafts` counts tokens drafted in a round, at least 1, but it is {num_drafts!r}.")
-    if model._is_stateful:
+    if is_stateful(model):
         raise ValueError(f"A recurrent specialist cannot go back to before a rejected draft. {plain}")
     if Reads.PAST in model.model.fusion_gate.reads and any(map(switching_lengths, model.config.specialists)):
         raise ValueError(

@@ -11,15 +11,15 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.compat_ultrafuser import CACHE
 from modeling_ultrafuser.evidence_ultrafuser import EvidenceLayer
 from modeling_ultrafuser.families_ultrafuser import head_dim, specialist_layer_types
 from modeling_ultrafuser.inputs_ultrafuser import Tokens
 from modeling_ultrafuser.reader_base_ultrafuser import Reader
-from modeling_ultrafuser.versions_ultrafuser import CACHE
+
+from ..compat import attention_as_llama
 
 
 # decoder layers that differ from Llama's in nothing but biases and norms of queries and keys
@@ -299,8 +299,7 @@ class StackedSpecialists(nn.Module):
         queries, keys, values = (s.permute(1, 0, 3, 2, 4).flatten(1, 2) for s in (queries, keys, values))
         if cache is not None:
             keys, values = cache.update(keys, values, i)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.first._attn_implementation, eager_attention_forward)
-        attended, _ = attend(self, queries, keys, values, mask, scaling=self.head_dim**-0.5)
+        attended, _ = attention_as_llama(self.first)(self, queries, keys, values, mask, scaling=self.head_dim**-0.5)
         return attended.reshape(rows, count, -1).transpose(0, 1)
 
 

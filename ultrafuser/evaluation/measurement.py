@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_ultrafuser.versions_ultrafuser import CACHE
+from modeling_ultrafuser.compat_ultrafuser import CACHE
 from trainers.prompt_views import render, split_conversation
 
 from ..pretrained import generating

@@ -27,6 +27,8 @@ from transformers.cli.serving.utils import (
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 
+from ..compat import cancel
+
 
 AT_ONCE = 8  # requests that are answered at once
 
@@ -204,7 +206,7 @@ class Batches(CBGenerateManager):
         try:
             return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
         except asyncio.CancelledError:
-            self._cb.cancel_request(request_id)
+            cancel(self, request_id)
             raise
 
 

@@ -2,7 +2,7 @@
 
 The handlers know OpenAI's protocol. What they are given is ours: one model that nothing unloads, requests whose fields
 have been checked, prompts that have been read and fit, and threads in which requests are answered at once. What is
-used of `transformers.cli.serving` is listed in `test_serve.py`.
+used of `transformers.cli.serving` is listed in `tests/contracts/test_transformers.py`.
 """
 
 import asyncio
@@ -31,6 +31,7 @@ from transformers.utils import logging
 from modeling_ultrafuser import UltraFuserForCausalLM
 from trainers.template_sandbox import RenderingError, render_chat
 
+from ..compat import messages_and_tools
 from ..fused_folders import open_fused
 from . import served_model
 from .guard import LEAST_BYTES, Guard, refusal, run
@@ -208,7 +209,7 @@ class Answering:
         tools = body.get("tools")
         try:
             if handler is ResponseHandler:
-                messages, tools = handler._normalize_input(body), handler._normalize_tools(tools)
+                messages, tools = messages_and_tools(handler, body)
             else:
                 messages = body["messages"]
             messages = handler.get_processor_inputs_from_messages(messages, Modality.LLM)

@@ -1,7 +1,6 @@
 """`serve` among strangers: what they cannot reach, what they cannot hold up, and answers that are nobody else's."""
 
 import inspect
-import re
 import socket
 
 import pytest
@@ -145,26 +144,6 @@ def test_on_all_addresses_names_must_be_allowed_and_numbers_need_not():
 
 
 # ------------------------------------------------------------------------------------------------- what others wrote
-
-
-def test_transformers_server_has_what_ours_is_made_of():
-    from transformers.cli.serving import chat_completion, completion, response, utils
-
-    def parameters(function):
-        return list(inspect.signature(function).parameters)
-
-    for handler in (chat_completion.ChatCompletionHandler, completion.CompletionHandler, response.ResponseHandler):
-        assert parameters(handler.__init__)[:3] == ["self", "model_manager", "generation_state"]
-        assert parameters(handler.handle_request) == ["self", "body", "request_id"]
-    assert parameters(utils.BaseHandler.get_processor_inputs_from_messages) == ["messages", "modality"]
-    assert parameters(response.ResponseHandler._normalize_input) == ["body"]
-    assert parameters(response.ResponseHandler._normalize_tools) == ["tools"]
-    for name in ("submit", "async_submit"):
-        assert parameters(getattr(utils.GenerateManager, name)) == ["self", "fn", "args", "kwargs"]
-    assert parameters(utils.CBGenerateManager.init_cb) == ["self", "model", "gen_config"]
-    asked_of = inspect.getsource(utils) + "".join(map(inspect.getsource, (chat_completion, completion, response)))
-    asked_for = set(re.findall(r"self\.model_manager\.(\w+)", asked_of))
-    assert asked_for <= {"force_model", "process_model_name", "load_model_and_processor", "get_model_modality"}
 
 
 def test_uvicorn_s_protocol_has_what_ours_adds_to():
