@@ -17,7 +17,7 @@ class FusedGeneration(GenerationHooks):
 
     @property
     def goes_back(self) -> bool:
-        """Whether the cache can go back to before a rejected draft, which recurrent states cannot."""
+        """Returns whether the cache can go back to before a rejected draft, which recurrent states cannot."""
         return not any(is_stateful(causal_class(config)) for config in self.config.backbones)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs) -> dict:
