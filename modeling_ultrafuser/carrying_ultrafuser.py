@@ -11,7 +11,6 @@ import math
 import weakref
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from .compat_ultrafuser import CarrierLayer, cache_dtypes
 from .configuration_ultrafuser import UltraFuserConfig
 from .evidence_ultrafuser import judged
-from .families_ultrafuser import head_dim, num_attention_heads, num_key_value_heads, soft_cap
+from .families_ultrafuser import head_dim, num_attention_heads, num_key_value_heads, side_by_side, soft_cap
 from .gate_base_ultrafuser import Evidence
 
 
@@ -204,9 +203,8 @@ def _scaled(maps: Tensor) -> Tensor:
 
 
 def judge(states: Tensor, ids: Tensor, head: Tensor, widths: Sequence[int], cap: float) -> Tensor:
-    """Log-probability of each token under each specialist, see `log_likelihoods`. Shape (tokens, specialists)."""
-    columns = [slice(*pair) for pair in pairwise(accumulate(widths, initial=0))]
-    parts = [(states[None, :, own], own, cap or None) for own in columns]
+    """Log-probability of each token under each specialist, see `judged`. Shape (tokens, specialists)."""
+    parts = [(states[None, :, own], own, cap or None) for own in side_by_side(widths)]
     return judged(parts, ids[None, None], head)[0]
 
 

@@ -10,18 +10,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import logging as hf_logging
 
 from .architecture_ultrafuser import empty_model
 from .compat_ultrafuser import file_if_any
 from .files_ultrafuser import in_words, read_json
 from .folder_ultrafuser import check_config, check_folder
 from .gguf_ultrafuser import check_gguf
+from .log_ultrafuser import no_bars
 from .refusals_ultrafuser import Refusal
 from .safetensors_ultrafuser import FLOATS, read_headers, weight_files
 
@@ -210,17 +207,14 @@ def refuse_other_tensors(
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Without transformers' bars and its report of what was not there: what is wrong is said by an error."""
-    shown = hf_logging.is_progress_bar_enabled()
     # the second tells of layers that are not sharded as soon as the first has a level of its own
     loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
     levels = [logger.level for logger in loggers]
-    hf_logging.disable_progress_bar()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with no_bars():
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if shown:
-            hf_logging.enable_progress_bar()

@@ -20,7 +20,7 @@ from .forecasts_ultrafuser import accumulated
 from .fusion_base_ultrafuser import Fusion
 from .gate_base_ultrafuser import Reads
 from .head_ultrafuser import specialist_parts
-from .inputs_ultrafuser import positions_of
+from .inputs_ultrafuser import Tokens, positions_of
 
 
 # tokens whose logits are in memory at once
@@ -174,12 +174,8 @@ def layer_of(cache: Cache) -> EvidenceLayer:
 def read_evidence(
     backbone: nn.Module,
     hidden_states: list[Tensor],
-    input_ids: Tensor,
-    past_key_values: Cache | None = None,
-    attention_mask: Tensor | dict[str, Tensor] | None = None,
-    position_ids: Tensor | None = None,
-    specialist_input_ids: Tensor | None = None,
-    specialist_attention_mask: Tensor | None = None,
+    tokens: Tokens,
+    past_key_values: Cache | None,
     cu_seq_lens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Computes what a gate reads besides hidden states: nothing, or how well each specialist predicted the text so far.
@@ -191,7 +187,8 @@ def read_evidence(
     Args:
         backbone: Its gate and configuration are read, and the head that it was given.
         hidden_states: Each specialist's last hidden states at the new tokens. Shapes (batch, seq, hidden).
-        input_ids: The new tokens; this and all others are those of `UltraFuserModel.forward`.
+        tokens: The new tokens. The mask reaches back to the first token of the text.
+        past_key_values: As in `UltraFuserModel.forward`.
         cu_seq_lens: Where texts begin that lie end to end in one row. Shape (texts + 1,).
 
     Returns:
@@ -207,15 +204,13 @@ def read_evidence(
     weight = _whole_head(backbone.wide_head, config, states)
     layer = None if past_key_values is None else layer_of(past_key_values)
     before = None if layer is None or layer.past is None else Past(*(t[:, -1:] for t in layer.past))
-    ids = input_ids[:, None] if specialist_input_ids is None else specialist_input_ids
-    views = specialist_attention_mask
-    positions, follows = _places(ids, attention_mask if views is None else views, position_ids, cu_seq_lens, before)
-
+    ids = tokens.input_ids[:, None] if tokens.specialist_input_ids is None else tokens.specialist_input_ids
+    positions, follows = _places(ids, tokens, cu_seq_lens, before)
     if layer is not None and layer.normalised and ids.shape[-1] == 1:
         log_probs = logits_of(before.states, ids, weight, config) - layer.normalisers
     else:
         first = torch.zeros_like(states[:, :1]) if before is None else before.states
-        log_probs = log_likelihoods(torch.cat([first, states[:, :-1]], 1), ids, weight, config)
+        log_probs = judged(specialist_parts(torch.cat([first, states[:, :-1]], 1), config), ids, weight)
     counts = follows & (ids == ids[:, :1]).all(1)
     follows, counts = follows.to(states.device), counts.to(states.device)
     evidence = accumulated(log_probs, follows, counts, wanted, None if before is None else before.evidence[:, 0])
@@ -224,25 +219,21 @@ def read_evidence(
     return (evidence,)
 
 
-def _places(
-    ids: Tensor,
-    mask: Tensor | dict[str, Tensor] | None,
-    position_ids: Tensor | None,
-    cu_seq_lens: Tensor | None,
-    before: Past | None,
-) -> tuple[Tensor, Tensor]:
+def _places(ids: Tensor, tokens: Tokens, cu_seq_lens: Tensor | None, before: Past | None) -> tuple[Tensor, Tensor]:
     """Returns the new tokens' positions in their texts, and which of them follow the one before.
 
     Args:
         ids: For all specialists or for each. Shape (batch, 1 or specialists, seq).
-        mask: One that is prepared in advance comes with positions. Shape (batch, past + seq), or of every specialist's.
-        position_ids: As for the model, and so is `cu_seq_lens`; what specialists' own masks tell comes first.
+        tokens: A mask that is prepared in advance comes with positions. What specialists' own masks tell comes first.
+        cu_seq_lens: As for `read_evidence`.
         before: What is known of the token before the first.
 
     Returns:
         Shapes (batch, seq, 1 or specialists) and (batch, seq).
     """
-    (batch, _, seq), device = ids.shape, ids.device
+    (batch, _, seq), device, position_ids = ids.shape, ids.device, tokens.position_ids
+    views = tokens.specialist_attention_mask
+    mask = tokens.attention_mask if views is None else views
     own = isinstance(mask, Tensor) and mask.ndim == 3
     mask = mask if own or (isinstance(mask, Tensor) and mask.ndim == 2) else None
     counted = torch.arange(seq, device=device)[None, :, None]
@@ -266,23 +257,17 @@ def _places(
     return positions, follows
 
 
-def log_likelihoods(states: Tensor, ids: Tensor, head: Tensor, config: UltraFuserConfig) -> Tensor:
-    """Log-probability of each token under each specialist, some tokens at a time.
+def judged(parts: Iterable[tuple[Tensor, slice, float | None]], ids: Tensor, head: Tensor) -> Tensor:
+    """Computes the log-probability of each token under each specialist, some tokens at a time.
 
     Args:
-        states: The specialists' last hidden states one token earlier, side by side. Shape (batch, seq, sum of widths).
+        parts: What `specialist_parts` gives of the last hidden states one token earlier. Shapes (batch, seq, hidden).
         ids: The tokens, for all specialists or for each. Shape (batch, 1 or specialists, seq).
         head: The wide head's weight.
-        config: Of the fused model.
 
     Returns:
         Shape (batch, seq, specialists).
     """
-    return judged(specialist_parts(states, config), ids, head)
-
-
-def judged(parts: Iterable[tuple[Tensor, slice, float | None]], ids: Tensor, head: Tensor) -> Tensor:
-    """Does the same from what `specialist_parts` gives."""
     size = CHUNK if head.device.type == "cpu" else CHUNK_ELSEWHERE
     found = []
     for k, (own, columns, cap) in enumerate(parts):
@@ -296,7 +281,7 @@ def judged(parts: Iterable[tuple[Tensor, slice, float | None]], ids: Tensor, hea
 
 
 def logits_of(states: Tensor, ids: Tensor, head: Tensor, config: UltraFuserConfig) -> Tensor:
-    """Each specialist's logit of one token of each text: see `log_likelihoods`, with a seq of 1."""
+    """Each specialist's logit of one token of each text: see `judged`, with a seq of 1."""
     found = []
     for k, (own, columns, cap) in enumerate(specialist_parts(states, config)):
         row = head[ids[:, min(k, ids.shape[1] - 1), 0].to(head.device)][:, columns]

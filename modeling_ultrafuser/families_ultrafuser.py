@@ -1,6 +1,7 @@
 """Reads the configurations of all families under their several names: heads, widths, types of layers, soft caps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import accumulate, pairwise
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -47,6 +48,11 @@ def common(values):
     """The value that all share, or None."""
     values = list(values)
     return values[0] if all(v == values[0] for v in values) else None
+
+
+def side_by_side(widths: Iterable[int]) -> list[slice]:
+    """Returns the columns of parts of these widths that lie side by side."""
+    return [slice(*edges) for edges in pairwise(accumulate(widths, initial=0))]
 
 
 def of_all_layers(config: PreTrainedConfig, read: Callable[[PreTrainedConfig], Any]):

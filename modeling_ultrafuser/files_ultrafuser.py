@@ -128,12 +128,14 @@ def parse_json(text: bytes, path: str | os.PathLike) -> dict:
 
 
 def _check_nesting(value, path: str | os.PathLike) -> None:
-    level, depth = [value], 0
+    if any(depth > MOST_NESTED for depth, _ in enumerate(levels(value), start=1)):
+        raise UnreadableFileError(f"{os.fspath(path)!r} is nested too deeply", f"JSON is read to {MOST_NESTED} levels")
+
+
+def levels(value) -> Iterator[list]:
+    """Yields the lists and objects of JSON: the outermost one, those in it, those in these, and so on."""
+    level = [value] if isinstance(value, dict | list) else []
     while level:
-        depth += 1
-        if depth > MOST_NESTED:
-            raise UnreadableFileError(
-                f"{os.fspath(path)!r} is nested too deeply", f"JSON is read to {MOST_NESTED} levels"
-            )
-        values = (v for found in level for v in (found.values() if isinstance(found, dict) else found))
+        yield level
+        values = (v for part in level for v in (part.values() if isinstance(part, dict) else part))
         level = [v for v in values if isinstance(v, dict | list)]

@@ -5,7 +5,7 @@ import re
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .files_ultrafuser import MOST_BYTES_OF_OTHERS, UnreadableFileError, check_file, is_number, read_json
+from .files_ultrafuser import MOST_BYTES_OF_OTHERS, UnreadableFileError, check_file, is_number, levels, read_json
 
 
 MOST_LAYERS = 10_000
@@ -61,17 +61,13 @@ def check_folder(folder: str | os.PathLike) -> None:
 def _check_growth(found: dict, path: str | os.PathLike) -> None:
     """Refuses a tokenizer whose replacements, one after another, make a text too long for the memory."""
     for part in ("normalizer", "decoder"):
-        factor, level = 1.0, [found.get(part)]
-        while level:
+        factor = 1.0
+        for level in levels(found.get(part)):
             for step in (s for s in level if isinstance(s, dict) and s.get("type") in ("Replace", "Precompiled")):
                 pattern, content = step.get("pattern"), step.get("content")
                 replaced = pattern.get("String") if isinstance(pattern, dict) else pattern
                 size = len(replaced) if isinstance(replaced, str) else 1
                 factor *= max(len(content) / max(size, 1), 1) if isinstance(content, str) else MOST_GROWTH_OF_MAPS
-            nested = (
-                v for s in level if isinstance(s, dict | list) for v in (s.values() if isinstance(s, dict) else s)
-            )
-            level = [v for v in nested if isinstance(v, dict | list)]
         if factor > MOST_GROWTH:
             raise UnreadableFileError(
                 f"replacements of the {part} in {os.fspath(path)!r} make a text {factor:.3g} times as long",
@@ -111,31 +107,23 @@ def _check_kinds(found: dict, path: str | os.PathLike) -> None:
     def words(value) -> bool:
         return all(isinstance(v, str) for v in value) if isinstance(value, list) else isinstance(value, str)
 
+    numbers = (
+        r"(max|min)_(length|new_tokens)|num_(beams|beam_groups|return_sequences)|top_[hkp]|min_p|typical_p"
+        r"|temperature|(repetition|length|diversity|encoder_repetition)_penalty|(epsilon|eta)_cutoff"
+        r"|(encoder_)?no_repeat_ngram_size|guidance_scale|max_time|penalty_alpha"
+    )
+    switches = (
+        r"do_sample|use_cache|output_(attentions|hidden_states|scores|logits)|remove_invalid_values"
+        r"|renormalize_logits"
+    )
+    named_ids = r"(bos|eos|pad|decoder_start|forced_bos|forced_eos)_token_id"
     for key, value in found.items():
         for pattern, fits, what in (
-            (
-                r"(bos|eos|pad|decoder_start|forced_bos|forced_eos)_token_id",
-                ids,
-                "a token's number, or a list of such",
-            ),
+            (named_ids, ids, "a token's number, or a list of such"),
             (r"(begin_)?suppress_tokens|bad_words_ids|force_words_ids", words_of_ids, "a list of tokens' numbers"),
             (r"architectures|stop_strings", words, "a list of words"),
-            (
-                r"(max|min)_(length|new_tokens)|num_(beams|beam_groups|return_sequences)|top_[hkp]|min_p|typical_p",
-                is_number,
-                "a number",
-            ),
-            (
-                r"temperature|(repetition|length|diversity|encoder_repetition)_penalty|(epsilon|eta)_cutoff",
-                is_number,
-                "a number",
-            ),
-            (r"(encoder_)?no_repeat_ngram_size|guidance_scale|max_time|penalty_alpha", is_number, "a number"),
-            (
-                r"do_sample|use_cache|output_(attentions|hidden_states|scores|logits)|remove_invalid_values|renormalize_logits",
-                lambda v: isinstance(v, bool),
-                "true or false",
-            ),
+            (numbers, is_number, "a number"),
+            (switches, lambda v: isinstance(v, bool), "true or false"),
         ):
             if re.fullmatch(pattern, key) and value is not None and not fits(value):
                 raise UnreadableFileError(
@@ -163,32 +151,29 @@ def check_config(path: str | os.PathLike, tensors: int | None = None) -> dict:
             )
     most = MOST_LAYERS if tensors is None else tensors
     why = "none has so many" if tensors is None else f"the files hold {tensors} tensors in all"
-    level = [raw]
-    while level:
-        for found in level:
-            for key, value in found.items() if isinstance(found, dict) else ():
-                if key == "max_position_embeddings" and value is not None and not (type(value) is int and value > 0):
-                    raise UnreadableFileError(
-                        f"`{key}` of {os.fspath(path)!r} is {str(value)[:40]!r}",
-                        "The longest context is a positive number of tokens",
-                        "Correct it.",
-                    )
-                if value is not None and not _fits(str(key), value):
-                    raise UnreadableFileError(
-                        f"`{key}` of {os.fspath(path)!r} is {str(value)[:100]!r}",
-                        "It is a number that is read before a model is built",
-                        "Correct it.",
-                    )
-                if not _LAYERS.fullmatch(str(key)) or value is None or isinstance(value, list | dict):
-                    continue
-                if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
-                    raise UnreadableFileError(
-                        f"`{key}` of {os.fspath(path)!r} is {repr(value)[:40]}",
-                        f"A number of layers is a whole number, and {why}",
-                        "Correct it, or fetch the file again.",
-                    )
-        values = (v for found in level for v in (found.values() if isinstance(found, dict) else found))
-        level = [v for v in values if isinstance(v, dict | list)]
+    items = (item for level in levels(raw) for part in level if isinstance(part, dict) for item in part.items())
+    for key, value in items:
+        if value is None:
+            continue
+        if key == "max_position_embeddings" and not (type(value) is int and value > 0):
+            raise UnreadableFileError(
+                f"`{key}` of {os.fspath(path)!r} is {str(value)[:40]!r}",
+                "The longest context is a positive number of tokens",
+                "Correct it.",
+            )
+        if not _fits(key, value):
+            raise UnreadableFileError(
+                f"`{key}` of {os.fspath(path)!r} is {str(value)[:100]!r}",
+                "It is a number that is read before a model is built",
+                "Correct it.",
+            )
+        counts_layers = _LAYERS.fullmatch(key) and not isinstance(value, list | dict)
+        if counts_layers and not (type(value) is int and 0 <= value <= most):
+            raise UnreadableFileError(
+                f"`{key}` of {os.fspath(path)!r} is {repr(value)[:40]}",
+                f"A number of layers is a whole number, and {why}",
+                "Correct it, or fetch the file again.",
+            )
     return raw
 
 

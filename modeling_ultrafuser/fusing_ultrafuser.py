@@ -13,10 +13,10 @@ from .checkpoint_ultrafuser import refuse_other_tensors
 from .files_ultrafuser import in_words
 from .gates_ultrafuser import DEFAULT_GATE, GATES, gate_settings
 from .gguf_ultrafuser import dequantised, gguf_arguments, is_gguf
-from .log_ultrafuser import print_line
+from .log_ultrafuser import no_bars, print_line
 from .lora_ultrafuser import read_parts
 from .plan_ultrafuser import FusionPlan, adaptable_layers, run_checks, unequal_dtypes
-from .probing_ultrafuser import no_bars, probe_specialist, tolerance
+from .probing_ultrafuser import probe_specialist, tolerance
 from .refusals_ultrafuser import Refusal
 from .sparsifiers_ultrafuser import NONE
 from .specialists_ultrafuser import BASE

@@ -19,6 +19,8 @@ from .sparsifiers_ultrafuser import sparsifier
 
 # a learned factor on logits stays between exp(-2) and exp(2)
 LARGEST_LOG_SCALE = 2.0
+# what an axis of a parameter runs over: scores and scales, all hidden states side by side, or specialists
+OUTPUTS, STATES, SPECIALISTS = "outputs", "states", "specialists"
 
 
 class GateOutput(NamedTuple):
@@ -71,7 +73,7 @@ class Gate(nn.Module):
     temperature is one number): how sure the fused model, or each specialist of a probability mixture, should be.
 
     A gate is one file with one subclass, and one line in `GATES`. It owns its parameters and what becomes of them when
-    a specialist is added or removed.
+    a specialist is added or removed: `axes` says so, or else it overrides `without` and `with_one_more`.
 
     Attributes:
         has_width: Whether it has a hidden layer, `gate_hidden_size` wide.
@@ -80,6 +82,8 @@ class Gate(nn.Module):
         dropout: Probability with which training hides each number of the hidden states: the trainers set it.
         reads: What it reads. One that reads neither states nor the past is asked before the specialists run.
         evidence: What of the past.
+        axes: What each axis of each parameter runs over that changes with the specialists: `OUTPUTS`, `STATES`,
+            `SPECIALISTS`, or None.
     """
 
     has_width = False
@@ -88,6 +92,7 @@ class Gate(nn.Module):
     dropout = 0.0
     reads = Reads.STATES
     evidence = Evidence()
+    axes: dict[str, tuple[str | None, ...]] = {}
 
     def __init__(self, config):
         super().__init__()
@@ -135,7 +140,7 @@ class Gate(nn.Module):
             init.zeros_(parameter)
 
     def without(self, index: int, config) -> dict[str, Tensor]:
-        """Removes one specialist.
+        """Removes one specialist. What the gate read from it is missing from the others' scores: train it again.
 
         Args:
             index: Index of the specialist.
@@ -147,10 +152,19 @@ class Gate(nn.Module):
         Raises:
             ValueError: If the gate cannot keep what it learned.
         """
-        raise NotImplementedError
+        others = torch.tensor([k for k in range(self.num_specialists) if k != index])
+        kept = {OUTPUTS: rows_of_others(index, config), STATES: columns_of_others(index, config), SPECIALISTS: others}
+        state = self.state_dict()
+        for key, axes in self.axes.items():
+            for dim, axis in enumerate(axes):
+                if axis is not None:
+                    state[key] = state[key].index_select(dim, kept[axis].to(state[key].device))
+        return state
 
     def with_one_more(self, name: str, config) -> dict[str, Tensor]:
         """Adds one specialist, the last. The scores of the others stay as they are.
+
+        Its score is a bias: an equal share if the others' biases were all they had.
 
         Args:
             name: Name of the new specialist.
@@ -159,7 +173,15 @@ class Gate(nn.Module):
         Returns:
             Tensors of the gate of all specialists.
         """
-        raise NotImplementedError
+        state, added = self.state_dict(), {STATES: config.specialists[-1].hidden_size, SPECIALISTS: 1}
+        for key, axes in self.axes.items():
+            for behind, axis in enumerate(reversed(axes)):
+                state[key] = F.pad(state[key], (0, 0) * behind + (0, added.get(axis, 0)))
+            if axes == (OUTPUTS,):
+                state[key] = with_equal_share(state[key], config)
+            elif axes[0] == OUTPUTS:
+                state[key] = with_rows_of_one_more(state[key], config)
+        return state
 
 
 def asked_first(gate: nn.Module, input_ids: Tensor) -> GateOutput | None:

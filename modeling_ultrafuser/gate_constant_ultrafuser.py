@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .gate_base_ultrafuser import Gate, Reads, empty, rows_of_others, with_equal_share
+from .gate_base_ultrafuser import OUTPUTS, Gate, Reads, empty
 
 
 class ConstantGate(Gate):
@@ -13,6 +13,7 @@ class ConstantGate(Gate):
 
     can_calibrate = True
     reads = Reads.NOTHING
+    axes = {"logits": (OUTPUTS,)}
 
     def __init__(self, config):
         super().__init__(config)
@@ -20,10 +21,3 @@ class ConstantGate(Gate):
 
     def scores(self, hidden_states: list[Tensor]) -> Tensor:
         return self.logits.float().expand(*hidden_states[0].shape[:-1], -1)
-
-    def without(self, index: int, config) -> dict[str, Tensor]:
-        return {"logits": self.logits.detach()[rows_of_others(index, config)]}
-
-    def with_one_more(self, name: str, config) -> dict[str, Tensor]:
-        """The new specialist starts with an equal share."""
-        return {"logits": with_equal_share(self.logits.detach(), config)}

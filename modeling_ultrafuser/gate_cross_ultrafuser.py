@@ -2,18 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 from transformers import initialization as init
 
-from .gate_base_ultrafuser import (
-    Gate,
-    columns_of_others,
-    empty,
-    linear,
-    rows_of_others,
-    with_equal_share,
-    with_rows_of_one_more,
-)
+from .gate_base_ultrafuser import OUTPUTS, STATES, Gate, empty, linear
 
 
 class CrossGate(Gate):
@@ -26,6 +17,12 @@ class CrossGate(Gate):
     has_width = True
     can_calibrate = True
     learning_rate = 3e-3
+    axes = {
+        "hidden_weight": (None, STATES),
+        "score_weight": (OUTPUTS, None),
+        "skip_weight": (OUTPUTS, STATES),
+        "score_bias": (OUTPUTS,),
+    }
 
     def __init__(self, config):
         super().__init__(config)
@@ -44,25 +41,3 @@ class CrossGate(Gate):
     def init_weights(self) -> None:
         super().init_weights()
         init.normal_(self.hidden_weight, std=self.hidden_weight.shape[1] ** -0.5)
-
-    def without(self, index: int, config) -> dict[str, Tensor]:
-        """Removes a specialist. What the gate read from it is missing from the others' scores: train it again."""
-        kept, columns, state = rows_of_others(index, config), columns_of_others(index, config), self.state_dict()
-        return {
-            "hidden_weight": state["hidden_weight"][:, columns],
-            "hidden_bias": state["hidden_bias"],
-            "score_weight": state["score_weight"][kept],
-            "skip_weight": state["skip_weight"][kept][:, columns],
-            "score_bias": state["score_bias"][kept],
-        }
-
-    def with_one_more(self, name: str, config) -> dict[str, Tensor]:
-        """The new specialist's score is a bias: an equal share if the others' biases were all they had."""
-        size, state = config.specialists[-1].hidden_size, self.state_dict()
-        return {
-            "hidden_weight": F.pad(state["hidden_weight"], (0, size)),
-            "hidden_bias": state["hidden_bias"],
-            "score_weight": with_rows_of_one_more(state["score_weight"], config),
-            "skip_weight": with_rows_of_one_more(F.pad(state["skip_weight"], (0, size)), config),
-            "score_bias": with_equal_share(state["score_bias"], config),
-        }

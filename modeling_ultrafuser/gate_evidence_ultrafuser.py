@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import initialization as init
 
-from .gate_base_ultrafuser import Evidence, Reads, empty, linear, rows_of_others, with_rows_of_one_more
+from .gate_base_ultrafuser import OUTPUTS, SPECIALISTS, Evidence, Reads, empty, linear
 from .gate_cross_ultrafuser import CrossGate
 
 
@@ -23,6 +23,10 @@ class EvidenceGate(CrossGate):
 
     reads = Reads.STATES | Reads.PAST
     evidence = Evidence(decays=(0.5, 0.8, 0.9, 0.95, 0.99), switches=(0.2, 0.05, 0.01, 0.002))
+    axes = CrossGate.axes | {
+        "hidden_evidence_weight": (None, SPECIALISTS, None),
+        "skip_evidence_weight": (OUTPUTS, SPECIALISTS, None),
+    }
 
     def __init__(self, config):
         super().__init__(config)
@@ -48,21 +52,3 @@ class EvidenceGate(CrossGate):
         super().init_weights()
         size = self.hidden_weight.shape[1] + self.hidden_evidence_weight[0].numel()
         init.normal_(self.hidden_evidence_weight, std=size**-0.5)
-
-    def without(self, index: int, config) -> dict[str, Tensor]:
-        """Removes a specialist. What the gate read from it is missing from the others' scores: train it again."""
-        others = [k for k in range(self.num_specialists) if k != index]
-        return super().without(index, config) | {
-            "hidden_evidence_weight": self.hidden_evidence_weight.detach()[:, others],
-            "skip_evidence_weight": self.skip_evidence_weight.detach()[rows_of_others(index, config)][:, others],
-        }
-
-    def with_one_more(self, name: str, config) -> dict[str, Tensor]:
-        """The new specialist's score is a bias, as in "cross"; how far the others are behind is told with it among them."""
-        hidden, skip = (
-            F.pad(weight.detach(), (0, 0, 0, 1)) for weight in (self.hidden_evidence_weight, self.skip_evidence_weight)
-        )
-        return super().with_one_more(name, config) | {
-            "hidden_evidence_weight": hidden,
-            "skip_evidence_weight": with_rows_of_one_more(skip, config),
-        }

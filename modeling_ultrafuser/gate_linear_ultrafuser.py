@@ -2,23 +2,15 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
-from .gate_base_ultrafuser import (
-    Gate,
-    columns_of_others,
-    empty,
-    linear,
-    rows_of_others,
-    with_equal_share,
-    with_rows_of_one_more,
-)
+from .gate_base_ultrafuser import OUTPUTS, STATES, Gate, empty, linear
 
 
 class LinearGate(Gate):
     """One linear layer over all specialists' hidden states side by side, so that it can compare them."""
 
     can_calibrate = True
+    axes = {"weight": (OUTPUTS, STATES), "bias": (OUTPUTS,)}
 
     def __init__(self, config):
         super().__init__(config)
@@ -27,17 +19,3 @@ class LinearGate(Gate):
 
     def scores(self, hidden_states: list[Tensor]) -> Tensor:
         return linear(torch.cat(hidden_states, dim=-1), self.weight, self.bias)
-
-    def without(self, index: int, config) -> dict[str, Tensor]:
-        """Removes a specialist. What the gate read from it is missing from the others' scores: train it again."""
-        kept = rows_of_others(index, config)
-        weight = self.weight.detach()[kept][:, columns_of_others(index, config)]
-        return {"weight": weight, "bias": self.bias.detach()[kept]}
-
-    def with_one_more(self, name: str, config) -> dict[str, Tensor]:
-        """The new specialist's score is a bias: an equal share if the others' biases were all they had."""
-        weight = F.pad(self.weight.detach(), (0, config.specialists[-1].hidden_size))
-        return {
-            "weight": with_rows_of_one_more(weight, config),
-            "bias": with_equal_share(self.bias.detach(), config),
-        }

@@ -24,12 +24,6 @@ class PosteriorGate(Gate):
     def scores(self, hidden_states: list[Tensor], *evidence: Tensor) -> Tensor:
         return evidence[0][..., 0].float()
 
-    def without(self, index: int, config) -> dict[str, Tensor]:
-        return {}
-
-    def with_one_more(self, name: str, config) -> dict[str, Tensor]:
-        return {}
-
 
 def switch_probability(config) -> float:
     """Reads it from the configuration; by default it is what suits the fusion rule, chosen on text to fuse with."""

@@ -12,9 +12,3 @@ class UniformGate(Gate):
 
     def scores(self, hidden_states: list[Tensor]) -> Tensor:
         return hidden_states[0].new_zeros(*hidden_states[0].shape[:-1], self.num_specialists)
-
-    def without(self, index: int, config) -> dict[str, Tensor]:
-        return {}
-
-    def with_one_more(self, name: str, config) -> dict[str, Tensor]:
-        return {}

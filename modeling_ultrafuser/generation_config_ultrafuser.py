@@ -1,10 +1,6 @@
 """One generation configuration out of the specialists'."""
 
-from transformers import (
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .files_ultrafuser import in_words
 from .gguf_ultrafuser import is_gguf

@@ -65,20 +65,6 @@ class Adapters:
     configs: dict[str, dict | None]
 
 
-def read_adapters(specialists: dict, hub: dict[str, dict], base: str | os.PathLike | None = None) -> Adapters | None:
-    """Reads the adapters' configurations, or returns None if all specialists are whole models.
-
-    Args:
-        specialists: Name to Hub id or folder.
-        hub: Of each, how it is fetched.
-        base: Where their base is, if not where they say.
-
-    Raises:
-        ValueError: If adapters and models are mixed, or adapters are of different bases, or are more than LoRA.
-    """
-    return common_base(specialists, {name: adapter_config(s, **hub[name]) for name, s in specialists.items()}, base)
-
-
 def adapter_config(source, **hub) -> dict | None:
     """The configuration of the adapter in a folder or repository, or None if it holds no adapter alone."""
     if not isinstance(source, str | os.PathLike) or is_gguf(source):
@@ -93,19 +79,18 @@ def adapter_config(source, **hub) -> dict | None:
     return None
 
 
-def common_base(
-    specialists: dict, configs: dict[str, dict | None], given: str | os.PathLike | None = None
-) -> Adapters | None:
-    """The one base of all adapters, or None if there are none.
+def read_adapters(specialists: dict, hub: dict[str, dict], given: str | os.PathLike | None = None) -> Adapters | None:
+    """Finds the one base of all adapters; None if all specialists are whole models.
 
     Args:
         specialists: Name to Hub id or folder.
-        configs: Each one's adapter configuration, or None.
+        hub: Of each, how it is fetched.
         given: Where their base is, if not where they say.
 
     Raises:
         ValueError: If adapters and models are mixed, or adapters are of different bases, or are more than LoRA.
     """
+    configs = {name: adapter_config(s, **hub[name]) for name, s in specialists.items()}
     bases = {
         n: (c.get("base_model_name_or_path"), c.get("revision") or "main") for n, c in configs.items() if c is not None
     }

@@ -164,10 +164,9 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         self, states: list[Tensor], tokens: Tokens, cache: Cache | None, cu_seq_lens: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Returns what the gate reads besides hidden states, see `read_evidence`."""
-        ids, mask, positions, *views = tokens
         if self.carrier is not None:
-            return (self.carrier(states, ids, positions, self.wide_head[0].weight),)
-        return read_evidence(self, states, ids, cache, mask, positions, *views, cu_seq_lens)
+            return (self.carrier(states, tokens.input_ids, tokens.position_ids, self.wide_head[0].weight),)
+        return read_evidence(self, states, tokens, cache, cu_seq_lens)
 
     def weighed(
         self, hidden_states: list[Tensor], *evidence: Tensor, gate_output: GateOutput | None = None

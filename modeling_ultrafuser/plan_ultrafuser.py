@@ -148,27 +148,24 @@ def check_saving(plan: FusionPlan) -> None:
     config = plan.config
     parts = dict(zip(config.specialist_names, config.specialists, strict=True)) | {"the fused model": config}
     for name, part in parts.items():
+        cause = fact = None
         try:
             with tempfile.TemporaryDirectory() as folder:
                 part.save_pretrained(folder)
                 read = type(part).from_pretrained(folder)
             written, back = _plain(part), _plain(read)
-            lost = [key for key, value in written.items() if back.get(key) != value]
+            if lost := [key for key, value in written.items() if back.get(key) != value]:
+                fact = f"{lost} of {name!r} ({part.model_type!r}) are read back as something else"
         except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            cause, fact = error, f"the configuration of {name!r} ({part.model_type!r}) cannot be saved: {reason}"
+        if fact:
             raise Refusal(
                 "architecture",
-                f"the configuration of {name!r} ({part.model_type!r}) cannot be saved: {type(error).__name__}: "
-                f"{' '.join(str(error).split())}",
+                fact,
                 "A fused model is saved with the configuration of every specialist",
                 "Correct its config.json, or fuse a model of another family.",
-            ) from error
-        if lost:
-            raise Refusal(
-                "architecture",
-                f"{lost} of {name!r} ({part.model_type!r}) are read back as something else",
-                "A fused model is saved with the configuration of every specialist",
-                "Correct its config.json, or fuse a model of another family.",
-            )
+            ) from cause
 
 
 def check_cache_steps(plan: FusionPlan) -> None:

@@ -1,15 +1,12 @@
 """Probes of a specialist: alone, rebuilt as a part of a fused model, and in a step of generation with the shared cache."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
-from transformers.utils import logging
 
 from .architecture_ultrafuser import empty_backbones, parts_of
 from .cache_ultrafuser import SpecialistCache, paged_record
@@ -19,6 +16,7 @@ from .configuration_ultrafuser import UltraFuserConfig
 from .families_ultrafuser import SCALE_FIELDS, soft_cap, specialist_layer_types
 from .files_ultrafuser import in_words
 from .inputs_ultrafuser import Tokens
+from .log_ultrafuser import no_bars
 from .reader_separate_ultrafuser import named_masks, read_within
 from .refusals_ultrafuser import Refusal
 
@@ -174,18 +172,6 @@ def step_within(
 
 def _cache(kind: type[Cache], config, length: int) -> Cache:
     return kind(config=config) if kind is DynamicCache else kind(config=config, max_cache_len=length)
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """For what moves tensors within memory and is over at once."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from .compat_ultrafuser import CACHE
+from .families_ultrafuser import side_by_side
 from .inputs_ultrafuser import Tokens
 from .specialists_ultrafuser import Specialists
 
@@ -56,11 +57,7 @@ class Reader:
     @classmethod
     def head_columns(cls, config) -> list[slice]:
         """Returns each specialist's columns of the head."""
-        columns, end = [], 0
-        for specialist in config.specialists:
-            columns.append(slice(end, end + specialist.hidden_size))
-            end += specialist.hidden_size
-        return columns
+        return side_by_side(c.hidden_size for c in config.specialists)
 
     @classmethod
     def sizes(cls, config, sizes: dict, linear: dict[str, torch.Size]) -> dict:

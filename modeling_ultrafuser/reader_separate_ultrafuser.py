@@ -1,5 +1,7 @@
 """Specialists that are backbones of their own, run one after another."""
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,10 +23,7 @@ class SeparateReader(Reader):
     @property
     def first_layers(self) -> list[int]:
         """Index of each specialist's first layer in the cache, and behind them how many layers there are."""
-        starts = [0]
-        for config in self.config.specialists:
-            starts.append(starts[-1] + config.num_hidden_layers)
-        return starts
+        return [*accumulate((c.num_hidden_layers for c in self.config.specialists), initial=0)]
 
     def read(self, tokens: Tokens, past_key_values: Cache | None, **kwargs) -> list[ModelOutput]:
         return [self.read_one(k, view(tokens, k), past_key_values, **kwargs) for k in range(len(self.specialists))]

@@ -3,12 +3,7 @@
 import copy
 import os
 
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from .configuration_ultrafuser import UltraFuserConfig

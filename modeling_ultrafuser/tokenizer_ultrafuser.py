@@ -7,10 +7,7 @@ import os
 import re
 from typing import Any
 
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 from transformers.utils import cached_file
 

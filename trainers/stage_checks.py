@@ -48,6 +48,8 @@ def check_domains(args: StageConfig, domains: Sequence[str], specialists: Sequen
             f"Mixed examples are counted as a domain {MIXED!r}, but there is one of that name already. Rename it, or set "
             f"mixed_share=0."
         )
+    if set(args.mix_weights or {}) - set(domains):
+        raise ValueError(f"`mix_weights` names {sorted(args.mix_weights)}, but the domains are {domains}.")
     compared = args.mix_reward is not None and REWARDS[args.mix_reward].needs_specialists
     if not set(domains) <= set(specialists) and (compared or args.gate_domain):
         raise ValueError(

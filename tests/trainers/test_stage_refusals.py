@@ -99,6 +99,7 @@ def test_a_domain_whose_batches_hold_no_label_stops_the_run(fused, tmp_path):
         ({"mix": "even"}, "Unknown mix 'even'.*'proportional'"),
         ({"sampler": "any"}, "Unknown sampler 'any'.*'stratified'"),
         ({"mix": "fixed", "mix_weights": {"poetry": 1}}, "the domains are \\['code', 'math', 'text'\\]"),
+        ({"mix": "balanced", "mix_weights": {"poetry": 1}}, "names \\['poetry'\\], but the domains are"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )

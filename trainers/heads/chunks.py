@@ -1,9 +1,7 @@
 """Pieces of losses in chunks: products, softmax and entropy of a few positions, where their logits are."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,11 +73,6 @@ def entropy_and_top1(words: Sequence[Tensor], weights: Tensor, y: Tensor) -> tup
         is_top1.append(p.gather(-1, y[part])[:, 0] >= p.amax(-1))
         entropy.append(-(p * p.clamp(min=torch.finfo(p.dtype).tiny).log_()).sum(-1))
     return torch.cat(entropy), torch.cat(is_top1)
-
-
-def columns_of(widths: Sequence[int]) -> list[slice]:
-    """Cuts columns that lie side by side into parts of these widths."""
-    return [slice(a, b) for a, b in pairwise(np.cumsum([0, *widths]).tolist())]
 
 
 def slices(length: int, size: int) -> list[slice]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from modeling_ultrafuser.families_ultrafuser import soft_cap
+from modeling_ultrafuser.families_ultrafuser import side_by_side, soft_cap
 
 from . import chunks
 from .head_base import Head, log_of
@@ -46,7 +46,7 @@ class _GateOfLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_weights, states, head, targets, widths, cap, chunk):
         new = functools.partial(torch.empty, dtype=chunks.sum_type(states), device=states.device)
-        tokens, columns, dtype = len(targets), chunks.columns_of(widths), chunks.product_type(states, head)
+        tokens, columns, dtype = len(targets), side_by_side(widths), chunks.product_type(states, head)
         states, head = states.to(dtype), head.to(dtype)
         log_probs, entropy, is_top1 = new(tokens), new(tokens), new(tokens, dtype=torch.bool)
         ctx.of_weights = new(tokens, len(widths))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from modeling_ultrafuser.families_ultrafuser import soft_cap
+from modeling_ultrafuser.families_ultrafuser import side_by_side, soft_cap
 
 from . import chunks
 from .head_base import Head, log_of
@@ -72,7 +72,7 @@ def _mixture(states, log_weights, head, targets, widths, caps, chunk, dtype, nee
     `counts` says how much each token counts in the head's gradient. Default: 1.
     """
     new = functools.partial(torch.empty, dtype=chunks.sum_type(states), device=states.device)
-    tokens, columns = len(targets), chunks.columns_of(widths)
+    tokens, columns = len(targets), side_by_side(widths)
     # of a head that all share, everyone's columns are all
     of_heads = columns if head.shape[1] == sum(widths) else [slice(None)] * len(widths)
     states, weight = states.detach().to(dtype), head.detach().to(dtype)

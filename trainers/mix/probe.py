@@ -77,7 +77,8 @@ class Probe:
                 scores, mask = seen["scores"], seen["scores"].label_mask
                 values = scores.entropy if entropy else -scores.log_probs
                 if own:
-                    values = -self._own_log_probs(seen, labels, mask)
+                    inputs = (seen["hidden_states"], labels, seen["domain"][:, 1:], mask)
+                    values = -own_log_probs(self._trainer.fused, self._trainer.own_specialists, *inputs)
                 for row, place in enumerate(places):
                     sums = [(values * mask)[row].double().sum(), mask[row].double().sum()]
                     found[:, place] = torch.stack(sums).cpu()
@@ -141,11 +142,6 @@ class Probe:
                     if g is not None:
                         t += g
         return self._summed(torch.cat([t.flatten().float().cpu() for t in total])).numpy()
-
-    def _own_log_probs(self, seen: dict, labels: Tensor, mask: Tensor) -> Tensor:
-        trainer = self._trainer
-        domain = seen["domain"][:, 1:]
-        return own_log_probs(trainer.fused, trainer.own_specialists, seen["hidden_states"], labels, domain, mask)
 
     @contextmanager
     def _probing(self) -> Iterator[None]:

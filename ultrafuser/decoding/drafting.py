@@ -223,8 +223,8 @@ class _Reader:
     def weighed(self, hidden_states: list[Tensor], input_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Returns the head's input and the gate weights at the last `count` tokens, once all specialists have read them."""
         backbone, mask = self.model.model, self._mask(input_ids.shape[1])
-        read = input_ids[:, -hidden_states[0].shape[1] :]
-        evidence = [e[:, -count:] for e in read_evidence(backbone, hidden_states, read, self.cache, mask)]
+        read = Tokens(input_ids[:, -hidden_states[0].shape[1] :], mask)
+        evidence = [e[:, -count:] for e in read_evidence(backbone, hidden_states, read, self.cache)]
         ahead = asked_first(backbone.fusion_gate, input_ids[:, -count:])
         states = [h[:, -count:] for h in hidden_states]
         fused, gate_output = backbone.weighed(states, *evidence, gate_output=ahead)
