@@ -18,19 +18,19 @@ class SpecialistCache(Cache):
     Args:
         cache: The shared cache, with one layer for every layer of every specialist.
         start: Position of this specialist's first layer in `cache`.
-        length: How many layers this specialist has.
+        end: Position behind its last layer.
     """
 
-    def __init__(self, cache: Cache, start: int, length: int):
-        self.cache, self.start, self.length = cache, start, length
+    def __init__(self, cache: Cache, start: int, end: int):
+        self.cache, self.start, self.end = cache, start, end
         init_without_layers(self)
 
     @property
     def layers(self):
-        return self.cache.layers[self.start : self.start + self.length]
+        return self.cache.layers[self.start : self.end]
 
     def __len__(self) -> int:
-        return self.length
+        return self.end - self.start
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         # through the shared cache, which knows about offloading and prefetching

@@ -20,15 +20,13 @@ from .folder_ultrafuser import check_config, check_folder
 from .gguf_ultrafuser import check_gguf
 from .log_ultrafuser import no_bars
 from .refusals_ultrafuser import Refusal
-from .safetensors_ultrafuser import FLOATS, read_headers, weight_files
+from .safetensors_ultrafuser import FLOATS, Header, read_headers, weight_files
 
 
 MOST_NUMBERS_MADE_UP = 1 << 28
 
 
-def check_weights(
-    name: str, config: PreTrainedConfig, header: dict[str, tuple[str, tuple[int, ...]]]
-) -> PreTrainedModel:
+def check_weights(name: str, config: PreTrainedConfig, header: Header) -> PreTrainedModel:
     """Refuses files that do not hold exactly the tensors that a configuration asks for. Reads no numbers.
 
     Args:
@@ -130,7 +128,7 @@ def check_fused(load: Callable, cls: type[PreTrainedModel], source: str | os.Pat
 
 
 def _odd_tensors(
-    load: Callable, model: PreTrainedModel, header: dict[str, tuple[str, tuple[int, ...]]]
+    load: Callable, model: PreTrainedModel, header: Header
 ) -> tuple[set[str], set[str], set[tuple], dict[str, str]]:
     """Compares files with a model: missing tensors, unexpected ones, other shapes, and those that are not floating point."""
 
@@ -160,7 +158,7 @@ def _odd_tensors(
     return missing, info["unexpected_keys"], info["mismatched_keys"], others
 
 
-def empty_tensors(header: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
+def empty_tensors(header: Header) -> dict[str, Tensor]:
     """Tensors of the shapes that files have, without any numbers; whatever is no floating point as integers."""
     return {
         key: torch.empty(shape, device="meta", dtype=torch.float32 if dtype in FLOATS else torch.int32)

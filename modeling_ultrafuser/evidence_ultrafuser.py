@@ -17,9 +17,8 @@ from transformers.cache_utils import Cache
 from .configuration_ultrafuser import UltraFuserConfig
 from .families_ultrafuser import bounded
 from .forecasts_ultrafuser import accumulated
-from .fusion_base_ultrafuser import Fusion
+from .fusion_base_ultrafuser import Fusion, specialist_parts
 from .gate_base_ultrafuser import Reads
-from .head_ultrafuser import specialist_parts
 from .inputs_ultrafuser import Tokens, positions_of
 
 

@@ -1,6 +1,6 @@
 """Base of all fusion rules: from hidden states, gate weights and heads to one prediction."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +8,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers.utils import ModelOutput
 
 from .families_ultrafuser import bounded, soft_cap
-from .head_ultrafuser import specialist_parts
 from .outputs_ultrafuser import UltraFuserMixtureOutput
+from .readers_ultrafuser import reader_of
 
 
 class Fusion(nn.Module):
@@ -120,3 +120,9 @@ class Fusion(nn.Module):
             Logits or log-probabilities. Shape (..., vocab).
         """
         raise NotImplementedError
+
+
+def specialist_parts(states: Tensor, config) -> Iterator[tuple[Tensor, slice, float | None]]:
+    """Yields, for each specialist, its states, its columns of the wide head, and what bounds its logits."""
+    own = states.split([c.hidden_size for c in config.specialists], -1)
+    yield from zip(own, reader_of(config).head_columns(config), map(soft_cap, config.specialists), strict=True)

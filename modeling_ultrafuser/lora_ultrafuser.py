@@ -21,6 +21,10 @@ from .safetensors_ultrafuser import read_header
 from .specialists_ultrafuser import BASE
 
 
+# linear layers that can be adapted: name in the base's own model to name in its backbone, and shape
+Layers = dict[str, tuple[str, torch.Size]]
+# an adapter's two matrices for each layer of the backbone
+Pairs = dict[str, tuple[Tensor, Tensor]]
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 SAY_BASE = "Say where it is with `base=`, on the command line `--base`"
 
@@ -231,16 +235,14 @@ def adapter_file(name: str, source: str, **hub) -> str:
     return file
 
 
-def adaptable(model: PreTrainedModel, backbone_type: type) -> dict[str, tuple[str, torch.Size]]:
+def adaptable(model: PreTrainedModel, backbone_type: type) -> Layers:
     """Linear layers of a base's backbone: name in its own model to name in the backbone, and shape."""
     prefix, backbone = next((n, m) for n, m in model.named_modules() if type(m) is backbone_type)
     linear = ((n, torch.Size(linear_shape(m))) for n, m in backbone.named_modules() if isinstance(m, LINEAR))
     return {f"{prefix}.{n}" if prefix else n: (n, shape) for n, shape in linear}
 
 
-def read_parts(
-    adapters: Adapters, specialists: dict, hub: dict[str, dict], linear: dict[str, tuple[str, torch.Size]]
-) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+def read_parts(adapters: Adapters, specialists: dict, hub: dict[str, dict], linear: Layers) -> dict[str, Pairs]:
     """Returns the output of `pairs` by specialist; empty for the base itself."""
     return {
         name: {} if config is None else pairs(name, config, read_tensors(name, specialists[name], **hub[name]), linear)
@@ -248,9 +250,7 @@ def read_parts(
     }
 
 
-def pairs(
-    name: str, config: dict, tensors: dict[str, Tensor], linear: dict[str, tuple[str, torch.Size]]
-) -> dict[str, tuple[Tensor, Tensor]]:
+def pairs(name: str, config: dict, tensors: dict[str, Tensor], linear: Layers) -> Pairs:
     """An adapter's two matrices for each linear layer of the backbone, the scale in the second.
 
     Args:

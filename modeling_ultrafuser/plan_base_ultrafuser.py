@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from .configuration_ultrafuser import UltraFuserConfig
 from .lora_ultrafuser import Adapters, about_base, adapter_file
 from .refusals_ultrafuser import UnavailableError
-from .safetensors_ultrafuser import read_header, read_headers, weight_files
+from .safetensors_ultrafuser import Header, read_header, read_headers, weight_files
 
 
 FITS, WARNING, BLOCKS = "fits", "warning", "blocks"
@@ -146,7 +146,7 @@ class FusionPlan:
         return nullcontext() if self.adapters is None else about_base(self.adapters)
 
 
-def _stored_dtype(header: dict[str, tuple[str, tuple[int, ...]]]) -> torch.dtype | None:
+def _stored_dtype(header: Header) -> torch.dtype | None:
     """Returns the dtype that most numbers of a header have."""
     counts = Counter()
     for dtype, shape in header.values():

@@ -31,7 +31,7 @@ from .families_ultrafuser import spoken_rows
 from .generation_config_ultrafuser import merged_generation_config, own_generation_config
 from .gguf_ultrafuser import is_gguf
 from .inputs_ultrafuser import NO_ROUTER_LOSS
-from .lora_ultrafuser import adaptable, pairs, read_adapters
+from .lora_ultrafuser import Layers, adaptable, pairs, read_adapters
 from .names_ultrafuser import refuse_ambiguous_names
 from .plan_base_ultrafuser import BLOCKS, FITS, WARNING, Finding, FusionPlan
 from .probing_ultrafuser import check_steps
@@ -123,7 +123,7 @@ def check_adapter_layers(plan: FusionPlan, name: str) -> None:
         plan.parts[name] = pairs(name, adapter, empty_tensors(header), adaptable_layers(plan))
 
 
-def adaptable_layers(plan: FusionPlan) -> dict[str, tuple[str, torch.Size]]:
+def adaptable_layers(plan: FusionPlan) -> Layers:
     """Linear layers of the base that adapters can be on, from its configuration."""
     return adaptable(empty_model(BASE, plan.configs[BASE]), backbone_class(plan.texts[BASE]))
 

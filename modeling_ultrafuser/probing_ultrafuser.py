@@ -155,7 +155,7 @@ def step_within(
             mask, positions = torch.ones_like(ids[:, :end]), torch.arange(begin, end, device=ids.device)[None]
             if cache.is_compileable:
                 embeds = torch.empty((1, end - begin, 0), dtype=backbone.dtype, device=ids.device)
-                own = SpecialistCache(cache, layers[0], layers[1] - layers[0])
+                own = SpecialistCache(cache, *layers)
                 mask = masks_for_generate(backbone)(backbone.config, embeds, mask, own, position_ids=positions)
                 mask = named_masks(name, mask)
             tokens = Tokens(ids[:, begin:end], mask, positions)

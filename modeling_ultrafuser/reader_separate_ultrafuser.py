@@ -50,8 +50,7 @@ class SeparateReader(Reader):
         return int(self._part(k, past_key_values).get_seq_length())
 
     def _part(self, k: int, past_key_values: Cache) -> SpecialistCache:
-        start, end = self.first_layers[k : k + 2]
-        return SpecialistCache(past_key_values, start, end - start)
+        return SpecialistCache(past_key_values, *self.first_layers[k : k + 2])
 
     def masks(self, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache, **kwargs) -> dict:
         masks = {}
@@ -91,12 +90,11 @@ def read_within(
     backbone: PreTrainedModel, name: str, layers: list[int], tokens: Tokens, past_key_values: Cache | None, **kwargs
 ) -> ModelOutput:
     """Runs one specialist's backbone on its layers of the cache: from the first of them to the one behind the last."""
-    start, end = layers
     paged = kwargs.pop("cache", None)
     if past_key_values is not None:
-        kwargs[CACHE] = SpecialistCache(past_key_values, start, end - start)
+        kwargs[CACHE] = SpecialistCache(past_key_values, *layers)
     if paged is not None:
-        kwargs["cache"] = paged_window(paged, start)
+        kwargs["cache"] = paged_window(paged, layers[0])
     mask = specialist_mask(tokens.attention_mask, name, backbone.config)
     return run(backbone, tokens._replace(attention_mask=mask), **kwargs)
 

@@ -11,6 +11,8 @@ from .compat_ultrafuser import file_if_any
 from .files_ultrafuser import UnreadableFileError, check_file, parse_json, read_json
 
 
+# type and shape of each tensor, by name
+Header = dict[str, tuple[str, tuple[int, ...]]]
 MOST_BYTES_OF_A_HEADER = 1 << 26
 BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -60,7 +62,7 @@ def read_index(path: str | os.PathLike) -> dict[str, str]:
     return names
 
 
-def read_header(path: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:
+def read_header(path: str | os.PathLike) -> Header:
     """Type and shape of each tensor of a safetensors file, once it is known that all of them are in it.
 
     Raises:
@@ -83,7 +85,7 @@ def read_header(path: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]
     return found
 
 
-def checked_header(header: dict, path: str | os.PathLike) -> tuple[dict[str, tuple[str, tuple[int, ...]]], int]:
+def checked_header(header: dict, path: str | os.PathLike) -> tuple[Header, int]:
     """Type and shape of each tensor, and the bytes that all take, from what the header of a safetensors file says.
 
     Raises:
@@ -109,7 +111,7 @@ def checked_header(header: dict, path: str | os.PathLike) -> tuple[dict[str, tup
     return found, end
 
 
-def read_headers(files: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def read_headers(files: list[str]) -> Header:
     """The same of a model's files.
 
     Raises:

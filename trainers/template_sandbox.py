@@ -80,7 +80,7 @@ def render_task(template: str, values: dict) -> str:
     Raises:
         RenderingError: If it cannot be rendered within the limits.
     """
-    return _ask("task", "render_task", {"template": template, "values": values})
+    return _ask("prompt", "render_task", {"template": template, "values": values})
 
 
 def placeholders(template: str) -> set[str]:
@@ -172,7 +172,7 @@ def _main() -> None:
     start = json.loads(next(lines))
     sys.path[:] = start["path"]
     try:
-        tasks = {"chat": _chat_tasks, "prompt": _prompt_tasks, "task": _task_tasks}[start["kind"]]()
+        tasks = {"chat": _chat_tasks, "prompt": _prompt_tasks}[start["kind"]]()
     except ImportError as error:
         _reply({"error": f"rendering it needs what cannot be imported: {error}"})
         return
@@ -205,6 +205,7 @@ def _answer(task, request: dict) -> dict:
 def _prompt_tasks() -> dict:
     # some is imported here because Jinja would when it first needs it, and then no file can be opened
     import pprint  # noqa: F401
+    import re
     import textwrap  # noqa: F401
     from functools import lru_cache
 
@@ -215,6 +216,10 @@ def _prompt_tasks() -> dict:
 
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     compiled = lru_cache(64)(environment.from_string)
+    # as lm-eval has it
+    tasks = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    tasks.filters["regex_replace"] = lambda text, pattern, by, count=0: re.sub(pattern, by, text, count=count)
+    compiled_task = lru_cache(64)(tasks.from_string)
     # the codec of its literals, too
     compiled("{{ 'a' }}").render()
     with contextlib.suppress(jinja2.UndefinedError):
@@ -222,6 +227,7 @@ def _prompt_tasks() -> dict:
     return {
         "placeholders": lambda template: sorted(jinja2.meta.find_undeclared_variables(environment.parse(template))),
         "render_prompt": lambda template, values: compiled(template).render(**values),
+        "render_task": lambda template, values: compiled_task(template).render(**values),
     }
 
 
@@ -239,20 +245,6 @@ def _chat_tasks() -> dict:
     # as above: the time zone's file
     render("{{ strftime_now('%d %b %Y %Z') }}", [], False, None, {})
     return {"render_chat": render}
-
-
-def _task_tasks() -> dict:
-    import re
-    from functools import lru_cache
-
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    _prompt_tasks()
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters["regex_replace"] = lambda text, pattern, by, count=0: re.sub(pattern, by, text, count=count)
-    compiled = lru_cache(64)(environment.from_string)
-    return {"render_task": lambda template, values: compiled(template).render(**values)}
 
 
 def _limit(memory: int) -> None:
