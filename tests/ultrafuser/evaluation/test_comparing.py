@@ -211,7 +211,7 @@ def test_rivals_that_cannot_be_compared_are_refused_before_anything_is_measured(
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": LINES[0]}))
     given = {"data": {"text": str(tmp_path / "text.jsonl")}, "out": tmp_path / "out", "prompt_tokens": 5}
     path = str(tmp_path / "fused")
-    with pytest.raises(ValueError, match=r"is of type 'llama'\. Pass a fused model first"):
+    with pytest.raises(ValueError, match=r"holds a model of type 'llama'\. This is for a fused model"):
         evaluate(str(tmp_path / "plain"), **given)
     with pytest.raises(ValueError, match="models that read the same tokens, but '.*plain' makes"):
         evaluate(path, **given, also={"plain": str(tmp_path / "plain")})
