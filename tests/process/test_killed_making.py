@@ -20,7 +20,7 @@ from ultrafuser.data.recipe import load_recipe
 from ultrafuser.data.synthesis_run import make_set
 
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 CLI = [sys.executable, "-c", "from ultrafuser.cli import main; main()", "data"]

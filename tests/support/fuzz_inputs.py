@@ -62,7 +62,7 @@ def build(folder: Path) -> None:
         get_peft_model(model, config).save_pretrained(folder / "adapters" / name)
     assert quietly(["fuse", f"text={folder}/llama/text", f"code={folder}/llama/code", "--out", f"{folder}/whole"])
     assert quietly(["refer", f"{folder}/whole", "--out", f"{folder}/refs"])
-    shutil.copytree(Path(__file__).parents[1] / "examples" / "recipes", folder / "recipes")
+    shutil.copytree(Path(__file__).parents[2] / "examples" / "recipes", folder / "recipes")
     (folder / "recipes" / "fuse.yaml").write_text(
         yaml.safe_dump(
             {
