@@ -1,6 +1,7 @@
 import copy
 import gc
 import os
+from collections import defaultdict
 from pathlib import Path
 
 
@@ -35,7 +36,17 @@ SECONDS = 5  # a unit test that takes longer is named at the end
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Gives each test its lane: `slow` where it says so, else what it says or its folder's name, else `unit`."""
+    """Gives each test its lane: `slow` where it says so, else what it says or its folder's name, else `unit`.
+
+    Of a `grid`, whose cases take long together, the first and the last stay in their lane, and the others are slow.
+    """
+    grids = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("grid"):
+            grids[item.path, item.originalname].append(item)
+    for cases in grids.values():
+        for item in cases[1:-1]:
+            item.add_marker("slow")
     for item in items:
         own = {mark.name for mark in item.iter_markers()} & {*LANES}
         folder = item.path.relative_to(Path(__file__).parent).parts[0]

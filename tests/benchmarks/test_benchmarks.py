@@ -56,6 +56,7 @@ def test_ratios_are_of_one_round_and_to_the_first_way():
 # ---- rivals
 
 
+@pytest.mark.e2e
 def test_every_rival_runs_beside_ours(measured):
     # no sign: a token's time is a difference of two runs, which the noise of a tiny one can turn round
     assert all(math.isfinite(row[part]["value"]) for row in measured.values() for part in ("token", "prompt"))
@@ -191,6 +192,7 @@ def results(tmp_path, measured, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.e2e
 def test_figures_and_tables_are_made_from_result_files(results, tmp_path, monkeypatch, capsys):
     out = tmp_path / "figures"
     monkeypatch.setattr(sys, "argv", ["figures", "--results", str(results), "--out", str(out)])
@@ -216,6 +218,7 @@ def test_a_missing_result_file_is_told_with_what_writes_it(tmp_path, monkeypatch
     assert not (tmp_path / "figures").exists()
 
 
+@pytest.mark.e2e
 def test_figures_and_tables_of_the_documents_are_made_from_the_result_files(tmp_path, monkeypatch):
     committed, out = ROOT / "docs" / "benchmarks", tmp_path / "benchmarks"
     shutil.copy(committed.with_suffix(".md"), tmp_path)
@@ -229,6 +232,7 @@ def test_figures_and_tables_of_the_documents_are_made_from_the_result_files(tmp_
 # ---- gates
 
 
+@pytest.mark.e2e
 def test_every_gate_is_measured_beside_the_papers_and_those_that_look_back_have_a_state():
     sizes = {key: TINY[key] for key in ("intermediate_size", "num_hidden_layers", "vocab_size")}
     rows = gate_costs.measure_gates(1, hidden_size=64, **sizes)

@@ -98,6 +98,7 @@ RUNS = {"tried": run}
 """
 
 
+@pytest.mark.e2e
 def test_a_failed_experiment_keeps_what_it_has_and_goes_on_from_there(root):
     for name in ("ledger.py", "run_processes.py", "__main__.py"):
         shutil.copy(ledger.ROOT / "experiments" / name, root / "experiments")

@@ -44,6 +44,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_run_on_every_linear_layer_that_peft_adapts(family, tmp_path):
     targets, fields = FAMILIES[family]

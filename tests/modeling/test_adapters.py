@@ -56,6 +56,7 @@ def close(actual, expected):
 # ---------------------------------------------------------------------------------------------- what they say
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("family", BASES)
 @torch.no_grad()
 def test_every_specialist_says_what_peft_says_of_its_adapter(family, tmp_path):
@@ -69,6 +70,7 @@ def test_every_specialist_says_what_peft_says_of_its_adapter(family, tmp_path):
         said[name] = expected
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("family", BASES)
 def test_a_fused_model_says_what_it_says_of_merged_specialists(family, fusion, tmp_path):
@@ -176,6 +178,7 @@ WAYS = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("way", WAYS)
 def test_a_padded_batch_gives_the_tokens_of_merged_specialists(way, models):
     batch, texts = padded(), []
@@ -186,6 +189,7 @@ def test_a_padded_batch_gives_the_tokens_of_merged_specialists(way, models):
     assert torch.equal(*texts)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_windows_and_soft_caps_give_the_tokens_of_merged_specialists(cache, tmp_path):
     batch, options = padded(), {"max_new_tokens": STEPS, "do_sample": False, "cache_implementation": cache}
@@ -200,6 +204,7 @@ def test_a_text_in_a_padded_batch_gets_the_tokens_that_it_gets_alone(models):
     assert torch.equal(text, alone)
 
 
+@pytest.mark.e2e
 @torch.no_grad()
 def test_a_step_with_a_static_cache_compiles_to_one_graph(models):
     fused, ids = models[0], prompt()
@@ -274,6 +279,7 @@ def test_a_specialist_saved_is_a_stock_folder(models, tmp_path):
         assert torch.equal(model(ids).logits, models[0].specialist("math")(ids).logits)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["of fewer specialists", "of merged specialists", "without adapters"])
 def test_a_checkpoint_of_other_specialists_is_refused(kind, models, sources, tmp_path):
     adapted, merged = models

@@ -43,6 +43,7 @@ def adapters(tmp_path_factory):
     return make(tmp_path_factory.mktemp("adapters"))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("gate", ABLE)
 @torch.no_grad()
@@ -75,6 +76,7 @@ def test_a_new_gate_changes_no_logit(fusion):
     assert plain(ids).logit_scales is None
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("gate", ABLE)
 @torch.no_grad()
@@ -96,6 +98,7 @@ def test_cached_stacked_and_reloaded_models_predict_the_same(gate, fusion, tmp_p
     assert torch.equal(again(ids).logits, logits)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("gate", ABLE)
 @torch.no_grad()
 def test_adapters_of_one_base_are_scaled_as_models_of_their_own_are(gate, adapters):
@@ -106,6 +109,7 @@ def test_adapters_of_one_base_are_scaled_as_models_of_their_own_are(gate, adapte
     assert adapted(ids).logit_scales.shape == (2, 9, 1)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("gate", ABLE)
 def test_a_stage_moves_the_scales_as_the_models_own_loss_does_and_so_does_one_from_a_cache(gate, fusion, tmp_path):
@@ -130,6 +134,7 @@ def test_a_stage_moves_the_scales_as_the_models_own_loss_does_and_so_does_one_fr
     assert any(not torch.equal(before[n], t) for n, t in weights(plain).items() if "fusion_gate" in n)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("gate", [gate for gate in ABLE if Reads.PAST not in GATES[gate].reads])
 @torch.no_grad()

@@ -128,6 +128,7 @@ def test_weights_of_a_token_follow_from_what_was_read_in_earlier_passes(fused, e
     assert torch.equal(found[0][:, :3], found[1][:, :3])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_a_token_leaves_arrives_bit_by_bit(dtype, engine):
     carrier, start = Carrier(engine.config, WANTED), 2**20 - 3

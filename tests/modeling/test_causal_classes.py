@@ -104,6 +104,7 @@ def test_everything_that_a_causal_class_overrides_is_handled_or_refused(config):
     assert not unknown or config.model_type in REFUSED, f"{causal.__name__} has {sorted(unknown)} of its own"
 
 
+@pytest.mark.e2e
 def test_nothing_in_the_tables_is_without_use():
     families = {c.model_type for c in MODEL_FOR_CAUSAL_LM_MAPPING}
     pairs = [(one(MODEL_FOR_CAUSAL_LM_MAPPING[c]), one(MODEL_MAPPING[c])) for c in FAMILIES]
@@ -138,6 +139,7 @@ needs_masks_of_bloom = pytest.mark.skipif(
 )
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("family", [pytest.param("bloom", marks=needs_masks_of_bloom), "zaya", "doge", "nemotron_h"])
 def test_masks_of_a_static_cache_are_made_as_the_causal_class_makes_them(family):
     fused = fuse({"text": specialist(family, **HYBRIDS[family]), "code": specialist()})
@@ -173,6 +175,7 @@ def test_drafts_are_refused_where_only_the_causal_class_says_that_it_cannot_go_b
 # ---------------------------------------------------------------------------------------------- saving and the probe
 
 
+@pytest.mark.e2e
 def test_layers_of_a_type_that_one_family_has_are_saved(tmp_path):
     fused = fuse({"text": specialist(), "code": specialist("nemotron_h")})
     assert {"moe", "mlp"} <= set(fused.config.layer_types)
@@ -187,6 +190,7 @@ def mini(**fields):
     return specialist("minicpm3", num_key_value_heads=4, **{**sizes, "head_dim": 4} | fields)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("base", [16, 32, 128])
 def test_a_scale_that_is_computed_is_folded_into_the_head(base, tmp_path):
     alone = mini(dim_model_base=base)
@@ -265,6 +269,7 @@ ODD = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("family", ODD)
 def test_a_family_that_fusing_refuses_is_refused_by_check_with_the_same_sentence(family, tmp_path):
     model = specialist(family, **ODD[family])

@@ -19,6 +19,7 @@ def test_fused_models_pass_the_common_tests_of_transformers():
     assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("positions", [0, [0, 3, -1], [-13, 99]])
 def test_hidden_states_can_be_asked_for_by_position(positions, fused):
     ids = torch.arange(3, 9)[None]
@@ -34,6 +35,7 @@ def test_hidden_states_can_be_asked_for_by_position(positions, fused):
     assert all(torch.equal(some[i], every[i]) for i in kept)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("gate", GATES)
 def test_a_gate_calls_every_module_whose_parameters_it_reads(gate, specialists):
     # FSDP gathers parameters when their module is called; one that is only read stays cut in pieces

@@ -29,6 +29,7 @@ def generate(fused, ids, **options):
 # ---------------------------------------------------------------------------------------------- continuous batching
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("mix", ["full attention", "windows"])
 def test_continuous_batching_gives_every_prompt_the_tokens_it_gets_alone(mix, attention):
@@ -75,6 +76,7 @@ UNPAGED = {
 
 
 # Bloom is not fused on older versions, and on newer ones the other two have pages
+@pytest.mark.grid
 @pytest.mark.parametrize("family", [f for f in UNPAGED if TESTED or f not in ("bloom", "doge", "diffllama")])
 def test_continuous_batching_of_a_family_without_pages_is_refused(family):
     fused = fuse({n: specialist(family, **UNPAGED[family]) for n in ("text", "code")})

@@ -55,6 +55,7 @@ def test_a_folder_that_says_nothing_means_the_papers_gate():
     assert (config.gate, config.gate_hidden_size, config.gate_calibration) == ("mlp", 512, False)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("word", "fields"),
     [
@@ -75,6 +76,7 @@ def test_a_word_says_what_fields_say(word, fields, specialists):
     assert in_a_word.config.gate_calibration is fields.get("gate_calibration", False)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -141,6 +143,7 @@ def test_what_is_given_stays(fused, tmp_path):
     assert set(run.train_dataset["domain"]) == set(SIZES)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("data", "settings"),
     [
@@ -176,6 +179,7 @@ def test_stage_two_does_neither(fused, tmp_path):
     assert run.drawn == run.domains
 
 
+@pytest.mark.e2e
 @BOTH
 def test_the_rate_that_is_not_given_suits_the_gate(stage, specialists, tmp_path):
     rates = {}
@@ -189,6 +193,7 @@ def test_the_rate_that_is_not_given_suits_the_gate(stage, specialists, tmp_path)
 # ---- what is said, and what is not
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("little", "gate", "told"), [(10_000, "cross:8", True), (4, "cross:8", False), (10_000, "linear", False)]
 )

@@ -108,6 +108,7 @@ def test_nothing_of_an_earlier_text_is_left_where_another_begins():
     assert torch.equal(found[0, 4], torch.tensor([[0.0, -0.6931472]] * 2))
 
 
+@pytest.mark.grid
 @every_fusion
 @every_reader
 @pytest.mark.parametrize("mix", ["three families", "soft caps"])
@@ -132,6 +133,7 @@ def test_a_token_changes_no_weight_before_it(gate, specialists):
     assert not torch.allclose(before[:, 11], after[:, 11], atol=1e-3)
 
 
+@pytest.mark.e2e
 @torch.no_grad()
 def test_the_setting_says_how_soon_another_specialist_is_believed(specialists):
     ids = prompt(length=30)
@@ -155,6 +157,7 @@ def adapters(tmp_path_factory):
     return make(tmp_path_factory.mktemp("adapters"))
 
 
+@pytest.mark.e2e
 @either_way
 def test_adapters_of_one_base_are_weighed_as_models_of_their_own_are(gate, fusion, adapters):
     adapted, merged = pair(adapters, gate=gate, fusion=fusion)
@@ -251,6 +254,7 @@ def test_a_newcomer_to_a_posterior_needs_no_training(fusion, specialists, tmp_pa
     torch.testing.assert_close(smaller(ids).gate_weights, naive_gate_weights(smaller, rest, ids), **NEAR)
 
 
+@pytest.mark.e2e
 @torch.no_grad()
 def test_others_columns_of_evidence_stay(specialists, tmp_path):
     specialist(layers=1).save_pretrained(tmp_path)

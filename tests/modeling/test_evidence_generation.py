@@ -52,6 +52,7 @@ def padded():
 # ---------------------------------------------------------------------------------------------- generation
 
 
+@pytest.mark.grid
 @either_way
 @pytest.mark.parametrize("mix", ["one family", "windows"])
 def test_every_kind_of_cache_and_none_give_the_naive_tokens(mix, gate, fusion):
@@ -79,6 +80,7 @@ def test_a_text_read_in_parts_has_the_weights_of_one_read_whole(gate, specialist
     torch.testing.assert_close(torch.cat([o.logits for o in parts], 1), whole.logits, **NEAR)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("gate", "fusion", "calibrated"),
     [
@@ -109,6 +111,7 @@ def test_a_step_that_computes_each_specialists_logits_once_says_what_a_whole_pas
         torch.testing.assert_close(outputs.gate_weights[:, -1], whole.gate_weights[:, -1], **NEAR)
 
 
+@pytest.mark.grid
 @every_reader
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_a_row_padded_on_the_left_gets_what_it_gets_alone(cache, gate, specialists):
@@ -155,6 +158,7 @@ def test_sampling_does_not_depend_on_the_cache(gate, specialists):
     assert torch.equal(draws[0], draws[2])
 
 
+@pytest.mark.e2e
 @either_way
 def test_drafts_of_every_kind_change_no_token(gate, fusion, specialists):
     fused, ids = fuse(specialists, gate=gate, fusion=fusion), prompt(batch=1, length=6).repeat(1, 2)
@@ -279,6 +283,7 @@ def test_of_a_prompt_in_everyones_own_words_the_tokens_count_that_all_read(gate,
         torch.testing.assert_close(found[row : row + 1, 8:], expected, **NEAR)
 
 
+@pytest.mark.grid
 @every_reader
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}])
 def test_every_specialist_continues_its_own_view(options, gate, specialists):

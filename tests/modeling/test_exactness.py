@@ -26,6 +26,7 @@ def assert_same(actual, expected):
 # ---------------------------------------------------------------------------------------------- the naive sum
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("mix", MIXES)
 @torch.no_grad()
@@ -37,6 +38,7 @@ def test_a_fused_model_says_the_weighed_sum_of_what_its_specialists_say(mix, fus
     assert_same(outputs.logits, naive_logits(fused, specialists, ids, outputs.gate_weights))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("gate", GATES)
 @torch.no_grad()
@@ -72,6 +74,7 @@ def test_mixed_probabilities_are_probabilities(specialists):
     assert_same(logits.exp().sum(-1), torch.ones(2, 9))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("mix", ["one family", "soft caps", "scale factors"])
 @torch.no_grad()
@@ -101,6 +104,7 @@ def in_chunks(fused, ids, cache, sizes):
     return torch.cat(logits, dim=1)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mix", MIXES)
 @torch.no_grad()
 def test_token_by_token_with_a_cache_equals_all_at_once_without(mix):
@@ -110,6 +114,7 @@ def test_token_by_token_with_a_cache_equals_all_at_once_without(mix):
     assert cache.get_seq_length() == 14
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mix", MIXES)
 @torch.no_grad()
 def test_a_long_prompt_may_come_in_chunks(mix):
@@ -125,6 +130,7 @@ def test_a_cache_made_without_a_configuration_serves_as_well(fused):
     assert_same(in_chunks(fused, ids, DynamicCache(), [5, 4, 1, 1, 1]), fused(ids, use_cache=False).logits)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mix", MIXES)
 @torch.no_grad()
 def test_a_static_cache_says_what_a_dynamic_one_says(mix):
@@ -147,6 +153,7 @@ def test_in_training_no_cache_is_kept_unless_asked_for(fused):
     assert fused.train()(prompt()).past_key_values is None
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mix", MIXES)
 @torch.no_grad()
 def test_a_row_padded_on_the_left_says_what_it_says_alone(mix):
@@ -210,6 +217,7 @@ def test_half_precision_says_nearly_the_same_and_weighs_in_float32(fusion, speci
     assert (outputs.logits - exact(ids).logits).abs().mean() < 0.05
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("gate", GATES)
 @torch.no_grad()
 def test_a_model_cast_as_a_whole_still_weighs_in_float32(gate, specialists):

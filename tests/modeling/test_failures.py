@@ -27,6 +27,7 @@ TESTS = {path.name: path for path in Path(__file__).parents[1].rglob("test_*.py"
 ROWS = {row[0]: row for row in failures.ROW.findall(failures.PAGE.read_text())}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", failures.PROVOCATIONS)
 def test_a_message_in_the_table_is_what_is_said(name):
     assert ROWS[name][3] == failures.said(name), "python -m tests.failures writes it anew"
@@ -61,6 +62,7 @@ def test_the_constructor_reads_no_weights(fused):
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in fused.named_parameters()}
 
 
+@pytest.mark.e2e
 def test_tokens_that_one_specialist_has_behind_the_common_ones_are_left_out_by_every_way_to_fuse(
     tmp_path, monkeypatch
 ):

@@ -184,6 +184,7 @@ def test_the_common_dtype_is_kept(tmp_path):
     assert_says_what_it_should(fused, loaded(*both.values()), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", torch.float64])
 def test_a_chosen_dtype_is_taken(dtype, two):
     assert dtypes(fuse(two, dtype=dtype)) == {getattr(torch, str(dtype).removeprefix("torch."))}
@@ -272,6 +273,7 @@ def test_states_that_are_divided_and_rows_that_pad_a_vocabulary_are_made_even(ro
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, fused(IDS).logits)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("family", SCALED)
 def test_a_scale_on_the_logits_is_folded_into_the_head(family, fusion, two):

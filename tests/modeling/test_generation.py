@@ -41,6 +41,7 @@ def padded():
 # ---------------------------------------------------------------------------------------------- greedy
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("mix", MIXES)
 def test_greedy_decoding_takes_the_best_token_of_the_naive_sum(mix, fusion):
@@ -50,6 +51,7 @@ def test_greedy_decoding_takes_the_best_token_of_the_naive_sum(mix, fusion):
     assert torch.equal(generate(fused, ids), naive_greedy(fused, specialists, ids, STEPS))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mix", MIXES)
 def test_every_kind_of_cache_and_none_give_the_same_tokens(mix):
     fused, ids = fuse(MIXES[mix]()), prompt(length=12)
@@ -60,6 +62,7 @@ def test_every_kind_of_cache_and_none_give_the_same_tokens(mix):
     assert torch.equal(generate(fused, ids, prefill_chunk_size=5), expected)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_row_padded_on_the_left_gets_the_tokens_it_gets_alone(mix, cache):
@@ -120,6 +123,7 @@ def test_a_streamer_hears_every_token_in_order(fused):
 # ---------------------------------------------------------------------------------------------- beams and sampling
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mix", ["one family", "windows", "soft caps"])
 def test_beams_find_the_same_with_every_kind_of_cache(mix):
     fused, (ids, mask) = fuse(MIXES[mix]()), padded()
@@ -170,6 +174,7 @@ def test_sampling_several_continuations_does_not_depend_on_the_cache(fused):
 # ---------------------------------------------------------------------------------------------- drafts
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mix", ["one family", "three families", "scale factors"])
 def test_every_specialist_is_a_draft_model_that_changes_no_token(mix):
     fused, ids = fuse(MIXES[mix]()), prompt(batch=1)
@@ -178,6 +183,7 @@ def test_every_specialist_is_a_draft_model_that_changes_no_token(mix):
         assert torch.equal(generate(fused, ids, max_new_tokens=10, assistant_model=fused.specialist(name)), expected)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mix", MIXES)
 def test_looking_up_drafts_in_the_prompt_changes_no_token(mix):
     fused, ids = fuse(MIXES[mix]()), prompt(batch=1, length=4).repeat(1, 3)

@@ -102,6 +102,7 @@ def test_quantised_weights_are_made_plain_while_they_are_read(tmp_path):
     assert 0 < (weight - model.model.layers[0].mlp.up_proj.weight).abs().max() < 0.01
 
 
+@pytest.mark.e2e
 def test_check_fuse_and_refer_take_a_gguf_file(made, tmp_path):
     _, file, folder = made
     given = [f"text={file}", f"code={folder}"]
@@ -169,6 +170,7 @@ def _lying(fault: str, path) -> bytes:
     }[fault]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("fault", "words"),
     {

@@ -33,6 +33,7 @@ def zoo(tmp_path_factory):
 # ---------------------------------------------------------------------------------- what is no mistake
 
 
+@pytest.mark.e2e
 def test_the_backbone_alone_leaves_the_head_and_a_head_for_values_where_they_are(zoo, tmp_path):
     given = copied(zoo, "fused", tmp_path)
     tensors(lambda s: s.update({"v_head.summary.weight": torch.ones(1, 32)}))(given)
@@ -58,6 +59,7 @@ def test_a_class_with_a_head_of_its_own_gets_a_new_one(zoo, tmp_path):
     assert again.score.weight.equal(scored.score.weight)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("value", [[], "x", None])
 def test_a_fused_folder_is_saved_again_whatever_it_says_of_its_code(value, zoo, tmp_path):
     given = copied(zoo, "fused", tmp_path)
@@ -79,6 +81,7 @@ def test_a_configuration_that_asks_for_tuples_changes_nothing_but_the_type_of_ou
     assert model.specialist("code")(IDS).logits.equal(expected.specialist("code")(IDS).logits)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("value", [0.5, ["a"], [0, 1], True, "yes"])
 def test_what_a_specialists_configuration_says_of_outputs_is_the_fused_models_choice(value, zoo, tmp_path):
     folder, ids = shutil.copytree(zoo / "fused", tmp_path / "fused"), torch.arange(5, 12)[None]

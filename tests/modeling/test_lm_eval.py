@@ -103,6 +103,7 @@ def test_the_longest_context_is_the_shortest_of_the_specialists(fused, folder):
     assert hf(folder).max_length == fused.config.max_position_embeddings == 256
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("settings", [{}, {"apply_chat_template": True, "fewshot_as_multiturn": True}])
 def test_local_tasks_run_on_the_saved_folder(settings, fused, folder, tasks):
     results = lm_eval.simple_evaluate(

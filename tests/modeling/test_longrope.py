@@ -79,6 +79,7 @@ WAYS = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("family", "length"),
     [("phi3", 18), ("phi3", SWITCH), ("phi3", SWITCH + 1), ("phimoe", 18), ("llama", 18)],

@@ -39,6 +39,7 @@ SHALLOW = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("mix", "fusion"), [("full attention", "logits"), ("windows", "probabilities")])
 @torch.no_grad()
 def test_the_forward_pass_compiles_to_one_graph(mix, fusion):
@@ -48,6 +49,7 @@ def test_the_forward_pass_compiles_to_one_graph(mix, fusion):
     assert_same(compiled(ids, use_cache=False).logits, fused(ids, use_cache=False).logits)
 
 
+@pytest.mark.e2e
 @torch.no_grad()
 def test_a_step_with_a_static_cache_compiles_to_one_graph():
     fused, ids = fuse(SHALLOW["full attention"]()), prompt()
@@ -115,6 +117,7 @@ def test_a_tuple_holds_what_the_named_output_holds(fused):
     assert isinstance(fused.model(ids, return_dict=False), tuple)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mix", ["one family", "three families", "windows", "scale factors", "experts"])
 @torch.no_grad()
 def test_both_attention_implementations_agree_and_the_choice_reaches_every_specialist(mix):

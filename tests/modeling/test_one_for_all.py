@@ -88,6 +88,7 @@ def test_gradients_of_inputs_are_asked_of_every_specialist(fused):
     assert not any(s.get_input_embeddings()(IDS).requires_grad for s in fused.model.specialists.values())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("adapters", [True, False])
 def test_gradients_are_the_same_with_checkpointing(adapters, reentrant, fused):
@@ -219,6 +220,7 @@ def adapter_file(folder, name):
     return load_file(os.path.join(folder, name, "adapter_model.safetensors"))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["text", "code", "model", "layers", "specialists", "mlp", "weight", "0"])
 def test_adapters_called_as_a_part_of_the_model_are_refused_beside_others(name):
     model = get_peft_model(pair(), lora(), adapter_name="mine")
@@ -259,6 +261,7 @@ def test_a_name_that_generation_settings_have_is_refused(name):
         UltraFuserForCausalLM.from_specialists({"text": specialist("llama"), name: specialist("llama")})
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "name", ["layers", "q_proj", "mlp", "embed_tokens", "rope_parameters", "default", "lora_math"]
 )

@@ -182,6 +182,7 @@ HEAD_ADAPTERS = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("adapter", HEAD_ADAPTERS)
 @pytest.mark.parametrize("choices", [{"fusion": "probabilities"}, {"gate": "posterior"}, {"gate": "evidence"}])
 def test_an_adapter_on_a_head_that_is_read_in_parts_is_refused(choices, adapter, specialists):
@@ -190,6 +191,7 @@ def test_an_adapter_on_a_head_that_is_read_in_parts_is_refused(choices, adapter,
         get_peft_model(model, HEAD_ADAPTERS[adapter])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("choices", [{}, {"fusion": "probabilities"}, {"gate": "posterior"}])
 @torch.no_grad()
 def test_a_head_that_is_trained_as_a_whole_is_read_in_parts_too(choices, specialists):
@@ -246,6 +248,7 @@ def mixture(**fields):
     )
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("way", ["argument", "configuration", "a specialist's configuration"])
 def test_a_loss_that_balances_experts_is_refused_and_not_left_out(way):
     model = mixture()

@@ -119,6 +119,7 @@ def test_a_saved_adapter_on_a_fresh_base_speaks_the_same(trained, specialists, f
     assert torch.equal(logits(again), logits(trained))
 
 
+@pytest.mark.e2e
 def test_an_adapter_trained_from_a_folder_loads_by_its_own_folder(fused, tmp_path):
     fused.save_pretrained(tmp_path / "fused")
     model = train(AutoModelForCausalLM.from_pretrained(tmp_path / "fused"), tmp_path / "run", lora())

@@ -92,6 +92,7 @@ def test_in_a_process_without_our_packages(fact, clean):
     assert clean[fact] == "holds", clean[fact]
 
 
+@pytest.mark.e2e
 def test_a_saved_folder_holds_the_code_that_it_needs_and_no_more(folders):
     code = {f.name for f in (folders / "plain").glob("*.py")}
     ours = {f.name for f in Path(sys.modules["modeling_ultrafuser"].__file__).parent.glob("*.py")}
@@ -156,6 +157,7 @@ def test_loading_onto_the_meta_device_is_told_as_the_library_tells_it_and_blames
         UltraFuserForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("option", [{"unknown": 1}, {"dtype": "float99"}, {"attn_implementation": "none such"}])
 def test_an_option_that_cannot_be_is_named_before_a_file_is_blamed(option, tmp_path):
     names = {"a": specialist(), "b": specialist()}

@@ -55,6 +55,7 @@ def test_the_largest_weight_is_never_left_out(more, specialists):
     assert torch.equal(weights.sort(-1).values, torch.tensor([0.0, 0.0, 1.0]).expand(2, 9, 3))
 
 
+@pytest.mark.e2e
 def test_a_sparsifier_is_saved_and_none_is_not_written(more, specialists, tmp_path):
     for word in ("none", "top_k:2"):
         model = fuse(specialists, gate_sparsifier=word)
@@ -85,6 +86,7 @@ class Parity(Gate):
         return 1e3 * torch.stack([1 - odd, odd, -torch.ones_like(odd)], -1)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("gate", ["uniform", "parity", "mlp", "posterior"])
 def test_a_gate_that_reads_neither_states_nor_past_is_asked_before_the_specialists_run(gate, specialists, monkeypatch):
     monkeypatch.setitem(GATES, "parity", Parity)

@@ -34,6 +34,7 @@ def in_chunks(fused, ids, cache, sizes):
 # ---------------------------------------------------------------------------------------------- a specialist back
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mix", MIXES)
 @torch.no_grad()
 def test_a_specialist_had_back_is_the_model_that_went_in(mix):
@@ -59,6 +60,7 @@ def test_a_specialist_had_back_shares_the_fused_models_tensors(mix):
         start += head.shape[1]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mix", ["one family", "soft caps", "scale factors", "experts"])
 @torch.no_grad()
 def test_a_specialist_had_back_can_be_saved_as_an_ordinary_model(mix, tmp_path):

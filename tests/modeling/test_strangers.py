@@ -195,6 +195,7 @@ SPECIALISTS = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("case", SPECIALISTS)
 def test_a_specialist_that_is_not_what_its_files_say_is_refused_by_check_and_fuse(case, zoo, tmp_path):
     change, words = SPECIALISTS[case]
@@ -208,6 +209,7 @@ def test_a_specialist_that_is_not_what_its_files_say_is_refused_by_check_and_fus
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("case", ["a tensor missing", "integers", "an adapter beside it", "other merges", "no layers"])
 def test_it_is_refused_on_every_other_way_in_too(case, zoo, tmp_path):
     change, words = SPECIALISTS[case]
@@ -251,6 +253,7 @@ FUSED = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("case", FUSED)
 def test_a_fused_folder_that_is_not_what_its_files_say_is_opened_by_no_command(case, zoo, tmp_path):
     change, words = FUSED[case]
@@ -344,6 +347,7 @@ def base(tmp_path_factory):
     return folder
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", fuzz.KINDS)
 def test_whatever_is_damaged_at_random_ends_right_or_in_words(kind, base):
     found = [fuzz.outcome(kind, 0, number, base) for number in range(10)]

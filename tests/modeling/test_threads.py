@@ -38,17 +38,20 @@ def alone(function):
     return [function(number) for number in range(THREADS * ROUNDS)]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("way", WAYS)
 def test_eight_threads_on_one_model_say_what_one_says(way, model):
     assert in_threads(lambda number: WAYS[way](model, number)) == alone(lambda number: WAYS[way](model, number))
 
 
+@pytest.mark.e2e
 def test_eight_threads_on_one_stacked_model_say_what_one_says(model):
     stacked = stack(model)
     assert in_threads(lambda n: tokens(stacked, n)) == alone(lambda n: tokens(model, n))
     assert in_threads(lambda n: spoken(stacked, n)[0]) == alone(lambda n: spoken(model, n)[0])
 
 
+@pytest.mark.e2e
 def test_eight_threads_that_go_all_ways_at_once_say_what_one_says(model):
     ways = list(WAYS.values())
 

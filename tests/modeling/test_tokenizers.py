@@ -59,6 +59,7 @@ def warnings_of(both):
 # ---------------------------------------------------------------------------------- added tokens
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("knowing", ["text", "code"])
 def test_added_tokens_that_only_some_know_are_told_and_fused(special, knowing, tmp_path, lines):

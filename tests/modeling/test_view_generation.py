@@ -71,6 +71,7 @@ WAYS = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mix", ["one family", "three families", "windows"])
 def test_every_specialist_continues_its_own_view(mix):
     specialists = MIXES[mix]()
@@ -90,6 +91,7 @@ def test_views_work_for_mixed_probabilities_too(specialists):
     assert torch.equal(text[:, 9:], naive_greedy_of_views(fused, specialists, views, masks))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("options", [*WAYS.values(), {"num_beams": 3}], ids=[*WAYS, "beams"])
 def test_views_that_are_all_alike_change_nothing(options, fused):
     ids, mask = padded()

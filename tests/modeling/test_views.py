@@ -74,6 +74,7 @@ def own_views(response=3):
     return views, masks
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("shape", "complaint"),
     [((2, 9), "one row per specialist"), ((2, 2, 9), "one row per specialist"), ((2, 3, 7), "padded on the left")],

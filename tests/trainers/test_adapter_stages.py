@@ -64,6 +64,7 @@ def test_trls_loss_is_the_models_own(models, tmp_path):
     torch.testing.assert_close(theirs, own, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_stage_one_trains_the_gate_alone_and_as_on_merged_specialists(fusion, sources, tmp_path):
     adapted, merged = pair(sources, fusion=fusion)
@@ -75,6 +76,7 @@ def test_stage_one_trains_the_gate_alone_and_as_on_merged_specialists(fusion, so
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("gate", "fusion", "keep"),
     [
@@ -102,6 +104,7 @@ def test_stage_two_trains_adapters_and_gate(fusion, sources, tmp_path):
     assert changed(fused, before) == {n for n in before if "fusion_gate" in n or "lora_" in n}
 
 
+@pytest.mark.e2e
 def test_specialists_that_are_not_trained_keep_their_adapters(models, tmp_path):
     fused = models[0]
     before = weights(fused)

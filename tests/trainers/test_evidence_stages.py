@@ -45,6 +45,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("layout", LAYOUTS)
 @every_fusion
 def test_a_stage_moves_the_gate_alone_and_so_does_one_from_a_cache(fusion, layout, tmp_path):
@@ -79,6 +80,7 @@ def test_the_loss_of_trls_own_head_is_the_models_own(gate, specialists, tmp_path
     torch.testing.assert_close(own.loss, theirs.loss, rtol=1e-5, atol=0)
 
 
+@pytest.mark.e2e
 def test_a_cache_without_evidence_is_refused_and_one_with_it_serves_other_gates(tmp_path):
     own, cached = {name: specialist(layers=1) for name in ("text", "code")}, {"cached": {"cache": tmp_path / "cache"}}
     model = fuse(own, gate="evidence")

@@ -50,6 +50,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("fusion", "keep"), EXACT)
 def test_a_gate_from_the_cache_is_the_gate_of_the_plain_stage(fusion, keep, layout, specialists, tmp_path):
@@ -65,12 +66,14 @@ def test_a_gate_from_the_cache_is_the_gate_of_the_plain_stage(fusion, keep, layo
     torch.testing.assert_close(weights(two.fused), weights(one.fused), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.e2e
 def test_likely_tokens_and_a_polynomial_come_near_the_plain_stage(specialists, tmp_path):
     one, two = both(specialists, tmp_path, "logits", "top")
     for plain, cached in zip(logs(one), logs(two), strict=True):
         assert cached["loss"] == pytest.approx(plain["loss"], abs=1e-3)
 
 
+@pytest.mark.e2e
 def test_specialists_run_once_over_the_data(specialists, tmp_path):
     model, read = fuse(specialists), []
     model.model.specialists["code"].register_forward_pre_hook(
@@ -85,6 +88,7 @@ def test_specialists_run_once_over_the_data(specialists, tmp_path):
     assert sum(len(ids) for ids in read) == 28
 
 
+@pytest.mark.e2e
 def test_a_gate_from_the_cache_speaks_in_the_fused_model(specialists, tmp_path):
     model = fuse(specialists)
     before = weights(model)
@@ -100,6 +104,7 @@ def test_a_gate_from_the_cache_speaks_in_the_fused_model(specialists, tmp_path):
     assert torch.equal(model.generate(ids, **given), loaded.generate(ids, **given))
 
 
+@pytest.mark.e2e
 def test_a_killed_pass_goes_on_where_it_was(specialists, tmp_path, monkeypatch):
     whole, killed = ({"cache": tmp_path / name} for name in ("whole", "killed"))
     build(CachedGateTrainer, fuse(specialists), tmp_path, cached=whole).train()
@@ -122,6 +127,7 @@ def test_a_killed_pass_goes_on_where_it_was(specialists, tmp_path, monkeypatch):
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
 
 
+@pytest.mark.e2e
 def test_of_two_at_once_one_makes_the_pass_and_the_other_waits_for_it(specialists, tmp_path, monkeypatch):
     cached = {"cache": tmp_path / "cache"}
     one, other = (build(CachedGateTrainer, fuse(specialists), tmp_path, cached=cached) for _ in range(2))
@@ -146,6 +152,7 @@ def test_of_two_at_once_one_makes_the_pass_and_the_other_waits_for_it(specialist
     assert torch.equal(one.cache.arrays["states"], other.cache.arrays["states"])
 
 
+@pytest.mark.e2e
 def test_a_cache_that_is_begun_is_of_one_data_set_before_its_first_row(specialists, tmp_path):
     cached = {"cache": tmp_path / "cache"}
     build(CachedGateTrainer, fuse(specialists), tmp_path, cached=cached)
@@ -160,6 +167,7 @@ def test_a_cache_takes_its_room_before_the_pass(specialists, tmp_path):
     assert stage.cache.rows_done == 0
 
 
+@pytest.mark.e2e
 def test_a_stage_resumes_from_its_checkpoint(specialists, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "cached": {"cache": tmp_path / "cache"}}
     whole, resumed = fuse(specialists), fuse(specialists)
@@ -181,6 +189,7 @@ def test_evaluation_runs_the_model(specialists, tmp_path):
     assert stage.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.e2e
 def test_sixteen_bits_halve_the_hidden_states(specialists, tmp_path):
     losses, sizes = [], []
     model = fuse(specialists)
@@ -197,6 +206,7 @@ def test_sixteen_bits_halve_the_hidden_states(specialists, tmp_path):
 # ---- what is refused
 
 
+@pytest.mark.e2e
 def test_a_cache_of_other_data_or_other_specialists_is_refused(specialists, tmp_path):
     cached = {"cache": tmp_path / "cache"}
     build(CachedGateTrainer, fuse(specialists), tmp_path, cached=cached).train()

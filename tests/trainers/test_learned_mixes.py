@@ -174,6 +174,7 @@ def test_the_domain_to_specialise_in_counts_twice(reward, mild, tmp_path):
 # ---- what learning leaves alone
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("reward", ["regret", *POOL])
 @pytest.mark.parametrize("stage", [GateTrainer, JointTrainer])
 def test_learning_in_the_shadow_changes_nothing(stage, reward, tmp_path):
@@ -197,6 +198,7 @@ def test_learning_in_the_shadow_changes_nothing(stage, reward, tmp_path):
     assert run.controller.mixes[-1][1] != run.controller.mixes[0][1], "nothing was learned"
 
 
+@pytest.mark.e2e
 def test_loaders_that_read_ahead_change_nothing(mild, tmp_path):
     found = []
     for workers in (0, 2):
@@ -218,6 +220,7 @@ def test_a_mix_for_batches_already_read_is_refused(mild, tmp_path):
 # ---- from rewards to draws
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_every_policy_learns_through_a_trainer(policy, mild, tmp_path):
     settings = {"mix_policy": policy, "max_steps": 8, "mix_delay": 2, "per_device_train_batch_size": 2}
@@ -251,6 +254,7 @@ def test_importance_weights_keep_the_objective(mild, tmp_path):
     assert logs(stage)[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("unit", ["example", "token", "supervised"])
 def test_shares_count_in_their_unit(unit, mild, tmp_path):
     def rows(prompt, completion):

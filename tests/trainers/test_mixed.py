@@ -83,6 +83,7 @@ def test_mixed_examples_go_with_rows_that_are_packed(settings, fused, tmp_path):
     assert run.state.log_history[0]["tokens/mixed"] > 0
 
 
+@pytest.mark.grid
 @BOTH
 @pytest.mark.parametrize(
     "settings",
@@ -113,6 +114,7 @@ def test_the_warm_start_of_the_gate_reads_no_mixed_example(fused, tmp_path):
     assert term[0, 1] == 0
 
 
+@pytest.mark.e2e
 def test_a_cached_stage_draws_and_says_what_an_ordinary_one_does(specialists, tmp_path):
     losses = []
     for cls, more in ((GateTrainer, {}), (CachedGateTrainer, {"more": {"cache": tmp_path / "cache"}})):
@@ -124,6 +126,7 @@ def test_a_cached_stage_draws_and_says_what_an_ordinary_one_does(specialists, tm
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.e2e
 def test_a_run_with_mixed_examples_resumes_where_it_was(specialists, tmp_path):
     ended = []
     for name, steps in (("whole", None), ("part", 2)):
@@ -189,6 +192,7 @@ def test_dropout_reaches_the_copy_of_the_gate_that_adapters_are_trained_beside(f
     assert not torch.equal(stage.fused.gate_weights(ids), stage.fused.gate_weights(ids))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("gate", ["constant", "uniform", "posterior"])
 def test_dropout_of_a_gate_that_reads_no_states_is_refused(gate, specialists, tmp_path):
     fused = UltraFuserForCausalLM.from_specialists(specialists, gate=gate)

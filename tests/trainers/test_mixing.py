@@ -92,6 +92,7 @@ def test_the_authors_code_gives_this_trace_on_constant_rewards():
     np.testing.assert_allclose([trace[n - 1] for n in expected], list(expected.values()), atol=6e-5)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", CLIMBERS)
 def test_learned_mixes_end_where_rewards_point(name):
     np.testing.assert_allclose(FIXED_POINT, [0.3095, 0.2560, 0.3512, 0.0833], atol=5e-5)
@@ -277,6 +278,7 @@ def test_negative_rewards_count_as_none():
     assert usable_rewards([-1.0, 2.0], np.array([0.5, 0.5]), ["a", "b"]).tolist() == [0, 2]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", CLIMBERS)
 def test_clipped_rewards_keep_every_mix_finite(name):
     rewards = usable_rewards([-1.0, 0.4, 0.4, -3.0], UNIFORM, list("abcd"))

@@ -255,6 +255,7 @@ def test_templates_that_are_all_alike_give_what_the_ordinary_input_gives(fused):
     close(outputs.loss, torch.cat(losses).mean())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_a_gate_that_listens_to_one_specialist_says_what_it_says_to_its_own_prompt(name, specialists):
@@ -304,6 +305,7 @@ def test_generation_takes_at_every_step_the_best_token_of_the_views_so_far(fused
         masks = torch.cat([masks, torch.ones_like(ids[..., :1])], dim=-1)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gate_that_listens_to_one_specialist_generates_what_it_generates_from_its_own_prompt(name, specialists):
     fused, k = fuse(specialists, gate="constant"), NAMES.index(name)

@@ -113,6 +113,7 @@ def test_a_list_of_modules_to_leave_alone_must_name_the_head(load, setting, fold
     assert predictions(AutoModelForCausalLM.from_pretrained(tmp_path / "text")).equal(predictions(own))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("one_at_a_time", [False, True])
 def test_adapters_and_a_gate_in_float32_learn_beside_four_bits(one_at_a_time, folder, tmp_path):
     model = in_4_bits(folder)
@@ -136,6 +137,7 @@ def test_adapters_and_a_gate_in_float32_learn_beside_four_bits(one_at_a_time, fo
         assert again[name].equal(tensor.float() if name in moved else tensor), name
 
 
+@pytest.mark.e2e
 def test_four_bits_one_specialist_at_a_time_train_as_all_at_once(folder, tmp_path):
     plain = stage_two(in_4_bits(folder), tmp_path / "plain")
     serial = stage_two(in_4_bits(folder), tmp_path / "serial", one_specialist_at_a_time=True)
@@ -144,6 +146,7 @@ def test_four_bits_one_specialist_at_a_time_train_as_all_at_once(folder, tmp_pat
     assert changed(serial.model, weights(plain.model)) == set()
 
 
+@pytest.mark.grid
 @QUANTISED
 @pytest.mark.parametrize("stage", [GateTrainer, JointTrainer])
 def test_quantised_weights_without_adapters_are_refused(stage, load, folder, tmp_path):
@@ -152,6 +155,7 @@ def test_quantised_weights_without_adapters_are_refused(stage, load, folder, tmp
         trainer(stage, model, tmp_path / "run", rows(model))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "optim", ["adamw_bnb_8bit", pytest.param("adamw_torch_8bit", marks=pytest.mark.slow, id="compiled, for minutes")]
 )

@@ -95,6 +95,7 @@ def test_a_template_runs_no_code(escape, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
 def test_a_template_that_does_not_end_is_ended_and_the_next_one_is_rendered(bomb, hasty):
     for _ in ("compiled", "from the cache"):
@@ -105,6 +106,7 @@ def test_a_template_that_does_not_end_is_ended_and_the_next_one_is_rendered(bomb
     assert render_prompt("{{ number }}", {"number": 1}) == "1"
 
 
+@pytest.mark.e2e
 def test_looking_for_placeholders_computes_nothing_for_long(hasty):
     # Jinja works out what is constant when it compiles
     with pytest.raises(RenderingError):
@@ -113,6 +115,7 @@ def test_looking_for_placeholders_computes_nothing_for_long(hasty):
         placeholders("{{ " + "(" * 100_000 + " }}")
 
 
+@pytest.mark.e2e
 def test_a_chat_template_that_hangs_on_the_second_turn_is_ended(hasty):
     template = "{% if messages | length > 1 %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}hello"
     assert render_chat(tokenizer(), TALK[:1], template) == "hello"

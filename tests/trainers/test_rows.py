@@ -81,6 +81,7 @@ def lines(caplog, monkeypatch):
 # ---------------------------------------------------------------------------------- forms
 
 
+@pytest.mark.e2e
 def test_domains_of_every_form_train_together_and_each_as_alone(fused, tmp_path):
     data = {name: Dataset.from_list([row] * 4) for name, row in FORMS.items()}
     trainer = stage(fused, data, tmp_path)
@@ -251,6 +252,7 @@ def test_rows_of_a_file_are_read_as_they_stand_in_it(tmp_path):
     assert found["chat_template_kwargs"][:] == [{}, {}, {}, {"shout": True}]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("form", FORMS)
 def test_a_file_of_any_form_trains(form, fused, tmp_path):
     rows = load(load_arguments(str(written(tmp_path, *[FORMS[form]] * 4))), "code")

@@ -118,6 +118,7 @@ def test_workers_do_not_change_the_stream(workers):
     assert drawn == expected
 
 
+@pytest.mark.e2e
 def test_the_trainer_draws_the_stream_across_epochs_and_from_the_middle_of_one(fused, tmp_path):
     def run(folder, resume=None):
         settings = {"max_steps": 9, "save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 2}

@@ -59,6 +59,7 @@ def test_a_template_without_a_header_leaves_the_response_alone_behind_the_first_
 
 
 # positions of GPT-2 are counted, not relative, and Mamba has no attention that a mask could reach
+@pytest.mark.grid
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mamba", "fused"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_batch_gives_every_example_the_score_it_gets_alone(family, side):

@@ -43,6 +43,7 @@ def stage(folder, *, fusion="logits", lora=False, one_at_a_time=True, **settings
     return trainer(JointTrainer, model, folder, more={"peft_config": adapter}, **settings)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_it_trains_as_all_at_once_does(settings, tmp_path):
     plain = stage(tmp_path, one_at_a_time=False, **settings)
@@ -75,6 +76,7 @@ def test_no_two_specialists_have_activations_or_gradients_at_once(tmp_path):
     assert all(p.grad is None for p in run.model.parameters())
 
 
+@pytest.mark.e2e
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_ends(tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 3}
     whole, rest = stage(tmp_path, **settings), stage(tmp_path / "again", **settings)
@@ -83,6 +85,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_ends(tmp_path):
     assert changed(rest.model, weights(whole.model)) == set()
 
 
+@pytest.mark.e2e
 def test_it_goes_on_from_a_checkpoint_of_all_at_once(tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 3}
     whole, rest = stage(tmp_path, one_at_a_time=False, **settings), stage(tmp_path / "again", **settings)

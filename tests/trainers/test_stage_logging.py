@@ -17,6 +17,7 @@ from trainers import GateTrainer
 # ---- what is watched
 
 
+@pytest.mark.grid
 @BOTH
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_logged_numbers_are_those_of_the_model(stage, fusion, specialists, tmp_path):
@@ -58,6 +59,7 @@ def test_a_gate_that_has_collapsed_is_told_once(specialists, tmp_path):
     assert "'text' has 100.0%" in told[0]
 
 
+@pytest.mark.e2e
 def test_a_gate_that_does_not_move_is_told(specialists, tmp_path):
     model = UltraFuserForCausalLM.from_specialists(specialists)
     with pytest.warns(UserWarning, match="hardly moved after 21 steps.*Raise `learning_rate`"):
@@ -67,6 +69,7 @@ def test_a_gate_that_does_not_move_is_told(specialists, tmp_path):
 # ---- gate terms
 
 
+@pytest.mark.e2e
 def test_gate_terms_move_the_gate_their_way(fused, tmp_path):
     for parameter in fused.model.fusion_gate.parameters():
         parameter.data *= 0.2  # opinions that can change

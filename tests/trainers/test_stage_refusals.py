@@ -85,6 +85,7 @@ def test_a_domain_whose_batches_hold_no_label_stops_the_run(fused, tmp_path):
 # ---- nothing goes wrong in silence
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

@@ -44,6 +44,7 @@ def held_out_losses(run):
     return {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_stage_stops_when_the_held_out_loss_no_longer_falls_and_keeps_the_best_gate(cached, fused, tmp_path):
     cls, cache = (CachedGateTrainer, tmp_path / "cache") if cached else (GateTrainer, None)
@@ -71,6 +72,7 @@ def test_without_early_stopping_it_goes_on_to_the_end_with_all_rows(fused, tmp_p
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cls", [GateTrainer, JointTrainer, CachedGateTrainer])
 def test_nothing_is_trained_on_held_out_rows_not_even_pieces_of_them(cls, fused, tmp_path):
     cache = tmp_path / "cache" if cls is CachedGateTrainer else None
@@ -104,6 +106,7 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("cached", [False, True])
 def test_an_interrupted_run_stops_where_one_that_was_not_does_with_the_same_gate(cached, fused, tmp_path):
     cls = CachedGateTrainer if cached else GateTrainer
@@ -127,6 +130,7 @@ def test_an_interrupted_run_stops_where_one_that_was_not_does_with_the_same_gate
         assert changed(resumed, weights(whole)) == set()
 
 
+@pytest.mark.e2e
 def test_a_run_that_stopped_is_resumed_to_the_gate_that_it_kept(fused, tmp_path):
     ended, again = copy.deepcopy(fused), copy.deepcopy(fused)
     one = stage(ended, tmp_path)
@@ -139,6 +143,7 @@ def test_a_run_that_stopped_is_resumed_to_the_gate_that_it_kept(fused, tmp_path)
     assert changed(again, weights(ended)) == set()
 
 
+@pytest.mark.e2e
 def test_a_second_training_begins_to_count_anew(fused, tmp_path):
     run = stage(fused, tmp_path, learning_rate=0.0)
     for _ in range(2):
@@ -147,6 +152,7 @@ def test_a_second_training_begins_to_count_anew(fused, tmp_path):
         assert run.state.global_step == 4
 
 
+@pytest.mark.e2e
 def test_a_run_that_never_stopped_early_can_go_on_with_stopping(fused, tmp_path):
     given = {"eval_dataset": Dataset.from_list(conversations(5))}
     plain = {**FAST, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
@@ -211,6 +217,7 @@ def recipe(tmp_path):
     return write
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_recipe_stops_early_too(cached, recipe, tmp_path):
     done = CliRunner().invoke(app, ["train", recipe(cached=cached)])
@@ -231,6 +238,7 @@ def test_a_recipe_with_too_few_rows_is_refused_in_words(recipe, tmp_path):
     assert "'code' has only 3 rows. Give it at least 6" in " ".join(done.output.replace("│", "").split())
 
 
+@pytest.mark.e2e
 def test_gates_that_are_compared_stop_early_on_one_cache(recipe, tmp_path, monkeypatch):
     seen, plain = [], CachedGateTrainer._said_of
     monkeypatch.setattr(CachedGateTrainer, "_said_of", lambda self, rows: seen.extend(rows) or plain(self, rows))

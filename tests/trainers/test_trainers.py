@@ -29,6 +29,7 @@ def test_a_stage_moves_its_own_parameters_and_no_others(stage, fused, tmp_path):
     assert moved == ({"model.fusion_gate"} if stage is GateTrainer else everything)
 
 
+@pytest.mark.e2e
 def test_stage_two_continues_from_stage_one_although_stage_one_froze_the_specialists(fused, tmp_path):
     trainer(GateTrainer, fused, tmp_path).train()
     before = weights(fused)
@@ -65,6 +66,7 @@ def test_another_seed_gives_another_stream_and_the_same_seed_the_same():
     assert list(StratifiedSampler(labels, 4, seed=0)) != list(StratifiedSampler(labels, 4, seed=1))
 
 
+@pytest.mark.e2e
 def test_an_interrupted_stage_ends_where_an_uninterrupted_one_ends(specialists, tmp_path):
     def fuse():
         return UltraFuserForCausalLM.from_specialists(specialists)
@@ -95,6 +97,7 @@ def test_a_single_model_is_refused(tmp_path):
 # ---- what moves, and how fast
 
 
+@pytest.mark.grid
 @BOTH
 @pytest.mark.parametrize("terms", [{}, TERMS])
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -172,6 +175,7 @@ def test_the_default_rate_is_the_papers_for_large_specialists_and_higher_for_sma
 # ---- the loss
 
 
+@pytest.mark.grid
 @BOTH
 @pytest.mark.parametrize(("gate", "dtype"), [("mlp", torch.float32), (DEFAULT_GATE, torch.float64)])
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -195,6 +199,7 @@ def test_the_loss_in_chunks_is_the_models_own(fusion, gate, dtype, stage, specia
     torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, own_gradients, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.e2e
 def test_a_gate_weight_that_rounds_to_nothing_has_a_gradient(specialists, tmp_path):
     model = UltraFuserForCausalLM.from_specialists(specialists, fusion="probabilities", gate="constant")
     (numbers,) = model.model.fusion_gate.parameters()
@@ -229,6 +234,7 @@ def test_packing_keeps_domains_apart(strategy, fused, tmp_path):
     assert all(entry[f"tokens/{name}"] for entry in logs(stage) for name in own)
 
 
+@pytest.mark.e2e
 @BOTH
 def test_without_padding_everything_is_as_with_it(stage, fused, tmp_path):
     found = []

@@ -71,6 +71,7 @@ class _Echo(BaseHTTPRequestHandler):
     do_GET = do_POST  # noqa: N815
 
 
+@pytest.mark.e2e
 def test_a_recipe_does_not_choose_which_secret_goes_to_its_server(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     with TeacherServer() as server:
@@ -85,6 +86,7 @@ def test_a_recipe_does_not_choose_which_secret_goes_to_its_server(tmp_path, monk
     assert server.bodies
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "variable", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "OPENAI_API_KEY", "INNOCENT"]
 )
@@ -163,6 +165,7 @@ def test_ordinary_fields_of_a_request_are_no_secrets(tmp_path):
         Endpoint("judge", "http://me:p4ssw0rd@localhost:1/v1")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("status", [200, 400, 401, 404, 429, 500])
 def test_a_server_that_sends_the_key_back_has_it_neither_printed_nor_written(status, tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)

@@ -187,6 +187,7 @@ def test_lists_are_read_behind_other_brackets_and_items_have_a_greatest_length()
     assert read_items(" " * LONGEST + '["too far"]') == []
 
 
+@pytest.mark.e2e
 def test_a_set_is_made_around_odd_replies_and_made_again_without_a_request(tmp_path, monkeypatch):
     try_again_at_once(monkeypatch)
     odd = iter([*ODD_TEXTS.values()] * 3)
@@ -214,6 +215,7 @@ def test_a_set_is_made_around_odd_replies_and_made_again_without_a_request(tmp_p
 QUESTIONS = [{"id": str(i), "turns": [f"What is {i}+{i}?" + " QUEER" * (i == 1), "And then?"]} for i in range(3)]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", [*ODD_TEXTS, *ODD_FIELDS])
 @pytest.mark.parametrize("who", ["model", "judge"])
 def test_one_odd_answer_or_judgement_is_recorded_and_the_rest_is_judged(who, name, tmp_path, monkeypatch):

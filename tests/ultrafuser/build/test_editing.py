@@ -49,6 +49,7 @@ def assert_same_specialists(one, other, names):
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["text", "code", "math"])
 @pytest.mark.parametrize("gate", ["mlp", "constant", "uniform"])
 def test_without_one_the_others_share_its_weight_in_proportion(gate, name):
@@ -95,6 +96,7 @@ def test_one_specialist_is_no_fused_model():
         remove_specialist(model, "cod")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("size", [32, 24])
 @pytest.mark.parametrize("gate", [name for name, gate in GATES.items() if Reads.PAST not in gate.reads])
 def test_with_one_more_the_others_keep_their_proportions(gate, size, tmp_path):
@@ -110,6 +112,7 @@ def test_with_one_more_the_others_keep_their_proportions(gate, size, tmp_path):
         torch.testing.assert_close(new[..., 3], torch.full(IDS.shape, 0.25))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("gate", GATES)
 def test_put_in_and_taken_out_again_leaves_every_tensor_as_it_was(gate, tmp_path):
     model = fused_model(gate)
@@ -177,6 +180,7 @@ def test_commands_write_folders_that_load_elsewhere_and_say_what_is_in_them(tmp_
     assert AutoTokenizer.from_pretrained(tmp_path / "again").decode(IDS[0]) == tokenizer().decode(IDS[0])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("words", [("specialist", "law"), ("remove", "law"), ("add", "law")])
 def test_words_that_do_not_fit_are_refused_with_exit_code_2(words, tmp_path):
     saved(fused_model(), tmp_path / "fused")

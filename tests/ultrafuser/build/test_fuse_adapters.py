@@ -186,6 +186,7 @@ def base_of(sources):
     return json.loads(Path(sources["text"], "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
+@pytest.mark.e2e
 def test_a_base_that_has_moved_can_be_said(sources, tmp_path):
     folders = {}
     for name in ("text", "code"):

@@ -45,6 +45,7 @@ def pairs(models):
     return [f"{name}={folder}" for name, folder in models.items()]
 
 
+@pytest.mark.e2e
 def test_the_folder_is_what_fusing_in_python_gives_and_the_printed_lines_load_it(models, tmp_path):
     out = tmp_path / "fused"
     code, said = run(*pairs(models), "--out", out, "--gate", "linear")
@@ -63,6 +64,7 @@ def test_the_folder_is_what_fusing_in_python_gives_and_the_printed_lines_load_it
         assert f"{name} ({k} of 3): {models[name]}" in said
 
 
+@pytest.mark.e2e
 def test_a_recipe_says_the_same_as_flags_and_flags_go_before_it(models, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     specialists = {name: str(folder) for name, folder in models.items()}
@@ -80,6 +82,7 @@ def test_a_recipe_says_the_same_as_flags_and_flags_go_before_it(models, tmp_path
     assert "ultrafuser train" in said
 
 
+@pytest.mark.e2e
 def test_a_dry_run_tells_the_size_to_the_byte_and_writes_nothing(models, tmp_path):
     size = FusionRecipe(Fusion({n: str(f) for n, f in models.items()})).plan().numbers["disk"]
     code, said = run(*pairs(models), "--dry-run")
@@ -159,6 +162,7 @@ def test_the_card_knows_what_was_fused_without_being_told(models, tmp_path):
     assert "base_model" not in metadata
 
 
+@pytest.mark.e2e
 def test_a_model_of_the_hub_is_fused_from_the_cache_and_its_commit_is_kept(models, tmp_path, monkeypatch):
     commits = {}
     for k, (name, folder) in enumerate(models.items()):

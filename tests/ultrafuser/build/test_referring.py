@@ -74,6 +74,7 @@ def assert_equal_folders(one, other):
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {*same}
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_default_gate_comes_back_with_its_temperatures(fusion, fuse, tmp_path):
     fused = fuse("--fusion", fusion)
@@ -87,6 +88,7 @@ def test_the_default_gate_comes_back_with_its_temperatures(fusion, fuse, tmp_pat
     assert torch.equal(said_again.logits, said.logits)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "choices",
     [
@@ -110,6 +112,7 @@ def test_the_folder_comes_back_byte_for_byte_from_what_is_not_the_specialists(ch
     assert_equal_folders(fused, tmp_path / "again")
 
 
+@pytest.mark.e2e
 def test_a_recipe_grows_with_the_gate_and_not_with_the_specialists(models, fuse):
     recipe = refer(fuse())
     gate = recipe.with_name("gate.safetensors").stat().st_size
@@ -119,6 +122,7 @@ def test_a_recipe_grows_with_the_gate_and_not_with_the_specialists(models, fuse)
     assert sum(path.stat().st_size for path in recipe.parent.iterdir()) - gate < 10_000
 
 
+@pytest.mark.e2e
 def test_adapters_of_one_base_come_back_too_and_the_base_is_checked_with_them(tmp_path):
     base = tmp_path / "base"
     specialist(layers=1).save_pretrained(base)
@@ -145,6 +149,7 @@ def test_adapters_of_one_base_come_back_too_and_the_base_is_checked_with_them(tm
     assert str(other) in said
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("change", ["template", "no template", "words"])
 def test_a_tokenizer_that_no_specialist_has_is_kept(change, fuse, tmp_path):
     fused = fuse()
@@ -162,6 +167,7 @@ def test_a_tokenizer_that_no_specialist_has_is_kept(change, fuse, tmp_path):
     assert_equal_folders(fused, tmp_path / "again")
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("key", "said"),
     [
@@ -183,6 +189,7 @@ def test_a_model_whose_specialists_were_trained_is_refused_by_the_tensor(key, sa
     assert not list(tmp_path.glob("refs*"))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("spoilt", ["refs/gate.safetensors", "refs/config.json", "models/code/model.safetensors"])
 def test_a_file_that_is_not_the_one_is_refused_with_both_hashes_and_nothing_is_written(spoilt, fuse, tmp_path):
     recipe = refer(fuse())
@@ -200,6 +207,7 @@ def test_a_file_that_is_not_the_one_is_refused_with_both_hashes_and_nothing_is_w
     assert not list(tmp_path.glob("again*"))
 
 
+@pytest.mark.e2e
 def test_a_file_that_is_gone_is_named(models, fuse, tmp_path):
     recipe = refer(fuse())
     (models["math"] / "chat_template.jinja").unlink()
@@ -208,6 +216,7 @@ def test_a_file_that_is_gone_is_named(models, fuse, tmp_path):
     assert "chat_template.jinja' is not there" in said
 
 
+@pytest.mark.e2e
 def test_interrupted_it_leaves_nothing(fuse, tmp_path, monkeypatch):
     recipe = refer(fuse())
 
@@ -219,6 +228,7 @@ def test_interrupted_it_leaves_nothing(fuse, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("again*"))
 
 
+@pytest.mark.e2e
 def test_a_folder_that_does_not_say_where_its_specialists_are_asks(models, fuse, tmp_path):
     fused = fuse()
     (fused / "specialists.json").unlink()
@@ -229,6 +239,7 @@ def test_a_folder_that_does_not_say_where_its_specialists_are_asks(models, fuse,
     assert run("refer", fused, "--out", tmp_path / "refs", *named)[0] == 0
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -245,6 +256,7 @@ def test_a_reference_recipe_leaves_nothing_to_choose(words, said, fuse, tmp_path
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.e2e
 def test_a_recipe_with_a_field_of_a_later_version_is_refused(fuse, tmp_path):
     recipe = refer(fuse())
     recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "deltas": {}}))

@@ -37,6 +37,7 @@ def tells_of_code(folder):
     return [p for p in folder.rglob("*.json") if "evil" in p.read_text()]
 
 
+@pytest.mark.e2e
 def test_a_fused_folder_names_no_code_of_a_specialists_tokenizer(zoo, tmp_path):
     given, out = copied(zoo, "text", tmp_path), tmp_path / "fused"
     name_code(given)
@@ -52,6 +53,7 @@ def test_a_folder_made_of_a_fused_one_names_no_code_of_its_tokenizer(words, zoo,
     assert not tells_of_code(out)
 
 
+@pytest.mark.e2e
 def test_a_reference_keeps_no_tokenizer_that_names_code(refs, tmp_path):
     name_code(copied(tmp_path, "whole", tmp_path))
     assert "has an `auto_map`" in said(2, "refer", tmp_path / "given" / "whole", "--out", tmp_path / "more")
@@ -81,6 +83,7 @@ def changed(file, change, **options):
     file.write_text(yaml.safe_dump(found, **options))
 
 
+@pytest.mark.e2e
 def test_the_order_of_a_references_keys_means_nothing(refs, tmp_path):
     assert list(yaml.safe_load(refs.read_text())["specialists"]) == ["text", "code"]
     changed(refs, lambda r: None, sort_keys=True)
@@ -90,6 +93,7 @@ def test_the_order_of_a_references_keys_means_nothing(refs, tmp_path):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+@pytest.mark.e2e
 def test_every_file_that_is_read_is_pinned(refs, tmp_path):
     pinned = yaml.safe_load(refs.read_text())["specialist_sha256"]["code"]
     shards = {p.name for p in (tmp_path / "code").glob("*.safetensors*")}
@@ -124,6 +128,7 @@ REFERENCES = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("case", REFERENCES)
 def test_a_reference_that_leaves_something_open_is_refused(case, refs, tmp_path):
     change, words = REFERENCES[case]
@@ -139,6 +144,7 @@ GATES = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("case", GATES)
 def test_a_gates_file_holds_the_gate_and_nothing_else(case, refs, tmp_path):
     change, words = GATES[case]
@@ -185,6 +191,7 @@ def test_yaml_that_is_more_than_plain_values_is_refused_in_a_sentence(case, comm
     assert len(found) < 1000
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["backbones", "rope_parameters", "shared", "specialist_names", "sub_configs"])
 def test_a_name_that_is_the_configurations_own_is_refused(name, zoo, tmp_path):
     found = said(2, "fuse", f"text={zoo}/text", f"{name}={zoo}/code", "--out", tmp_path / "out")

@@ -74,6 +74,7 @@ def said(found, about, status):
 # ---------------------------------------------------------------------------------- published models, by their shapes
 
 
+@pytest.mark.e2e
 def test_qwen_specialists_of_one_size_fit_with_their_own_positions(folders):
     found = told(*qwen_trio(folders))
     assert found["verdict"] == "warning"
@@ -91,6 +92,7 @@ def test_qwen_specialists_of_one_size_fit_with_their_own_positions(folders):
     assert found["numbers"]["cache_per_token"] == 2 * 2 * 3 * 28 * 4 * 128
 
 
+@pytest.mark.e2e
 def test_qwen_specialists_of_unequal_rows_and_sizes_fit(folders):
     words = qwen_words()
     text = stand_in(folders / "text", words, **QWEN_7B)
@@ -110,6 +112,7 @@ def test_qwen_specialists_of_unequal_rows_and_sizes_fit(folders):
     assert found["numbers"]["cost_per_token"]["of"] == "text"
 
 
+@pytest.mark.e2e
 def test_llama_2_specialists_of_unequal_vocabularies_and_templates_fit(folders):
     # what is looked at does not depend on depth
     found = told(*llama_2_trio(folders, num_hidden_layers=2))
@@ -123,6 +126,7 @@ def test_llama_2_specialists_of_unequal_vocabularies_and_templates_fit(folders):
     assert said(found, "vLLM", "fits")
 
 
+@pytest.mark.e2e
 def test_specialists_of_one_shape_can_be_merged_too_and_of_padded_vocabularies_fused_only(folders):
     words = many_words(128000, [f"<|{k}|>" for k in range(256)])
     for name, rows in (("text", 128256), ("code", 128256), ("math", 128320)):
@@ -135,6 +139,7 @@ def test_specialists_of_one_shape_can_be_merged_too_and_of_padded_vocabularies_f
     assert "cut to 128256 rows" in said(padded, "vocabulary", "fits")
 
 
+@pytest.mark.e2e
 def test_a_specialist_of_another_family_blocks(folders):
     qwen = stand_in(folders / "qwen", qwen_words(), **QWEN_7B)
     # the same words under other ids
@@ -153,6 +158,7 @@ def test_a_folder_of_an_adapter_alone_blocks(folders):
     assert "'adapter'" in said(told(text, adapter), "model", "blocks")
 
 
+@pytest.mark.e2e
 def test_a_model_that_sees_and_has_no_text_part_of_its_own_blocks(folders):
     text = stand_in(folders / "text", qwen_words(), **QWEN_7B)
     fields = {key: value for key, value in QWEN_7B.items() if key != "model_type"}

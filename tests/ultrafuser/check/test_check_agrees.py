@@ -214,6 +214,7 @@ CASES = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("case", CASES)
 def test_check_says_what_fusing_does(case, good, tmp_path):
     build, fits, words = CASES[case]

@@ -42,6 +42,7 @@ def test_a_conversation_ends_with_an_answer():
     assert "the user's" in wrong_length(record)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("answer", "language"),
     [
@@ -55,6 +56,7 @@ def test_another_language_is_dropped_unless_it_is_asked_for(answer, language):
     assert wrong_language(says(answer), languages=("en", language)) is None
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("answer", [PROSE, "x = 6/3 = 2", "42", "```python\nfor i in range(3): print(i)\n```"])
 def test_english_formulas_and_code_are_not_another_language(answer):
     assert wrong_language(says(answer)) is None
@@ -195,6 +197,7 @@ def test_plants_are_found_and_nothing_else_is_dropped():
     assert found["false_positive_rate"] <= 0.01, found["which"]
 
 
+@pytest.mark.e2e
 def test_results_are_the_same_with_one_process_and_with_two(tmp_path):
     rng = random.Random(1)
     words = [f"word{i}" for i in range(300)]

@@ -52,6 +52,7 @@ def made(tmp_path_factory):
     return out / "set", report, server
 
 
+@pytest.mark.e2e
 def test_a_recipe_gives_what_it_says(made):
     out, report, _ = made
     assert report["stopped"] is None
@@ -118,6 +119,7 @@ class AsForeseen:
         return items[0] if request.number is None else json.dumps({"items": items})
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "changes",
     [
@@ -165,6 +167,7 @@ def test_the_same_journal_gives_the_same_bytes_without_a_server(made, tmp_path):
     assert files(again) == files(out)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fault", ["429", "500", "disconnect", "half a body", "no JSON"])
 def test_a_server_in_trouble_gives_the_same_data(fault, made, tmp_path, monkeypatch):
     try_again_at_once(monkeypatch)
@@ -177,6 +180,7 @@ def test_a_server_in_trouble_gives_the_same_data(fault, made, tmp_path, monkeypa
     assert {**ours, "report.json": 0} == {**theirs, "report.json": 0}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fault", ["no list", "empty", "cut off"])
 def test_replies_that_cannot_be_used_are_asked_for_again(fault, tmp_path):
     with TeacherServer(faults=(7, fault)) as server:
@@ -190,6 +194,7 @@ def test_replies_that_cannot_be_used_are_asked_for_again(fault, tmp_path):
     assert len(server.bodies) > Plan(load_recipe(tmp_path / "recipe.yaml")).total["calls"]
 
 
+@pytest.mark.e2e
 def test_what_is_given_up_is_counted_and_the_rest_is_made(tmp_path):
     # lists, which the first requests ask for, may be cut off
     with TeacherServer(faults=dict.fromkeys(range(85, 1000), "cut off")) as server:
@@ -204,6 +209,7 @@ def test_what_is_given_up_is_counted_and_the_rest_is_made(tmp_path):
     assert sum(sum(kinds.values()) for kinds in kept["records"].values()) == 44
 
 
+@pytest.mark.e2e
 def test_the_budget_keeps_what_is_answered_and_a_higher_one_goes_on(made, tmp_path):
     with TeacherServer() as server:
         path, out = (
@@ -317,6 +323,7 @@ def test_a_prompt_with_a_mistake_is_refused_before_anything_is_sent(name, text, 
         load_recipe(write_recipe(tmp_path, prompts="own"))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "attack",
     [

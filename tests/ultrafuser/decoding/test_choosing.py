@@ -25,6 +25,7 @@ def inputs(batch=1):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("way", [w for w in WAYS if w not in COMPILED])
 def test_every_way_says_what_the_plain_one_says(fused, way):
     given = inputs() | {"max_new_tokens": NEW, "do_sample": False}
@@ -93,6 +94,7 @@ def test_speed_shows_specialists_and_ways_and_how_to_go_the_fastest(folder):
     assert "decoder(model, '" in done.output
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("decoding", ["plain", "stacked", "auto"])
 def test_a_chat_decodes_as_it_is_told(folder, decoding):
     said = run("chat", folder, "--max-new-tokens", 6, "--decoding", decoding, input="one two\n")

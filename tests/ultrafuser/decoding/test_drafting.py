@@ -41,6 +41,7 @@ def passes(fused, run):
 # ---------------------------------------------------------------------------------------------- greedy
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("mix", MIXES)
 def test_greedy_tokens_are_those_of_the_plain_way(mix, fusion):
@@ -49,6 +50,7 @@ def test_greedy_tokens_are_those_of_the_plain_way(mix, fusion):
     assert torch.equal(draft(fused, ids), generate(fused, ids))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("num_drafts", [1, 2, 7, 50])
 def test_blocks_of_any_length_change_no_token(num_drafts):
     fused, ids = fuse(MIXES["one family"]()), prompt(batch=1)
@@ -88,6 +90,7 @@ def test_a_conversation_goes_on_from_its_cache():
     assert torch.equal(continued, generate(fused, longer, use_cache=False, **whole))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_batch_gives_each_text_the_tokens_that_it_has_alone(mix):
     fused, ids = fuse(MIXES[mix]()), prompt(batch=3, length=12)
@@ -185,6 +188,7 @@ def test_a_text_that_repeats_itself_is_guessed_to_go_on_as_it_did():
         assert nothing.shape[1] == 0
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("fusion", ["logits", pytest.param("probabilities", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_sampled_texts_are_distributed_as_the_fused_model_says(fusion):
@@ -241,6 +245,7 @@ def guided(ids, scores):
     return scores
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -259,6 +264,7 @@ def test_what_drafts_would_change_is_refused_by_name(options, named):
         draft(fused, ids, **options)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "options",
     [
@@ -318,6 +324,7 @@ def test_a_streamer_hears_every_token_and_the_end():
     assert (heard.tokens, heard.ends) == (text[0].tolist(), 1)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("way", ["plain", "drafts", "beams"])
 def test_a_streamer_hears_the_end_when_generating_fails(way):
     fused, ids, heard = fuse(MIXES["one family"]()), prompt(batch=1), Heard()

@@ -54,6 +54,7 @@ def padded():
 # ---------------------------------------------------------------------------------------------- the same predictions
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -86,6 +87,7 @@ def test_the_loss_is_the_same():
 # ---------------------------------------------------------------------------------------------- the same tokens
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_decoding_gives_the_same_tokens_with_every_cache(shape, fusion):
@@ -106,6 +108,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("way", OPTIONS)
 def test_a_padded_batch_gives_the_same_tokens(way, cache):
@@ -129,6 +132,7 @@ def test_a_draft_model_changes_no_token():
     assert torch.equal(generate(stacked, ids, assistant_model=fused.specialist("code")), generate(fused, ids))
 
 
+@pytest.mark.e2e
 @torch.no_grad()
 def test_a_step_with_a_static_cache_compiles_to_one_graph():
     fused, stacked = pair()
@@ -155,6 +159,7 @@ def test_compiled_decoding_gives_the_same_tokens(kind):
 # ---------------------------------------------------------------------------------------------- there and back
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_unstacking_gives_every_tensor_back_bit_for_bit(shape):
@@ -213,6 +218,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("case", REFUSED)
 def test_specialists_that_cannot_be_stacked_are_refused(case):
     (one, own), (other, fields), said = REFUSED[case]

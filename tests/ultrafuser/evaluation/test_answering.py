@@ -81,6 +81,7 @@ def folder(fused, tmp_path):
     return tmp_path / "fused"
 
 
+@pytest.mark.e2e
 def test_a_folders_answers_are_what_it_generates_alone(fused, folder, serve, questions, tmp_path):
     server = serve(answers_and(lambda prompt: "[[7]]"))
     settings = {"max_new_tokens": 12, "batch_size": 2}
@@ -109,6 +110,7 @@ def test_a_folders_answers_are_what_it_generates_alone(fused, folder, serve, que
 
 
 # the context is of 256 tokens, and the template takes 18
+@pytest.mark.e2e
 @pytest.mark.parametrize(("length", "has_answer"), [(300, False), (230, True)])
 def test_a_prompt_that_fills_the_context_is_cut_and_takes_no_room_from_others(
     length, has_answer, folder, serve, tmp_path

@@ -162,6 +162,7 @@ def test_a_lone_specialist_starts_as_itself_and_its_temperature_learns(gate, tun
     assert all(torch.equal(tensor, before[key]) for key, tensor in tunable.ingredients.state_dict().items())
 
 
+@pytest.mark.e2e
 def test_the_calibrated_oracle_is_ahead_of_the_oracle_where_it_was_tuned(tunable):
     tunable.found |= {f"{n} specialist": tunable.run(s, "specialist") for n, s in tunable.specialists.items()}
     oracle = contenders.routed(tunable, contenders.best_per_domain)
@@ -185,6 +186,7 @@ def half_by_chance(model, rows, steps=30):
     return HeldOut(ids, torch.ones_like(ids), scored)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("rows", "taken", "other"), [(8, "constant", "cross"), (160, "cross", "constant")])
 def test_a_temperature_per_token_is_taken_if_it_helps_beyond_what_it_was_fitted_on(rows, taken, other, comparison):
     """From few rows it is learned by heart, from many it is learned."""

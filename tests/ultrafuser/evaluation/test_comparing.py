@@ -46,6 +46,7 @@ def comparison():
     return Comparison(model, model, tokenizer(), domains, {}, base=specialist("llama"))
 
 
+@pytest.mark.e2e
 def test_every_baseline_has_a_row_and_the_best_comes_first(comparison, tmp_path):
     results = compare_models(comparison, tmp_path, more={"another": lambda: specialist("llama", layers=1)})
     names = [row["name"] for row in results["rows"]]
@@ -83,6 +84,7 @@ def mean_loss(measured, data):
     return sum(measured.scores[d].losses[x.scored].mean().item() for d, x in data.items())
 
 
+@pytest.mark.e2e
 def test_tuned_constant_weights_beat_equal_ones_where_they_were_tuned(tunable):
     equal = tunable.run(ensemble(tunable.ingredients, "uniform"), "ensemble")
     tuned = tuned_constant(tunable)
@@ -98,6 +100,7 @@ def test_a_trained_router_repeats_what_was_best_on_what_it_was_trained_on(tunabl
         assert choose({}, examples).tolist() == best.tolist()
 
 
+@pytest.mark.e2e
 def test_a_merge_has_the_best_factor_and_one_copy_is_held_at_a_time(tunable, monkeypatch):
     made = []
 
@@ -121,6 +124,7 @@ def test_a_merge_has_the_best_factor_and_one_copy_is_held_at_a_time(tunable, mon
     assert mean_loss(found, tunable.tune) == pytest.approx(min(losses), rel=1e-5)
 
 
+@pytest.mark.e2e
 def test_a_second_run_measures_only_what_is_missing_and_takes_up_no_scores_of_another(
     comparison, tmp_path, monkeypatch
 ):
@@ -139,6 +143,7 @@ def test_a_second_run_measures_only_what_is_missing_and_takes_up_no_scores_of_an
         compare_models(comparison, tmp_path, identity={"run": 2})
 
 
+@pytest.mark.e2e
 def test_merges_that_do_not_apply_are_left_out_with_the_reason(fused, data, tmp_path):
     results = compare_models(Comparison(fused, fused, tokenizer(), {"text": data}, {}), tmp_path)
     assert len(results["left_out"]) == 4 + 8
@@ -183,6 +188,7 @@ def test_one_of_many_rivals_is_not_surely_ahead_for_being_lucky():
     assert "loses to 'lucky'" in verdict(rows(lucky=(-0.2, 0.001, 10), **many))
 
 
+@pytest.mark.e2e
 def test_the_command_prints_the_tables_and_refuses_malformed_rows_before_loading(comparison, tmp_path):
     comparison.fused.save_pretrained(tmp_path / "fused")
     tokenizer().save_pretrained(tmp_path / "fused")

@@ -98,6 +98,7 @@ def test_a_rerun_asks_for_nothing(serve, questions, tmp_path):
     assert len(server.requests) == asked
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("status", [429, 500, 503, 408])
 def test_refusals_are_tried_again_and_no_verdict_is_lost(status, serve, questions, tmp_path):
     failed = set()
@@ -134,6 +135,7 @@ def test_a_server_that_never_answers_in_time_is_named(serve, questions, tmp_path
     released.set()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("nonsense", ["I like it.", "[[11]]", "[[7]] or [[8]]", "[[7]]\nWell.", "", b"{}", b"no json"])
 def test_nonsense_is_asked_about_again_then_counted_as_unjudged_and_never_as_a_grade(
     nonsense, serve, questions, tmp_path
@@ -176,6 +178,7 @@ def test_options_that_the_judge_refuses_stop_before_anything_is_generated(serve,
     assert server.requests[0]["temperature"] == 0
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("method", judgements.METHODS)
 @pytest.mark.parametrize("alive", [0, 3, 5, 7])
 def test_a_server_that_dies_half_way_keeps_all_and_a_rerun_does_only_the_rest(

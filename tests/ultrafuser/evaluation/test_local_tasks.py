@@ -82,6 +82,7 @@ def score(folder, answers, preferred):
     return {task: next(row[m] for m in metrics if m in row) for task, row in results["results"].items()}
 
 
+@pytest.mark.e2e
 def test_who_knows_every_answer_gets_every_point(folder, items):
     answers = {i["prompt"]: f" {i['answer']}\n" for name in ("arithmetic", "algebra") for i in items[name]}
     answers |= {
@@ -92,6 +93,7 @@ def test_who_knows_every_answer_gets_every_point(folder, items):
     assert score(folder, answers, preferred) == dict.fromkeys(local_tasks.NAMES, 1)
 
 
+@pytest.mark.e2e
 def test_who_answers_wrongly_gets_none(folder, items):
     answers = {i["prompt"]: f" {i['answer']}1" for name in ("arithmetic", "algebra") for i in items[name]}
     answers |= {i["prompt"]: " )(" for i in items["code"]}

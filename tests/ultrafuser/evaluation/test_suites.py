@@ -113,6 +113,7 @@ def test_a_server_that_does_not_answer_is_told_before_anything_is_written(includ
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.e2e
 def test_a_result_says_what_was_scored_and_how(folder, include, tmp_path):
     out = tmp_path / "out"
     results = run_suite(folder, ["chosen", "written"], out, include=include, limit=3, dtype="float32")
@@ -134,6 +135,7 @@ def test_a_result_says_what_was_scored_and_how(folder, include, tmp_path):
     assert chosen["command"].endswith(f"--limit 3 --include_path {include}")
 
 
+@pytest.mark.e2e
 def test_a_run_that_failed_goes_on_where_it_was(folder, include, tmp_path, monkeypatch):
     out = tmp_path / "out"
     broken = (include / "written.yaml").read_text()
@@ -150,6 +152,7 @@ def test_a_run_that_failed_goes_on_where_it_was(folder, include, tmp_path, monke
     assert (out / "chosen.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.e2e
 def test_results_of_other_settings_are_not_taken_for_these(folder, include, tmp_path):
     run_suite(folder, ["chosen"], tmp_path / "out", include=include, limit=3)
     with pytest.raises(ValueError, match=r"has \(there, now\) {'limit': \(3, 4\)}"):
@@ -173,6 +176,7 @@ def test_the_command_line_names_every_suite():
     assert all(suite in argument.help for suite in SUITES)
 
 
+@pytest.mark.e2e
 def test_the_command_line_prints_a_line_for_each_score(folder, include, tmp_path):
     command = ["bench", str(folder), "chosen", "--include", str(include), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(app, command)
@@ -200,6 +204,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("fault", HOSTILE)
 def test_what_is_wrong_with_a_task_of_somebody_elses_is_one_sentence(fault, folder, include, tmp_path):
     changes, words = HOSTILE[fault]
@@ -213,6 +218,7 @@ def test_what_is_wrong_with_a_task_of_somebody_elses_is_one_sentence(fault, fold
     assert not list((tmp_path / "out").glob("*.json"))
 
 
+@pytest.mark.e2e
 def test_a_template_without_end_is_given_up(folder, include, tmp_path, monkeypatch):
     monkeypatch.setattr("trainers.template_sandbox.SECONDS", 1.0)
     whole = yaml.safe_load((include / "chosen.yaml").read_text())
@@ -252,6 +258,7 @@ def test_patterns_of_strangers_are_not_matched_unasked(settings, include, tmp_pa
         run_suite("no/such/model", ["written"], tmp_path / "out", include=include)
 
 
+@pytest.mark.e2e
 def test_templates_of_strangers_are_filled_in_as_lm_eval_does(folder, include, tmp_path, monkeypatch):
     text = "{{ question | regex_replace('1', 'one') }}\n{% if answer == '3' %}three{% endif %}\n"
     written = yaml.safe_load((include / "written.yaml").read_text())
@@ -300,6 +307,7 @@ def test_names_of_tasks_lead_to_files_of_their_own_in_the_folder():
         assert len(file) < 120
 
 
+@pytest.mark.e2e
 def test_a_task_whose_name_is_a_path_is_written_into_the_folder(folder, include, tmp_path):
     whole = yaml.safe_load((include / "chosen.yaml").read_text())
     (include / "t.yaml").write_text(yaml.safe_dump({**whole, "task": "../../evil"}))

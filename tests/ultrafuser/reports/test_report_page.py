@@ -77,6 +77,7 @@ def shown(page):
     return {name: (weight, probability) for name, weight, probability, _ in filter(None, found)}
 
 
+@pytest.mark.e2e
 @in_browser
 def test_pointing_at_a_token_shows_the_model_s_weights(browser, file, folder):
     tokens = explain(*open_fused(str(folder)), TEXTS["Plain"])
@@ -163,6 +164,7 @@ def test_nothing_overflows_the_page(width, browser, file):
         assert box["x"] + box["width"] <= width
 
 
+@pytest.mark.e2e
 @in_browser
 def test_what_beats_the_fused_model_stands_above_it(browser, folder, results, tmp_path):
     few = results["rows"][:3]
@@ -184,6 +186,7 @@ def test_missing_fields_leave_gaps_and_not_a_crash(tmp_path):
     assert {file.name for file in tmp_path.glob("*.svg")} == {"rows.svg"}
 
 
+@pytest.mark.e2e
 def test_results_of_other_specialists_are_refused(folder, results, tmp_path):
     weights = results["gate"]["mean_weights"]
     means = {domain: dict(zip("xy", own.values(), strict=True)) for domain, own in weights.items()}

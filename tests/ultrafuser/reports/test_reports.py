@@ -198,6 +198,7 @@ DRAWN = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", DRAWN)
 def test_a_figure_is_saved_for_light_and_dark_and_leaves_the_library_as_it_was(name, tmp_path):
     before = dict(matplotlib.rcParams)

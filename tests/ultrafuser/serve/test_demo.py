@@ -130,6 +130,7 @@ def ask(page, text, answers=1):
     return last
 
 
+@pytest.mark.e2e
 @in_browser
 def test_a_message_gets_an_answer_coloured_by_who_speaks(served, browser, model):
     ids, weights = generated(model, PROMPT)
@@ -150,6 +151,7 @@ def test_a_message_gets_an_answer_coloured_by_who_speaks(served, browser, model)
         assert page.locator(".who > span").all_inner_texts() == means
 
 
+@pytest.mark.e2e
 @in_browser
 def test_the_conversation_goes_on_until_it_is_cleared(served, browser, model):
     first = decoded(generated(model, PROMPT)[0])
@@ -165,6 +167,7 @@ def test_the_conversation_goes_on_until_it_is_cleared(served, browser, model):
         assert ask(page, "2+2?").text_content() == first
 
 
+@pytest.mark.e2e
 @in_browser
 def test_a_bias_far_to_the_right_makes_that_specialist_speak_and_the_next_answer_can_be_the_gate_s_again(
     served, browser, model
@@ -181,6 +184,7 @@ def test_a_bias_far_to_the_right_makes_that_specialist_speak_and_the_next_answer
         assert ask(page, "2+2?").text_content() == decoded(generated(model, PROMPT)[0])
 
 
+@pytest.mark.e2e
 @in_browser
 def test_stop_stops_and_the_next_answer_comes(served, browser, model):
     with opened(browser, served) as page:
@@ -207,6 +211,7 @@ def test_a_narrow_window_does_not_scroll_sideways_and_text_stays_readable(scheme
         assert (text > 128, behind > 128) == (ink == "light", paper == "light")
 
 
+@pytest.mark.e2e
 @in_browser
 def test_without_a_chat_template_messages_are_continued_as_plain_text(browser, model):
     with running(app(model, None)) as port, opened(browser, f"http://127.0.0.1:{port}/") as page:
@@ -240,6 +245,7 @@ def test_the_page_shows_no_files_and_fetches_nothing_for_others(path, port):
     assert http.ask(port, f"/{path}")[0] == 404
 
 
+@pytest.mark.e2e
 def test_the_page_is_not_for_other_names_origins_or_large_bodies(port):
     assert http.ask(port, "/", headers={"Host": "evil.example"})[0] == 400
     assert http.ask(port, "/", headers={"Origin": "http://evil.example"})[0] == 403
@@ -252,6 +258,7 @@ def test_with_a_key_the_browser_asks_for_it(model):
         assert http.ask(port, "/", headers={"Authorization": "Basic YW55OnNlY3JldA=="})[0] == 200
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("prompt", ["", "   ", None, "\x00", "\x1b[31m", "9" * 300, "ż" * 5])
 def test_an_empty_or_odd_question_ends_in_words_and_the_next_is_answered(prompt, port, model, capfd):
     event = Visitor(port).asks(prompt)
@@ -303,6 +310,7 @@ def test_more_questions_than_may_wait_are_refused(model, monkeypatch):
         assert set(answers) == {200, 503}
 
 
+@pytest.mark.e2e
 def test_eight_visitors_at_once_are_answered_each_with_its_own_steering(port, model):
     names = list(range(8))
     biases = [(demo.LARGEST_BIAS * (i % 2), 0.0, 0.0) for i in names]

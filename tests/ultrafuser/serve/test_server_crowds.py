@@ -221,6 +221,7 @@ def test_more_requests_than_may_wait_are_refused_in_words_and_room_is_made_again
 # ---------------------------------------------------------------------------------------------- nobody is mixed up
 
 
+@pytest.mark.e2e
 def test_sixteen_at_once_among_slow_and_gone_ones_are_answered_as_alone(port, model):
     slow = [opened(port, request({"prompt": "2"}, length=500)) for _ in range(20)]
     for _ in range(5):
@@ -238,6 +239,7 @@ def test_a_client_s_own_name_for_its_request_is_nobody_s_name(port):
     assert answer["id"] != "mine"
 
 
+@pytest.mark.e2e
 def test_eight_with_seeds_at_once_draw_what_each_seed_draws_alone(model):
     # torch has one random state for all threads
     model.generation_config.do_sample = True

@@ -100,6 +100,7 @@ def test_what_the_model_s_own_template_knows_can_be_set(port):
     assert tokens[1] - tokens[0] == len("[no]")
 
 
+@pytest.mark.e2e
 def test_a_template_of_the_model_that_never_ends_is_given_up_and_holds_nobody_up(model, monkeypatch):
     monkeypatch.setattr("trainers.template_sandbox.SECONDS", 1.0)
     with running(app(model, LOOPS)) as port, ThreadPoolExecutor() as pool:
@@ -151,6 +152,7 @@ ODD_FIELDS = [
 ]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
 def test_odd_requests_are_told_what_is_odd_and_none_fails_inside(path, port):
     usual = {CHAT: conversation(), COMPLETIONS: {"prompt": "2"}, RESPONSES: {"input": "2", "stream": False}}[path]

@@ -44,6 +44,7 @@ def passes(monkeypatch):
     return seen
 
 
+@pytest.mark.e2e
 def test_gates_share_a_cache_and_the_best_one_is_saved(words, tmp_path, monkeypatch):
     seen, out = passes(monkeypatch), tmp_path / "gated"
     done = run("gates", *words, "--gate", "mlp:8", "--gate", "linear", "--seeds", 2, "--out", out)
@@ -63,6 +64,7 @@ def test_gates_share_a_cache_and_the_best_one_is_saved(words, tmp_path, monkeypa
     assert (out / "tokenizer.json").exists()
 
 
+@pytest.mark.e2e
 def test_without_a_word_the_default_is_compared_with_a_linear_and_the_papers_gate(words, tmp_path, monkeypatch):
     seen = passes(monkeypatch)
     done = run("gates", *words, "--out", tmp_path / "gated")
@@ -74,6 +76,7 @@ def test_without_a_word_the_default_is_compared_with_a_linear_and_the_papers_gat
     assert len(seen) == 11
 
 
+@pytest.mark.e2e
 def test_gates_that_look_back_share_the_cache_with_others_and_one_without_parameters_is_measured_once(
     words, tmp_path, monkeypatch
 ):
@@ -87,6 +90,7 @@ def test_gates_that_look_back_share_the_cache_with_others_and_one_without_parame
     assert len(seen) == 11
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_gates_that_predict_temperatures_share_the_cache_with_those_that_do_not(fusion, words, tmp_path, monkeypatch):
     fused = UltraFuserForCausalLM.from_pretrained(tmp_path / "fused")
@@ -100,6 +104,7 @@ def test_gates_that_predict_temperatures_share_the_cache_with_those_that_do_not(
     assert rows == {"uniform", "linear", "cross:8+calibration"}
 
 
+@pytest.mark.e2e
 def test_more_gates_read_the_same_cache(words, tmp_path, monkeypatch):
     cache = ["--cache", tmp_path / "said"]
     assert run("gates", *words, *cache, "--gate", "constant", "--out", tmp_path / "one").exit_code == 0
@@ -123,6 +128,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_loaded(words, tmp
 # ---------------------------------------------------------------------------------------------- train --cached
 
 
+@pytest.mark.e2e
 def test_stage_one_is_trained_from_a_cache_as_without(words, tmp_path, monkeypatch):
     seen = passes(monkeypatch)
     for name, more in {"plain": [], "cached": ["--cached"]}.items():

@@ -54,6 +54,7 @@ def changed(one, other):
     return {key for key in a if not torch.equal(a[key], b[key])}
 
 
+@pytest.mark.e2e
 def test_a_recipe_trains_the_gate_and_flags_then_everything(fused, tmp_path):
     data = {n: {"path": "json", "data_files": str(tmp_path / f"{n}.jsonl")} for n in NAMES}
     gate, joint = tmp_path / "gate", tmp_path / "joint"
@@ -71,6 +72,7 @@ def test_a_recipe_trains_the_gate_and_flags_then_everything(fused, tmp_path):
     assert {"lm_head.weight", "model.specialists.text.embed_tokens.weight"} <= changed(gate, joint)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "settings",
     [
@@ -107,6 +109,7 @@ def test_a_recipes_setting_of_another_kind_is_refused_by_name(settings, fused, t
     assert len(done.output) < 400
 
 
+@pytest.mark.e2e
 def test_a_stage_goes_on_from_its_last_checkpoint_to_where_it_would_have_ended(fused, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     words = ["--stage", "gate", "--max-steps", 3, "--save_steps", 2]
@@ -195,6 +198,7 @@ def test_a_trainer_neither_pushes_its_folder_nor_pickles_a_token(fused, tmp_path
         )
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("steps", [3, 4])
 def test_a_run_that_ended_is_resumed_to_the_bit_that_it_ended_with(steps, fused, tmp_path):
     out = tmp_path / "out"
