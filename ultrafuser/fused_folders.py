@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
-from modeling_ultrafuser.files_ultrafuser import UnreadableFileError, read_json
+from modeling_ultrafuser.files_ultrafuser import UnreadableFileError, in_words, read_json
+from modeling_ultrafuser.folder_ultrafuser import check_folder
 from modeling_ultrafuser.refusals_ultrafuser import Refusal, UnavailableError
 from modeling_ultrafuser.tokenizer_ultrafuser import load_tokenizer
 
@@ -28,19 +29,29 @@ def fused_config(source: str | Path) -> UltraFuserConfig:
         OSError: If there is no model.
         ValueError: If it is a model of another kind.
     """
-    rule, way_out = "This is for a fused model", "Pass a folder that `ultrafuser fuse` wrote."
-    if os.path.isdir(source) and not Path(source, "config.json").exists():
-        raise Refusal("model", f"{str(source)!r} holds no config.json", rule, way_out)
+    kind = _type_in(Path(source)) if os.path.isdir(source) else _type_at(source)
+    if kind != UltraFuserConfig.model_type:
+        held = "no config.json" if kind is None else f"a model of type {kind!r}"
+        way_out = "Pass a folder that `ultrafuser fuse` wrote."
+        raise Refusal("model", f"{str(source)!r} holds {held}", "This is for a fused model", way_out)
+    with in_words("The fused model's configuration", source):
+        return UltraFuserConfig.from_pretrained(source)
+
+
+def _type_in(folder: Path) -> str | None:
+    if not (folder / "config.json").exists():
+        return None
+    check_folder(folder)
+    return read_json(folder / "config.json").get("model_type")
+
+
+def _type_at(source: str) -> str:
     try:
-        config = load_config(source)
+        return load_config(source).model_type
     except OSError as error:
         fact = f"there is no model at {str(source)!r}: neither such a folder nor such an id on the Hub"
-        raise UnavailableError(
-            "model", fact, "", "Check the spelling; for a private one run `hf auth login`."
-        ) from error
-    if not isinstance(config, UltraFuserConfig):
-        raise Refusal("model", f"{str(source)!r} holds a model of type {config.model_type!r}", rule, way_out)
-    return config
+        way_out = "Check the spelling; for a private one run `hf auth login`."
+        raise UnavailableError("model", fact, "", way_out) from error
 
 
 def open_fused(source: str | Path, **settings) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:

@@ -78,7 +78,7 @@ def speed(
     )
 
 
-@group.command()
+@group.command(extra="serve")
 def serve(
     folder: Annotated[str, typer.Argument(help="Folder of a fused model: its name in requests.")],
     host: Host = "localhost",
@@ -116,7 +116,7 @@ def serve(
     run(folder, host, port, key, loading, **settings)
 
 
-@group.command()
+@group.command(extra="demo")
 def demo(
     model: Model,
     host: Host = "127.0.0.1",

@@ -3,6 +3,7 @@
 import inspect
 from typing import Annotated, Any, NamedTuple
 
+import fastapi  # noqa: F401  without which the handlers are imported, and fail later
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
