@@ -248,15 +248,14 @@ def _inode(file: Path, *, make: bool = False) -> int | None:
 def _only_readable(out: Path) -> Iterator[None]:
     """Says in a sentence what cannot be written at all."""
     try:
-        yield
+        with _in_words(out):
+            yield
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP):
             raise OSError(
                 f"{str(out)!r} cannot be written: {error.strerror} ({str(error.filename)!r}). Choose another place, or "
                 f"change who may write there."
             ) from error
-        if _is_full(error):
-            raise _full_error(out) from error
         raise
 
 
@@ -266,16 +265,12 @@ def _in_words(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _is_full(error):
-            raise _full_error(out) from error
-        raise
-
-
-def _full_error(out: Path) -> OSError:
-    return OSError(
-        f"The disk is full that {str(out)!r} is on. Make room there, or choose a folder on another disk, and run the "
-        f"command again."
-    )
+        if not _is_full(error):
+            raise
+        raise OSError(
+            f"The disk is full that {str(out)!r} is on. Make room there, or choose a folder on another disk, and run the "
+            f"command again."
+        ) from error
 
 
 def _is_full(error: BaseException | None) -> bool:

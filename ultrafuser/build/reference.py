@@ -40,6 +40,7 @@ from .reference_file import (
     check_sha256,
     read_reference,
     refuse_code,
+    refused,
     sha256,
 )
 from .specialist_edits import BACKBONE, GATE, HEAD, built
@@ -173,12 +174,8 @@ def _in_order(reference: Reference, config: UltraFuserConfig) -> Reference:
     """
     names = config.specialist_names
     if set(reference.specialists) != set(names):
-        raise Refusal(
-            "reference",
-            f"the recipe names {sorted(reference.specialists)}, and config.json {sorted(names)}",
-            "A reference recipe names the specialists of the configuration beside it",
-            "Have it written anew: `ultrafuser refer FUSED`.",
-        )
+        fact = f"the recipe names {sorted(reference.specialists)}, and config.json {sorted(names)}"
+        raise refused(fact, "A reference recipe names the specialists of the configuration beside it")
     return replace(reference, specialists={name: reference.specialists[name] for name in names})
 
 
@@ -198,12 +195,8 @@ def _read_gate(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     )
     found = load_file(path)
     if odd := next((key for key, tensor in found.items() if tensor.dtype != expected[key].dtype), None):
-        raise Refusal(
-            "reference",
-            f"`{odd}` of {str(path)!r} is {found[odd].dtype}",
-            f"A gate's tensors are {expected[odd].dtype}",
-            "Have it written anew: `ultrafuser refer FUSED`.",
-        )
+        fact = f"`{odd}` of {str(path)!r} is {found[odd].dtype}"
+        raise refused(fact, f"A gate's tensors are {expected[odd].dtype}")
     return found
 
 
@@ -228,8 +221,7 @@ def _origins(folder: Path, config: UltraFuserConfig, specialists: list[str] | No
     else:
         found = {n: (i["source"], i.get("commit")) for n, i in read_ingredients(folder).items()}
     if list(found) != config.specialist_names:
-        raise Refusal(
-            "reference",
+        raise refused(
             f"{str(folder)!r} is made of {config.specialist_names} and the sources are known of {list(found)}",
             "A reference recipe says where each specialist comes from",
             "Name them, in that order: `--specialists NAME=ID` for each.",
@@ -278,8 +270,7 @@ def _check_untouched(model: UltraFuserForCausalLM, expected: dict[str, Tensor], 
             f"{len(keys)} of {n!r} ({places.get(n, 'and adapters of it')}), the first is `{keys[0]}`"
             for n, keys in differing.items()
         )
-        raise Refusal(
-            "reference",
+        raise refused(
             f"tensors differ from those of the specialists: {what}",
             "A reference recipe holds the gate alone and takes the specialists as they were published",
             "If stage two trained them, pass the folder on as it is: `ultrafuser push FOLDER OWNER/NAME`.",

@@ -44,6 +44,11 @@ class Reference:
     base: str | None = None
 
 
+def refused(fact: str, rule: str, way_out: str = "Have it written anew: `ultrafuser refer FUSED`.") -> Refusal:
+    """Returns the error about a reference recipe."""
+    return Refusal("reference", fact, rule, way_out)
+
+
 def read_reference(file: Path) -> Reference | None:
     """Reads `refs.yaml`, and whether what is beside it is what was written with it. Any other recipe is None.
 
@@ -56,12 +61,8 @@ def read_reference(file: Path) -> Reference | None:
         return None
     known = [f.name for f in fields(Reference)]
     if set(raw) - {*known}:
-        raise Refusal(
-            "reference",
-            f"{str(file)!r} has {sorted(set(raw) - {*known})}, too",
-            f"A reference recipe has the fields {known}",
-            "Have it written anew: `ultrafuser refer FUSED`.",
-        )
+        fact = f"{str(file)!r} has {sorted(set(raw) - {*known})}, too"
+        raise refused(fact, f"A reference recipe has the fields {known}")
     reference = _checked(Reference(**{"specialists": None, **raw}))
     check_pinned(file.parent, [path.name for path in file.parent.iterdir() if path.name in BESIDE], reference.sha256)
     for name, expected in reference.sha256.items():
@@ -74,8 +75,7 @@ def refuse_code(folder: Path) -> None:
     """Refuses a tokenizer that names code: it would be run with the model's, once the model is loaded."""
     settings = folder / "tokenizer_config.json"
     if settings.exists() and "auto_map" in read_json(settings):
-        raise Refusal(
-            "reference",
+        raise refused(
             f"{str(settings)!r} has an `auto_map`",
             "A reference recipe keeps a tokenizer as it is, and one that brings no code",
             "Take that out; then have the reference written anew: `ultrafuser refer FUSED`.",
@@ -91,35 +91,24 @@ def _checked(reference: Reference) -> Reference:
     hashes = {"sha256": reference.sha256, "base_sha256": reference.base_sha256}
     check_words("specialists", reference.specialists)
     check_words("specialist_revisions", reference.specialist_revisions)
-    for name, files in (
-        reference.specialist_sha256.items() if isinstance(reference.specialist_sha256, dict) else [("", 0)]
-    ):
+    pinned = reference.specialist_sha256
+    for name, files in pinned.items() if isinstance(pinned, dict) else [("", 0)]:
         hashes[f"specialist_sha256 of {name!r}"] = files
     for field_name, files in hashes.items():
         check_words(field_name, files)
         if odd := [name for name in files if name in (".", "..") or re.search(r"[/\\\0]", name)]:
-            raise Refusal(
-                "reference",
-                f"`{field_name}` names {odd[0]!r}",
-                "A reference recipe pins files of the folders that it names",
-                "Have it written anew: `ultrafuser refer FUSED`.",
-            )
+            rule = "A reference recipe pins files of the folders that it names"
+            raise refused(f"`{field_name}` names {odd[0]!r}", rule)
     if set(reference.specialist_sha256) != set(reference.specialists):
-        raise Refusal(
-            "reference",
+        raise refused(
             f"the recipe names {sorted(reference.specialists)} and pins files of {sorted(reference.specialist_sha256)}",
             "A reference recipe pins the files of every specialist",
-            "Have it written anew: `ultrafuser refer FUSED`.",
         )
     for field_name in ("chat_template", "base"):
         value = getattr(reference, field_name)
         if not isinstance(value, str | None):
-            raise Refusal(
-                "reference",
-                f"`{field_name}` of a reference recipe is {str(value)[:200]!r}",
-                "It is a name",
-                "Correct it.",
-            )
+            fact = f"`{field_name}` of a reference recipe is {str(value)[:200]!r}"
+            raise refused(fact, "It is a name", "Correct it.")
     return reference
 
 
@@ -130,8 +119,7 @@ def check_pinned(folder, read: list[str], pinned: dict[str, str]) -> None:
         ValueError: Naming the first.
     """
     if loose := sorted(set(read) - set(pinned)):
-        raise Refusal(
-            "reference",
+        raise refused(
             f"the recipe does not pin {loose[0]!r} of {str(folder)!r}, of which it pins {sorted(pinned)}",
             "A reference recipe pins every file that is read",
             "Take that file away, or have the recipe written anew: `ultrafuser refer FUSED`.",
@@ -149,8 +137,7 @@ def check_sha256(path: Path, expected: str) -> None:
     found = sha256(path) if path.exists() else None
     if found != expected:
         is_other = f"has the SHA-256 {found} instead of {expected}" if found else "is not there"
-        raise Refusal(
-            "reference",
+        raise refused(
             f"{str(path)!r} {is_other}",
             "A reference recipe rebuilds a model from the very files that it was made from",
             "Fetch that file again; one from the Hub with `hf download --force-download`.",

@@ -151,7 +151,8 @@ def _measure(plan: FusionPlan, judgement: Judgement) -> None:
     if needed > free:
         text = f"the fused model takes {decimal(needed)} in memory, and {decimal(free)} are free here."
         halved = "Choose --dtype bfloat16, " if judgement.numbers["dtype"] == "float32" else "Choose "
-        judgement.note("memory", WARNING, text, f"{halved}smaller specialists, or a machine with more.")
+        fix = f"{halved}smaller specialists, or a machine with more."
+        judgement.findings.append(Finding("memory", WARNING, text, fix))
 
 
 def _note_merges(judgement: Judgement, models: dict[str, PreTrainedModel]) -> None:

@@ -31,7 +31,3 @@ class Judgement:
     def verdict(self) -> str:
         """The worst status of all."""
         return max((f.status for f in self.findings), key=[FITS, WARNING, BLOCKS].index, default=FITS)
-
-    def note(self, about: str, status: str, text: str, fix: str = "") -> None:
-        """Adds a finding."""
-        self.findings.append(Finding(about, status, text, fix))

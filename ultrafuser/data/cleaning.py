@@ -26,7 +26,7 @@ from ..plain import plain
 from . import filters
 from .arithmetic import wrong_arithmetic
 from .decontamination import contaminated
-from .duplicates import DuplicateIndex, Fingerprint, fingerprint
+from .duplicates import DUPLICATES, DuplicateIndex, Fingerprint, fingerprint
 from .sources import lines_file
 
 
@@ -40,7 +40,6 @@ FILTERS: dict[str, Callable[[dict], str | None]] = {
     "arithmetic": wrong_arithmetic,
     "contamination": contaminated,
 }
-DUPLICATES = ("duplicate", "near_duplicate")
 CHUNK = 64
 
 
@@ -106,7 +105,7 @@ def clean(
         ):
             for row, (record, verdict) in enumerate(tqdm(judged, unit=" records", disable=None), start=1):
                 if isinstance(verdict, Fingerprint):
-                    verdict = _repeats(index, row, verdict, set(skip))
+                    verdict = index.repeats(row, verdict, set(skip))
                 counts[record["domain"]][verdict[0] if verdict else "kept"] += 1
                 if verdict:
                     write_dropped(dropped, row, *verdict, record)
@@ -239,12 +238,3 @@ def _end_with_parent() -> None:
 
 def _judge_in_process(chunk: list[dict]) -> list[tuple[str, str] | Fingerprint]:
     return _judge(chunk, **_OWN)
-
-
-def _repeats(index: DuplicateIndex, row: int, found: Fingerprint, skip: set[str]) -> tuple[str, str] | None:
-    if "duplicate" not in skip and (other := index.exact(found)):
-        return "duplicate", f"same as row {other}"
-    if "near_duplicate" not in skip and (hit := index.near(found)):
-        return "near_duplicate", f"like row {hit[0]}, Jaccard similarity {hit[1]:.2f}"
-    index.add(row, found)
-    return None

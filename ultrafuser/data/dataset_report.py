@@ -82,7 +82,8 @@ def _statistics(records, out: Path, name: str, tokenizer, samples: int, points: 
                 counter[record[key]] += 1
             topics[domain][record["topic"] or "(none)"] += 1
             lengths[domain][_length(record, tokenizer)] += 1
-            repeats[_repeats(index, number, record)] += 1
+            kind, _ = index.repeats(number, fingerprint(record)) or ("none", "")
+            repeats[kind] += 1
             _keep_some(shown[domain], record, counts["domain"][domain], samples, rng)
             _keep_some(mapped, record, number, points, rng)
     if not number:
@@ -94,7 +95,7 @@ def _statistics(records, out: Path, name: str, tokenizer, samples: int, points: 
         **{f"{key}s": dict(counter.most_common()) for key, counter in counts.items()},
         "topics": {domain: dict(counter.most_common()) for domain, counter in topics.items()},
         "lengths": {domain: _summary(counter) for domain, counter in lengths.items()},
-        "duplicates": {"exact": repeats["exact"], "near": repeats["near"]},
+        "duplicates": {"exact": repeats["duplicate"], "near": repeats["near_duplicate"]},
     }
     return statistics, dict(shown), mapped
 
@@ -104,16 +105,6 @@ def _length(record: dict, tokenizer: Callable | None) -> int:
     if tokenizer is None:
         return sum(len(re.findall(r"\w+", text)) for text in texts)
     return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
-
-
-def _repeats(index: DuplicateIndex, number: int, record: dict) -> str:
-    found = fingerprint(record)
-    if index.exact(found):
-        return "exact"
-    if index.near(found):
-        return "near"
-    index.add(number, found)
-    return "none"
 
 
 def _keep_some(kept: list, record: dict, number: int, most: int, rng: random.Random) -> None:

@@ -9,6 +9,7 @@ import functools
 import re
 import sqlite3
 import unicodedata
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import xxhash
 from datasketch import MinHash, MinHashLSH
 
 
+DUPLICATES = ("duplicate", "near_duplicate")
 PERMUTATIONS, SHINGLE = 128, 5
 # so many candidates are compared, those with most bands in common first: boilerplate cannot make one record cost a set
 MOST_CANDIDATES = 50
@@ -122,6 +124,21 @@ class DuplicateIndex:
         scored = [(jaccard(found.shingles, hashes), -row) for row, hashes in candidates]
         best, row = max(scored, default=(0.0, 0))
         return (-row, best) if best >= self.threshold else None
+
+    def repeats(self, row: int, found: Fingerprint, skip: Collection[str] = ()) -> tuple[str, str] | None:
+        """Returns which of `DUPLICATES` a record is, and why; None if it is none, and then adds it.
+
+        Args:
+            row: The record's row.
+            found: Its fingerprint.
+            skip: Those of `DUPLICATES` that are not looked for.
+        """
+        if "duplicate" not in skip and (other := self.exact(found)):
+            return "duplicate", f"same as row {other}"
+        if "near_duplicate" not in skip and (hit := self.near(found)):
+            return "near_duplicate", f"like row {hit[0]}, Jaccard similarity {hit[1]:.2f}"
+        self.add(row, found)
+        return None
 
     def add(self, row: int, found: Fingerprint) -> None:
         """Adds a record that is kept."""

@@ -1,10 +1,11 @@
 """Reads a recipe: the data to make, with which teacher, at what cost; one YAML file, checked before anything is sent."""
 
 import difflib
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trainers.template_sandbox import RenderingError, placeholders
 
@@ -15,15 +16,7 @@ from ..yaml_files import read_yaml
 PROMPTS = Path(__file__).parent / "prompts"
 # a prompt may use all of these; without the ones named here a step would ask the same of every row
 PLACEHOLDERS = (
-    "domain",
-    "description",
-    "number",
-    "known",
-    "topic",
-    "subtopic",
-    "instruction",
-    "skills",
-    "conversation",
+    *("domain", "description", "number", "known", "topic", "subtopic", "instruction", "skills", "conversation"),
 )
 NEEDED = {
     "meta_topics": ("description", "number"),
@@ -56,7 +49,7 @@ class _Part(BaseModel):
 class Teacher(_Part):
     """A model behind an OpenAI-compatible server, what it costs and how fast it may be asked."""
 
-    base_url: str
+    base_url: Annotated[str, AfterValidator(check_address)]
     """Address up to and including `/v1`."""
     model: str
     """The name under which the server knows it."""
@@ -66,7 +59,7 @@ class Teacher(_Part):
     """Temperature of sampling."""
     max_tokens: Positive | None = 2048
     """Most tokens of a reply. None sends no limit, for servers that call it by another name (see `parameters`)."""
-    parameters: dict = {}
+    parameters: Annotated[dict, AfterValidator(partial(check_no_secrets, what="Parameters"))] = {}
     """More fields of each request, as the server calls them."""
     structured: Literal["json_schema", "json_object", "none"] = "json_schema"
     """How lists are asked for: by a schema that the server enforces, as any JSON, or by the prompt alone."""
@@ -94,16 +87,6 @@ class Teacher(_Part):
             ValueError: If the variable is not set, or its key is not for this server.
         """
         return api_key(self.base_url, self.api_key_variable, "name another with --key-variable")
-
-    @field_validator("base_url")
-    @classmethod
-    def _address_holds_no_secret(cls, url: str) -> str:
-        return check_address(url)
-
-    @field_validator("parameters")
-    @classmethod
-    def _parameters_hold_no_secret(cls, parameters: dict) -> dict:
-        return check_no_secrets(parameters, "Parameters")
 
 
 class Budget(_Part):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import yaml
 from tqdm.auto import tqdm
 
 from ..atomic import whole_file
@@ -19,13 +20,8 @@ KEYS = ("messages", "domain", "topic", "source", "licence")
 MORE = ("subtopic", "kind", "skills")
 ROLES = {
     "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant"),
 }
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
@@ -43,41 +39,9 @@ class Source(NamedTuple):
     files: str | None = None
 
 
-# licences are those that the sets' own pages state; None where they state none
 SOURCES = {
-    "ultrachat-200k": Source(
-        "HuggingFaceH4/ultrachat_200k", "text", "mit", {"messages": "messages"}, split="train_sft"
-    ),
-    "evol-instruct-code": Source(
-        "nickrosh/Evol-Instruct-Code-80k-v1",
-        "code",
-        "cc-by-nc-sa-4.0",
-        {"prompt": "instruction", "answer": "output"},
-    ),
-    "mathinstruct": Source(
-        "TIGER-Lab/MathInstruct", "math", "mit", {"prompt": "instruction", "answer": "output", "topic": "source"}
-    ),
-    "sharegpt": Source(
-        "anon8231489123/ShareGPT_Vicuna_unfiltered",
-        "text",
-        "apache-2.0",
-        {"messages": "conversations"},
-        files="ShareGPT_V3_unfiltered_cleaned_split.json",
-    ),
-    # one configuration for each of its prompts; this branch holds what its loading script would make
-    "p3": Source(
-        "bigscience/P3",
-        "text",
-        "apache-2.0",
-        {"prompt": "inputs_pretokenized", "answer": "targets_pretokenized"},
-        revision="refs/convert/parquet",
-    ),
-    "medinstruct": Source(
-        "casey-martin/MedInstruct",
-        "medicine",
-        None,
-        {"prompt": "instruction", "input": "input", "answer": "output"},
-    ),
+    name: Source(**about)
+    for name, about in yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text()).items()
 }
 
 
@@ -114,16 +78,10 @@ def take_in(
         MalformedRow: If a row lacks something, naming the row and what is missing.
     """
     source = SOURCES.get(name) or Source(name, None, None, columns or {key: key for key in (*KEYS, *MORE)})
-    source = source._replace(
-        columns=columns or source.columns,
-        files=files or source.files,
-        config=config or source.config,
-        split=split or source.split,
-        revision=revision or source.revision,
-    )
+    given = {"columns": columns, "files": files, "config": config, "split": split, "revision": revision}
+    source = source._replace(**{key: value for key, value in given.items() if value})
     domain, licence = domain or source.domain, licence or source.licence
-    unknown = set(source.columns) - set(TAKEN)
-    if unknown:
+    if unknown := set(source.columns) - set(TAKEN):
         raise ValueError(f"A mapping gives columns for any of {list(TAKEN)}, but got {sorted(unknown)}.")
     return _records(name, source, domain, licence, bool(files), on_malformed)
 
@@ -175,14 +133,8 @@ def _rows(source: Source, local: bool) -> Iterator[tuple[str, Any]]:
         # the second is of a folder that `ultrafuser data make` wrote
         rows = load_from_disk(saved[0])
     else:
-        rows = load_dataset(
-            source.path,
-            source.config,
-            data_files=source.files,
-            split=source.split,
-            revision=source.revision,
-            streaming=True,
-        )
+        of = {"data_files": source.files, "split": source.split, "revision": source.revision}
+        rows = load_dataset(source.path, source.config, **of, streaming=True)
     for number, row in enumerate(rows, start=1):
         yield f"{', '.join(paths) if local else source.path}, row {number}", row
 

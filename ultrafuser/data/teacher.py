@@ -11,7 +11,7 @@ from ..openai_client import NO_COMPLETION, Server, reply_of
 from ..provenance import digest
 from .recipe import Budget
 from .recipe import Teacher as TeacherSettings
-from .teacher_journal import ReplyJournal
+from .teacher_journal import ReplyJournal, tokens
 
 
 CHARACTERS_PER_TOKEN = 4  # of English prose; to foresee, and where a server does not tell
@@ -256,11 +256,12 @@ class Teacher:
         """Returns the part of a completion that the journal keeps."""
         (text, finish), usage = reply_of(completion), getattr(completion, "usage", None)
         text = without_key(text, self._server.key)
+        sent, received = (tokens(getattr(usage, f"{part}_tokens", None)) for part in ("prompt", "completion"))
         return {
             "reply": text,
             "finish": finish,
-            "tokens_in": _count(getattr(usage, "prompt_tokens", None), request.prompt_tokens()),
-            "tokens_out": _count(getattr(usage, "completion_tokens", None), len(text) // CHARACTERS_PER_TOKEN),
+            "tokens_in": request.prompt_tokens() if sent is None else sent,
+            "tokens_out": len(text) // CHARACTERS_PER_TOKEN if received is None else received,
         }
 
     async def _close(self) -> None:
@@ -316,8 +317,3 @@ def cost(settings: TeacherSettings, tokens_in: int, tokens_out: int) -> float:
 
 def _add(a: tuple[int, int], b: tuple[int, int], sign: int = 1) -> tuple[int, int]:
     return a[0] + sign * b[0], a[1] + sign * b[1]
-
-
-def _count(told, foreseen: int) -> int:
-    """Tokens as a server counts them, if it does: it may say anything."""
-    return told if isinstance(told, int) and not isinstance(told, bool) and told >= 0 else foreseen

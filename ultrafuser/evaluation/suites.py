@@ -47,6 +47,7 @@ from ..atomic import sole_writer, write_whole
 from ..keys import check_address
 from ..pretrained import load_config, load_tokenizer, refusing_code
 from ..provenance import digest, provenance
+from ..yaml_files import read_yaml
 from . import local_tasks, sandbox
 from .comparison import slug
 from .foreign_tasks import LM_EVAL_JINJA, Elsewhere, are_strange, names_task, sandboxed
@@ -59,28 +60,8 @@ class Suite(NamedTuple):
     shots: int | None = None
 
 
-# 5, 9 and 43 subjects, the groups of Wu et al. (2024, Mixture-of-Skills, https://arxiv.org/abs/2406.08811). The nine
-# of medicine are those of MMLU-Medical (Chen et al., 2023, Meditron, https://arxiv.org/abs/2311.16079).
-_SUBJECTS = {
-    "math": """
-        abstract_algebra college_mathematics elementary_mathematics high_school_mathematics high_school_statistics
-    """,
-    "medicine": """
-        anatomy clinical_knowledge college_biology college_medicine high_school_biology medical_genetics nutrition
-        professional_medicine virology
-    """,
-    "others": """
-        astronomy business_ethics college_chemistry college_computer_science college_physics computer_security
-        conceptual_physics econometrics electrical_engineering formal_logic global_facts high_school_chemistry
-        high_school_computer_science high_school_european_history high_school_geography
-        high_school_government_and_politics high_school_macroeconomics high_school_microeconomics high_school_physics
-        high_school_psychology high_school_us_history high_school_world_history human_aging human_sexuality
-        international_law jurisprudence logical_fallacies machine_learning management marketing miscellaneous
-        moral_disputes moral_scenarios philosophy prehistory professional_accounting professional_law
-        professional_psychology public_relations security_studies sociology us_foreign_policy world_religions
-    """,
-}
-MMLU_GROUPS = {group: subjects.split() for group, subjects in _SUBJECTS.items()}
+# 5, 9 and 43 subjects
+MMLU_GROUPS: dict[str, list[str]] = read_yaml(Path(__file__).with_name("mmlu_groups.yaml"))
 
 PAPER = ("truthfulqa_mc2", "humaneval", "gsm8k", "hendrycks_math", "agieval_sat_math", "agieval_aqua_rat")
 SUITES = {
@@ -150,6 +131,7 @@ def run_suite(
         _check_nothing_runs_code(shots, manager)
     shared = {"model": str(folder), "server": server is not None, "limit": limit, "chat": chat, "seed": seed}
     shared |= {"dtype": None if server else dtype, "batch_size": batch_size}
+    seeds = {f"{kind}random_seed": seed for kind in ("", "numpy_", "torch_", "fewshot_")}
     settings = {task: shared | {"shots": number} for task, number in shots.items()}
     files = {task: out / name for task, name in _file_names(shots).items()}
     found = {task: read for task in shots if (read := _finished(files[task], settings[task]))}
@@ -175,14 +157,11 @@ def run_suite(
                     limit=limit,
                     apply_chat_template=chat,
                     confirm_run_unsafe_code=run_code,
-                    random_seed=seed,
-                    numpy_random_seed=seed,
-                    torch_random_seed=seed,
-                    fewshot_random_seed=seed,
+                    **seeds,
                 )
             command = _command(task, backend, arguments, settings[task], include, run_code)
             found[task] = _result(task, evaluated) | {"settings": settings[task], "command": command}
-            if any(manager.task_index[t].cfg.get("unsafe_code") for t in _leaves(task, manager)):
+            if _runs_code(task, manager):
                 ours = task in local_tasks.NAMES
                 found[task]["sandbox"] = sandbox.confinement() if ours else "none: lm-eval runs the code itself"
             write_whole(files[task], json.dumps(found[task], indent=2) + "\n")
@@ -224,14 +203,15 @@ def _check_names(tasks: Iterable[str], manager: TaskManager) -> None:
 
 
 def _check_nothing_runs_code(tasks: Iterable[str], manager: TaskManager) -> None:
-    unsafe = [
-        task for task in tasks if any(manager.task_index[t].cfg.get("unsafe_code") for t in _leaves(task, manager))
-    ]
-    if unsafe:
+    if unsafe := [task for task in tasks if _runs_code(task, manager)]:
         raise ValueError(
             f"Code that a model wrote is executed only when asked for, but {unsafe} do so. Set `--run-code` "
             f"(`run_code=True`), preferably in a container, or leave them out."
         )
+
+
+def _runs_code(task: str, manager: TaskManager) -> bool:
+    return any(manager.task_index[t].cfg.get("unsafe_code") for t in _leaves(task, manager))
 
 
 def _file_names(tasks: Iterable[str]) -> dict[str, str]:
@@ -267,8 +247,7 @@ def _finished(file: Path, settings: dict) -> dict[str, Any] | None:
             f"Nothing is overwritten unasked, but {str(file)!r} is there and no result of a benchmark. Use another "
             f"`out`, or move it away."
         )
-    differing = {k: (result["settings"].get(k), v) for k, v in settings.items() if result["settings"].get(k) != v}
-    if differing:
+    if differing := {k: (result["settings"].get(k), v) for k, v in settings.items() if result["settings"].get(k) != v}:
         raise ValueError(
             f"Results of one folder are of one model and one setting, so that they can be compared, but {str(file)!r} "
             f"has (there, now) {differing}. Use another `out`, or remove the file."

@@ -33,28 +33,11 @@ from .plots import save
 
 
 EXAMPLES = {
-    "Prose, code and mathematics in one text": """\
-The value of the expression is computed once, when the function is called, and is then returned to the caller.
-
-def area(self, width, height):
-    if width < 0 or height < 0:
-        raise ValueError('negative size')
-    return width * height
-
-What is 47 * 36?
-47 * 36 = 47 * 30 + 47 * 6 = 1410 + 282 = 1692
-
-The result of the method is the same number that was worked out by hand.
-""",
-    "Code with words in it": """\
-class Account:
-
-    def deposit(self, amount):
-        if amount <= 0:
-            raise ValueError('the amount of a deposit must be greater than zero')
-        self.balance = self.balance + amount
-        return self.balance
-""",
+    title: Path(__file__).with_name("examples").joinpath(file).read_text()
+    for title, file in (
+        ("Prose, code and mathematics in one text", "mixed.txt"),
+        ("Code with words in it", "code.txt"),
+    )
 }
 PROMPTS = {"What the model goes on to say": "Solve 3*x + 5 = 47 for x.\n"}
 NEW_TOKENS = 60

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Condition, Event, Thread
 from typing import Annotated
@@ -40,18 +41,7 @@ ASKED_FOR = {
     "POST": tuple(f"/gradio_api/{path}" for path in ("queue/join", "cancel", "reset")),
 }
 
-CSS = """
-.talk { display: flex; flex-direction: column; gap: .8rem; min-height: 26rem; font-size: 1rem }
-.talk .user { align-self: flex-end; max-width: 85%; padding: .5rem .9rem; border-radius: .8rem;
-  background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary) }
-.talk .user, .talk .assistant { white-space: pre-wrap; overflow-wrap: anywhere }
-.talk .assistant { line-height: 1.9 }
-.talk .assistant span { border-bottom: 2px solid; border-radius: .15rem }
-.talk .nothing { color: var(--body-text-color-subdued) }
-.who { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; font-variant-numeric: tabular-nums }
-.who b { display: inline-block; width: .9em; height: .9em; border-radius: .2em; margin-right: .4em;
-  vertical-align: -.1em }
-"""
+CSS = Path(__file__).with_name("demo.css").read_text()
 
 
 @contextmanager
