@@ -126,7 +126,7 @@ def api_key(url: str, variable: str | None, advice: str) -> str:
         raise ValueError(
             f"An API key is printable ASCII without spaces, but what {variable} holds is not. Set it again."
         )
-    if urlsplit(url).scheme == "http" and not _is_loopback(host):
+    if urlsplit(url).scheme == "http" and not is_loopback(host):
         raise ValueError(
             f"A key is sent encrypted, or to this machine, but {url} is neither: all between could read {variable}. Use "
             f"https://, or a tunnel to a port of localhost."
@@ -134,7 +134,8 @@ def api_key(url: str, variable: str | None, advice: str) -> str:
     return key
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address stands for this machine."""
     if host == "localhost":
         return True
     try:

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,11 +152,7 @@ def _load_files(files: list[str], domain: str | None, whose: str, forms: list[tu
             columns = form_of_row(row, forms) or ()
             found[name] = _Form(columns, [type(row[c]) for c in columns])
         form = found[name]
-        fault = (
-            problem(row, form.columns)
-            if form.columns
-            else f"has {list(row)}, where rows have {', or '.join(map(names, forms))}"
-        )
+        fault = fault_of(row, form.columns, forms)
         types = [type(row.get(c)) for c in form.columns]
         if not fault and types != form.types:
             fault = (
@@ -180,6 +176,17 @@ def _load_files(files: list[str], domain: str | None, whose: str, forms: list[tu
         arguments = {"files": [files], "stamps": [stamps], "columns": [columns], "domain": [None if domain else name]}
         loaded[name] = Dataset.from_generator(_kept, features=Features(features), gen_kwargs=arguments)
     return loaded[domain] if domain else loaded
+
+
+def fault_of(row: dict, columns: tuple[str, ...] | None, forms: Sequence[tuple[str, ...]]) -> str | None:
+    """Returns what is wrong with a row, as the rest of a sentence; None if nothing is.
+
+    Args:
+        row: The row.
+        columns: Those of its form, if it has one.
+        forms: Those that rows may have.
+    """
+    return problem(row, columns) if columns else f"has {list(row)}, where rows have {', or '.join(map(names, forms))}"
 
 
 def _kept(files, stamps, columns, domain) -> Iterator[dict]:

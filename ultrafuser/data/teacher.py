@@ -85,14 +85,9 @@ class Teacher:
         self._settled = asyncio.Condition()
         self._requests_pace = Pace(settings.requests_per_minute)
         self._tokens_pace = Pace(settings.tokens_per_minute)
+        where = settings.base_url, settings.model, settings.parameters
         self._server = Server(
-            settings.base_url,
-            settings.model,
-            settings.parameters,
-            settings.api_key_variable,
-            settings.api_key(),
-            settings.retries,
-            settings.timeout,
+            *where, settings.api_key_variable, settings.api_key(), settings.retries, settings.timeout
         )
         self._client = self._server.client()
         self._loop = asyncio.new_event_loop()

@@ -104,14 +104,12 @@ def check_stackable(model: UltraFuserForCausalLM) -> None:
                 f"Stacked specialists rotate by fixed angles ({', '.join(ROPE_TYPES)}), but those of {name!r} change "
                 f"with the length of the text ({specialist.rotary_emb.rope_type!r}). {way_out}"
             )
-        changed = [n for n, m in specialist.named_modules() if n.endswith("_proj") and type(m) is not nn.Linear]
-        if changed:
+        if changed := [n for n, m in specialist.named_modules() if n.endswith("_proj") and type(m) is not nn.Linear]:
             raise ValueError(
                 f"Stacking needs plain linear layers, but {name}.{changed[0]} is adapted or quantised. Merge adapters "
                 f"first (`merge_and_unload()`), or decode with the ordinary model."
             )
-        unlike = _differences(first, specialist)
-        if unlike:
+        if unlike := _differences(first, specialist):
             raise ValueError(
                 f"Specialists of one shape can be stacked, but {first_name!r} and {name!r} differ: {unlike}. {way_out}"
             )
@@ -179,8 +177,7 @@ class StackedReader(Reader):
             ValueError: If asked for what only specialists run one by one can give.
         """
         asked = tokens._asdict() | kwargs
-        refused = [key for key in ONE_BY_ONE if asked.get(key) is not None and asked[key] is not False]
-        if refused:
+        if refused := [key for key in ONE_BY_ONE if asked.get(key) is not None and asked[key] is not False]:
             raise ValueError(
                 f"A stacked model reads one prompt of token ids and returns last hidden states only, but got {refused}. "
                 f"Ask the ordinary model: `unstack(model)`."

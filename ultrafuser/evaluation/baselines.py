@@ -156,9 +156,8 @@ def select(specialists: Mapping[str, Scores], chosen: Tensor) -> Scores:
         specialists: By name.
         chosen: Which of them answers. Shape (examples,).
     """
-    fields = ("losses", "correct", "confidence")
     rows = torch.arange(len(chosen))
-    return Scores(*(torch.stack([getattr(s, f) for s in specialists.values()])[chosen, rows] for f in fields))
+    return Scores(*(torch.stack(own)[chosen, rows] for own in zip(*specialists.values(), strict=True)))
 
 
 def train_router(prompts: list[str], best: list[int]):

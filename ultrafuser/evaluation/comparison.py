@@ -147,11 +147,8 @@ def table_rows(comparison: Comparison) -> list[dict]:
 def best_specialists(comparison: Comparison) -> dict[str, str]:
     """For each domain the name of the row of its best specialist."""
     names = list(comparison.specialists)
-    found = {}
-    for domain, examples in comparison.data.items():
-        scores = {name: m.scores[domain] for name, m in comparison.alone().items()}
-        found[domain] = f"{names[best_per_domain(scores, examples)[0]]} specialist"
-    return found
+    chosen = {d: best_per_domain(comparison.alone(d), examples)[0] for d, examples in comparison.data.items()}
+    return {domain: f"{names[best]} specialist" for domain, best in chosen.items()}
 
 
 @torch.inference_mode()
@@ -192,17 +189,16 @@ def _check_identity(out: Path, identity: dict) -> None:
 
 def _kept(file: Path, make: Callable[[], Measured]) -> Measured:
     """Scores from a file, or made and written there whole."""
-    fields = ("losses", "correct", "confidence")
     if file.exists():
         read_header(file)
         with safe_open(file, "pt") as saved:
             meta = {key: json.loads(value) for key, value in saved.metadata().items()}
             domains = meta.pop("domains")
-            scores = {d: Scores(*(saved.get_tensor(f"{d}/{field}") for field in fields)) for d in domains}
+            scores = {d: Scores(*(saved.get_tensor(f"{d}/{field}") for field in Scores._fields)) for d in domains}
         return Measured(scores=scores, **meta)
     measured = make()
     meta = {"kind": measured.kind, "cost": measured.cost, "note": measured.note, "domains": list(measured.scores)}
-    tensors = {f"{d}/{f}": getattr(s, f).contiguous() for d, s in measured.scores.items() for f in fields}
+    tensors = {f"{d}/{f}": t.contiguous() for d, s in measured.scores.items() for f, t in s._asdict().items()}
     part = file.with_suffix(".part")
     save_file(tensors, part, {key: json.dumps(value) for key, value in meta.items()})
     os.replace(part, file)

@@ -101,9 +101,9 @@ class Comparison:
         reference = next(iter(self.specialists.values()))
         return Measured(kind, scores, cost(model, reference, examples.input_ids[:1, :16]), note)
 
-    def alone(self) -> dict[str, Measured]:
-        """Returns the results of each specialist alone."""
-        return {name: self.found[f"{name} specialist"] for name in self.specialists}
+    def alone(self, domain: str) -> dict[str, Scores]:
+        """Returns the scores of each specialist alone on a domain."""
+        return {name: self.found[f"{name} specialist"].scores[domain] for name in self.specialists}
 
 
 def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
@@ -153,11 +153,11 @@ def routed(comparison: Comparison, choose: Callable[[dict[str, Scores], HeldOut]
         comparison: The specialists' scores among others.
         choose: From the specialists' scores and the examples to the specialist of each. Shape (examples,).
     """
-    alone, scores = comparison.alone(), {}
+    scores = {}
     for domain, examples in comparison.data.items():
-        own = {name: measured.scores[domain] for name, measured in alone.items()}
+        own = comparison.alone(domain)
         scores[domain] = select(own, choose(own, examples))
-    costs = [measured.cost for measured in alone.values()]
+    costs = [comparison.found[f"{name} specialist"].cost for name in comparison.specialists]
     price = {key: sum(c[key] for c in costs) for key in ("parameters", "bytes")}
     price |= {key: max(c[key] for c in costs) for key in ("parameters_per_token", "cache_bytes_per_token")}
     price |= {key: min(c[key] for c in costs) for key in ("tokens_per_second", "speed")}
@@ -198,9 +198,7 @@ def trained_choice(comparison: Comparison) -> Callable[[dict[str, Scores], HeldO
 def weighted_by_perplexity(comparison: Comparison) -> Measured:
     """All specialists, weighed for the whole request by how well each predicts its prompt."""
     gate = RequestGate(comparison.ingredients.config)
-    weights = {}
-    for domain, examples in comparison.data.items():
-        weights[domain] = perplexity_weights({n: m.scores[domain] for n, m in comparison.alone().items()}, examples)
+    weights = {d: perplexity_weights(comparison.alone(d), examples) for d, examples in comparison.data.items()}
 
     def set_weights(domain: str, rows: slice) -> None:
         gate.weights = weights[domain][rows]
@@ -240,13 +238,12 @@ def calibrated_oracle(comparison: Comparison, gates: Sequence[str]) -> Measured:
     _check_tunable(comparison)
     found = routed(comparison, best_per_domain)
     for domain, examples in comparison.data.items():
-        own = {name: measured.scores[domain] for name, measured in comparison.alone().items()}
-        best = int(best_per_domain(own, examples)[0])
+        best = int(best_per_domain(comparison.alone(domain), examples)[0])
         tune = {domain: comparison.tune[domain]} if domain in comparison.tune else comparison.tune
         models = [tempered(comparison.ingredients, gate, best) for gate in gates]
         for gate, model in zip(gates, models, strict=True):
-            _tune(model, comparison, {d: e.first(_fitted(e)) for d, e in tune.items()}, **TEMPERATURES[gate])
-        rest = [e.behind(_fitted(e)) if len(e) > 1 else e for e in tune.values()]
+            _tune(model, comparison, {d: e[: _fitted(e)] for d, e in tune.items()}, **TEMPERATURES[gate])
+        rest = [e[_fitted(e) :] if len(e) > 1 else e for e in tune.values()]
         found.scores[domain] = score(min(models, key=lambda m: _loss(m.eval(), rest)), examples)
     return found
 
@@ -291,7 +288,7 @@ def merged(comparison: Comparison, method: str, by_depth: bool) -> Measured:
     make = partial(merge, comparison.specialists, method, **options)
     best = weights[0]
     if len(weights) > 1:
-        few = [examples.first(16) for examples in comparison.tune.values()]
+        few = [examples[:16] for examples in comparison.tune.values()]
         # a merge is a copy of a specialist: one is held at a time, and the best is made again
         best = min(weights, key=lambda w: _loss(make(weight=w), few))
     return comparison.run(make(weight=best), "merge", note=f"factor {best:.2g}")

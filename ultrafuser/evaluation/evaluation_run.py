@@ -12,13 +12,13 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser.tokenizer_ultrafuser import TOKENIZER_PROBE, load_tokenizer
-from trainers.rows import CHAT, PAIR, TEXT, TOKENS, form_of_row, names, problem
+from trainers.rows import CHAT, PAIR, TEXT, TOKENS, form_of_row
 
 from .. import pretrained
 from ..atomic import sole_writer, write_json
 from ..fused_folders import fused_config
 from ..provenance import provenance, weights_digest
-from ..row_files import load_set, parse
+from ..row_files import fault_of, load_set, parse
 from ..source_names import is_file, split_source
 from .comparison import MIXED, SCORES, compare_models
 from .contenders import FUSED, Comparison
@@ -83,21 +83,13 @@ def evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load = partial(pretrained.load_model, dtype="auto", device_map=device)
     fused = load(model)
-    comparison = Comparison(
-        fused,
-        load(specialists_of) if specialists_of else fused,
-        tokenizer,
-        held,
-        tuning,
-        load(base) if base else None,
-        seed,
-    )
+    ingredients, tuned_from = load(specialists_of) if specialists_of else fused, load(base) if base else None
+    comparison = Comparison(fused, ingredients, tokenizer, held, tuning, tuned_from, seed)
     asked = {"model": model, "specialists_of": specialists_of, "base": base, "also": dict(also or {}), "seed": seed}
     # of every tensor the first numbers: whatever trains a model changes them
     weights = {"weights": _digest([p.detach().flatten()[:64] for p in fused.parameters()])}
     weights["others"] = {path: weights_digest(Path(path)) for path in others}
-    tokens = {d: _digest([x.input_ids, x.scored]) for d, x in held.items()}
-    tuned = {d: _digest([x.input_ids, x.scored]) for d, x in tuning.items()}
+    tokens, tuned = ({d: _digest([x.input_ids, x.scored]) for d, x in sets.items()} for sets in (held, tuning))
     more = {name: partial(load, path) for name, path in (also or {}).items()}
     identity = {**asked, **weights, "data": tokens, "tune": tuned}
     with sole_writer(out, "evaluate", WRITES, begun=[f"{SCORES}/run.json"]):
@@ -141,9 +133,7 @@ def _read(domain: str, source: str, *, tokenizer, examples: int, **limits) -> He
 def _rows(file: str, whose: str, limit: int) -> list[dict]:
     rows, forms = [], (TEXT, TOKENS, CHAT, PAIR)
     for place, row in itertools.islice(parse(file, whose), limit):
-        form = form_of_row(row, forms)
-        fault = problem(row, form) if form else f"has {list(row)}, where rows have {', or '.join(map(names, forms))}"
-        if fault:
+        if fault := fault_of(row, form_of_row(row, forms), forms):
             raise ValueError(f"{place}: this row of {whose} {fault}. Correct it or drop it.")
         rows.append(row)
     return rows

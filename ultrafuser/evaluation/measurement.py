@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +44,9 @@ class HeldOut:
         """Tokens that a router may read before it decides. Shape (examples, seq)."""
         return self.attention_mask.bool() & (self.scored.cumsum(-1) == 0)
 
-    def first(self, examples: int) -> "HeldOut":
-        """The first examples only."""
-        return HeldOut(self.input_ids[:examples], self.attention_mask[:examples], self.scored[:examples])
-
-    def behind(self, examples: int) -> "HeldOut":
-        """All but the first examples."""
-        return HeldOut(self.input_ids[examples:], self.attention_mask[examples:], self.scored[examples:])
+    def __getitem__(self, rows: slice) -> "HeldOut":
+        """Returns some of the examples only."""
+        return HeldOut(self.input_ids[rows], self.attention_mask[rows], self.scored[rows])
 
     def as_rows(self) -> list[dict[str, list[int]]]:
         """The examples as rows to train on: `input_ids`, and `labels` that are -100 on the prompt."""
@@ -121,8 +118,7 @@ def _tokens(row: dict, number: int, tokenizer: PreTrainedTokenizerBase, prompt_t
     )
 
 
-@dataclass
-class Scores:
+class Scores(NamedTuple):
     """Scores of one model on one domain. All of shape (examples, seq); the first token, which is not predicted, is 0.
 
     Attributes:
@@ -186,9 +182,7 @@ def cost(
     """
     cache = model(input_ids=prompt.to(model.device), use_cache=True, return_dict=True)[CACHE]
     # recurrent layers and evidence keep a state of one size, whatever the length, and no keys
-    kept = [
-        t for layer in cache.layers if getattr(layer, "keys", None) is not None for t in (layer.keys, layer.values)
-    ]
+    pairs = [(layer.keys, layer.values) for layer in cache.layers if getattr(layer, "keys", None) is not None]
     seconds, ratios = [], []
     for _ in range(repeats + 1):
         seconds.append(_seconds(model, prompt, new_tokens))
@@ -201,7 +195,7 @@ def cost(
         "parameters": total,
         "parameters_per_token": total - sum(t.numel() for key, t in tables.items() if key not in heads),
         "bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "cache_bytes_per_token": sum(t.numel() * t.element_size() for t in kept) // prompt.shape[1],
+        "cache_bytes_per_token": sum(t.numel() * t.element_size() for pair in pairs for t in pair) // prompt.shape[1],
         "tokens_per_second": new_tokens / median(seconds[1:]),
         "speed": median(ratios[1:]),
     }

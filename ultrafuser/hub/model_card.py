@@ -267,13 +267,12 @@ def _comparison(results: dict) -> dict:
     ]
     made_with = {key: results[key] for key in ("seed", "commit", "machine") if key in results}
     made_with |= results.get("versions", {})
+    told = ", ".join(markdown(f"{key} {value}") for key, value in made_with.items())
     return {
         "table": _table(["", *map(markdown, domains), "mean"], lines),
         "words": _ahead(rows),
         "gate": _table(["on", *names, "entropy"], weights),
-        "made_with": "Measured with "
-        + ", ".join(markdown(f"{key} {value}") for key, value in made_with.items())
-        + ".",
+        "made_with": f"Measured with {told}.",
     }
 
 

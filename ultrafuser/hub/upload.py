@@ -67,10 +67,7 @@ def push(
             if the repository is there for all to see, but is to be private.
         OSError: If the Hub cannot be asked, or refuses.
     """
-    if (token or get_token()) is None:
-        raise ValueError(
-            "Only somebody whom the Hub knows may push, but no token was found. Run `hf auth login`, or set HF_TOKEN."
-        )
+    check_token(token)
     files = whole_model(folder)
     api = HfApi(token=token) if token else HfApi()
     there = _there(api, repo_id, revision)
@@ -115,6 +112,18 @@ def push(
         parent_commit=there.sha if there else None,
     )
     return str(commit.commit_url)
+
+
+def check_token(token: str | None) -> None:
+    """Rejects a push by nobody.
+
+    Raises:
+        ValueError: If no token is given, and nobody is logged in.
+    """
+    if (token or get_token()) is None:
+        raise ValueError(
+            "Only somebody whom the Hub knows may push, but no token was found. Run `hf auth login`, or set HF_TOKEN."
+        )
 
 
 def whole_model(folder: Path) -> list[str]:

@@ -58,16 +58,10 @@ def draw_gate_by_position(
         bin_tokens: Positions in a bin.
         colours: Colour of each specialist.
     """
-    figure, axes = _panels(len(weights_by_position))
+    figure, axes = _panels(len(weights_by_position), "position in the text, tokens", "mean gate weight")
     for axis, (domain, bins) in zip(axes, weights_by_position.items(), strict=True):
-        starts = np.arange(len(bins) + 1) * bin_tokens
-        for name, values in zip(specialists, np.transpose(bins), strict=True):
-            # a bin's value holds up to its end
-            axis.step(starts, [*values, values[-1]], where="post", color=colours[name], label=name)
-        axis.set(title=f"tokens of {domain}", ylim=(-0.03, 1.03))
-        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    figure.supxlabel("position in the text, tokens", fontsize="medium")
-    figure.supylabel("mean gate weight", fontsize="medium")
+        shares = dict(zip(specialists, np.transpose(bins), strict=True))
+        _steps(axis, f"tokens of {domain}", np.arange(len(bins) + 1) * bin_tokens, shares, colours)
     _shared_legend(figure, axes)
     return figure
 
@@ -233,7 +227,7 @@ def draw_losses(runs: Mapping[str, Sequence[Mapping]], colours: dict[str, str]) 
             `loss/text`, ... Other entries are passed over.
         colours: Colour of each domain.
     """
-    figure, axes = _panels(len(runs))
+    figure, axes = _panels(len(runs), "optimizer step", "loss, nats per token")
     for axis, (name, history) in zip(axes, runs.items(), strict=True):
         lines = {domain: (f"loss/{domain}", colour) for domain, colour in colours.items()}
         for label, (key, colour) in {**lines, "all": ("loss", _ink())}.items():
@@ -241,9 +235,6 @@ def draw_losses(runs: Mapping[str, Sequence[Mapping]], colours: dict[str, str]) 
             if points:
                 axis.plot(*zip(*points, strict=True), color=colour, label=label)
         axis.set_title(name)
-        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    figure.supxlabel("optimizer step", fontsize="medium")
-    figure.supylabel("loss, nats per token", fontsize="medium")
     _shared_legend(figure, axes)
     return figure
 
@@ -262,23 +253,25 @@ def draw_mixes(
         steps: Optimizer steps of the runs.
         colours: Colour of each domain.
     """
-    figure, axes = _panels(len(runs))
+    figure, axes = _panels(len(runs), "optimizer step", "share of the mix")
     for axis, (name, mixes) in zip(axes, runs.items(), strict=True):
         # a mix that was to begin when the run was over held for no batch
         held = [(step, mix) for step, mix in mixes if step < steps]
-        starts = [step for step, _ in held] + [steps]
-        for domain, shares in zip(domains, zip(*(mix for _, mix in held), strict=True), strict=True):
-            axis.step(starts, [*shares, shares[-1]], where="post", color=colours[domain], label=domain)
-        axis.set(title=name, ylim=(-0.03, 1.03))
-        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    figure.supxlabel("optimizer step", fontsize="medium")
-    figure.supylabel("share of the mix", fontsize="medium")
+        shares = dict(zip(domains, zip(*(mix for _, mix in held), strict=True), strict=True))
+        _steps(axis, name, [step for step, _ in held] + [steps], shares, colours)
     _shared_legend(figure, axes)
     return figure
 
 
-def _panels(number: int) -> tuple[Figure, list[Axes]]:
-    """Small panels that share their axes, three in a row."""
+def _steps(axis: Axes, title: str, starts: Sequence[float], shares: Mapping[str, Sequence], colours: dict) -> None:
+    """Draws shares over time by name; a share holds up to the next start, of which there is one more."""
+    for name, values in shares.items():
+        axis.step(starts, [*values, values[-1]], where="post", color=colours[name], label=name)
+    axis.set(title=title, ylim=(-0.03, 1.03))
+
+
+def _panels(number: int, along: str, up: str) -> tuple[Figure, list[Axes]]:
+    """Makes small panels that share their axes, three in a row, and what is written along and up."""
     columns = min(number, 3)
     lines = math.ceil(number / columns)
     figure = Figure(figsize=(max(4.5, 2.6 * columns), 1 + 2.1 * lines), layout="constrained")
@@ -287,6 +280,10 @@ def _panels(number: int) -> tuple[Figure, list[Axes]]:
         # the panel above it shows the ticks of the column
         axes[axes.index(unused) - columns].tick_params(labelbottom=True)
         unused.remove()
+    for axis in axes[:number]:
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    figure.supxlabel(along, fontsize="medium")
+    figure.supylabel(up, fontsize="medium")
     return figure, axes[:number]
 
 

@@ -21,6 +21,11 @@ def strength(weight: float, specialists: int) -> float:
     return 0.1 + 0.4 * max(0.0, weight - even) / (1 - even)
 
 
+def css(colour: str, weight: float, specialists: int) -> str:
+    """How a page shows that a specialist of this colour leads with this weight."""
+    return f"background:{colour}{round(255 * strength(weight, specialists)):02x};border-color:{colour}"
+
+
 def blend(colour: str, share: float, paper: str = PAPER["light"]) -> str:
     """A colour laid over paper with this opacity."""
     pairs = zip(channels(colour), channels(paper), strict=True)

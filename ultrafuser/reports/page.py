@@ -6,7 +6,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from .colours import strength
+from .colours import css
 from .explanation import FUSED, Token, leaders, mean_weights
 
 
@@ -138,7 +138,4 @@ def _visible(text: str) -> Markup:
 
 
 def _style(token: Token, leader: str | None, colours: Mapping[str, str]) -> str:
-    if leader is None:
-        return ""
-    opacity = round(255 * strength(token.weights[leader], len(token.weights)))
-    return f"background:{colours[leader]}{opacity:02x};border-color:{colours[leader]}"
+    return "" if leader is None else css(colours[leader], token.weights[leader], len(token.weights))

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.gate_base_ultrafuser import GateOutput
 
-from ..reports.colours import assign, strength
+from ..reports.colours import assign, css
 from .chat import Speech, followed, prompt_ids, speak
 from .guard import LEAST_BYTES, Guard, refusal, replayed
 
@@ -313,7 +313,5 @@ def legend(turns: Sequence[str | Pieces], colours: Mapping[str, str]) -> str:
 
 def _span(text: str, weights: list[float], colours: Mapping[str, str]) -> str:
     weight, leader = max(zip(weights, colours, strict=True))
-    opacity = round(255 * strength(weight, len(weights)))
-    style = f"background:{colours[leader]}{opacity:02x};border-color:{colours[leader]}"
     told = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(colours, weights, strict=True))
-    return f'<span style="{style}" title="{escape(told)}">{escape(text)}</span>'
+    return f'<span style="{css(colours[leader], weight, len(weights))}" title="{escape(told)}">{escape(text)}</span>'

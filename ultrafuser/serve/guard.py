@@ -16,6 +16,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ..keys import is_loopback
+
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # of a client: for a request's head, for its body, and while it reads nothing of an answer
@@ -38,7 +40,7 @@ def key_for(host: str, variable: str, without_key: bool) -> str | None:
         ValueError: If others could reach the address and there is no key.
     """
     key = os.environ.get(variable) or None
-    if key is None and not without_key and not _is_loopback(host):
+    if key is None and not without_key and not is_loopback(host):
         raise ValueError(
             f"Whoever reaches {host!r} could use the model, but the environment variable {variable} holds no key. Set it, "
             f"and clients send it (`Authorization: Bearer KEY`; browsers ask for it as a password); or listen on "
@@ -243,7 +245,3 @@ def _is_address(name: str | None) -> bool:
         return bool(ipaddress.ip_address(name or ""))
     except ValueError:
         return False
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)

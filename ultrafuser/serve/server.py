@@ -172,23 +172,18 @@ class Answering:
             raise HTTPException(
                 400, f"This server has one model, {name!r}, but the request names {body['model'][:200]!r}."
             )
-        if self.state.use_continuous_batching(self.served.model, Modality.LLM):
-            own = [field for field in SHARED if field in body]
-            if own:
-                raise HTTPException(
-                    400, f"With continuous batching all requests share the model's sampling, but this sets {own}."
-                )
+        own = [field for field in SHARED if field in body]
+        if own and self.state.use_continuous_batching(self.served.model, Modality.LLM):
+            raise HTTPException(
+                400, f"With continuous batching all requests share the model's sampling, but this sets {own}."
+            )
         vocabulary = self.served.model.config.vocab_size
         if any(not (_TOKEN.fullmatch(t) and int(t) < vocabulary) for t in body.get("logit_bias", ())):
             raise HTTPException(400, f"`logit_bias` is by token, a number below {vocabulary}.")
         ids = self._prompt(body)
         if not ids:
             raise HTTPException(400, "The prompt has no tokens, and there is nothing to continue.")
-        given = (
-            body.pop("max_completion_tokens", None),
-            body.pop("max_tokens", None),
-            body.pop("max_output_tokens", None),
-        )
+        given = [body.pop(f"max_{kind}tokens", None) for kind in ("completion_", "", "output_")]
         default = max(self.served.model.generation_config.max_new_tokens or 0, DEFAULT_TOKENS)
         asked = next((most for most in given if most is not None), default)
         if self.limit is not None and len(ids) >= self.limit:

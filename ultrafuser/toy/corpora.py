@@ -102,8 +102,7 @@ def _product(rng: random.Random) -> str:
 
 
 def _sum(rng: random.Random) -> str:
-    numbers = [rng.randint(10, 999) for _ in range(3)]
-    a, b, c = numbers
+    a, b, c = (rng.randint(10, 999) for _ in range(3))
     return f"What is {a} + {b} - {c}?\n{a} + {b} - {c} = {a + b} - {c} = {a + b - c}"
 
 

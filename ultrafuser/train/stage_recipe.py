@@ -10,7 +10,6 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import torch
 from datasets import Dataset
-from huggingface_hub import get_token
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -235,10 +234,7 @@ def _publishing(args: GateStageConfig | JointStageConfig) -> Callable[[], None] 
             f"A model is pushed to `owner/name`, but `hub_model_id` is {repository!r}. Give --hub_model_id owner/name, or "
             f"push it afterwards: `ultrafuser push {args.output_dir} owner/name`."
         )
-    if (token or get_token()) is None:
-        raise ValueError(
-            "Only somebody whom the Hub knows may push, but no token was found. Run `hf auth login`, or set HF_TOKEN."
-        )
+    upload.check_token(token)
     options = {"private": args.hub_private_repo, "revision": args.hub_revision, "token": token}
     return lambda: upload.push(Path(args.output_dir), repository, **options, say=print_line) and None
 
