@@ -30,19 +30,9 @@ from ..atomic import new_folder
 from ..check.findings import Judgement
 from ..check.metadata import Source, parse
 from ..fused_folders import fused_config, read_ingredients, save_fused
+from . import reference_file
 from .fusion_recipe import Fusion, FusionRecipe, commits, described
-from .reference_file import (
-    GATE_FILE,
-    RECIPE,
-    TOKENIZER,
-    Reference,
-    check_pinned,
-    check_sha256,
-    read_reference,
-    refuse_code,
-    refused,
-    sha256,
-)
+from .reference_file import GATE_FILE, RECIPE, TOKENIZER, Reference, refused
 from .specialist_edits import BACKBONE, GATE, HEAD, built
 
 
@@ -72,7 +62,7 @@ def refer(
     reference = _origins(folder, config, specialists)
     reference.base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
     with new_folder(out) as part:
-        refuse_code(folder)
+        reference_file.refuse_code(folder)
         judgement = _recipe(reference, config).plan()
         reference.specialist_revisions = commits(judgement.sources)
         say("comparing with the specialists")
@@ -88,7 +78,7 @@ def refer(
             reference.base_sha256 = _hashes(judgement.base)
         # the lock is no part of it
         own = sorted(path for path in part.iterdir() if not path.name.startswith("."))
-        reference.sha256 = {path.name: sha256(path) for path in own}
+        reference.sha256 = {path.name: reference_file.sha256(path) for path in own}
         written = {key: value for key, value in asdict(reference).items() if value}
         (part / RECIPE).write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
 
@@ -109,7 +99,7 @@ class ReferenceRecipe:
     @classmethod
     def read(cls, file: Path) -> "ReferenceRecipe | None":
         """Reads a reference recipe. Any other recipe is None. See `read_reference`."""
-        reference = read_reference(file)
+        reference = reference_file.read_reference(file)
         return None if reference is None else cls(file, _in_order(reference, fused_config(file.parent)))
 
     def choose(self, choices: dict[str, Any], dtype: str | None = None) -> "ReferenceRecipe":
@@ -148,9 +138,9 @@ class ReferenceRecipe:
             if judgement.base is not None:
                 pairs.append((judgement.base, reference.base_sha256))
             for source, files in pairs:
-                check_pinned(source.location, _read_of(source), files)
+                reference_file.check_pinned(source.location, _read_of(source), files)
                 for name, expected in files.items():
-                    check_sha256(_path(source, name), expected)
+                    reference_file.check_sha256(_path(source, name), expected)
             say("fusing")
             state = _fused(reference, config).state_dict()
             state |= _read_gate(here / GATE_FILE, {k: t for k, t in state.items() if k.startswith(GATE)})
@@ -313,7 +303,7 @@ def _with_template(tokenizer: PreTrainedTokenizerBase, reference: Reference) -> 
 
 def _hashes(source: Source) -> dict[str, str]:
     """SHA-256 of what is read of a specialist, or of a base, by file."""
-    return {file: sha256(_path(source, file)) for file in _read_of(source)}
+    return {file: reference_file.sha256(_path(source, file)) for file in _read_of(source)}
 
 
 def _read_of(source: Source) -> list[str]:

@@ -7,21 +7,13 @@ from pathlib import Path
 
 from huggingface_hub import (
     HfApi,
+    errors,
     get_safetensors_metadata,
     get_token,
     hf_hub_download,
     parse_safetensors_file_metadata,
     snapshot_download,
     try_to_load_from_cache,
-)
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    NotASafetensorsRepoError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import SafetensorsFileMetadata
 
@@ -153,9 +145,9 @@ def read(name: str, location: str, revision: str | None = None) -> Source:
         return _read_folder(location, Path(location))
     try:
         return _read_hub(location, revision)
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         raise _denied(name, location, revision, error) from error
-    except (OfflineModeIsEnabled, HTTPError, ValueError) as error:
+    except (errors.OfflineModeIsEnabled, errors.HTTPError, ValueError) as error:
         # not online, or no id: what has been downloaded is read instead
         try:
             folder = Path(snapshot_download(location, revision=revision, local_files_only=True))
@@ -212,7 +204,7 @@ def _read_weights(source: Source, headers) -> None:
     try:
         with in_words("The weights", source.location):
             source.weights = headers() or None
-    except NotASafetensorsRepoError:
+    except errors.NotASafetensorsRepoError:
         pass
     except (OSError, UnreadableFileError) as error:
         reason = error.fact if isinstance(error, Refusal) else str(error).splitlines()[0]
@@ -227,13 +219,13 @@ def _denied(name: str, location: str, revision: str | None, error: Exception) ->
     token = "a token was found" if get_token() else "no token was found"
     where = f"{name!r} ({location!r}{f', revision {revision!r}' if revision else ''})"
     rule = "A specialist is a folder or a repository on the Hub"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         fact, rule = f"{where} is gated, and {token}", "A specialist's files must be readable"
         way_out = "Accept its terms on its page on the Hub with your account, then run `hf auth login`; or pass a local folder."
-    elif isinstance(error, RevisionNotFoundError):
+    elif isinstance(error, errors.RevisionNotFoundError):
         fact, rule = f"{where} has no such revision", "A specialist is read at one commit"
         way_out = "Check the spelling."
-    elif isinstance(error, RepositoryNotFoundError):
+    elif isinstance(error, errors.RepositoryNotFoundError):
         fact = f"{where} is no folder here and no repository on the Hub, or it is private, and {token}"
         way_out = "Check the spelling; for a private one run `hf auth login`."
     else:

@@ -153,32 +153,17 @@ def card(statistics: dict, samples: dict[str, list[dict]]) -> DatasetCard:
         size_categories=[next((label for size, label in SIZES if statistics["records"] < size), "n>10M")],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train.jsonl"}]}],
     )
-    rows = [
-        f"| {markdown(domain)} | {count} | {len(statistics['topics'][domain])} | {statistics['lengths'][domain]['mean']} |"
-        for domain, count in statistics["domains"].items()
-    ]
-    sources = [f"| {markdown(source)} | {count} |" for source, count in statistics["sources"].items()]
     sample = plain(json.dumps(next(iter(samples.values()))[0], indent=2, ensure_ascii=False))
     # a fence that no text of the sample can end
     fence = "`" * (max(map(len, re.findall("`+", sample)), default=0) + 3)
-    return DatasetCard(
-        "\n".join(
-            [
-                f"---\n{data.to_yaml()}\n---\n",
-                f"# {markdown(statistics['name'])}\n",
-                "Instruction data by domain, each record a conversation with the set that it comes from and its licence.\n",
-                f"| domain | records | topics | mean {statistics['length_in']} |\n|---|---:|---:|---:|",
-                *rows,
-                "\n| source | records |\n|---|---:|",
-                *sources,
-                f"\nAmong {statistics['records']} records, {statistics['duplicates']['exact']} are the same as an "
-                f"earlier one and {statistics['duplicates']['near']} nearly so.\n",
-                f"## One record\n\n{fence}json\n{sample}\n{fence}\n",
-                "## Use\n\n```python\nfrom datasets import load_dataset\n\n"
-                'data = load_dataset("...", split="train")\n'
-                'domains = {d: data.filter(lambda row: row["domain"] == d) for d in data.unique("domain")}\n```\n',
-            ]
-        )
+    return DatasetCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("dataset_card.jinja")),
+        name=markdown(statistics["name"]),
+        statistics=statistics,
+        markdown=markdown,
+        sample=sample,
+        fence=fence,
     )
 
 

@@ -16,19 +16,7 @@ from trainers import CachedGateTrainer, GateStageConfig
 
 from ..merge import MERGES
 from ..merge.merged_model import merge
-from .baselines import (
-    RandomGate,
-    RequestGate,
-    ShuffledGate,
-    ensemble,
-    perplexity_weights,
-    prompt_losses,
-    prompt_texts,
-    response_losses,
-    select,
-    tempered,
-    train_router,
-)
+from . import baselines
 from .measurement import HeldOut, Scores, cost, score
 
 
@@ -112,9 +100,11 @@ def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
     plan = {f"{n} specialist": partial(comparison.run, s, "specialist") for n, s in comparison.specialists.items()}
     plan[FUSED] = partial(comparison.run, fused, "fused")
     for fusion in FUSIONS:
-        plan[f"uniform {fusion}"] = partial(comparison.run, ensemble(ingredients, "uniform", fusion), "ensemble")
-    random_gate = RandomGate(config, comparison.seed)
-    plan["random gate"] = partial(comparison.run, ensemble(ingredients, random_gate), "control")
+        plan[f"uniform {fusion}"] = partial(
+            comparison.run, baselines.ensemble(ingredients, "uniform", fusion), "ensemble"
+        )
+    random_gate = baselines.RandomGate(config, comparison.seed)
+    plan["random gate"] = partial(comparison.run, baselines.ensemble(ingredients, random_gate), "control")
     plan["shuffled gate"] = partial(shuffled, comparison)
     plan["best specialist per domain (oracle)"] = partial(routed, comparison, best_per_domain)
     plan["best specialist per request (oracle)"] = partial(routed, comparison, best_per_request)
@@ -122,7 +112,7 @@ def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
         name = f"best specialist per domain (oracle), {temperature}"
         plan[name] = partial(calibrated_oracle, comparison, gates)
     plan["fixed-share forecaster"] = partial(
-        comparison.run, ensemble(ingredients, "posterior", "probabilities"), "ensemble"
+        comparison.run, baselines.ensemble(ingredients, "posterior", "probabilities"), "ensemble"
     )
     plan["router: prompt perplexity"] = partial(routed, comparison, least_perplexed)
     plan["prompt perplexity weights (PackLLM)"] = partial(weighted_by_perplexity, comparison)
@@ -138,12 +128,12 @@ def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
 def shuffled(comparison: Comparison) -> Measured:
     """The fused model, with its gate's weights at the wrong tokens."""
     model = comparison.fused
-    gate = ShuffledGate(model.config, model.model.fusion_gate, comparison.seed)
+    gate = baselines.ShuffledGate(model.config, model.model.fusion_gate, comparison.seed)
 
     def set_lengths(domain: str, rows: slice) -> None:
         gate.lengths = comparison.data[domain].attention_mask[rows].sum(-1)
 
-    return comparison.run(ensemble(model, gate, model.config.fusion), "control", set_lengths)
+    return comparison.run(baselines.ensemble(model, gate, model.config.fusion), "control", set_lengths)
 
 
 def routed(comparison: Comparison, choose: Callable[[dict[str, Scores], HeldOut], Tensor]) -> Measured:
@@ -156,7 +146,7 @@ def routed(comparison: Comparison, choose: Callable[[dict[str, Scores], HeldOut]
     scores = {}
     for domain, examples in comparison.data.items():
         own = comparison.alone(domain)
-        scores[domain] = select(own, choose(own, examples))
+        scores[domain] = baselines.select(own, choose(own, examples))
     costs = [comparison.found[f"{name} specialist"].cost for name in comparison.specialists]
     price = {key: sum(c[key] for c in costs) for key in ("parameters", "bytes")}
     price |= {key: max(c[key] for c in costs) for key in ("parameters_per_token", "cache_bytes_per_token")}
@@ -166,17 +156,17 @@ def routed(comparison: Comparison, choose: Callable[[dict[str, Scores], HeldOut]
 
 def best_per_domain(specialists: dict[str, Scores], data: HeldOut) -> Tensor:
     """The specialist with the least loss on all responses, which only an oracle knows. Shape (examples,)."""
-    return response_losses(specialists, data).sum(0).argmin().expand(len(data))
+    return baselines.response_losses(specialists, data).sum(0).argmin().expand(len(data))
 
 
 def best_per_request(specialists: dict[str, Scores], data: HeldOut) -> Tensor:
     """The specialist with the least loss on each response, which only an oracle knows. Shape (examples,)."""
-    return response_losses(specialists, data).argmin(-1)
+    return baselines.response_losses(specialists, data).argmin(-1)
 
 
 def least_perplexed(specialists: dict[str, Scores], data: HeldOut) -> Tensor:
     """The specialist with the least loss on each prompt. Shape (examples,)."""
-    return prompt_losses(specialists, data).argmin(-1)
+    return baselines.prompt_losses(specialists, data).argmin(-1)
 
 
 def trained_choice(comparison: Comparison) -> Callable[[dict[str, Scores], HeldOut], Tensor]:
@@ -189,21 +179,23 @@ def trained_choice(comparison: Comparison) -> Callable[[dict[str, Scores], HeldO
     prompts, best = [], []
     for examples in comparison.tune.values():
         scores = {name: score(model, examples) for name, model in comparison.specialists.items()}
-        prompts += prompt_texts(examples, comparison.tokenizer)
+        prompts += baselines.prompt_texts(examples, comparison.tokenizer)
         best += best_per_request(scores, examples).tolist()
-    router = train_router(prompts, best)
-    return lambda _, examples: torch.tensor(router.predict(prompt_texts(examples, comparison.tokenizer)))
+    router = baselines.train_router(prompts, best)
+    return lambda _, examples: torch.tensor(router.predict(baselines.prompt_texts(examples, comparison.tokenizer)))
 
 
 def weighted_by_perplexity(comparison: Comparison) -> Measured:
     """All specialists, weighed for the whole request by how well each predicts its prompt."""
-    gate = RequestGate(comparison.ingredients.config)
-    weights = {d: perplexity_weights(comparison.alone(d), examples) for d, examples in comparison.data.items()}
+    gate = baselines.RequestGate(comparison.ingredients.config)
+    weights = {
+        d: baselines.perplexity_weights(comparison.alone(d), examples) for d, examples in comparison.data.items()
+    }
 
     def set_weights(domain: str, rows: slice) -> None:
         gate.weights = weights[domain][rows]
 
-    return comparison.run(ensemble(comparison.ingredients, gate), "router", set_weights)
+    return comparison.run(baselines.ensemble(comparison.ingredients, gate), "router", set_weights)
 
 
 def tuned_constant(comparison: Comparison) -> Measured:
@@ -213,7 +205,7 @@ def tuned_constant(comparison: Comparison) -> Measured:
         UntunedError: If there are none.
     """
     _check_tunable(comparison)
-    model = ensemble(comparison.ingredients, "constant")
+    model = baselines.ensemble(comparison.ingredients, "constant")
     # adam moves a number by about the rate at each step: far enough to leave all to one specialist
     _tune(model, comparison, comparison.tune, learning_rate=5e-2)
     weights = model.model.fusion_gate.logits.softmax(-1).tolist()
@@ -240,7 +232,7 @@ def calibrated_oracle(comparison: Comparison, gates: Sequence[str]) -> Measured:
     for domain, examples in comparison.data.items():
         best = int(best_per_domain(comparison.alone(domain), examples)[0])
         tune = {domain: comparison.tune[domain]} if domain in comparison.tune else comparison.tune
-        models = [tempered(comparison.ingredients, gate, best) for gate in gates]
+        models = [baselines.tempered(comparison.ingredients, gate, best) for gate in gates]
         for gate, model in zip(gates, models, strict=True):
             _tune(model, comparison, {d: e[: _fitted(e)] for d, e in tune.items()}, **TEMPERATURES[gate])
         rest = [e[_fitted(e) :] if len(e) > 1 else e for e in tune.values()]

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from .colours import INK, PAPER, assign
 
 
+LABELS = 5  # topics that a map shows of each domain
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 11,
@@ -92,24 +93,16 @@ def _adapting(svg: str) -> str:
     return svg.replace("<svg ", '<svg fill="currentColor" ', 1)
 
 
-def draw_map(
-    points: np.ndarray,
-    domains: Sequence[str],
-    topics: Sequence[str] | None = None,
-    *,
-    colours: dict[str, str] | None = None,
-    labels: int = 5,
-) -> Figure:
+def draw_map(points: np.ndarray, domains: Sequence[str], topics: Sequence[str] | None = None) -> Figure:
     """Texts as points, one colour per domain (Ding et al., 2024, Figure 3).
 
     Args:
         points: Places, for example from `tsne`. Shape (texts, 2).
         domains: Domain of each text.
-        topics: Topic of each text. The most frequent ones of each domain are written where their texts lie.
-        colours: Colour of each domain. Default: in the order in which they come.
-        labels: Topics to write per domain. Those that would cover another one are left out.
+        topics: Topic of each text. The `LABELS` most frequent ones of each domain are written where their texts lie,
+            but for those that would cover another one.
     """
-    colours = colours or assign(domains)
+    colours = assign(domains)
     domains = np.asarray(domains)
     figure = Figure(figsize=(7, 6), layout="constrained")
     axis = figure.add_subplot()
@@ -120,16 +113,16 @@ def draw_map(
         axis.scatter(*own.T, s=14, color=colour, alpha=0.8, linewidths=0, label=domain, rasterized=len(points) > 1000)
     figure.legend(loc="outside lower center", ncols=len(colours), markerscale=2)
     if topics is not None:
-        _write_topics(axis, points, domains, np.asarray(topics), labels)
+        _write_topics(axis, points, domains, np.asarray(topics))
     return figure
 
 
-def _write_topics(axis: Axes, points: np.ndarray, domains: np.ndarray, topics: np.ndarray, labels: int) -> None:
+def _write_topics(axis: Axes, points: np.ndarray, domains: np.ndarray, topics: np.ndarray) -> None:
     box = {"boxstyle": "round,pad=0.2", "facecolor": matplotlib.rcParams["patch.edgecolor"], "alpha": 0.75, "lw": 0}
     found = []
     for domain in dict.fromkeys(domains):
         names, counts = np.unique(topics[domains == domain], return_counts=True)
-        found += [(count, domain, name) for count, name in sorted(zip(counts, names, strict=True))[-labels:]]
+        found += [(count, domain, name) for count, name in sorted(zip(counts, names, strict=True))[-LABELS:]]
     taken = []
     axis.figure.draw_without_rendering()
     for _, domain, topic in sorted(found, reverse=True):

@@ -15,17 +15,7 @@ from ..evaluation.measurement import held_out
 from ..provenance import versions
 from ..result_files import by_name, check_fields, every, number, whole, word
 from ..toy.corpora import DOMAINS, documents, splits
-from .charts import (
-    draw_differences,
-    draw_gate_by_domain,
-    draw_gate_by_position,
-    draw_gate_entropy,
-    draw_losses,
-    draw_mixes,
-    draw_radar,
-    draw_rows,
-    draw_tokens,
-)
+from . import charts
 from .colours import assign
 from .explanation import FUSED, Token, explain
 from .page import render
@@ -104,7 +94,7 @@ def report(
         ]
         for number, tokens in enumerate(texts.values()):
             # for places that show no web page, such as a README
-            save(out / f"text_{number}", draw_tokens, tokens, colours)
+            save(out / f"text_{number}", charts.draw_tokens, tokens, colours)
         page = render(
             f"Fused from {', '.join(specialists[:-1])} and {specialists[-1]}",
             facts=facts,
@@ -193,39 +183,39 @@ def _comparison_figures(out: Path, rows: Sequence[Mapping], colours: dict[str, s
     if any(row["name"] != FUSED and row.get("difference") is not None for row in rows):
         caption = "Loss of every row minus the fused model's on the same tokens, with 95% intervals. Beyond ±0.1 the"
         caption += " axis is logarithmic."
-        yield _figure(out, "differences", "Against the fused model", caption, draw_differences, rows, colours)
+        yield _figure(out, "differences", "Against the fused model", caption, charts.draw_differences, rows, colours)
     if rows:
         caption = "Held-out loss overall and by domain, with 95% intervals. Specialists have their colours."
-        yield _figure(out, "rows", "Every row, every domain", caption, draw_rows, rows, colours)
+        yield _figure(out, "rows", "Every row, every domain", caption, charts.draw_rows, rows, colours)
     if len({d for row in rows for d in row["loss"]}) > 2:
         caption = "Mean probability of a token relative to the best of these rows, which lies on the outer ring; the"
         caption += " rings are 1/4 apart. Dashed: the best row that is neither the fused model nor a specialist."
-        yield _figure(out, "radar", "Who is good at what", caption, draw_radar, rows, colours)
+        yield _figure(out, "radar", "Who is good at what", caption, charts.draw_radar, rows, colours)
 
 
 def _gate_figures(out: Path, gate: Mapping, specialists: Sequence[str], colours: dict[str, str]):
     if gate.get("mean_weights"):
         caption = "Mean gate weight of each specialist over the tokens of a domain."
         title = "Who speaks in which domain"
-        yield _figure(out, "gate_by_domain", title, caption, draw_gate_by_domain, gate["mean_weights"], colours)
+        yield _figure(out, "gate_by_domain", title, caption, charts.draw_gate_by_domain, gate["mean_weights"], colours)
     if gate.get("weights_by_position"):
         caption = f"The same by position, in bins of {gate['bin_tokens']} tokens."
         given = gate["weights_by_position"], specialists, gate["bin_tokens"], colours
-        yield _figure(out, "gate_by_position", "Who speaks when", caption, draw_gate_by_position, *given)
+        yield _figure(out, "gate_by_position", "Who speaks when", caption, charts.draw_gate_by_position, *given)
     if gate.get("entropy"):
         caption = "Mean entropy of the gate weights: 0 where one specialist always speaks alone."
         given = gate["entropy"], len(specialists), colours
-        yield _figure(out, "gate_entropy", "How undecided the gate is", caption, draw_gate_entropy, *given)
+        yield _figure(out, "gate_entropy", "How undecided the gate is", caption, charts.draw_gate_entropy, *given)
 
 
 def _training_figures(out: Path, training: Mapping[str, Mapping], colours: dict[str, str]):
     logs = {name: run["log"] for name, run in training.items() if any("loss" in entry for entry in run["log"])}
     if logs:
         caption = "Training loss as logged, over all tokens and by domain."
-        yield _figure(out, "training_loss", "Training", caption, draw_losses, logs, colours)
+        yield _figure(out, "training_loss", "Training", caption, charts.draw_losses, logs, colours)
     for name, run in training.items():
         # one that is fixed is a straight line
         if len(run["mixes"]) > 1:
             given = {name: run["mixes"]}, run["domains"], run["steps"], colours
             caption = "How often each domain was drawn."
-            yield _figure(out, f"mix_{name}", f"The mix of {name} over time", caption, draw_mixes, *given)
+            yield _figure(out, f"mix_{name}", f"The mix of {name} over time", caption, charts.draw_mixes, *given)

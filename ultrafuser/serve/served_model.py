@@ -10,13 +10,7 @@ from contextvars import ContextVar, copy_context
 import anyio
 import torch
 from transformers import BatchEncoding, ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerBase
-from transformers.cli.serving.utils import (
-    BaseGenerateManager,
-    CBGenerateManager,
-    GenerateManager,
-    GenerationState,
-    Modality,
-)
+from transformers.cli.serving import utils
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 
@@ -66,9 +60,9 @@ class OneModel:
         """The model and its tokenizer, whatever the name: the handler has refused all but one."""
         return self.model, self.tokenizer
 
-    def get_model_modality(self, model, processor=None) -> Modality:
+    def get_model_modality(self, model, processor=None) -> utils.Modality:
         """Text."""
-        return Modality.LLM
+        return utils.Modality.LLM
 
 
 class ServedTokenizer:
@@ -169,7 +163,7 @@ class _OwnNumbers:
             self.turn.release()
 
 
-class Threads(GenerateManager):
+class Threads(utils.GenerateManager):
     """Answers several requests at once, each in a thread: a long one does not hold the others up."""
 
     def __init__(self):
@@ -188,7 +182,7 @@ class Threads(GenerateManager):
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-class Batches(CBGenerateManager):
+class Batches(utils.CBGenerateManager):
     """Continuous batching, which lets go of requests that nobody waits for."""
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id: str):
@@ -200,7 +194,7 @@ class Batches(CBGenerateManager):
             raise
 
 
-class State(GenerationState):
+class State(utils.GenerationState):
     """Has one manager, for the one model.
 
     Attributes:
@@ -216,7 +210,7 @@ class State(GenerationState):
             # else the first request would choose sampling for all others
             self.manager.init_cb(model, GenerationConfig(**{**model.generation_config.to_dict(), "use_cache": False}))
 
-    def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
+    def get_manager(self, model_id: str, use_cb: bool = False) -> utils.BaseGenerateManager:
         """Returns the manager that generates."""
         return self.manager
 

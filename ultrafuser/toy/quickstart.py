@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -114,10 +114,12 @@ def _run(out: Path, seed: int, schedule: Schedule) -> dict[str, dict[str, float]
     held_out = {d: blocks[d]["held_out"] for d in DOMAINS}
 
     console.print("[bold]2/5[/] A small base, and three specialists that go on from it, each on its own domain only")
-    base = make_base([blocks[d]["specialist"] for d in DOMAINS], tokenizer, out / "base", schedule, seed)
+    every = torch.cat([blocks[d]["specialist"] for d in DOMAINS])
+    every = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))]
+    make_specialist(every, tokenizer, out / "base", replace(schedule, specialist_steps=schedule.base_steps), seed)
     folders = {d: out / d for d in DOMAINS}
     for domain, folder in folders.items():
-        make_specialist(blocks[domain]["specialist"], tokenizer, folder, schedule, seed, base)
+        make_specialist(blocks[domain]["specialist"], tokenizer, folder, schedule, seed, out / "base")
 
     console.print("[bold]3/5[/] Fused; then stage one: the gate alone, on text the specialists have not seen")
     model = UltraFuserForCausalLM.from_specialists(folders)
@@ -176,19 +178,6 @@ def to_blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Documents end to end, cut into examples of one length. Shape (examples, LENGTH)."""
     ids = [i for text in texts for i in (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)]
     return torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
-
-
-def make_base(
-    domains: list[Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path, schedule: Schedule, seed: int
-) -> Path:
-    """Trains a small Llama from scratch on all domains and saves it with its tokenizer."""
-    blocks = torch.cat(domains)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
-    model = new_model(tokenizer, seed)
-    pretrain(model, blocks[order], folder, schedule.base_steps, schedule.specialist_rate, seed)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def make_specialist(
