@@ -12,20 +12,9 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, List, Value, load_dataset
 
+from trainers import rows
 from trainers.domains import check_kind
-from trainers.rows import (
-    BESIDE,
-    BESIDE_TOKENS,
-    CHAT,
-    OLD_CHAT,
-    PAIR,
-    TEXT,
-    TOKENS,
-    form_of,
-    form_of_row,
-    names,
-    problem,
-)
+from trainers.rows import BESIDE, BESIDE_TOKENS, TEXT, TOKENS
 
 from .source_names import is_file
 
@@ -33,7 +22,7 @@ from .source_names import is_file
 MOST_CHARACTERS = 4096  # of a name
 MOST_FILES = 10_000
 # in this order where rows hold several
-FORMS = (CHAT, PAIR, TEXT, OLD_CHAT, TOKENS)
+FORMS = (rows.CHAT, rows.PAIR, TEXT, rows.OLD_CHAT, TOKENS)
 
 
 def load(arguments: dict[str, Any], domain: str | None = None, *, text_field: str = "text") -> Any:
@@ -64,9 +53,9 @@ def load(arguments: dict[str, Any], domain: str | None = None, *, text_field: st
         return _load_files(files, domain, whose, forms)
     dataset = load_set({"split": "train", **arguments}, whose)
     check_kind(dataset, whose)
-    columns, more = form_of(dataset.column_names, forms), [] if domain else ["domain"]
+    columns, more = rows.form_of(dataset.column_names, forms), [] if domain else ["domain"]
     if columns is None or not set(more) <= set(dataset.column_names):
-        named = "".join(f", and {names([name])}" for name in more)
+        named = "".join(f", and {rows.names([name])}" for name in more)
         raise ValueError(
             f"Rows have `messages`, `prompt` and `completion`, or `{text_field}`{named}, but those of {arguments} have "
             f"{dataset.column_names}. Rename its columns."
@@ -149,15 +138,13 @@ def _load_files(files: list[str], domain: str | None, whose: str, forms: list[tu
                 f"names its own in `domain`. Fill it in, or pass a file per domain: --data NAME=FILE."
             )
         if name not in found:
-            columns = form_of_row(row, forms) or ()
+            columns = rows.form_of_row(row, forms) or ()
             found[name] = _Form(columns, [type(row[c]) for c in columns])
         form = found[name]
         fault = fault_of(row, form.columns, forms)
         types = [type(row.get(c)) for c in form.columns]
         if not fault and types != form.types:
-            fault = (
-                f"has {names(form.columns)} as {types[0].__name__}, and the rows before it as {form.types[0].__name__}"
-            )
+            fault = f"has {rows.names(form.columns)} as {types[0].__name__}, and the rows before it as {form.types[0].__name__}"
         if fault:
             raise ValueError(
                 f"{place}: this row of domain {name!r} {fault}. Every row is trained on, so correct it or drop it; rows "
@@ -186,7 +173,9 @@ def fault_of(row: dict, columns: tuple[str, ...] | None, forms: Sequence[tuple[s
         columns: Those of its form, if it has one.
         forms: Those that rows may have.
     """
-    return problem(row, columns) if columns else f"has {list(row)}, where rows have {', or '.join(map(names, forms))}"
+    if not columns:
+        return f"has {list(row)}, where rows have {', or '.join(map(rows.names, forms))}"
+    return rows.problem(row, columns)
 
 
 def _kept(files, stamps, columns, domain) -> Iterator[dict]:
