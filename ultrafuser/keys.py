@@ -135,7 +135,7 @@ def api_key(url: str, variable: str | None, advice: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host's name or address stands for this machine."""
+    """Tells whether a host's name or address stands for this machine."""
     if host == "localhost":
         return True
     try:

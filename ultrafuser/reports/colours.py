@@ -22,7 +22,7 @@ def strength(weight: float, specialists: int) -> float:
 
 
 def css(colour: str, weight: float, specialists: int) -> str:
-    """How a page shows that a specialist of this colour leads with this weight."""
+    """Returns the style by which a page shows that a specialist of this colour leads with this weight."""
     return f"background:{colour}{round(255 * strength(weight, specialists)):02x};border-color:{colour}"
 
 
