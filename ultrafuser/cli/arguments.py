@@ -4,17 +4,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 
-Folder = Annotated[Path, typer.Argument(help="Folder of a fused model.")]
-Model = Annotated[str, typer.Argument(help="Folder of a fused model, or its id on the Hub.")]
-SpecialistName = Annotated[str, typer.Argument(help="Name of the specialist.")]
-Out = Annotated[Path, typer.Option(help="Folder to write; it must be empty or not exist.")]
-Base = Annotated[str | None, typer.Option(help="Base of the adapters, if it is not where they say.")]
+Folder = Annotated[Path, Argument(help="Folder of a fused model.")]
+Model = Annotated[str, Argument(help="Folder of a fused model, or its id on the Hub.")]
+SpecialistName = Annotated[str, Argument(help="Name of the specialist.")]
+Out = Annotated[Path, Option(help="Folder to write; it must be empty or not exist.")]
+Base = Annotated[str | None, Option(help="Base of the adapters, if it is not where they say.")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's or tokenizer's folder.")
+    bool, Option("--trust-remote-code", help="Run code that comes with the model's or tokenizer's folder.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Everything in JSON, for programs.")]
+Json = Annotated[bool, Option("--json", help="Everything in JSON, for programs.")]
 
 
 def named(texts: list[str] | None, what: str) -> dict[str, str]:

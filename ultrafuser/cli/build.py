@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from ..plain import Console, echo
 from ..strategies import DEFAULT_GATE, FUSION_HELP, GATE_HELP, SPARSIFIER_HELP
@@ -18,9 +19,9 @@ group = Group("Fuse")
 
 @group.command()
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("ultrafuser-quickstart"),
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    out: Annotated[Path, Option(help="Folder to write.")] = Path("ultrafuser-quickstart"),
+    seed: Annotated[int, Option(help="Seed of everything random.")] = 0,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the folder if it exists.")] = False,
 ) -> None:
     """Make three small specialists, fuse them, train both stages and show what came out. Offline, on the CPU.
 
@@ -39,13 +40,13 @@ def quickstart(
 @group.command()
 def check(
     specialists: Annotated[
-        list[str], typer.Argument(help="Folders or ids on the Hub, each ID, ID@REVISION or NAME=...; two or more.")
+        list[str], Argument(help="Folders or ids on the Hub, each ID, ID@REVISION or NAME=...; two or more.")
     ],
     dtype: Annotated[
-        str, typer.Option(help="dtype of the fused model. Default: the one that all specialists share.")
+        str, Option(help="dtype of the fused model. Default: the one that all specialists share.")
     ] = "auto",
-    fusion: Annotated[str, typer.Option(help=FUSION_HELP)] = "logits",
-    gate: Annotated[str, typer.Option(help=GATE_HELP)] = DEFAULT_GATE,
+    fusion: Annotated[str, Option(help=FUSION_HELP)] = "logits",
+    gate: Annotated[str, Option(help=GATE_HELP)] = DEFAULT_GATE,
     base: Base = None,
     as_json: Json = False,
 ) -> None:
@@ -67,21 +68,18 @@ def check(
 
 @group.command()
 def fuse(
-    what: Annotated[list[str], typer.Argument(help="NAME=ID or NAME=FOLDER of each specialist; or one YAML recipe.")],
-    out: Annotated[Path | None, typer.Option(help="Folder to write; it must be empty or not exist.")] = None,
-    gate: Annotated[str | None, typer.Option(help=f"{GATE_HELP} Default: {DEFAULT_GATE}.")] = None,
-    fusion: Annotated[str | None, typer.Option(help=f"{FUSION_HELP} Default: logits.")] = None,
-    gate_sparsifier: Annotated[str | None, typer.Option(help=f"{SPARSIFIER_HELP} Default: none.")] = None,
+    what: Annotated[list[str], Argument(help="NAME=ID or NAME=FOLDER of each specialist; or one YAML recipe.")],
+    out: Annotated[Path | None, Option(help="Folder to write; it must be empty or not exist.")] = None,
+    gate: Annotated[str | None, Option(help=f"{GATE_HELP} Default: {DEFAULT_GATE}.")] = None,
+    fusion: Annotated[str | None, Option(help=f"{FUSION_HELP} Default: logits.")] = None,
+    gate_sparsifier: Annotated[str | None, Option(help=f"{SPARSIFIER_HELP} Default: none.")] = None,
     dtype: Annotated[
-        str | None,
-        typer.Option(help="dtype of the weights, such as bfloat16. Default: the one that all specialists share."),
+        str | None, Option(help="dtype of the weights, such as bfloat16. Default: the one that all specialists share.")
     ] = None,
-    chat_template: Annotated[
-        str | None, typer.Option(help="Name of the specialist whose chat template to take.")
-    ] = None,
-    revision: Annotated[list[str] | None, typer.Option(help="NAME=COMMIT, branch or tag; may be given again.")] = None,
+    chat_template: Annotated[str | None, Option(help="Name of the specialist whose chat template to take.")] = None,
+    revision: Annotated[list[str] | None, Option(help="NAME=COMMIT, branch or tag; may be given again.")] = None,
     base: Base = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its sizes; load no weights.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and its sizes; load no weights.")] = False,
 ) -> None:
     """Fuse specialists into one model's folder. Its new gate weighs all alike: train it next.
 
@@ -116,9 +114,9 @@ def fuse(
 @group.command()
 def add(
     folder: Folder,
-    newcomer: Annotated[str, typer.Argument(help="NAME=ID or NAME=FOLDER.")],
+    newcomer: Annotated[str, Argument(help="NAME=ID or NAME=FOLDER.")],
     out: Out,
-    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of its repository.")] = None,
+    revision: Annotated[str | None, Option(help="Commit, branch or tag of its repository.")] = None,
 ) -> None:
     """Put one more specialist into a fused model; what the gate learned about the others stays.
 
@@ -160,7 +158,7 @@ def refer(
     folder: Folder,
     out: Out,
     specialists: Annotated[
-        list[str] | None, typer.Option(help="NAME=ID, NAME=ID@COMMIT or NAME=FOLDER, if the folder does not say.")
+        list[str] | None, Option(help="NAME=ID, NAME=ID@COMMIT or NAME=FOLDER, if the folder does not say.")
     ] = None,
     base: Base = None,
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from ..plain import Console, echo
 from ..source_names import split_source
@@ -16,14 +17,14 @@ from .group import Group, hide_bars
 
 
 HELP = "Instruction data: make it, clean it, take it in, look at it."
-Inputs = Annotated[list[str], typer.Argument(help="Files of records, or folders or Hub sets in this schema.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Inputs = Annotated[list[str], Argument(help="Files of records, or folders or Hub sets in this schema.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there.")]
 
 group = Group("Data", extra="data")
 
 
 @group.command()
-def plan(recipe: Annotated[Path, typer.Argument(help="YAML file that says what to make.")]) -> None:
+def plan(recipe: Annotated[Path, Argument(help="YAML file that says what to make.")]) -> None:
     """Estimate calls, tokens, money and time of making a recipe's data. Sends nothing.
 
     Example: ultrafuser data plan examples/recipes/ultrachat.yaml
@@ -34,12 +35,12 @@ def plan(recipe: Annotated[Path, typer.Argument(help="YAML file that says what t
 
 @group.command()
 def make(
-    recipe: Annotated[Path, typer.Argument(help="YAML file that says what to make.")],
-    out: Annotated[Path, typer.Option(help="Folder for the data. Run again, it goes on.")],
+    recipe: Annotated[Path, Argument(help="YAML file that says what to make.")],
+    out: Annotated[Path, Option(help="Folder for the data. Run again, it goes on.")],
     key_variable: Annotated[
-        str | None, typer.Option(help="Environment variable of the server's API key; a recipe's own is asked about.")
+        str | None, Option(help="Environment variable of the server's API key; a recipe's own is asked about.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before many calls, or calls that cost much.")] = False,
+    yes: Annotated[bool, Option("--yes", help="Do not ask before many calls, or calls that cost much.")] = False,
 ) -> None:
     """Make instruction data with a teacher behind any OpenAI-compatible server. Nothing is paid for twice.
 
@@ -81,21 +82,21 @@ def make(
 @group.command()
 def clean(
     records: Inputs,
-    out: Annotated[Path, typer.Option(help="Folder for kept.jsonl, dropped.jsonl and cleaning.json.")],
+    out: Annotated[Path, Option(help="Folder for kept.jsonl, dropped.jsonl and cleaning.json.")],
     against: Annotated[
         list[str] | None,
-        typer.Option(help="Evaluation set, NAME=FILE, NAME=HUB_ID or NAME=HUB_ID:CONFIG; may be given again."),
+        Option(help="Evaluation set, NAME=FILE, NAME=HUB_ID or NAME=HUB_ID:CONFIG; may be given again."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of evaluation sets that are on the Hub.")] = "test",
-    languages: Annotated[str, typer.Option(help="ISO 639-1 codes of the languages to keep, with commas.")] = "en",
-    near: Annotated[float, typer.Option(help="Jaccard similarity of near duplicates.")] = 0.7,
-    shortest: Annotated[int, typer.Option(help="Fewest characters.")] = 20,
-    longest: Annotated[int, typer.Option(help="Most characters.")] = 40_000,
-    skip: Annotated[list[str] | None, typer.Option(help="Filter to leave out; may be given again.")] = None,
-    style_share: Annotated[float | None, typer.Option(help="Part to keep whose style is most alike.")] = None,
-    ifd_share: Annotated[float | None, typer.Option(help="Part to keep that is most worth learning.")] = None,
-    ifd_model: Annotated[str | None, typer.Option(help="Model that is asked how hard each answer is.")] = None,
-    processes: Annotated[int, typer.Option(help="Processes for the filters of single records.")] = 2,
+    split: Annotated[str, Option(help="Split of evaluation sets that are on the Hub.")] = "test",
+    languages: Annotated[str, Option(help="ISO 639-1 codes of the languages to keep, with commas.")] = "en",
+    near: Annotated[float, Option(help="Jaccard similarity of near duplicates.")] = 0.7,
+    shortest: Annotated[int, Option(help="Fewest characters.")] = 20,
+    longest: Annotated[int, Option(help="Most characters.")] = 40_000,
+    skip: Annotated[list[str] | None, Option(help="Filter to leave out; may be given again.")] = None,
+    style_share: Annotated[float | None, Option(help="Part to keep whose style is most alike.")] = None,
+    ifd_share: Annotated[float | None, Option(help="Part to keep that is most worth learning.")] = None,
+    ifd_model: Annotated[str | None, Option(help="Model that is asked how hard each answer is.")] = None,
+    processes: Annotated[int, Option(help="Processes for the filters of single records.")] = 2,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -131,23 +132,19 @@ def clean(
 
 @group.command()
 def take_in(
-    name: Annotated[str, typer.Argument(help="A known set (see --help), a file, a folder, or a Hub set.")],
-    out: Annotated[Path, typer.Option(help="File of records to write, .jsonl.")],
-    domain: Annotated[str | None, typer.Option(help="Domain of all records.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Licence of all records, as the Hub writes it.")] = None,
+    name: Annotated[str, Argument(help="A known set (see --help), a file, a folder, or a Hub set.")],
+    out: Annotated[Path, Option(help="File of records to write, .jsonl.")],
+    domain: Annotated[str | None, Option(help="Domain of all records.")] = None,
+    licence: Annotated[str | None, Option(help="Licence of all records, as the Hub writes it.")] = None,
     column: Annotated[
-        list[str] | None, typer.Option(help="Meaning of a column, as prompt=question; may be given again.")
+        list[str] | None, Option(help="Meaning of a column, as prompt=question; may be given again.")
     ] = None,
-    files: Annotated[
-        list[str] | None, typer.Option(help="Copy of the set on this machine; may be given again.")
-    ] = None,
-    config: Annotated[str | None, typer.Option(help="Configuration of a Hub set.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of a Hub set.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub set.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Take so many records only.")] = None,
-    skip_malformed: Annotated[
-        bool, typer.Option("--skip-malformed", help="Leave such rows out, with a word.")
-    ] = False,
+    files: Annotated[list[str] | None, Option(help="Copy of the set on this machine; may be given again.")] = None,
+    config: Annotated[str | None, Option(help="Configuration of a Hub set.")] = None,
+    split: Annotated[str | None, Option(help="Split of a Hub set.")] = None,
+    revision: Annotated[str | None, Option(help="Branch, tag or commit of a Hub set.")] = None,
+    limit: Annotated[int | None, Option(help="Take so many records only.")] = None,
+    skip_malformed: Annotated[bool, Option("--skip-malformed", help="Leave such rows out, with a word.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Bring a set into the one schema: messages, domain, topic, source, licence.
@@ -178,10 +175,10 @@ def take_in(
 @group.command()
 def look(
     records: Inputs,
-    out: Annotated[Path, typer.Option(help="Folder for index.html, README.md and statistics.json.")],
-    name: Annotated[str, typer.Option(help="Name of the set.")] = "data",
-    tokenizer: Annotated[str | None, typer.Option(help="Count lengths in its tokens, not in words.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of samples and map.")] = 0,
+    out: Annotated[Path, Option(help="Folder for index.html, README.md and statistics.json.")],
+    name: Annotated[str, Option(help="Name of the set.")] = "data",
+    tokenizer: Annotated[str | None, Option(help="Count lengths in its tokens, not in words.")] = None,
+    seed: Annotated[int, Option(help="Seed of samples and map.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Describe a data set: counts, lengths, duplicates, a map and samples, as a page and a dataset card.
@@ -201,11 +198,11 @@ def look(
 
 @group.command()
 def push(
-    records: Annotated[Path, typer.Argument(help="File of records.")],
-    repo_id: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
-    card: Annotated[Path, typer.Option(help="Dataset card, from `ultrafuser data look`.")],
-    public: Annotated[bool, typer.Option("--public", help="For all to see. Default: private.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    records: Annotated[Path, Argument(help="File of records.")],
+    repo_id: Annotated[str, Argument(help="owner/name on the Hub.")],
+    card: Annotated[Path, Option(help="Dataset card, from `ultrafuser data look`.")],
+    public: Annotated[bool, Option("--public", help="For all to see. Default: private.")] = False,
+    yes: Annotated[bool, Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Upload a set and its card to the Hub, after saying how large it is and who would see it.
 

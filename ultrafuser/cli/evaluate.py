@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from ..plain import Console, echo
 from .arguments import Json, Model, named
@@ -18,20 +19,18 @@ group = Group("Evaluate", extra="eval")
 @group.command()
 def evaluate(
     model: Model,
-    data: Annotated[list[str], typer.Option(help="DOMAIN=FILE.jsonl or DOMAIN=HUB_ID:SPLIT, once per domain.")],
-    out: Annotated[Path, typer.Option(help="Folder for the results. Run again, it goes on.")],
-    tune: Annotated[list[str] | None, typer.Option(help="DOMAIN=..., other data to tune baselines with.")] = None,
-    also: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of a further model to compare with.")] = None,
+    data: Annotated[list[str], Option(help="DOMAIN=FILE.jsonl or DOMAIN=HUB_ID:SPLIT, once per domain.")],
+    out: Annotated[Path, Option(help="Folder for the results. Run again, it goes on.")],
+    tune: Annotated[list[str] | None, Option(help="DOMAIN=..., other data to tune baselines with.")] = None,
+    also: Annotated[list[str] | None, Option(help="NAME=FOLDER of a further model to compare with.")] = None,
     specialists_of: Annotated[
-        str | None, typer.Option(help="Fused model from before stage two, whose specialists are untouched.")
+        str | None, Option(help="Fused model from before stage two, whose specialists are untouched.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Base model that the specialists were tuned from, for merges.")
-    ] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Most examples of each domain.")] = 200,
-    max_length: Annotated[int, typer.Option(min=2, help="Longer examples are cut, in tokens.")] = 1024,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="First tokens of plain text, which routers read.")] = 32,
-    seed: Annotated[int, typer.Option(help="Seed of controls and resampling.")] = 0,
+    base: Annotated[str | None, Option(help="Base model that the specialists were tuned from, for merges.")] = None,
+    examples: Annotated[int, Option(min=1, help="Most examples of each domain.")] = 200,
+    max_length: Annotated[int, Option(min=2, help="Longer examples are cut, in tokens.")] = 1024,
+    prompt_tokens: Annotated[int, Option(min=1, help="First tokens of plain text, which routers read.")] = 32,
+    seed: Annotated[int, Option(help="Seed of controls and resampling.")] = 0,
 ) -> None:
     """Is fusing worth it? A fused model against its specialists, averages, routers and merges: one table.
 
@@ -62,8 +61,8 @@ def evaluate(
 @group.command()
 def explain(
     model: Model,
-    text: Annotated[str, typer.Argument(help="Text to explain, or with --generate the prompt.")],
-    generate: Annotated[int, typer.Option(help="Tokens to continue the text by.", min=0)] = 0,
+    text: Annotated[str, Argument(help="Text to explain, or with --generate the prompt.")],
+    generate: Annotated[int, Option(help="Tokens to continue the text by.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
     """Show who speaks: a text coloured, token by token, by the specialist that leads.
@@ -83,12 +82,12 @@ def explain(
 
 @group.command()
 def report(
-    results: Annotated[Path | None, typer.Argument(help="results.json of `ultrafuser evaluate`.")] = None,
-    model: Annotated[str | None, typer.Option(help="Folder of the fused model, or its id on the Hub.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the page and the pictures.")] = Path("report"),
-    training: Annotated[list[Path] | None, typer.Option(help="Checkpoint of a stage, for its curves.")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="Text to colour, instead of the examples.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the held-out text, if there are no results.")] = 0,
+    results: Annotated[Path | None, Argument(help="results.json of `ultrafuser evaluate`.")] = None,
+    model: Annotated[str | None, Option(help="Folder of the fused model, or its id on the Hub.")] = None,
+    out: Annotated[Path, Option(help="Folder for the page and the pictures.")] = Path("report"),
+    training: Annotated[list[Path] | None, Option(help="Checkpoint of a stage, for its curves.")] = None,
+    text: Annotated[list[str] | None, Option(help="Text to colour, instead of the examples.")] = None,
+    seed: Annotated[int, Option(help="Seed of the held-out text, if there are no results.")] = 0,
 ) -> None:
     """Draw everything about a fused model into one web page, and each picture as SVG and PNG beside it.
 
@@ -112,31 +111,24 @@ def report(
 
 @group.command()
 def bench(
-    model: Annotated[str, typer.Argument(help="Folder of a model, fused or not, or its id on the Hub.")],
+    model: Annotated[str, Argument(help="Folder of a model, fused or not, or its id on the Hub.")],
     tasks: Annotated[
         list[str],
-        typer.Argument(
+        Argument(
             help="Suites (paper, code, instructions, mmlu_math, mmlu_medicine, mmlu_others, local) or tasks of lm-eval."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for one result file per task; what is in it is not run again.")],
-    limit: Annotated[int | None, typer.Option(help="Only so many questions of each task.")] = None,
-    run_code: Annotated[
-        bool, typer.Option("--run-code", help="Allow tasks that execute what the model wrote.")
-    ] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask through the chat template.")] = False,
-    server: Annotated[
-        str | None, typer.Option(help="Address of an OpenAI server of the model, such as vLLM's.")
-    ] = None,
-    include: Annotated[Path | None, typer.Option(help="Folder of further tasks, as lm-eval's --include_path.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
-    dtype: Annotated[str, typer.Option(help="dtype of the weights.")] = "auto",
-    seed: Annotated[
-        int, typer.Option(help="Seed of everything random, and of the quickstart that made the model.")
-    ] = 0,
+    out: Annotated[Path, Option(help="Folder for one result file per task; what is in it is not run again.")],
+    limit: Annotated[int | None, Option(help="Only so many questions of each task.")] = None,
+    run_code: Annotated[bool, Option("--run-code", help="Allow tasks that execute what the model wrote.")] = False,
+    chat: Annotated[bool, Option("--chat", help="Ask through the chat template.")] = False,
+    server: Annotated[str | None, Option(help="Address of an OpenAI server of the model, such as vLLM's.")] = None,
+    include: Annotated[Path | None, Option(help="Folder of further tasks, as lm-eval's --include_path.")] = None,
+    batch_size: Annotated[int, Option(help="Questions at a time.")] = 8,
+    dtype: Annotated[str, Option(help="dtype of the weights.")] = "auto",
+    seed: Annotated[int, Option(help="Seed of everything random, and of the quickstart that made the model.")] = 0,
     trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run code that comes with the model, its tokenizer, or --include."),
+        bool, Option("--trust-remote-code", help="Run code that comes with the model, its tokenizer, or --include.")
     ] = False,
 ) -> None:
     """Run benchmarks with lm-eval; one result file per task, so that a run that was killed goes on where it was.
@@ -170,26 +162,26 @@ def bench(
 
 @group.command()
 def judge(
-    model: Annotated[str, typer.Argument(help="Folder of the model, or with --url its name on that server.")],
-    questions: Annotated[str, typer.Option(help="JSON Lines file, or alpaca_eval, alpaca_eval_2, mt_bench.")],
-    judge: Annotated[str, typer.Option(help="Name of the judging model on its server.")],
-    out: Annotated[Path, typer.Option(help="Folder for answers, judgements and results.json.")],
-    judge_url: Annotated[str, typer.Option(help="OpenAI-compatible server.")] = "https://api.openai.com/v1",
-    judge_key_variable: Annotated[str | None, typer.Option(help="Environment variable of its API key.")] = None,
-    judge_options: Annotated[str, typer.Option(help="More fields of its requests, as JSON.")] = '{"temperature": 0}',
-    url: Annotated[str | None, typer.Option(help="Server that serves the model, such as vLLM's.")] = None,
-    key_variable: Annotated[str | None, typer.Option(help="Environment variable of that server's API key.")] = None,
-    method: Annotated[str | None, typer.Option(help="pairwise or grading; needed for a file.")] = None,
-    against: Annotated[Path | None, typer.Option(help="answers.jsonl of another run to compare with.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit of a Hub's data set.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only this many questions.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Folder of judge prompts other than the package's.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature of the answers; 0 is greedy.")] = 0.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers generated at once, from a folder.")] = 8,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
-    retries: Annotated[int, typer.Option(min=0, help="Times a failed request is sent again, with back-off.")] = 6,
-    timeout: Annotated[float, typer.Option(min=0, help="Longest wait for a reply, in seconds.")] = 300.0,
+    model: Annotated[str, Argument(help="Folder of the model, or with --url its name on that server.")],
+    questions: Annotated[str, Option(help="JSON Lines file, or alpaca_eval, alpaca_eval_2, mt_bench.")],
+    judge: Annotated[str, Option(help="Name of the judging model on its server.")],
+    out: Annotated[Path, Option(help="Folder for answers, judgements and results.json.")],
+    judge_url: Annotated[str, Option(help="OpenAI-compatible server.")] = "https://api.openai.com/v1",
+    judge_key_variable: Annotated[str | None, Option(help="Environment variable of its API key.")] = None,
+    judge_options: Annotated[str, Option(help="More fields of its requests, as JSON.")] = '{"temperature": 0}',
+    url: Annotated[str | None, Option(help="Server that serves the model, such as vLLM's.")] = None,
+    key_variable: Annotated[str | None, Option(help="Environment variable of that server's API key.")] = None,
+    method: Annotated[str | None, Option(help="pairwise or grading; needed for a file.")] = None,
+    against: Annotated[Path | None, Option(help="answers.jsonl of another run to compare with.")] = None,
+    revision: Annotated[str | None, Option(help="Commit of a Hub's data set.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Only this many questions.")] = None,
+    prompts: Annotated[Path | None, Option(help="Folder of judge prompts other than the package's.")] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="Longest answer, in tokens.")] = 1024,
+    temperature: Annotated[float, Option(min=0, help="Sampling temperature of the answers; 0 is greedy.")] = 0.0,
+    batch_size: Annotated[int, Option(min=1, help="Answers generated at once, from a folder.")] = 8,
+    concurrency: Annotated[int, Option(min=1, help="Requests at once.")] = 8,
+    retries: Annotated[int, Option(min=0, help="Times a failed request is sent again, with back-off.")] = 6,
+    timeout: Annotated[float, Option(min=0, help="Longest wait for a reply, in seconds.")] = 300.0,
 ) -> None:
     """Have another model compare (AlpacaEval) or grade (MT-Bench) a model's answers. Run again, it goes on.
 

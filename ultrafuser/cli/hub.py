@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from ..plain import echo
 from .arguments import Folder, loading_code, named
@@ -18,14 +19,12 @@ group = Group("Share")
 def card(
     folder: Folder,
     results: Annotated[
-        list[Path] | None, typer.Option(help="results.json of evaluate or judge; may be given again.")
+        list[Path] | None, Option(help="results.json of evaluate or judge; may be given again.")
     ] = None,
-    specialists: Annotated[list[str] | None, typer.Option(help="NAME=ID or NAME=FOLDER; may be given again.")] = None,
-    data: Annotated[
-        list[str] | None, typer.Option(help="Data set that it was trained on; may be given again.")
-    ] = None,
-    repo: Annotated[str | None, typer.Option(help="Id that the model will have on the Hub.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md of someone else's.")] = False,
+    specialists: Annotated[list[str] | None, Option(help="NAME=ID or NAME=FOLDER; may be given again.")] = None,
+    data: Annotated[list[str] | None, Option(help="Data set that it was trained on; may be given again.")] = None,
+    repo: Annotated[str | None, Option(help="Id that the model will have on the Hub.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a README.md of someone else's.")] = False,
 ) -> None:
     """Write a fused folder's README.md: how to load it, what it is made of, licences, evaluation.
 
@@ -49,13 +48,13 @@ def card(
 @group.command()
 def push(
     folder: Folder,
-    repo: Annotated[str, typer.Argument(help="owner/name on the Hub; made if it is not there.")],
+    repo: Annotated[str, Argument(help="owner/name on the Hub; made if it is not there.")],
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="Who sees it. Default: its owner alone, if it is not there yet."),
+        Option("--private/--public", help="Who sees it. Default: its owner alone, if it is not there yet."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to. Default: main.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before much is sent, or files are replaced.")] = False,
+    revision: Annotated[str | None, Option(help="Branch to push to. Default: main.")] = None,
+    yes: Annotated[bool, Option("--yes", help="Do not ask before much is sent, or files are replaced.")] = False,
 ) -> None:
     """Upload a fused model with its code, tokenizer and card to the Hub, in one commit. If interrupted, run it again.
 

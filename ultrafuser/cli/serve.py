@@ -4,22 +4,22 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from ..plain import Console, echo
 from .arguments import Model
 from .group import Group
 
 
-Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Host = Annotated[str, Option(help="Address to listen on.")]
 AllowHost = Annotated[
-    list[str] | None, typer.Option(help="Further name under which the server may be asked for; may be given again.")
+    list[str] | None, Option(help="Further name under which the server may be asked for; may be given again.")
 ]
 AllowOrigin = Annotated[
-    list[str] | None, typer.Option(help="Web page that may ask, https://example.org; may be given again.")
+    list[str] | None, Option(help="Web page that may ask, https://example.org; may be given again.")
 ]
-KeyVariable = Annotated[str, typer.Option(help="Environment variable of the key that clients must send.")]
-WithoutKey = Annotated[bool, typer.Option("--without-key", help="Let others than this machine ask without a key.")]
+KeyVariable = Annotated[str, Option(help="Environment variable of the key that clients must send.")]
+WithoutKey = Annotated[bool, Option("--without-key", help="Let others than this machine ask without a key.")]
 KEY_VARIABLE = "ULTRAFUSER_KEY"
 
 group = Group("Use")
@@ -28,8 +28,8 @@ group = Group("Use")
 @group.command()
 def chat(
     model: Model,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    decoding: Annotated[str, typer.Option(help="plain; stacked; or auto: what is faster, by measurement.")] = "plain",
+    max_new_tokens: Annotated[int, Option(min=1, help="Longest answer, in tokens.")] = 512,
+    decoding: Annotated[str, Option(help="plain; stacked; or auto: what is faster, by measurement.")] = "plain",
 ) -> None:
     """Chat in the terminal, every token coloured by the specialist that leads. Or pipe one prompt per line into it.
 
@@ -49,13 +49,13 @@ def chat(
 def speed(
     model: Model,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Example prompt to measure with; repeat it to form a batch.")
+        list[str] | None, Option(help="Example prompt to measure with; repeat it to form a batch.")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(min=8, help="Tokens to generate for each prompt.")] = 64,
+    new_tokens: Annotated[int, Option(min=8, help="Tokens to generate for each prompt.")] = 64,
     compile_steps: Annotated[
-        bool, typer.Option("--compile", help="Also measure strategies that compile (takes minutes).")
+        bool, Option("--compile", help="Also measure strategies that compile (takes minutes).")
     ] = False,
-    assistant: Annotated[str | None, typer.Option(help="Small model of the same tokenizer, to draft.")] = None,
+    assistant: Annotated[str | None, Option(help="Small model of the same tokenizer, to draft.")] = None,
 ) -> None:
     """Benchmark every decoding strategy on this machine, beside each specialist alone.
 
@@ -80,22 +80,21 @@ def speed(
 
 @group.command(extra="serve")
 def serve(
-    folder: Annotated[str, typer.Argument(help="Folder of a fused model: its name in requests.")],
+    folder: Annotated[str, Argument(help="Folder of a fused model: its name in requests.")],
     host: Host = "localhost",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, Option(help="Port to listen on.")] = 8000,
     allow_host: AllowHost = None,
     allow_origin: AllowOrigin = None,
     key_variable: KeyVariable = KEY_VARIABLE,
     without_key: WithoutKey = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0 and so on.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="dtype of the weights. Default: as saved.")] = "auto",
-    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2 and so on.")] = None,
+    device: Annotated[str, Option(help="auto, cpu, cuda:0 and so on.")] = "auto",
+    dtype: Annotated[str, Option(help="dtype of the weights. Default: as saved.")] = "auto",
+    attn_implementation: Annotated[str | None, Option(help="sdpa, eager, flash_attention_2 and so on.")] = None,
     continuous_batching: Annotated[
-        bool,
-        typer.Option("--continuous-batching", help="One paged cache for all requests; sampling is the model's own."),
+        bool, Option("--continuous-batching", help="One paged cache for all requests; sampling is the model's own.")
     ] = False,
     chat_template_kwargs: Annotated[
-        str | None, typer.Option(help="""JSON, variables of the chat template: '{"enable_thinking": false}'.""")
+        str | None, Option(help="""JSON, variables of the chat template: '{"enable_thinking": false}'.""")
     ] = None,
 ) -> None:
     """Serve one fused model behind OpenAI's protocol, with transformers' handlers. Nobody can make it load another.
@@ -120,7 +119,7 @@ def serve(
 def demo(
     model: Model,
     host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    port: Annotated[int, Option(help="Port to listen on.")] = 7860,
     allow_host: AllowHost = None,
     allow_origin: AllowOrigin = None,
     key_variable: KeyVariable = KEY_VARIABLE,

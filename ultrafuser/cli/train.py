@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from ..plain import Console, echo
 from ..strategies import CANDIDATES, GATE_HELP
@@ -20,22 +20,22 @@ group = Group("Train")
 def train(
     words: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="RECIPE --FIELD VALUE",
             help="YAML file, as those in examples/recipes; any field of one as an option.",
         ),
     ] = None,
-    stage: Annotated[str | None, typer.Option(help="gate or joint. Default: what the recipe says.")] = None,
-    model: Annotated[str | None, typer.Option(help="Folder of a fused model, or its id on the Hub.")] = None,
+    stage: Annotated[str | None, Option(help="gate or joint. Default: what the recipe says.")] = None,
+    model: Annotated[str | None, Option(help="Folder of a fused model, or its id on the Hub.")] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="DOMAIN=FILE.jsonl or DOMAIN=HUB_ID:SPLIT, once each; or one without DOMAIN=, with a column `domain`."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
+    out: Annotated[Path | None, Option(help="Folder to write.")] = None,
+    max_steps: Annotated[int | None, Option(help="Optimizer steps.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
 ) -> None:
     """Train a stage: first the gate, then, if you like, everything. Any field of a recipe is an option, too.
 
@@ -54,17 +54,14 @@ def train(
 @group.command(context_settings={"ignore_unknown_options": True})
 def gates(
     words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="RECIPE --FIELD VALUE", help="As for `ultrafuser train --stage gate`."),
+        list[str] | None, Argument(metavar="RECIPE --FIELD VALUE", help="As for `ultrafuser train --stage gate`.")
     ] = None,
-    gate: Annotated[
-        list[str] | None, typer.Option(help=f"{GATE_HELP} Repeat it. Default: {', '.join(CANDIDATES)}.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Folder of a fused model, or its id on the Hub.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="As for `ultrafuser train`.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write the best one's model to.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps of each.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How often each is trained.")] = 1,
+    gate: Annotated[list[str] | None, Option(help=f"{GATE_HELP} Repeat it. Default: {', '.join(CANDIDATES)}.")] = None,
+    model: Annotated[str | None, Option(help="Folder of a fused model, or its id on the Hub.")] = None,
+    data: Annotated[list[str] | None, Option(help="As for `ultrafuser train`.")] = None,
+    out: Annotated[Path | None, Option(help="Folder to write the best one's model to.")] = None,
+    max_steps: Annotated[int | None, Option(help="Optimizer steps of each.")] = None,
+    seeds: Annotated[int, Option(min=1, help="How often each is trained.")] = 1,
 ) -> None:
     """Train several gates on one pass of the specialists over the data, and measure them on held-out rows.
 
