@@ -161,19 +161,11 @@ def table(report: dict) -> str:
     """The report as lines of text: one for each filter, one column for each domain."""
     domains = report["domains"]
     rows = [("", *map(plain, domains), "all")]
-    rows += [
-        (
-            name,
-            *(str(counts.get(name, 0)) for counts in domains.values()),
-            str(report["dropped"].get(name, report["kept"])),
-        )
-        for name in (*report["filters"], "kept")
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
+    for name in (*report["filters"], "kept"):
+        counts = [own.get(name, 0) for own in domains.values()]
+        rows.append((name, *map(str, counts), str(report["dropped"].get(name, report["kept"]))))
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in rows)
 
 
 def _judged(records, checks: dict, near: float, processes: int) -> Iterator[tuple[dict, tuple | Fingerprint]]:

@@ -188,13 +188,9 @@ def train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model
             f"output_dir."
         )
     # of several processes one writes
-    writer = sole_writer(out, "train", WRITES, begun=_checkpoints(out)) if args.process_index == 0 else nullcontext()
-    with writer:
+    begun = [path.parent.name for path in out.glob(f"checkpoint-*/{STATE_FILE}")]
+    with sole_writer(out, "train", WRITES, begun=begun) if args.process_index == 0 else nullcontext():
         _train(fused, args, model_args)
-
-
-def _checkpoints(out: Path) -> list[str]:
-    return [path.parent.name for path in out.glob(f"checkpoint-*/{STATE_FILE}")]
 
 
 def _train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model_args: ModelConfig) -> None:
