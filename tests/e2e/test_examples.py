@@ -267,6 +267,7 @@ def recipe(specialists, tmp_path):
     return {"domains": domains, "dtype": "float32", "report_to": "none", "save_strategy": "no", **STAGE}
 
 
+@pytest.mark.slow
 def test_both_stages_run_from_recipes_one_after_the_other_and_torchrun_starts_them(recipe, specialists, tmp_path):
     gate, joint, path = tmp_path / "gate", tmp_path / "joint", tmp_path / "recipe.yaml"
     fuse = {"specialists": {n: str(tmp_path / n) for n in specialists}, "output_dir": str(gate)}

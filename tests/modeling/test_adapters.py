@@ -246,7 +246,7 @@ assert torch.equal(model.generate(expected["ids"], max_new_tokens=8, do_sample=F
 """
 
 
-@pytest.mark.process
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_saved_folder_is_the_same_where_neither_our_packages_nor_peft_are(models, tmp_path):
     fused, ids = models[0], prompt()

@@ -169,7 +169,7 @@ def test_adapters_of_the_library_itself_switch_on_and_off(fused):
     assert torch.equal(logits(fused), expected)
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_adapter_and_merged_folder_load_where_our_packages_are_not_installed(precise, tmp_path):
     precise.save_pretrained(tmp_path / "fused")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")

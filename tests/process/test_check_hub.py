@@ -99,6 +99,7 @@ for arguments, token in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_what_the_hub_denies_or_does_not_have_is_told(tmp_path):
     set_seed(0)
     for name in ("text", "code", "closed", "hidden", "older"):

@@ -39,6 +39,7 @@ def test_what_fusing_refuses_by_its_kind_the_check_refuses_too():
     assert not [f for f, r in told.items() if r["check"] == "fits"]
 
 
+@pytest.mark.slow
 def test_a_family_that_has_a_result_is_not_run_again(tmp_path):
     table = {"provenance": {"versions": versions()}, "families": {"llama": {"verdict": "right, long ago"}}}
     (tmp_path / "families.json").write_text(json.dumps(table))

@@ -81,6 +81,7 @@ def journal_lines(out):
     return [line for line in (out / "journal.jsonl").read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_by_hand_ends_at_once_and_goes_on(tmp_path):
     with TeacherServer(delay=0.5) as server:
         path, out = write_recipe(tmp_path, server.url), tmp_path / "set"

@@ -68,7 +68,7 @@ def test_fuse_writes_a_folder_that_loads(sources, tmp_path):
     assert {n: t["source"] for n, t in took.items()} == sources
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_adapters_and_their_base_are_fetched_from_the_hub(sources, tmp_path):
     ids = {"lab/base": Path(sources["text"]).parent / "base"}
     for name, folder in sources.items():

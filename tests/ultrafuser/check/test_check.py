@@ -74,7 +74,7 @@ def said(found, about, status):
 # ---------------------------------------------------------------------------------- published models, by their shapes
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_qwen_specialists_of_one_size_fit_with_their_own_positions(folders):
     found = told(*qwen_trio(folders))
     assert found["verdict"] == "warning"
@@ -126,7 +126,7 @@ def test_llama_2_specialists_of_unequal_vocabularies_and_templates_fit(folders):
     assert said(found, "vLLM", "fits")
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_specialists_of_one_shape_can_be_merged_too_and_of_padded_vocabularies_fused_only(folders):
     words = many_words(128000, [f"<|{k}|>" for k in range(256)])
     for name, rows in (("text", 128256), ("code", 128256), ("math", 128320)):

@@ -197,7 +197,7 @@ def test_plants_are_found_and_nothing_else_is_dropped():
     assert found["false_positive_rate"] <= 0.01, found["which"]
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_results_are_the_same_with_one_process_and_with_two(tmp_path):
     rng = random.Random(1)
     words = [f"word{i}" for i in range(300)]

@@ -143,7 +143,7 @@ def test_a_second_run_measures_only_what_is_missing_and_takes_up_no_scores_of_an
         compare_models(comparison, tmp_path, identity={"run": 2})
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_merges_that_do_not_apply_are_left_out_with_the_reason(fused, data, tmp_path):
     results = compare_models(Comparison(fused, fused, tokenizer(), {"text": data}, {}), tmp_path)
     assert len(results["left_out"]) == 4 + 8
@@ -188,7 +188,7 @@ def test_one_of_many_rivals_is_not_surely_ahead_for_being_lucky():
     assert "loses to 'lucky'" in verdict(rows(lucky=(-0.2, 0.001, 10), **many))
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_the_command_prints_the_tables_and_refuses_malformed_rows_before_loading(comparison, tmp_path):
     comparison.fused.save_pretrained(tmp_path / "fused")
     tokenizer().save_pretrained(tmp_path / "fused")

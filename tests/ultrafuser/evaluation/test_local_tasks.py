@@ -82,7 +82,7 @@ def score(folder, answers, preferred):
     return {task: next(row[m] for m in metrics if m in row) for task, row in results["results"].items()}
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_who_knows_every_answer_gets_every_point(folder, items):
     answers = {i["prompt"]: f" {i['answer']}\n" for name in ("arithmetic", "algebra") for i in items[name]}
     answers |= {
