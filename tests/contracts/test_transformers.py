@@ -24,24 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import cached_file
 
-from tests.support.llamas import IDS, llama
-
-
-CONFIG = {
-    "vocab_size": 11,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-
-
-def config(**fields):
-    return LlamaConfig(**CONFIG, **fields)
+from tests.support.llamas import IDS, config, llama
 
 
 class Pair(PreTrainedConfig):
