@@ -169,7 +169,10 @@ def run_suite(
 
 
 def mmlu_means(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Accuracy in each group of MMLU whose subjects are all there: the plain mean over subjects, as Wu et al. have it."""
+    """Returns the accuracy in each group of MMLU whose subjects are all there: the plain mean, as Wu et al. have it.
+
+    The subjects of medicine are those of MMLU-Medical (Chen et al., 2023, arXiv 2311.16079).
+    """
     means = {}
     for group, subjects in MMLU_GROUPS.items():
         if all(f"mmlu_{subject}" in results for subject in subjects):
