@@ -160,7 +160,7 @@ def test_even_out_of_the_sandbox_a_template_opens_and_starts_nothing(monkeypatch
     assert "import ImmutableSandboxedEnvironment" in source
     weak.write_text(
         source.replace("import ImmutableSandboxedEnvironment", "import SandboxedEnvironment").replace(
-            "    environment = ImmutableSandboxedEnvironment(", "    environment = jinja2.Environment("
+            " = ImmutableSandboxedEnvironment(", " = jinja2.Environment("
         )
     )
     monkeypatch.setattr(template_sandbox, "__file__", str(weak))

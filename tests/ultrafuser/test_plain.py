@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.testing import CliRunner
 
+from modeling_ultrafuser.plan_base_ultrafuser import Finding
 from tests.support.conversations import CHAT_TEMPLATE
 from tests.support.tiny import specialist, tokenizer
 from ultrafuser.check import render
@@ -89,7 +90,7 @@ def test_explaining_and_checking_print_text(colours):
     ]
     print_tokens(tokens, console)
     judgement = Judgement({})
-    judgement.note("licence", "fits", f"the licence is {TITLE}", TITLE)
+    judgement.findings.append(Finding("licence", "fits", f"the licence is {TITLE}", TITLE))
     render.show(judgement, console)
     assert not OBEYED.search(OURS.sub("", console.file.getvalue()))
 

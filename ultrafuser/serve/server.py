@@ -2,7 +2,7 @@
 
 The handlers know OpenAI's protocol. What they are given is ours: one model that nothing unloads, requests whose fields
 have been checked, prompts that have been read and fit, and threads in which requests are answered at once. What is
-used of `transformers.cli.serving` is listed in `tests/contracts/test_transformers.py`.
+used of `transformers.cli.serving` is listed in `tests/contracts/test_transformers_contract.py`.
 """
 
 import asyncio

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.plan_base_ultrafuser import Finding
 from tests.support.checkpoints import (
     save,
 )
@@ -255,7 +256,9 @@ def test_the_exit_status_says_whether_they_fit(good, tmp_path):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_what_was_found_is_shown_as_it_is(terminal):
     judgement = Judgement()
-    judgement.note("vocabulary", "warning", "tokens such as ['[PAD]', ':smile:'] are lost.", "Do [bold]nothing.")
+    judgement.findings.append(
+        Finding("vocabulary", "warning", "tokens such as ['[PAD]', ':smile:'] are lost.", "Do [bold]nothing.")
+    )
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200, color_system=None)
     show(judgement, console)
     shown = console.file.getvalue()

@@ -15,6 +15,9 @@ from ultrafuser.evaluation import local_tasks  # noqa: E402
 from ultrafuser.toy.corpora import DOMAINS, documents, splits  # noqa: E402
 
 
+pytestmark = pytest.mark.e2e
+
+
 FINISHED = {
     "is": " None:",
     "==": " 'abc'",

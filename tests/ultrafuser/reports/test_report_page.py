@@ -17,6 +17,9 @@ from ultrafuser.reports.report_folder import report
 from ultrafuser.toy.quickstart import train_tokenizer
 
 
+pytestmark = pytest.mark.e2e
+
+
 NASTY = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
 TEXTS = {NASTY: f"{NASTY}\n</script>{HARD}", "Plain": "The value of a & b is\n\n  2 < 3."}
 NAMES = ["a", "b"]

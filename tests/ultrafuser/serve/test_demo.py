@@ -22,6 +22,9 @@ pytest.importorskip("gradio")
 from ultrafuser.serve.guard import host_names  # noqa: E402
 
 
+pytestmark = pytest.mark.e2e
+
+
 demo = pytest.importorskip("ultrafuser.serve.demo", reason="gradio is not installed", exc_type=ImportError)
 
 NAMES = ["text", "code", "math"]
