@@ -13,7 +13,13 @@ from . import build, data, evaluate, hub, serve, train
 
 INTERRUPTED = 130  # the status of what Ctrl-C ended
 # panels of `ultrafuser --help`, in the order in which one needs them
-GROUPS = (build.group, train.group, evaluate.group, serve.group, hub.group)
+GROUPS = (
+    build.group,
+    train.group,
+    evaluate.group,
+    serve.group,
+    hub.group,
+)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 for group in GROUPS:

@@ -15,9 +15,6 @@ from ultrafuser.evaluation import local_tasks  # noqa: E402
 from ultrafuser.toy.corpora import DOMAINS, documents, splits  # noqa: E402
 
 
-pytestmark = pytest.mark.e2e
-
-
 FINISHED = {
     "is": " None:",
     "==": " 'abc'",
@@ -105,17 +102,20 @@ def test_who_answers_wrongly_gets_none(folder, items):
     assert score(folder, answers, preferred) == dict.fromkeys(local_tasks.NAMES, 0)
 
 
+@pytest.mark.e2e
 def test_the_same_seed_writes_the_same_items(folder, tmp_path):
     local_tasks.write(tmp_path)
     for file in folder.glob("*.jsonl"):
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.e2e
 def test_each_task_has_items_enough_to_tell_models_apart(items):
     assert {f"ultrafuser_{name}" for name in items} == set(local_tasks.NAMES)
     assert min(len(rows) for rows in items.values()) > 90
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("task", ["arithmetic", "algebra"])
 def test_a_number_is_the_next_one_of_a_problem_that_was_not_trained_on(task, items, parts):
     problems = "\n\n".join(parts["math"]["held_out"])
@@ -125,6 +125,7 @@ def test_a_number_is_the_next_one_of_a_problem_that_was_not_trained_on(task, ite
         assert item["prompt"].split("\n")[0] not in trained_on
 
 
+@pytest.mark.e2e
 def test_a_cloze_goes_on_as_a_held_out_document_does_and_its_distractors_do_not(items, parts):
     held_out = "\n\n".join(parts["text"]["held_out"])
     trained_on = "\n\n".join(parts["text"]["specialist"] + parts["text"]["fuse"])
@@ -134,6 +135,7 @@ def test_a_cloze_goes_on_as_a_held_out_document_does_and_its_distractors_do_not(
         assert whole[item["answer"]] not in trained_on
 
 
+@pytest.mark.e2e
 def test_the_choices_for_two_domains_are_the_same_words_in_another_order(items):
     assert {item["domains"] for item in items["two_domains"]} == {"text and code", "text and math", "code and math"}
     for item in items["two_domains"]:
@@ -141,6 +143,7 @@ def test_the_choices_for_two_domains_are_the_same_words_in_another_order(items):
         assert len({" ".join(sorted((item["prompt"] + c).split())) for c in item["choices"]}) == 1
 
 
+@pytest.mark.e2e
 def test_the_right_choice_for_two_domains_joins_starts_to_their_own_ends(items, parts):
     held_out = "\n\n".join(text for part in parts.values() for text in part["held_out"])
     for item in items["two_domains"]:
@@ -149,6 +152,7 @@ def test_the_right_choice_for_two_domains_joins_starts_to_their_own_ends(items, 
         assert all(stretch in held_out for stretch in right)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [(" None:", 1), (" 1 else", 0), (" None:  # never", 1), (" None or undefined:", 0), ("", 0)],
@@ -158,5 +162,6 @@ def test_a_function_counts_if_it_runs_and_returns_a_value(answer, expected):
     assert local_tasks.runs(item, [answer]) == {"runs": expected}
 
 
+@pytest.mark.e2e
 def test_a_function_that_returns_nothing_does_not_count():
     assert local_tasks.runs({"prompt": "def f(x):\n    x", "rest": "", "call": "f(1)"}, [" = 1"]) == {"runs": 0}

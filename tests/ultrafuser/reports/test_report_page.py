@@ -17,9 +17,6 @@ from ultrafuser.reports.report_folder import report
 from ultrafuser.toy.quickstart import train_tokenizer
 
 
-pytestmark = pytest.mark.e2e
-
-
 NASTY = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
 TEXTS = {NASTY: f"{NASTY}\n</script>{HARD}", "Plain": "The value of a & b is\n\n  2 < 3."}
 NAMES = ["a", "b"]
@@ -100,6 +97,7 @@ def test_pointing_at_a_token_shows_the_model_s_weights(browser, file, folder):
         assert not page.locator("#details").is_visible()
 
 
+@pytest.mark.e2e
 @in_browser
 def test_the_keyboard_reaches_every_token_and_escape_closes(browser, file, folder):
     tokens = explain(*open_fused(str(folder)), TEXTS["Plain"])
@@ -115,6 +113,7 @@ def test_the_keyboard_reaches_every_token_and_escape_closes(browser, file, folde
         assert not page.locator("#details").is_visible()
 
 
+@pytest.mark.e2e
 @in_browser
 def test_text_from_outside_is_shown_and_does_nothing(browser, file):
     with opened(browser, file) as page:
@@ -131,6 +130,7 @@ def test_text_from_outside_is_shown_and_does_nothing(browser, file):
         assert page.title() == "Fused from a and b"
 
 
+@pytest.mark.e2e
 @in_browser
 @pytest.mark.parametrize(("scheme", "other"), [("light", "dark"), ("dark", "light")])
 def test_the_page_follows_the_reader_s_theme_until_the_button_changes_it(scheme, other, browser, file):
@@ -147,6 +147,7 @@ def test_the_page_follows_the_reader_s_theme_until_the_button_changes_it(scheme,
         assert page.evaluate(paper) == papers[scheme]
 
 
+@pytest.mark.e2e
 @in_browser
 @pytest.mark.parametrize(("scheme", "paper", "ink"), [("light", 255, 31), ("dark", 13, 230)])
 def test_a_picture_by_itself_follows_the_reader_s_theme(scheme, paper, ink, browser, file):
@@ -155,6 +156,7 @@ def test_a_picture_by_itself_follows_the_reader_s_theme(scheme, paper, ink, brow
         assert f"rgb({ink}, " in page.evaluate("getComputedStyle(document.querySelector('text')).fill")
 
 
+@pytest.mark.e2e
 @in_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_overflows_the_page(width, browser, file):
@@ -181,6 +183,7 @@ def test_what_beats_the_fused_model_stands_above_it(browser, folder, results, tm
         assert lines[0].inner_text().endswith("ahead")
 
 
+@pytest.mark.e2e
 def test_missing_fields_leave_gaps_and_not_a_crash(tmp_path):
     bare = [{"name": "fused", "kind": "fused", "loss": {"x": 1.0}, "mean": 1.0}]
     bare += [{"name": "other", "kind": "odd", "loss": {"x": 2.0, "y": 3.0}, "mean": 2.0}]

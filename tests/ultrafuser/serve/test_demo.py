@@ -22,9 +22,6 @@ pytest.importorskip("gradio")
 from ultrafuser.serve.guard import host_names  # noqa: E402
 
 
-pytestmark = pytest.mark.e2e
-
-
 demo = pytest.importorskip("ultrafuser.serve.demo", reason="gradio is not installed", exc_type=ImportError)
 
 NAMES = ["text", "code", "math"]
@@ -47,6 +44,7 @@ def answer(model, tokens=12, **steering):
     return list(demo.stream(model, tokenizer(chat_template=CHAT_TEMPLATE), ASKED, max_new_tokens=tokens, **steering))
 
 
+@pytest.mark.e2e
 def test_unsteered_answers_are_those_of_generate_with_the_gate_s_weights(model):
     pieces = answer(model, temperature=1.0, bias=(0.0, 0.0, 0.0))
     ids, weights = generated(model, PROMPT)
@@ -54,6 +52,7 @@ def test_unsteered_answers_are_those_of_generate_with_the_gate_s_weights(model):
     torch.testing.assert_close(torch.tensor([w for _, w in pieces]), weights, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.e2e
 def test_steering_follows_its_formula_and_ends_with_the_answer(model):
     ids = torch.arange(3, 30)[None]
     own = model.gate_weights(ids)
@@ -66,6 +65,7 @@ def test_steering_follows_its_formula_and_ends_with_the_answer(model):
     assert torch.equal(model.gate_weights(ids), own)
 
 
+@pytest.mark.e2e
 def test_the_largest_bias_lifts_a_specialist_that_has_no_weight_at_all(model):
     sure = GateOutput(torch.tensor([[[1.0, 0.0, 0.0]]]))
     with demo.steered(gate := torch.nn.Identity(), 0.1, bias=(0.0, 0.0, demo.LARGEST_BIAS)):
@@ -79,6 +79,7 @@ def test_the_largest_bias_lifts_a_specialist_that_has_no_weight_at_all(model):
     assert "".join(text for text, _ in pieces) == decoded(alone)
 
 
+@pytest.mark.e2e
 def test_an_answer_that_nobody_waits_for_is_stopped_and_the_next_is_its_own(model):
     calls = []
     hook = model.model.fusion_gate.register_forward_hook(lambda *_: calls.append(1))
@@ -92,6 +93,7 @@ def test_an_answer_that_nobody_waits_for_is_stopped_and_the_next_is_its_own(mode
     assert len(calls) < 200
 
 
+@pytest.mark.e2e
 def test_a_conversation_that_is_too_long_is_told(fused):
     with pytest.raises(ValueError, match="the model reads 256"):
         list(demo.stream(fused, tokenizer(), [{"role": "user", "content": "9" * 300}], max_new_tokens=5))
@@ -202,6 +204,7 @@ def test_stop_stops_and_the_next_answer_comes(served, browser, model):
         assert ask(page, "2+2?").text_content() == decoded(generated(model, PROMPT)[0])
 
 
+@pytest.mark.e2e
 @in_browser
 @pytest.mark.parametrize(("scheme", "ink", "paper"), [("light", "dark", "light"), ("dark", "light", "dark")])
 def test_a_narrow_window_does_not_scroll_sideways_and_text_stays_readable(scheme, ink, paper, served, browser):
@@ -231,16 +234,19 @@ def port(served):
     return int(served.rstrip("/").rsplit(":", 1)[1])
 
 
+@pytest.mark.e2e
 def test_a_visitor_is_answered_as_generate_answers(port, model):
     assert unescape(said(Visitor(port).asks())) == decoded(generated(model, PROMPT)[0])
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("path", ["upload", "run/predict", "api/predict", "component_server", "stream/x", "vibe-edit"])
 def test_the_page_takes_no_uploads_and_has_no_other_ways_in(path, port):
     assert http.ask(port, f"/gradio_api/{path}", {})[0] == 404
     assert http.ask(port, f"/{path}", {})[0] == 404
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "path", ["gradio_api/file=/etc/passwd", "gradio_api/proxy=http://localhost", "monitoring", "docs"]
 )
@@ -255,12 +261,14 @@ def test_the_page_is_not_for_other_names_origins_or_large_bodies(port):
     assert http.ask(port, "/gradio_api/queue/join", b" " * 2**21)[0] == 413
 
 
+@pytest.mark.e2e
 def test_with_a_key_the_browser_asks_for_it(model):
     with running(app(model, key="secret")) as port:
         assert http.ask(port, "/")[0] == 401
         assert http.ask(port, "/", headers={"Authorization": "Basic YW55OnNlY3JldA=="})[0] == 200
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("prompt", ["", "   ", None, "\x00", "\x1b[31m", "9" * 300, "ż" * 5])
 def test_an_empty_or_odd_question_ends_in_words_and_the_next_is_answered(prompt, port, model, capfd):
@@ -270,6 +278,7 @@ def test_an_empty_or_odd_question_ends_in_words_and_the_next_is_answered(prompt,
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "fields", [{"most": value} for value in (None, "x", [], True)] + [{"bias": (None,) * 3}, {"temperature": "1"}]
 )
@@ -279,6 +288,7 @@ def test_what_the_page_would_not_send_is_refused(prompt, fields, port, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "body",
     [b"", b"[]", b"{", b'{"data": "\\ud800"}', b'{"data": [], "fn_index": 99, "session_hash": "x"}', b"[" * 10**5],
@@ -288,6 +298,7 @@ def test_a_press_of_no_button_is_refused(body, port, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("fields", [{"most": -5}, {"most": 1e9}, {"temperature": 0.0}, {"bias": (1e9, 0.0, 0.0)}])
 def test_a_slider_beyond_its_ends_is_told(fields, port):
     event = Visitor(port).asks(**fields)
@@ -295,6 +306,7 @@ def test_a_slider_beyond_its_ends_is_told(fields, port):
     assert re.search("(less|greater) than (min|max)imum", event["output"]["error"])
 
 
+@pytest.mark.e2e
 def test_thirty_who_never_listen_hold_nobody_up(port, model, monkeypatch):
     answering = []
     speak = demo.speak
@@ -305,6 +317,7 @@ def test_thirty_who_never_listen_hold_nobody_up(port, model, monkeypatch):
     assert len(answering) == 1
 
 
+@pytest.mark.e2e
 def test_more_questions_than_may_wait_are_refused(model, monkeypatch):
     monkeypatch.setattr(demo, "AT_ONCE", 1)
     monkeypatch.setattr(demo, "WAITING", 3)
