@@ -210,5 +210,5 @@ def test_a_model_alone_has_its_gate_measured(folder, tmp_path):
     result = CliRunner().invoke(app, ["report", "--model", str(folder), "--out", str(tmp_path), "--text", "one two"])
     assert result.exit_code == 0, result.output
     drawn = {file.stem for file in tmp_path.glob("*.svg")}
-    assert drawn == {"gate_by_domain", "gate_by_position", "gate_entropy"}
+    assert drawn == {"gate_by_domain", "gate_by_position", "gate_entropy", "text_0"}
     assert "held-out text of ultrafuser.toy.corpora, seed 0" in (tmp_path / "index.html").read_text()
