@@ -59,6 +59,7 @@ def small(folder, family="llama", words=None, **fields):
 # ---------------------------------------------------------------------------------- the Hub
 
 
+@pytest.mark.slow
 def test_three_seven_billion_models_are_checked_in_less_than_5_mb(folders):
     words = qwen_words()
     ids = {f"Qwen/{name}": folders / name for name in ("Text-7B", "Coder-7B", "Math-7B")}

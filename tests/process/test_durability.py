@@ -79,6 +79,7 @@ INTERRUPTED = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("when", INTERRUPTED)
 def test_ctrl_c_ends_a_command_without_a_traceback(when):
     act, code, said = INTERRUPTED[when]
@@ -120,6 +121,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, 130)])
 def test_processes_end_with_the_command_that_started_them(stop, code, tmp_path):
     pytest.importorskip("datasketch")
