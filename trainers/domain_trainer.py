@@ -10,7 +10,7 @@ from modeling_ultrafuser.log_ultrafuser import print_line
 
 from .compat import HookedSFTTrainer, model_columns
 from .domains import Losses, by_domain, check_kind, filled, readable, together
-from .mixed import MIXED, mixed_examples, with_share
+from .mixed import MIXED, mixed_examples
 from .samplers import DomainSampler
 from .stage_config import StageConfig
 
@@ -118,9 +118,9 @@ class DomainTrainer(HookedSFTTrainer):
 
     def in_examples(self, mix: np.ndarray) -> np.ndarray:
         """Converts a mix in `mix_unit` to one in examples, and adds the share of mixed examples. Shape (drawn,)."""
-        shares = mix / self._lengths
+        shares, mixed = mix / self._lengths, self.args.mixed_share
         shares = shares / shares.sum()
-        return with_share(shares, self.args.mixed_share) if self.args.mixed_share else shares
+        return np.append(shares * (1 - mixed), mixed) if mixed else shares
 
 
 def data_seed(args: StageConfig) -> int:

@@ -1,10 +1,10 @@
-"""Collects scores, gate weights and hidden states from a forward pass that is made anyway."""
+"""Forward passes beside training: what is collected from one that is made anyway, and those of a model that is not trained."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling_ultrafuser.families_ultrafuser import soft_cap
@@ -53,35 +53,35 @@ def capture(fused: PreTrainedModel, *, own: bool = False, hidden: bool = False) 
             handle.remove()
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switches dropout off within it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
-def own_log_probs(
-    fused: PreTrainedModel,
-    own_specialists: list[int],
-    hidden_states: list[Tensor],
-    labels: Tensor,
-    domain: Tensor,
-    mask: Tensor,
-) -> Tensor:
+def own_log_probs(stage, seen: dict, labels: Tensor, domain: Tensor) -> Tensor:
     """Returns the log-probabilities of the labels under each domain's own specialist, from its last hidden states.
 
     Args:
-        fused: The fused model, not wrapped.
-        own_specialists: Index of each domain's own specialist. Length: domains.
-        hidden_states: Each specialist's last hidden state. Shapes (batch, seq, hidden).
+        stage: The trainer. Its fused model and the index of each domain's own specialist are read.
+        seen: As `capture` collected it, with `hidden_states`.
         labels: As the model takes them. Shape (batch, seq).
         domain: Domain of each label. Shape (batch, seq - 1).
-        mask: Whether a label is supervised. Shape (batch, seq - 1).
 
     Returns:
         Log-probabilities, 0 where nothing is supervised. Shape (batch, seq - 1).
     """
-    weight = whole_head(fused)
+    weight, columns, mask = whole_head(stage.fused), stage.fused.head_columns(), seen["scores"].label_mask
     log_probs = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    config = fused.config
-    columns = fused.head_columns()
-    for d, k in enumerate(own_specialists):
+    for d, k in enumerate(stage.own_specialists):
         chosen = mask & (domain == d)
-        head, cap = weight[:, columns[k]], soft_cap(config.specialists[k])
-        states, targets = hidden_states[k][:, :-1][chosen], labels[:, 1:][chosen]
+        head, cap = weight[:, columns[k]], soft_cap(stage.fused.config.specialists[k])
+        states, targets = seen["hidden_states"][k][:, :-1][chosen], labels[:, 1:][chosen]
         log_probs[chosen] = specialist_log_probs(states, head, targets, cap).to(log_probs.dtype)
     return log_probs

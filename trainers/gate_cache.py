@@ -25,7 +25,8 @@ from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.log_ultrafuser import print_line
 
 from .compat import forget_metrics, on_device, without_unused_columns
-from .forward_hooks import capture
+from .domains import DomainCollator
+from .forward_hooks import capture, evaluating
 from .heads.head_base import TokenScores, scattered
 from .mix.rewards import REWARDS
 from .stage_gate import GateTrainer
@@ -182,7 +183,7 @@ class CachedGateTrainer(GateTrainer):
         self.cache = GateCache(cache, identity, counts, self._fields(dtype))
         # from here on an example is the place of its row
         self.train_dataset = Dataset.from_dict({"row": range(len(counts)), "domain": list(self.rows["domain"])})
-        self.data_collator = _CachedRows(self.data_collator, self.cache, self.drawn)
+        self.data_collator = _CachedRows(self.data_collator, self.cache)
         self.scorer.from_cache = self._scores
 
     def _check(self, kinds: dict) -> None:
@@ -234,14 +235,12 @@ class CachedGateTrainer(GateTrainer):
         """Makes what is missing of the pass."""
         if self.cache.complete:
             return
-        training, size = self.fused.training, self.args.per_device_train_batch_size
-        self.fused.eval()
-        with self.cache.alone():
+        size = self.args.per_device_train_batch_size
+        with evaluating(self.fused), self.cache.alone():
             while not self.cache.complete:
                 first = self.cache.rows_done
                 rows = range(first, min(first + size, len(self.rows)))
                 self.cache.write(len(rows), self._said_of(rows))
-        self.fused.train(training)
 
     @torch.no_grad()
     def _said_of(self, rows: Iterable[int]) -> dict[str, Tensor]:
@@ -288,16 +287,16 @@ class CachedGateTrainer(GateTrainer):
 class _CachedRows:
     """Collates rows of the cache as one row without padding, and leaves all others to the collator there was."""
 
-    def __init__(self, collator, cache: GateCache, domains: list[str]):
+    def __init__(self, collator: DomainCollator, cache: GateCache):
         self.collator, self.cache = collator, cache
-        self.domains = {name: i for i, name in enumerate(domains)}
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
         if "row" not in rows[0]:
             return self.collator(rows)
         numbers = [row["row"] for row in rows]
         places, counts = self.cache.places(numbers), np.diff(self.cache.starts)[numbers]
-        domain = torch.tensor([self.domains[row["domain"]] for row in rows]).repeat_interleave(torch.tensor(counts))
+        domain = torch.tensor([self.collator.indices[row["domain"]] for row in rows])
+        domain = domain.repeat_interleave(torch.tensor(counts))
         # labels are one behind: the last place stands for a token that predicts nothing
         return {
             "cached": F.pad(places, (0, 1))[None],

@@ -8,8 +8,7 @@ mostly because prompt and response do not belong together.
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from datasets import Dataset
@@ -19,14 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .forward_hooks import evaluating
 from .prompt_views import render, split_conversation
 from .template_sandbox import render_chat
-
-
-RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "loss": lambda behind_prompt, alone: behind_prompt / alone,
-    "perplexity": lambda behind_prompt, alone: (behind_prompt - alone).exp(),
-}
 
 
 @torch.no_grad()
@@ -36,7 +30,6 @@ def ifd_scores(
     dataset: Dataset | Sequence[dict],
     batch_size: int = 8,
     *,
-    ratio: str = "loss",
     max_length: int = 2048,
 ) -> list[float]:
     """Scores every example by how little its prompt helps `model` to predict its response.
@@ -53,9 +46,6 @@ def ifd_scores(
         tokenizer: Its tokenizer, with a chat template.
         dataset: Rows with `messages`, or `prompt` and `completion`, as for `ViewCollator`.
         batch_size: Examples at a time.
-        ratio: "loss" divides the losses, as the paper's code does; "perplexity" divides their exponentials, as others
-            write it. Both are above 1 for the same examples, but they rank the others differently: a loss of 0.1
-            instead of 0.2 nats scores 0.5 and 0.90, one of 2 instead of 3 nats 0.67 and 0.37.
         max_length: Most tokens of prompt and response together, as in the paper's scripts.
 
     Returns:
@@ -63,16 +53,14 @@ def ifd_scores(
         that tells the reasons.
 
     Raises:
-        ValueError: If no example can be scored, `ratio` is unknown, or the chat template cannot render a prompt.
+        ValueError: If no example can be scored, or the chat template cannot render a prompt.
     """
-    if ratio not in RATIOS:
-        raise ValueError(f"Unknown ratio {ratio!r}. Choose one of {sorted(RATIOS)}.")
     scores = torch.full((len(dataset),), torch.nan)
     template, left_out = tokenizer.get_chat_template(), {}
     # rows of like length go together, the longest first: if memory does not suffice, that shows at once
     sizes = [len(str(dataset[i])) for i in range(len(dataset))]
     order = sorted(range(len(dataset)), key=sizes.__getitem__, reverse=True)
-    with _evaluating(model), tqdm(total=len(dataset), desc="IFD", unit="example") as bar:
+    with evaluating(model), tqdm(total=len(dataset), desc="IFD", unit="example") as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             triples = {}
@@ -90,7 +78,7 @@ def ifd_scores(
             if triples:
                 behind_prompt = _mean_losses(model, [(prompt, response) for prompt, _, response in triples.values()])
                 alone = _mean_losses(model, [(header, response) for _, header, response in triples.values()])
-                scores[list(triples)] = RATIOS[ratio](behind_prompt, alone).cpu()
+                scores[list(triples)] = (behind_prompt / alone).cpu()
             bar.update(len(rows))
     if left_out:
         reasons = "; ".join(
@@ -103,33 +91,32 @@ def ifd_scores(
     return scores.tolist()
 
 
-def select_by_ifd(dataset: Dataset, scores: Sequence[float], share: float, by: str = "domain") -> Dataset:
+def select_by_ifd(dataset: Dataset, scores: Sequence[float], share: float) -> Dataset:
     """Keeps each domain's most difficult examples, in their old order.
 
     Examples above 1 are dropped first, as in the paper, and so are those without a score. A domain that then has fewer
     examples left than its share keeps them all.
 
     Args:
-        dataset: Rows with a column that names the domain.
+        dataset: Rows with a column `domain`.
         scores: One per row, from `ifd_scores`.
         share: Part of each domain's rows to keep, above 0 and up to 1; rounded, and at least one example. It is of all
             rows, so domains keep their proportions; the paper's code takes it of those not dropped.
-        by: The column that names the domain.
 
     Raises:
         ValueError: If there is no such column, not one score per row, or a domain would lose every example.
     """
-    if by not in dataset.column_names:
+    if "domain" not in dataset.column_names:
         raise ValueError(
-            f"The share is taken of each domain, which column {by!r} tells, but the columns are "
-            f"{dataset.column_names}. Add it, or name another: by=..."
+            f"The share is taken of each domain, which column 'domain' tells, but the columns are "
+            f"{dataset.column_names}. Add it."
         )
     if len(scores) != len(dataset):
         raise ValueError(f"Every row has one score, but got {len(scores)} scores for {len(dataset)} rows.")
     if not 0 < share <= 1:
         raise ValueError(f"`share` is the part of the rows to keep, above 0 and up to 1, but got {share}.")
     members = defaultdict(list)
-    for i, domain in enumerate(dataset[by]):
+    for i, domain in enumerate(dataset["domain"]):
         members[domain].append(i)
     kept = []
     for domain, rows in members.items():
@@ -142,16 +129,6 @@ def select_by_ifd(dataset: Dataset, scores: Sequence[float], share: float, by: s
             )
         kept += difficult[: max(1, round(share * len(rows)))]
     return dataset.select(sorted(kept))
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _tokens(

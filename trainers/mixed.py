@@ -6,7 +6,6 @@ A gate that has only seen rows of one domain each learns that the domain never c
 import random
 from collections.abc import Mapping
 
-import numpy as np
 from datasets import Dataset, Features, List
 
 
@@ -71,8 +70,3 @@ def _example(rows: Mapping[str, Dataset], names: list[str], columns: list[str], 
         domain = rng.choice([name for name in names if name != domain])
         row = rows[domain][rng.randrange(len(rows[domain]))]
         start = rng.randrange(len(row["input_ids"]))
-
-
-def with_share(mix: np.ndarray, share: float) -> np.ndarray:
-    """A mix of the domains as one of the domains and, last, of mixed examples. Shape (domains + 1,)."""
-    return np.append(mix * (1 - share), share)

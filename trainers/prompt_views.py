@@ -130,14 +130,7 @@ class ViewCollator:
 
     def __call__(self, rows: list[dict]) -> BatchEncoding:
         prompts, responses = zip(*map(split_conversation, rows), strict=True)
-        batch = prompt_views(
-            list(prompts),
-            list(responses),
-            tokenizer=self.tokenizer,
-            templates=self.templates,
-            specialist_names=self.specialist_names,
-            max_length=self.max_length,
-        )
+        batch = prompt_views(list(prompts), list(responses), **vars(self))
         if "domain" in rows[0]:
             batch["domain"] = [row["domain"] for row in rows]
         return batch

@@ -28,7 +28,6 @@ from .mix.mixes import MIXES
 from .mix.probe import Probe
 from .mix.shares import importance_weights
 from .mixed import MIXED
-from .optimizer_groups import set_rates
 from .samplers import SAMPLERS
 from .stage_checkpoint import EndedError, checkpoint_to_resume, has_stopped, load_state, write_state
 from .stage_checks import check_domains, check_quantised, check_terms, fused_model
@@ -130,8 +129,7 @@ class StageTrainer(DomainTrainer):
         self.data_collator = DomainCollator(self.data_collator, self.drawn)
         self.sizes = np.bincount([self.drawn.index(name) for name in names], minlength=len(self.drawn))
         self._lengths = self._mean_lengths(args.mix_unit)
-        mix = MIXES[args.mix].from_settings(args, self.domains)
-        self.prior = mix.shares(self.sizes[: len(self.domains)])
+        self.prior = MIXES[args.mix](args, self.domains).shares(self.sizes[: len(self.domains)])
 
     def _begin(self) -> None:
         """Resets sampler, statistics and mix controller to their state before the first step."""
@@ -154,16 +152,6 @@ class StageTrainer(DomainTrainer):
         """Returns 2e-5 for specialists of a billion parameters or more, the paper's; a higher rate for smaller ones."""
         raise NotImplementedError
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """Creates TRL's optimizer, with the learning rates of gate and heads where they differ."""
-        optimizer = super().create_optimizer(model)
-        rates = {
-            "gate": getattr(self.args, "gate_learning_rate", None),
-            "heads": getattr(self.args, "head_learning_rate", None),
-        }
-        set_rates(optimizer, self.model if model is None else model, rates)
-        return optimizer
-
     # ---- loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -179,7 +167,7 @@ class StageTrainer(DomainTrainer):
         scores, gate_weights, domain = seen["scores"], seen["gate_weights"][:, :-1], domain[:, 1:]
         mask = scores.label_mask
         if own:
-            own_log_p = own_log_probs(self.fused, self.own_specialists, seen["hidden_states"], labels, domain, mask)
+            own_log_p = own_log_probs(self, seen, labels, domain)
         self.statistics.add(domain, mask, scores.log_probs, gate_weights, own_log_p)
         terms = self._terms(scores.log_probs, gate_weights, domain)
         if isinstance(terms, Tensor):

@@ -47,14 +47,14 @@ class StageConfig(MixConfig, SFTConfig):
         },
     )
     mixed_share: float | None = field(
-        default=0.0,
+        default=None,
         metadata={
             "help": "Share of every batch that changes the domain on the way: pieces of the domains' rows, end to end, "
             "which teach the gate to follow such changes. Default: 0.25 in stage one if there are two domains, else 0."
         },
     )
     gate_dropout: float | None = field(
-        default=0.0,
+        default=None,
         metadata={
             "help": "Probability with which training hides each number that the gate reads of hidden states. Default: 0.1 in "
             "stage one if it reads any, else 0."
@@ -167,12 +167,6 @@ class GateStageConfig(StageConfig):
     """
 
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay. Default: 0.1."})
-    mixed_share: float | None = field(
-        default=None, metadata={"help": StageConfig.__dataclass_fields__["mixed_share"].metadata["help"]}
-    )
-    gate_dropout: float | None = field(
-        default=None, metadata={"help": StageConfig.__dataclass_fields__["gate_dropout"].metadata["help"]}
-    )
     max_steps: int = field(default=400, metadata={"help": "Optimizer steps. The paper's 400 (section 4.1)."})
     save_steps: float = field(default=100, metadata={"help": "Steps between checkpoints: resuming needs one."})
     # it would make frozen specialists run a second time, for gradients that nobody needs
@@ -185,7 +179,7 @@ class JointStageConfig(StageConfig):
 
     max_steps: int = field(default=5000, metadata={"help": "Optimizer steps. The paper's curves converge near 5,000."})
     examples_per_domain: int = field(
-        default=32, metadata={"help": StageConfig.__dataclass_fields__["examples_per_domain"].metadata["help"]}
+        default=32, metadata=StageConfig.__dataclass_fields__["examples_per_domain"].metadata
     )
     gate_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the gate. Default: learning_rate."}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .optimizer_groups import set_rates
 from .serial import SerialBackward
 from .stage_base import StageTrainer, specialist_size
 from .stage_config import JointStageConfig, scaled_rate
@@ -70,9 +71,14 @@ class JointTrainer(StageTrainer):
                 parameter.register_hook(partial(_without, dim=dim, places=places))
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """As every stage's, and parts of parameters that are not trained stay as they are, whatever it does to them."""
+        """Creates TRL's optimizer, with the learning rates of gate and heads where they differ.
+
+        Parts of parameters that are not trained stay as they are, whatever it does to them.
+        """
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
+        rates = {"gate": self.args.gate_learning_rate, "heads": self.args.head_learning_rate}
+        set_rates(optimizer, self.model if model is None else model, rates)
         if created and not all(self._trained):
             kept, before = _kept_parts(self.fused, self._trained), []
 

@@ -5,7 +5,6 @@ import warnings
 import numpy as np
 
 from .batch_statistics import Sums
-from .mix.shares import effective_epochs
 
 
 def domain_metrics(trainer) -> dict[str, float]:
@@ -16,7 +15,7 @@ def domain_metrics(trainer) -> dict[str, float]:
     """
     sums = trainer.statistics.since("log", trainer.accelerator)
     step = trainer.state.global_step
-    epochs = effective_epochs(trainer.sampler.counts(step), trainer.sizes)
+    epochs = trainer.sampler.epochs(step)
     mix = trainer.sampler.mix(max(step - 1, 0))
     names = trainer.fused.config.specialist_names
     metrics = {}

@@ -17,7 +17,7 @@ from tests.support.stages import SIZES, build, logs
 from tests.support.tiny import specialist, stir_gate
 from trainers import GateTrainer, gate_cache
 from trainers.gate_cache import LOCK, STATE, CachedGateTrainer
-from trainers.heads.top_tokens import mixed_log_probs, summarised
+from trainers.heads.kept_top import mixed_log_probs, summarised
 
 
 EXACT = [("logits", "hidden"), ("probabilities", "log_probs")]

@@ -7,7 +7,7 @@ from trainers.mix.policies import POLICIES
 from trainers.mix.policies.policy_base import Smoothing
 from trainers.mix.rewards.reward_base import usable_rewards
 from trainers.mix.rewards.reward_difficulty import difficulty
-from trainers.mix.shares import effective_epochs, guarded
+from trainers.mix.shares import guarded
 
 
 # those that go to R / sum R, and settings under which a test can wait for it
@@ -60,7 +60,7 @@ class Tables:
         for _ in range(40):
             rewards = usable_rewards(self.difficulties(), mix, range(domains))
             if policy is not None:
-                epochs = None if sizes is None else effective_epochs(draws[-1], sizes)
+                epochs = None if sizes is None else draws[-1] / sizes
                 mix = guarded(policy.update(smoothing.update(rewards), mix), epochs=epochs, **bounds)
             mixes.append(mix)
             draws.append(draws[-1] + sum(self.step(mix) for _ in range(10)))

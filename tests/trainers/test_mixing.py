@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from trainers.mix.mix_config import MixConfig
 from trainers.mix.mixes import MIXES
-from trainers.mix.mixes.mix_fixed import FixedMix
-from trainers.mix.mixes.mix_temperature import TemperatureMix
 from trainers.mix.policies import POLICIES
 from trainers.mix.policies.policy_base import Smoothing
 from trainers.mix.rewards.reward_base import usable_rewards
-from trainers.mix.shares import effective_epochs, guarded, importance_weights
+from trainers.mix.shares import guarded, importance_weights
 
 
 # the paper's four datasets, in thousands: Mathematics, Medicine, General, NLP (table 1)
@@ -32,6 +31,11 @@ CLIMBERS = {
 }
 
 
+def shares(mix, sizes=SIZES, **settings):
+    """Of domains "0", "1" and so on."""
+    return MIXES[mix](MixConfig(**settings), [str(d) for d in range(len(sizes))]).shares(sizes)
+
+
 def run(policy, updates, rewards=REWARDS, mix=UNIFORM):
     for _ in range(updates):
         mix = policy.update(rewards, mix)
@@ -47,33 +51,33 @@ def run(policy, updates, rewards=REWARDS, mix=UNIFORM):
     ],
 )
 def test_temperature_gives_the_shares_of_equation_three(temperature, expected):
-    np.testing.assert_allclose(TemperatureMix(temperature).shares(SIZES), expected, atol=5e-5)
+    np.testing.assert_allclose(shares("temperature", mix_temperature=temperature), expected, atol=5e-5)
 
 
 def test_balanced_is_exactly_uniform_and_proportional_is_the_share_of_examples():
-    balanced, proportional = (MIXES[name]().shares(SIZES) for name in ("balanced", "proportional"))
+    balanced, proportional = shares("balanced"), shares("proportional")
     assert balanced.tolist() == [0.25] * 4
     np.testing.assert_allclose(proportional, SIZES / SIZES.sum())
 
 
 def test_a_fixed_mix_takes_any_scale_and_may_leave_a_domain_out():
-    assert FixedMix([3, 1, 0]).shares([5, 5, 5]).tolist() == [0.75, 0.25, 0]
+    for weights in ({"0": 3, "1": 1, "2": 0}, {"0": 3, "1": 1}):
+        assert shares("fixed", [5, 5, 5], mix_weights=weights).tolist() == [0.75, 0.25, 0]
 
 
 @pytest.mark.parametrize(
-    ("shares", "message"),
+    ("mix", "sizes", "settings", "message"),
     [
-        (lambda: MIXES["balanced"]().shares([3, 0]), r"at least one example.*\[3, 0\]"),
-        (lambda: TemperatureMix(0), "above 0, but is 0"),
-        (lambda: FixedMix(None).shares([1, 2]), "one finite weight per domain.*None"),
-        (lambda: FixedMix([1]).shares([1, 2]), r"\[1\] for 2 domains"),
-        (lambda: FixedMix([1, -1]).shares([1, 2]), r"none negative.*\[1, -1\]"),
-        (lambda: FixedMix([1, float("nan")]).shares([1, 2]), "finite"),
+        ("balanced", [3, 0], {}, r"at least one example.*\[3, 0\]"),
+        ("temperature", [1, 2], {"mix_temperature": 0}, "above 0, but is 0"),
+        ("fixed", [1, 2], {}, r"one finite weight per domain.*\[0.0, 0.0\] for 2 domains"),
+        ("fixed", [1, 2], {"mix_weights": {"0": 1, "1": -1}}, r"none negative.*\[1, -1\]"),
+        ("fixed", [1, 2], {"mix_weights": {"0": 1, "1": float("nan")}}, "finite"),
     ],
 )
-def test_a_mix_that_cannot_be_is_refused_in_words(shares, message):
+def test_a_mix_that_cannot_be_is_refused_in_words(mix, sizes, settings, message):
     with pytest.raises(ValueError, match=message):
-        shares()
+        shares(mix, sizes, **settings)
 
 
 def test_the_authors_code_gives_this_trace_on_constant_rewards():
@@ -341,5 +345,5 @@ def test_epochs_of_the_papers_run_under_each_mix():
     assert (round(draws / 64), int(draws / 64) // 100) == (4847, 48)
     expected = {1: [3.0, 3.0, 3.0, 3.0], 10: [3.1, 13.2, 7.8, 1.4], np.inf: [3.0, 14.9, 8.3, 1.2]}
     for temperature, epochs in expected.items():
-        mix = TemperatureMix(temperature).shares(SIZES)
-        np.testing.assert_allclose(effective_epochs(mix * draws, SIZES), epochs, atol=0.06)
+        mix = shares("temperature", mix_temperature=temperature)
+        np.testing.assert_allclose(mix * draws / SIZES, epochs, atol=0.06)

@@ -1,16 +1,15 @@
 """Rewards of a learned mix, and how they are smoothed."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from trainers.mix.mix_config import MixConfig
 from trainers.mix.policies.policy_base import Smoothing
-from trainers.mix.rewards.reward_base import towards_target
+from trainers.mix.rewards import REWARDS as KINDS
 from trainers.mix.rewards.reward_difficulty import difficulty
-from trainers.mix.rewards.reward_gradient import gradient_cosine
-from trainers.mix.rewards.reward_regret import regret
-from trainers.mix.rewards.reward_similarity import similarity
 
 
 # perplexities of Llama-3-8B before and after training (table 6)
@@ -21,6 +20,18 @@ REWARDS = np.array([0.52, 0.43, 0.59, 0.14])
 
 
 UNIFORM = np.full(4, 0.25)
+
+
+def measured(reward, target=None, **probe):
+    """A reward of domains "0", "1" and so on, from what a probe finds."""
+    args = MixConfig(mix_reward=reward, mix_target=None if target is None else str(target))
+    args.packing = args.padding_free = False
+    probe = SimpleNamespace(domains=list("0123"), sharded=False, stage="gate", **probe)
+    return KINDS[reward](args, probe).measure()
+
+
+def similarity(z, target=None):
+    return measured("similarity", target, mean_hidden_states=lambda: z)
 
 
 def test_beta_multiplies_the_new_reward_and_smoothing_starts_from_one():
@@ -79,18 +90,22 @@ def test_ratios_of_average_perplexities_are_those_of_table_six():
 
 def test_regret_is_one_where_fusing_costs_nothing_and_more_where_it_harms():
     own = np.array([1.0, 2.0])
-    assert regret(own, own) == 1
-    assert regret(own + np.log(2), own) == pytest.approx(2)
+    assert measured("regret", batch_losses=lambda: (own, own)).tolist() == [1, 1]
+    assert measured("regret", batch_losses=lambda: (own + np.log(2), own)) == pytest.approx(2)
 
 
 def test_gradient_cosine_rewards_the_training_gradient_that_agrees_with_held_out_ones():
     dev = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
     train = np.array([[1.0, 0, 0], [2, 2, 2], [0, 0, -3]])
-    np.testing.assert_allclose(gradient_cosine(dev, train), [1 / 3, 1 / np.sqrt(3), -1 / 3])
+    found = measured("gradient", gradients=[dev, train].__getitem__)
+    np.testing.assert_allclose(found, [1 / 3, 1 / np.sqrt(3), -1 / 3])
 
 
 def test_a_target_is_rewarded_twice_and_the_others_as_before():
-    np.testing.assert_allclose(towards_target(REWARDS, 2), [0.52, 0.43, 1.18, 0.14])
-    doubled = towards_target(np.array([0.283, 0.202, 0.332, 0.184]), 0)
+    def loss(rewards, target):
+        return measured("loss", target, batch_losses=lambda: (rewards, None))
+
+    np.testing.assert_allclose(loss(REWARDS, 2), [0.52, 0.43, 1.18, 0.14])
+    doubled = loss(np.array([0.283, 0.202, 0.332, 0.184]), 0)
     # from the end of figure 2b to the end of figure 4, read off to 0.005
     np.testing.assert_allclose(doubled / doubled.sum(), [0.44, 0.16, 0.26, 0.145], atol=5e-3)

@@ -35,9 +35,6 @@ def test_the_score_is_the_loss_behind_the_prompt_over_the_loss_behind_the_assist
     told = loss_by_hand(model, "<user>2+2?\n<assistant>", "It is 4.")
     alone = loss_by_hand(model, "<assistant>", "It is 4.")
     assert ifd_scores(model, speller(), [CHAT]) == pytest.approx([told / alone], rel=1e-4)
-    assert ifd_scores(model, speller(), [CHAT], ratio="perplexity") == pytest.approx(
-        [math.exp(told - alone)], rel=1e-4
-    )
 
 
 def test_a_template_that_begins_with_the_first_token_begins_the_response_alone_with_it_too():
@@ -117,11 +114,6 @@ def test_data_of_which_nothing_can_be_scored_is_refused():
         ifd_scores(specialist(), speller(), [{"instruction": "2+2?"}] * 2)
 
 
-def test_an_unknown_ratio_is_refused():
-    with pytest.raises(ValueError, match="Unknown ratio 'ppl'. Choose one of \\['loss', 'perplexity'\\]"):
-        ifd_scores(specialist(), speller(), [CHAT], ratio="ppl")
-
-
 # ---------------------------------------------------------------------------------------------- who is kept
 
 
@@ -129,8 +121,8 @@ def rows(domains):
     return Dataset.from_dict({"domain": domains, "number": list(range(len(domains)))})
 
 
-def kept(domains, scores, share, **options):
-    return select_by_ifd(rows(domains), scores, share, **options)["number"][:]
+def kept(domains, scores, share):
+    return select_by_ifd(rows(domains), scores, share)["number"][:]
 
 
 def test_each_domain_keeps_its_own_share_of_its_most_difficult_in_their_old_order():
@@ -157,18 +149,18 @@ def test_a_domain_that_would_vanish_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("scores", "share", "options", "message"),
+    ("scores", "share", "message"),
     [
-        ([0.5], 0.5, {}, "got 1 scores for 2 rows"),
-        ([0.5, 0.6], 0.0, {}, "above 0 and up to 1, but got 0.0"),
-        ([0.5, 0.6], 10, {}, "above 0 and up to 1, but got 10"),
-        ([0.5, 0.6], 0.5, {"by": "skill"}, "column 'skill' tells, but the columns are \\['domain', 'number'\\]"),
+        ([0.5], 0.5, "got 1 scores for 2 rows"),
+        ([0.5, 0.6], 0.0, "above 0 and up to 1, but got 0.0"),
+        ([0.5, 0.6], 10, "above 0 and up to 1, but got 10"),
     ],
 )
-def test_what_cannot_be_selected_from_is_refused(scores, share, options, message):
+def test_what_cannot_be_selected_from_is_refused(scores, share, message):
     with pytest.raises(ValueError, match=message):
-        kept(["text", "code"], scores, share, **options)
+        kept(["text", "code"], scores, share)
 
 
-def test_another_column_may_tell_the_domain():
-    assert kept(["a", "a"], [0.1, 0.2], 0.5, by="number") == [0, 1]
+def test_rows_that_name_no_domain_are_refused():
+    with pytest.raises(ValueError, match="column 'domain' tells, but the columns are \\['number'\\]"):
+        select_by_ifd(rows(["text"]).remove_columns("domain"), [0.5], 0.5)

@@ -14,6 +14,7 @@ from tests.support.stages import BOTH, domains, trainer
 from tests.support.tiny import specialist, tokenizer
 from trainers import GateTrainer, JointTrainer
 from trainers.forward_hooks import own_log_probs
+from trainers.heads.head_base import TokenScores
 from trainers.prompt_views import ViewCollator
 
 
@@ -159,7 +160,8 @@ def test_regret_reads_a_specialist_as_it_speaks_under_a_soft_cap_of_its_own(tmp_
         s(batch["input_ids"], batch["attention_mask"]).last_hidden_state for s in model.model.specialists.values()
     ]
     domain, labels = batch["domain"][:, 1:], batch["labels"]
-    found = own_log_probs(model, stage.own_specialists, states, labels, domain, labels[:, 1:] != -100)
+    seen = {"hidden_states": states, "scores": TokenScores(label_mask=labels[:, 1:] != -100)}
+    found = own_log_probs(stage, seen, labels, domain)
     for row in range(8):
         own = pair[stage.domains[domain[row, 0]]]
         logits = own(batch["input_ids"][row : row + 1], attention_mask=batch["attention_mask"][row : row + 1]).logits

@@ -11,7 +11,7 @@ from .policies.policy_base import Smoothing
 from .probe import Probe
 from .rewards import REWARDS
 from .rewards.reward_base import usable_rewards
-from .shares import effective_epochs, guarded
+from .shares import guarded
 
 
 class MixController:
@@ -60,7 +60,7 @@ class MixController:
         new = guarded(
             self.policy.update(self.smoothing.update(rewards), mix),
             floor=self.args.mix_floor,
-            epochs=effective_epochs(self.sampler.counts(step), self.sampler.sizes)[: len(mix)],
+            epochs=self.sampler.epochs(step)[: len(mix)],
             max_epochs=np.inf if self.args.mix_max_epochs is None else self.args.mix_max_epochs,
         )
         self._check_same_everywhere(new)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..compat import model_columns, on_device, token_scores
-from ..forward_hooks import capture, own_log_probs
+from ..forward_hooks import capture, evaluating, own_log_probs
 
 
 class Probe:
@@ -77,8 +77,7 @@ class Probe:
                 scores, mask = seen["scores"], seen["scores"].label_mask
                 values = scores.entropy if entropy else -scores.log_probs
                 if own:
-                    inputs = (seen["hidden_states"], labels, seen["domain"][:, 1:], mask)
-                    values = -own_log_probs(self._trainer.fused, self._trainer.own_specialists, *inputs)
+                    values = -own_log_probs(self._trainer, seen, labels, seen["domain"][:, 1:])
                 for row, place in enumerate(places):
                     sums = [(values * mask)[row].double().sum(), mask[row].double().sum()]
                     found[:, place] = torch.stack(sums).cpu()
@@ -146,14 +145,9 @@ class Probe:
     @contextmanager
     def _probing(self) -> Iterator[None]:
         """Leaves training as it found it: mode, random numbers and gradients."""
-        model, device = self._trainer.model, self._accelerator.device
-        training = model.training
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            model.eval()
-            try:
-                yield
-            finally:
-                model.train(training)
+        device = self._accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(self._trainer.model):
+            yield
 
     def _batches(self, examples: list[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Yields this process's share of some examples, as many batches as every other's: passes may be collective.

@@ -1,19 +1,13 @@
-"""Arithmetic on mixes: softmax, bounds, epochs, importance weights.
+"""Arithmetic on mixes: softmax, bounds, importance weights.
 
 A *mix* is a float64 vector of shape (domains,) that sums to 1. A domain whose share is 0 is masked, and stays masked.
 """
 
 import math
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 from numpy import ndarray
-
-
-def effective_epochs(draws: Sequence[float], sizes: Sequence[int]) -> ndarray:
-    """Returns how often each domain has been seen whole: examples drawn from it / examples it has. Shape (domains,)."""
-    return np.asarray(draws, dtype=np.float64) / np.asarray(sizes, dtype=np.float64)
 
 
 def importance_weights(mix: ndarray) -> ndarray:
@@ -44,7 +38,7 @@ def guarded(
     Args:
         mix: What a policy returned. Shape (domains,).
         floor: Smallest share of any domain that is not masked, at most 1 / domains.
-        epochs: How often each domain has been seen whole, see `effective_epochs`. Shape (domains,).
+        epochs: How often each domain has been seen whole. Shape (domains,).
         max_epochs: How often a domain may be seen whole.
     """
     seen = mix > 0

@@ -48,11 +48,6 @@ class DomainSampler(Sampler[int]):
         """As many as the examples fill, one at least: with a mix, an epoch says nothing about any one domain."""
         return max(sum(map(len, self.members)) // self.batch_size, 1)
 
-    @property
-    def sizes(self) -> np.ndarray:
-        """Number of examples of each domain. Shape (domains,)."""
-        return np.array([len(members) for members in self.members])
-
     def __len__(self) -> int:
         return self.batches_per_epoch * self.batch_size
 
@@ -95,6 +90,10 @@ class DomainSampler(Sampler[int]):
         # batches that are drawn do not change, so the next call can go on from here
         self._counted = (batches, counts)
         return counts
+
+    def epochs(self, batches: int) -> np.ndarray:
+        """Returns how often the first batches hold each domain whole: examples drawn / examples there are. Shape (domains,)."""
+        return self.counts(batches) / [len(members) for members in self.members]
 
     def restore(self, mixes: list[tuple[int, list[float]]]) -> None:
         """Takes over mixes, each with its first batch, such as those of an interrupted run: the stream follows."""

@@ -1,6 +1,5 @@
 """Commands `ultrafuser data ...`: make, clean, take in, look at and push instruction data."""
 
-import functools
 import itertools
 import sys
 from collections.abc import Iterator
@@ -111,8 +110,8 @@ def clean(
 
     then = [] if style_share is None else [lambda folder: ranked_filters.keep_style(folder, style_share)]
     if ifd_model is not None:
-        asked = functools.partial(_loaded, ifd_model, trust_remote_code)
-        then.append(lambda folder: ranked_filters.keep_difficult(folder, *asked(), ifd_share))
+        asked = ifd_model, trust_remote_code
+        then.append(lambda folder: ranked_filters.keep_difficult(folder, *_loaded(*asked), ifd_share))
     evaluation = {name: gram_hashes(texts) for name, texts in _evaluation_sets(named(against, "--against"), split)}
     report = cleaning.clean(
         _records(records),

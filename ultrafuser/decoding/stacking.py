@@ -13,7 +13,6 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.compat_ultrafuser import CACHE
 from modeling_ultrafuser.evidence_ultrafuser import EvidenceLayer
 from modeling_ultrafuser.families_ultrafuser import head_dim, specialist_layer_types
 from modeling_ultrafuser.inputs_ultrafuser import Tokens
@@ -215,11 +214,8 @@ class StackedSpecialists(nn.Module):
         specialists = list(model.model.specialists.values())
         # speaks for all in what `check_stackable` asked for
         self.first = first = model.config.specialists[0]
-        self.heads, self.key_heads, self.head_dim = (
-            first.num_attention_heads,
-            first.num_key_value_heads,
-            head_dim(first),
-        )
+        self.heads, self.key_heads = first.num_attention_heads, first.num_key_value_heads
+        self.head_dim = head_dim(first)
         # asked for by the library's attention functions; groups stay whole when specialists' heads lie side by side
         self.num_key_value_groups = self.heads // self.key_heads
         self.register_buffer("epsilon", torch.tensor(first.rms_norm_eps), persistent=False)
@@ -248,13 +244,7 @@ class StackedSpecialists(nn.Module):
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(seq, device=input_ids.device) + past)[None]
-        mask = create_causal_mask(
-            config=self.first,
-            inputs_embeds=hidden[0].view(batch, seq, -1),
-            attention_mask=attention_mask,
-            **{CACHE: cache},
-            position_ids=position_ids,
-        )
+        mask = create_causal_mask(self.first, hidden[0].view(batch, seq, -1), attention_mask, cache, position_ids)
         rotation = self.rotation(position_ids, hidden.dtype)
         for i, layer in enumerate(self.layers):
             normed = _rms_norm(hidden, layer.before_attention, self.epsilon)

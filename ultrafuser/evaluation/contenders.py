@@ -17,7 +17,7 @@ from trainers import CachedGateTrainer, GateStageConfig
 from ..merge import MERGES
 from ..merge.merged_model import merge
 from . import baselines
-from .measurement import HeldOut, Scores, cost, score
+from .measurement import HeldOut, Scores, cost, mean_loss, score
 
 
 FUSED = "fused"
@@ -287,7 +287,7 @@ def merged(comparison: Comparison, method: str, by_depth: bool) -> Measured:
 
 
 def _loss(model: PreTrainedModel, domains: list[HeldOut]) -> float:
-    return sum(score(model, examples).losses[examples.scored].mean().item() for examples in domains)
+    return sum(mean_loss(model, examples) for examples in domains)
 
 
 def _check_tunable(comparison: Comparison) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser.tokenizer_ultrafuser import TOKENIZER_PROBE, load_tokenizer
@@ -172,11 +172,9 @@ def tables(results: dict) -> list[Table]:
 
 
 def _table(title: str, columns: list[str]) -> Table:
-    made = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    made.add_column("")
-    for column in columns:
-        made.add_column(column, justify="right", no_wrap=True)
-    return made
+    numbers = [Column(name, justify="right", no_wrap=True) for name in columns]
+    looks = {"title_justify": "left", "caption_justify": "left", "box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+    return Table("", *numbers, title=title, **looks)
 
 
 def _count(number: float) -> str:

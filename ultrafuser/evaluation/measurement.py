@@ -162,6 +162,11 @@ def score(
     return Scores(losses, correct, confidence)
 
 
+def mean_loss(model: PreTrainedModel, data: HeldOut) -> float:
+    """Nats per token that is predicted."""
+    return score(model, data).losses[data.scored].mean().item()
+
+
 @torch.inference_mode()
 def cost(
     model: PreTrainedModel, reference: PreTrainedModel, prompt: Tensor, *, new_tokens: int = 32, repeats: int = 3

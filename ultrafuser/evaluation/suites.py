@@ -136,7 +136,9 @@ def run_suite(
     files = {task: out / name for task, name in _file_names(shots).items()}
     found = {task: read for task in shots if (read := _finished(files[task], settings[task]))}
     backend, arguments = _server(folder, server) if server else _weights(folder, dtype, trust_remote_code)
-    run_with = arguments | ({} if server else {"trust_remote_code": trust_remote_code})
+    # made from Python, lm-eval's `hf` wants a GPU unless told otherwise
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run_with = arguments | ({} if server else {"trust_remote_code": trust_remote_code, "device": device})
     if run_code:
         # `code_eval` asks once more
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
@@ -146,7 +148,7 @@ def run_suite(
         for task, number in shots.items():
             if task in found:
                 continue
-            model = model or get_model(backend)(**run_with, batch_size=batch_size, **_device(backend))
+            model = model or get_model(backend)(**run_with, batch_size=batch_size)
             with names_task(task, strange):
                 evaluated = simple_evaluate(
                     model,
@@ -278,11 +280,6 @@ def _server(folder: str | Path, server: str) -> tuple[str, dict[str, Any]]:
     os.environ.pop("OPENAI_API_KEY", None)
     arguments |= {"max_length": served["max_model_len"]} if "max_model_len" in served else {}
     return "local-completions", arguments | {"tokenizer_backend": "huggingface"}
-
-
-def _device(backend: str) -> dict[str, str]:
-    # made from Python, lm-eval's `hf` wants a GPU unless told otherwise
-    return {"device": "cuda" if torch.cuda.is_available() else "cpu"} if backend == "hf" else {}
 
 
 def _command(task: str, backend: str, arguments: dict, settings: dict, include, run_code: bool) -> str:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 from datasets import Dataset
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
@@ -292,9 +292,8 @@ def _print_outcome(
     folder: Path,
     minutes: float,
 ) -> None:
-    losses = Table(title="\nHeld-out loss, nats per token (lower is better)", title_justify="left")
-    for column in ("", *DOMAINS, "mean"):
-        losses.add_column(column, justify="left" if not column else "right")
+    numbers = [Column(name, justify="right") for name in (*DOMAINS, "mean")]
+    losses = Table("", *numbers, title="\nHeld-out loss, nats per token (lower is better)", title_justify="left")
     best = {d: min(row[d] for row in rows.values()) for d in DOMAINS}
     for name, row in rows.items():
         if name == "uniform fusion":
@@ -303,9 +302,9 @@ def _print_outcome(
         losses.add_row(name, *cells, f"{sum(row.values()) / len(row):.3f}")
     console.print(losses)
 
-    weights = Table(title="\nWho speaks: mean gate weight after stage two", title_justify="left")
-    for column in ("on tokens of", *DOMAINS):
-        weights.add_column(column, justify="left" if column == "on tokens of" else "right")
+    numbers = [Column(name, justify="right") for name in DOMAINS]
+    title = "\nWho speaks: mean gate weight after stage two"
+    weights = Table("on tokens of", *numbers, title=title, title_justify="left")
     for domain, row in gate_weights.items():
         weights.add_row(domain, *(f"{w:.2f}" for w in row))
     console.print(weights)

@@ -19,7 +19,7 @@ from trainers.domain_trainer import data_seed
 from trainers.domains import by_domain, split
 
 from ..atomic import new_folder
-from ..evaluation.measurement import HeldOut, held_out, score
+from ..evaluation.measurement import held_out, mean_loss
 from ..fused_folders import save_fused
 from .stage_recipe import FusedArguments, ingredients_of, load_domains, load_model
 
@@ -97,7 +97,8 @@ def compare_gates(
                 seconds = _trained(model, tokenizer, args, data, seed=seed, cache=cache, keep=keep)
             elif seed:
                 continue
-            fit = Fit(gate, seed, _parameters(model), seconds, {d: _loss(model, test) for d, test in tests.items()})
+            losses = {d: mean_loss(model, test) for d, test in tests.items()}
+            fit = Fit(gate, seed, _parameters(model), seconds, losses)
             say(f"{gate}, seed {seed}: {fit.mean:.4f} nats per token")
             if fit.mean < min((f.mean for f in fits), default=float("inf")):
                 # over the last best one's
@@ -143,8 +144,3 @@ def _trained(model, tokenizer: PreTrainedTokenizerBase, args: GateStageConfig, d
         start = time.perf_counter()
         trainer.train()
     return time.perf_counter() - start
-
-
-def _loss(model: PreTrainedModel, test: HeldOut) -> float:
-    """Nats per token that is predicted."""
-    return score(model, test).losses[test.scored].mean().item()

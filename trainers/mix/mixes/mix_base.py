@@ -10,20 +10,14 @@ class Mix:
     """Base of all static mixes. A mix is one file with one subclass, and one line in `MIXES`.
 
     A learned mix starts from a static one.
+
+    Args:
+        args: The stage's settings, see `MixConfig`. A mix checks those that it reads.
+        domains: Names of the domains, in the order of the mix.
     """
 
-    @classmethod
-    def from_settings(cls, args, domains: Sequence[str]) -> "Mix":
-        """Makes the mix for a stage. A mix with settings reads and checks them here.
-
-        Args:
-            args: The stage's settings, see `MixConfig`.
-            domains: Names of the domains, in the order of the mix.
-
-        Raises:
-            ValueError: If its settings do not fit the domains.
-        """
-        return cls()
+    def __init__(self, args, domains: Sequence[str]):
+        self.args, self.domains = args, domains
 
     def shares(self, sizes: Sequence[int]) -> ndarray:
         """Returns the share of each domain, float64 of shape (domains,), which sums to 1.
@@ -32,7 +26,7 @@ class Mix:
             sizes: Number of examples of each domain. Length: domains.
 
         Raises:
-            ValueError: If a domain has no examples.
+            ValueError: If a domain has no examples, or the settings do not fit.
         """
         counts = np.asarray(sizes, dtype=np.float64)
         if counts.ndim != 1 or not len(counts) or not (counts >= 1).all():

@@ -49,18 +49,13 @@ class Reward:
         """Measures the baseline, before the first step."""
 
     def measure(self) -> ndarray:
-        """Measures the domains. Shape (domains,)."""
+        """Measures the domains, that to specialise in (MoSpec) with twice its reward. Shape (domains,)."""
         rewards = self.by_domain()
-        return rewards if self.target is None else towards_target(rewards, self.target)
+        return rewards if self.target is None else rewards * np.where(np.arange(len(rewards)) == self.target, 2, 1)
 
     def by_domain(self) -> ndarray:
         """Measures the domains, without regard to the target. Shape (domains,)."""
         raise NotImplementedError
-
-
-def towards_target(rewards: ndarray, target: int) -> ndarray:
-    """Doubles the reward of the domain to specialise in (MoSpec for `difficulty` and `regret`). Shape (domains,)."""
-    return np.where(np.arange(len(rewards)) == target, 2 * rewards, rewards)
 
 
 def usable_rewards(rewards: ndarray, mix: ndarray, domains: Sequence[str]) -> ndarray | None:

@@ -9,7 +9,9 @@ from .reward_difficulty import difficulty
 
 
 class RegretReward(Reward):
-    """Perplexity of the fused model over that of the domain's own specialist.
+    """Perplexity of the fused model over that of the domain's own specialist: 1 where fusing costs the domain nothing.
+
+    It is `difficulty` (Eq. 10) with the specialist in place of the start.
 
     Stage one scores the specialist on the same batches. In stage two the specialists move, so there it is measured on the
     pool, against the specialists' losses before the first step.
@@ -33,16 +35,4 @@ class RegretReward(Reward):
             if self.reads_pool
             else zip(*self.probe.batch_losses(), strict=True)
         )
-        return np.array([regret(*pair) for pair in pairs])
-
-
-def regret(nll_fused: ndarray, nll_own: ndarray) -> float:
-    """Reward of one domain: perplexity of the fused model over that of the domain's own specialist, averaged.
-
-    `difficulty` (Eq. 10) with the specialist in place of the start: 1 where fusing costs the domain nothing.
-
-    Args:
-        nll_fused: Mean negative log-likelihood of each example, nats per trained token. Shape (examples,).
-        nll_own: The same examples under the specialist. Shape (examples,).
-    """
-    return difficulty(nll_fused, nll_own)
+        return np.array([difficulty(*pair) for pair in pairs])

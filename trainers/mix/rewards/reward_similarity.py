@@ -7,27 +7,17 @@ from .reward_base import Reward
 
 
 class SimilarityReward(Reward):
-    """Similarity of each domain's mean hidden state on the pool to the others', or to the target's alone."""
+    """Similarity of each domain's mean hidden state on the pool (Eq. 7) to all domains', or to the target's alone.
+
+    The mean of its cosines, with itself included (Eq. 8), or the cosine to the domain to specialise in (MoSpec), 1 for
+    itself. Of a fused model these are the specialists' states times their gate weights, so in stage one, where
+    specialists are frozen, it moves with the gate alone.
+    """
 
     def measure(self) -> ndarray:
-        return similarity(self.probe.mean_hidden_states(), self.target)
-
-
-def similarity(z: ndarray, target: int | None = None) -> ndarray:
-    """Reward: how much each domain resembles all domains, the mean of its cosines with itself included (Eq. 8).
-
-    Of a fused model these are the specialists' states times their gate weights, so in stage one, where specialists are
-    frozen, it moves with the gate alone.
-
-    Args:
-        z: Mean hidden state of each domain (Eq. 7). Shape (domains, hidden).
-        target: Index of a domain to specialise in (the paper's MoSpec): the cosine to that domain alone, 1 for itself.
-
-    Returns:
-        Between -1 and 1. Shape (domains,).
-    """
-    found = cosines(z, z)
-    return found.mean(1) if target is None else found[:, target]
+        states = self.probe.mean_hidden_states()
+        found = cosines(states, states)
+        return found.mean(1) if self.target is None else found[:, self.target]
 
 
 def cosines(a: ndarray, b: ndarray) -> ndarray:
