@@ -122,7 +122,7 @@ def test_the_stages_have_settings_of_their_own():
     quiet = {"use_cpu": True, "bf16": False, "report_to": "none"}
     one, two = GateStageConfig("one", **quiet), JointStageConfig("two", **quiet)
     assert (one.weight_decay, one.mixed_share, one.gate_dropout) == (0.1, None, None)
-    assert (two.weight_decay, two.mixed_share, two.gate_dropout) == (0.0, 0.0, 0.0)
+    assert (two.weight_decay, two.mixed_share, two.gate_dropout) == (0.0, None, None)
     assert one.early_stopping is two.early_stopping is None
 
 
