@@ -30,21 +30,18 @@ def check_architecture(name: str, config: PreTrainedConfig, text_config: PreTrai
     saved_as = config.architectures or []
     if config.is_encoder_decoder or (saved_as and not any(a.endswith(suffixes) for a in saved_as)):
         raise Refusal(
-            "model",
             f"{kind} saved as {saved_as}, which is an encoder, an encoder-decoder, or a model without its head",
             "A specialist must be a decoder with a language-model head",
             "Use a causal language model.",
         )
     if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING or type(text_config) not in MODEL_MAPPING:
         raise Refusal(
-            "model",
             f"{kind}, for which transformers has no causal language model",
             "A specialist must be a causal language model, or contain one as its text part",
             "Use one that `AutoModelForCausalLM` can load.",
         )
     if CACHE not in inspect.signature(backbone_class(text_config).forward).parameters:
         raise Refusal(
-            "model",
             f"{kind}, which keeps another kind of state",
             "A specialist must have attention layers with a key-value cache, because all specialists share one",
             "Use a transformer or a hybrid.",
@@ -52,7 +49,6 @@ def check_architecture(name: str, config: PreTrainedConfig, text_config: PreTrai
     unsaid = [field for field in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(text_config, field)]
     if unsaid:
         raise Refusal(
-            "model",
             f"{kind}, which does not say {unsaid}",
             "A specialist's configuration must say how many tokens it knows, how wide and how deep it is, "
             "because the fused model's follows from that",
@@ -60,7 +56,6 @@ def check_architecture(name: str, config: PreTrainedConfig, text_config: PreTrai
         )
     if keeps_states_in_layers(backbone_class(text_config)):
         raise Refusal(
-            "model",
             f"{kind}, which keeps recurrent states in its layers",
             "A specialist must keep all that it remembers of a text in a cache, because generation reorders and "
             "repeats that",
@@ -80,7 +75,6 @@ def parts_of(name: str, model: PreTrainedModel, config: PreTrainedConfig) -> tup
     head = model.get_output_embeddings()
     if backbone is None or head is None:
         raise Refusal(
-            "model",
             f"{kind} holds no {backbone_type.__name__} or no output embeddings",
             "A specialist must be a backbone followed by a linear head",
             "It cannot be fused.",
@@ -88,14 +82,12 @@ def parts_of(name: str, model: PreTrainedModel, config: PreTrainedConfig) -> tup
     embedding, rows = backbone.get_input_embeddings().weight, backbone.config.vocab_size
     if embedding.shape[0] != rows:
         raise Refusal(
-            "model",
             f"the embedding of {kind} has {embedding.shape[0]} rows and its vocabulary {rows}",
             "A specialist must know as many tokens as it says, because rows beyond the common vocabulary are cut",
             "It cannot be fused.",
         )
     if getattr(head, "bias", None) is not None:
         raise Refusal(
-            "model",
             f"the head of {kind} has a bias",
             "A specialist's head must have no bias, because a bias could not be weighed by the gate inside one "
             "linear head",
@@ -104,7 +96,6 @@ def parts_of(name: str, model: PreTrainedModel, config: PreTrainedConfig) -> tup
     weight = getattr(head, "weight", None)
     if not isinstance(head, nn.Linear) or weight is None or weight.shape[1] != config.hidden_size:
         raise Refusal(
-            "model",
             f"the head of {kind} is {head}",
             f"A specialist's head must be one matrix that reads its hidden state, {config.hidden_size} numbers, "
             "because the heads of all become one",
@@ -141,7 +132,6 @@ def auto_class(name: str, config: PreTrainedConfig) -> type:
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
     raise Refusal(
-        "model",
         f"{name!r} is a {config.model_type!r} model, whose text part cannot be loaded on its own",
         "A specialist must be a causal language model, or read images beside text",
         "Load it and pass the model.",

@@ -81,10 +81,10 @@ def check_causal_class(name: str, config: PreTrainedConfig, backbone: type) -> N
         lost.discard("prepare_inputs_for_generation")
     if lost:
         raise Refusal(
-            "architecture",
             f"{causal.__name__} of {name!r} has {sorted(lost)} of its own",
             "A fused model holds the backbones of its specialists, so what a family does elsewhere must be known here",
             "Fuse a model of another family.",
+            about="architecture",
         )
 
 
@@ -98,10 +98,10 @@ def check_head_dtype(name: str, config: PreTrainedConfig, backbone: type, dtype:
     kept = [kept_in_float32(c) for c in (causal, backbone)]
     if kept[0] - kept[1] and dtype is not None and dtype.itemsize < 4:
         raise Refusal(
-            "architecture",
             f"{causal.__name__} of {name!r} keeps {sorted(kept[0] - kept[1])} in float32",
             f"The fused head is {str(dtype).removeprefix('torch.')}, like the specialists",
             "Fuse with dtype='float32'.",
+            about="architecture",
         )
 
 

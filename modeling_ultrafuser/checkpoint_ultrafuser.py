@@ -43,10 +43,10 @@ def check_weights(name: str, config: PreTrainedConfig, header: Header) -> PreTra
     layers = [getattr(c, "num_hidden_layers", None) or 0 for c in (config, config.get_text_config(decoder=True))]
     if max(layers) > len(header):
         raise Refusal(
-            "weights",
             f"{name!r} has {max(layers):,} layers by its config.json, and {len(header)} tensors in its files",
             "A layer has one tensor at least",
             "Correct its config.json, or download both again.",
+            about="weights",
         )
     model = empty_model(name, config)
     with in_words(f"The configuration of {name!r}", config.name_or_path):
@@ -68,21 +68,21 @@ def check_gguf_weights(name: str, source: str, config: PreTrainedConfig) -> PreT
     scaled = sorted(key for key in shapes if key.startswith("rope_"))
     if scaled and "'rope_type': 'default'" in repr(getattr(config, "rope_parameters", None)):
         raise Refusal(
-            "weights",
             f"`{scaled[0]}` of {source!r}, {name!r}, scales rotary positions, and transformers passes it over",
             "Every tensor of a file must be used, or the fused model would not speak as its specialist does",
             "Fuse the folder that it was made from.",
+            about="weights",
         )
     model = empty_model(name, config)
     asked = sum(p.numel() for p in model.parameters())
     held = sum(math.prod(shape) for key, shape in shapes.items() if key not in scaled)
     if asked != held:
         raise Refusal(
-            "weights",
             f"{source!r} of {name!r} holds {held:,} numbers, and its metadata asks for {asked:,}",
             "A model's file must hold exactly the tensors that its metadata asks for, because others would be "
             "made up or dropped",
             "Fetch it again; or fuse the folder that it was made from.",
+            about="weights",
         )
     return model
 
@@ -142,10 +142,10 @@ def _odd_tensors(
     made_up = sum(b.numel() for b in model.buffers())
     if made_up > MOST_NUMBERS_MADE_UP:
         raise Refusal(
-            "weights",
             f"a configuration asks for {made_up:,} numbers that are computed, such as rotary frequencies",
             "What is computed from a configuration is small beside the weights",
             "Correct its config.json.",
+            about="weights",
         )
     state = empty_tensors(header)
     info = loaded(state)
@@ -194,11 +194,11 @@ def refuse_other_tensors(
         told.append(f"{len(left_over)} have no place in the model, such as `{min(left_over)}`")
     if told:
         raise Refusal(
-            "weights",
             f"of {what} {'; '.join(told)}",
             "A model's files must hold exactly the tensors that its configuration asks for, because others would "
             "be made up or dropped",
             "Correct its config.json, or download both again.",
+            about="weights",
         )
 
 

@@ -27,9 +27,7 @@ class UnreadableFileError(Refusal):
     """A file of somebody's that cannot be read, or that says what cannot be."""
 
     def __init__(self, fact: str, rule: str = "", way_out: str = "Fetch it again."):
-        super().__init__("file", fact, rule, way_out)
-        # whoever copies an error makes it anew from these
-        self.args = (fact, rule, way_out)
+        super().__init__(fact, rule, way_out, about="file")
 
 
 def is_number(value) -> bool:

@@ -101,10 +101,10 @@ def _hub_options(names: list[str], revisions: dict[str, str], hub_kwargs: dict) 
     """Returns options of `from_pretrained` for each specialist."""
     if unknown := sorted(set(revisions) - set(names)):
         raise Refusal(
-            "specialists",
             f"`revisions` names {unknown}",
             f"Specialists are {names}",
             "Name one of those, or leave the revision out.",
+            about="specialists",
         )
     return {name: {**hub_kwargs, "revision": revisions.get(name) or "main"} for name in names}
 
@@ -172,10 +172,10 @@ def assemble(cls: type[PreTrainedModel], plan: FusionPlan, state: dict[str, Tens
     )
     if info["missing_keys"] or info["unexpected_keys"]:
         raise Refusal(
-            "architecture",
             f"{sorted(info['missing_keys'])[:3]} are missing and {sorted(info['unexpected_keys'])[:3]} have no place",
             "The fused model must hold exactly its specialists' tensors",
             f"This is a defect: please report the specialists' architectures {[c.model_type for c in config.specialists]}.",
+            about="architecture",
         )
     model.generation_config = generation_config
     model.eval()

@@ -30,10 +30,10 @@ class LogitsFusion(Fusion):
         soft_caps = [soft_cap(c) for c in config.specialists]
         if len(set(soft_caps)) > 1:
             raise Refusal(
-                "architecture",
                 f"`final_logit_softcapping` is {dict(zip(config.specialist_names, soft_caps, strict=True))}",
                 "A logit soft cap is not linear, so mixing logits needs one cap for all specialists",
                 "Choose fusion='probabilities', or fuse specialists of one family.",
+                about="architecture",
             )
 
     @classmethod

@@ -49,11 +49,11 @@ def merged_generation_config(
     beyond = {n: [i for i in ids if i >= vocab_size] for n, ids in ends.items()}
     if any(beyond.values()):
         raise Refusal(
-            "generation",
             f"end-of-text ids lie beyond the fused vocabulary of {vocab_size} tokens: "
             f"{ {n: ids for n, ids in beyond.items() if ids} }",
             "Every one must be in it, or the model could not stop",
             "Fuse specialists whose vocabularies all contain them.",
+            about="generation",
         )
     eos = sorted({i for ids in ends.values() for i in ids})
     starts, pads = ([f.pop(key, None) for f in written.values()] for key in ("bos_token_id", "pad_token_id"))

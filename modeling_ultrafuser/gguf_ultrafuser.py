@@ -54,27 +54,27 @@ def check_gguf(name: str, source: str) -> dict[str, tuple[int, ...]]:
     """
     if not os.path.exists(source):
         raise UnavailableError(
-            "file",
             f"{source!r} of {name!r} is not there",
             "A GGUF specialist is a file on this machine",
             "Check the spelling; fetch one from the Hub first: `hf download OWNER/NAME FILE.gguf --local-dir FOLDER`.",
+            about="file",
         )
     check_file(source)
     with open(source, "rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
         raise Refusal(
-            "file",
             f"{source!r} of {name!r} begins with {magic!r}",
             "A GGUF file begins with the letters GGUF",
             "It is of another format, or a broken download: fetch it again.",
+            about="file",
         )
     if not is_gguf_available():
         raise MissingPackageError(
-            "file",
             f"the package `gguf` is not installed, which reads GGUF files such as {source!r} of {name!r}",
             "",
             'Install it: `pip install "ultrafuser[gguf]"`.',
+            about="file",
         )
     return _read_header(source)
 

@@ -101,7 +101,7 @@ def read_adapters(specialists: dict, hub: dict[str, dict], given: str | os.PathL
     if not bases:
         if given is not None:
             fact = f"`base` is given, and {list(specialists)} are whole models"
-            raise _rejected(fact, "It is of specialists that are adapters of it", "Leave it out.")
+            raise Refusal(fact, "It is of specialists that are adapters of it", "Leave it out.")
         return None
     if given is not None:
         bases = dict.fromkeys(bases, (os.fspath(given), "main"))
@@ -116,9 +116,9 @@ def read_adapters(specialists: dict, hub: dict[str, dict], given: str | os.PathL
         if configs[name] is None and not _same_place(source, base):
             what = repr(os.fspath(source)) if isinstance(source, str | os.PathLike) else type(source).__name__
             fact = f"{first!r} holds only an adapter, of {base!r}, and {name!r} ({what}) is a whole model, and not that base"
-            raise _rejected(fact, rule, way_out)
+            raise Refusal(fact, rule, way_out)
     if not base:
-        raise _rejected(
+        raise Refusal(
             f"`base_model_name_or_path` of {first!r} is {base!r}",
             "An adapter says which base it is of",
             f"{SAY_BASE}; or {MERGE_FIRST}.",
@@ -126,7 +126,7 @@ def read_adapters(specialists: dict, hub: dict[str, dict], given: str | os.PathL
     for name, (other, at) in bases.items():
         if not _same_place(other, base) or at != revision:
             fact = f"{first!r} is an adapter of {base!r} at {revision!r}, and {name!r} one of {other!r} at {at!r}"
-            raise _rejected(fact, rule, way_out)
+            raise Refusal(fact, rule, way_out)
         check_adapter(name, configs[name])
     return Adapters(base, revision, configs)
 
@@ -142,10 +142,10 @@ def about_base(adapters: Adapters) -> Iterator[None]:
         # by which name its tensors are kept is no word of the user's
         reason = reason.replace(f"specialist {BASE!r}", "base").replace(repr(BASE), "it")
         raise (UnavailableError if isinstance(error, OSError) else Refusal)(
-            getattr(error, "about", "model"),
             f"the base of {of}, {adapters.base!r}, is refused: {reason}",
             "Adapters are fused on the plain weights of their base",
             f"{SAY_BASE}, if its plain weights are elsewhere.",
+            about=getattr(error, "about", "model"),
         ) from error
 
 
@@ -184,19 +184,15 @@ def check_adapter(name: str, config: dict) -> None:
             more[key] = config.get(key)
     if more:
         key, value = next(iter(more.items()))
-        raise _rejected(
+        raise Refusal(
             f"{name!r} has {key}={value!r}",
             "An adapter is fused if it adds pairs of matrices to linear layers and does nothing else (LoRA)",
             f"Train it without, or {MERGE_FIRST}.",
         )
 
 
-def _rejected(fact: str, rule: str, way_out: str = "Download it again.") -> Refusal:
-    return Refusal("model", fact, rule, way_out)
-
-
 def _odd(name: str, field: str, value) -> Refusal:
-    return _rejected(
+    return Refusal(
         f"`{field}` in the {CONFIG_FILE} of {name!r} is {str(value)[:200]!r}",
         "It is as PEFT writes it",
         f"Fetch it again, or {MERGE_FIRST}.",
@@ -227,10 +223,10 @@ def adapter_file(name: str, source: str, **hub) -> str:
         file = None
     if file is None:
         raise UnavailableError(
-            "weights",
             f"the adapter {name!r} ({os.fspath(source)!r}) holds no {WEIGHTS_FILE}",
             "Only the safetensors format is read, because others can run code",
             "Load and save it once with PEFT to convert it.",
+            about="weights",
         )
     return file
 
@@ -269,7 +265,7 @@ def pairs(name: str, config: dict, tensors: dict[str, Tensor], linear: Layers) -
     for key, tensor in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
         if match is None or match[1] not in linear:
-            raise _rejected(
+            raise Refusal(
                 f"{name!r} holds `{key}`",
                 "An adapter is fused if all of it is on linear layers of the base's backbone, because the head "
                 "is one for all specialists",
@@ -288,19 +284,20 @@ def pairs(name: str, config: dict, tensors: dict[str, Tensor], linear: Layers) -
             or a.shape[0] != b.shape[1]
         ):
             shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
-            raise _rejected(
+            raise Refusal(
                 f"matrices of {name!r} for `{module}`, which is {tuple(shape)}, have shapes {shapes}",
                 "An adapter's matrices fit the layer of its base",
                 "It is of another base, or not whole: download it again.",
             )
         if len(a) not in ranks or not (a.is_floating_point() and b.is_floating_point()):
-            raise _rejected(
+            raise Refusal(
                 f"matrices of {name!r} for `{module}` are {a.dtype} of rank {len(a)}",
                 f"An adapter's matrices are floating point numbers of the rank that its {CONFIG_FILE} says, "
                 f"{sorted(ranks)}",
+                "Download it again.",
             )
         if not a.is_meta and not all(torch.isfinite(t).all() for t in (a, b)):
-            raise _rejected(
+            raise Refusal(
                 f"matrices of {name!r} for `{module}` hold numbers that are not finite",
                 "An adapter's matrices must be finite numbers",
                 "Download it again, or leave it out.",
@@ -329,7 +326,7 @@ def _check_target(name: str, config: dict, module: str) -> None:
             # PEFT has names of its own for a family if there are none, and writes them down when it saves
             named = any(module == leaf or module.endswith(f".{leaf}") for leaf in value or ())
         if named != wanted:
-            raise _rejected(
+            raise Refusal(
                 f"{name!r} has matrices of `{module}`, a layer that `{field}` leaves out",
                 f"An adapter's files hold matrices of just the layers that its {CONFIG_FILE} names",
                 f"Download it again, or {MERGE_FIRST}.",
@@ -376,7 +373,7 @@ def _is_named(module: str, pattern: str, field: str = "alpha_pattern", whole: bo
             return re.fullmatch(pattern if whole else rf"(.*\.)?({pattern})$", module) is not None
         except (re.error, RecursionError, OverflowError) as error:
             reason = f"is none: {error}"
-    raise _rejected(
+    raise Refusal(
         f"`{field}` of an adapter is {pattern[:100]!r}, which {reason}",
         "It names layers by regular expressions",
         f"Write the names of layers in its place, or {MERGE_FIRST}.",

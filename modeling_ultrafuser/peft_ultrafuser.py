@@ -50,11 +50,11 @@ def check_head(head: nn.Module, reader: str) -> None:
     # trainable tokens wrap it once more
     if hasattr(getattr(head, "token_adapter", head), "base_layer"):
         raise Refusal(
-            "adapter",
             f"{reader} takes the head one specialist at a time and would leave the adapter out",
             "An adapter on `lm_head` is computed beside its weight, for all specialists at once",
             "Merge it (`merge_and_unload()`) where that model runs, or train the head itself: "
             "modules_to_save=['lm_head'].",
+            about="adapter",
         )
 
 

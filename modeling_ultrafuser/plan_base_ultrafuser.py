@@ -56,10 +56,10 @@ class Files:
         files = weight_files(source, **hub)
         if files is None:
             raise UnavailableError(
-                "weights",
                 f"the weights of {name!r} could not be read from {os.fspath(source)!r}",
                 "Only the safetensors format is read, because others can run code",
                 "Load and save the model once to convert it.",
+                about="weights",
             )
         return read_headers(files)
 

@@ -48,10 +48,10 @@ def check_choices(plan: FusionPlan) -> None:
     """Rejects names, their number and choices, before anything is read."""
     if not plan.names:
         raise Refusal(
-            "specialists",
             "there are no specialists",
             "Fusing needs at least two specialists",
             "Pass {'text': ..., 'code': ...}.",
+            about="specialists",
         )
     UltraFuserConfig(specialist_names=plan.names, specialists=[PLACEHOLDER] * len(plan.names), **plan.choices)
 
@@ -161,10 +161,10 @@ def check_saving(plan: FusionPlan) -> None:
             cause, fact = error, f"the configuration of {name!r} ({part.model_type!r}) cannot be saved: {reason}"
         if fact:
             raise Refusal(
-                "architecture",
                 fact,
                 "A fused model is saved with the configuration of every specialist",
                 "Correct its config.json, or fuse a model of another family.",
+                about="architecture",
             ) from cause
 
 
@@ -343,10 +343,10 @@ def each(values: dict) -> str:
 def unequal_dtypes(dtypes: dict) -> Refusal:
     """The refusal of specialists that do not share one dtype."""
     return Refusal(
-        "dtype",
         f"the specialists' dtypes differ: {dtypes}",
         "All specialists of a fused model have one dtype, because one head multiplies all their hidden states",
         "Choose one: dtype=torch.bfloat16, say, or `--dtype bfloat16`.",
+        about="dtype",
     )
 
 
@@ -365,10 +365,10 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise Refusal(
-            "dtype",
             f"`dtype` is {dtype!r}",
             "It must be 'auto' or a floating point type",
             "Choose one: torch.bfloat16, say.",
+            about="dtype",
         )
     return found
 

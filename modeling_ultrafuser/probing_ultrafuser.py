@@ -72,11 +72,11 @@ def check_pages(config: UltraFuserConfig, specialists: dict[str, PreTrainedModel
             backbone.set_attn_implementation(attention)
         if odd:
             raise Refusal(
-                "architecture",
                 f"{name!r} ({backbone.config.model_type!r}) {odd}",
                 "Continuous batching keeps keys and values in pages, into which attention of every layer must "
                 "put those of each token once",
                 "Use `generate` for this model.",
+                about="architecture",
             )
 
 
@@ -162,10 +162,10 @@ def step_within(
             output = read_within(backbone, name, layers, tokens, cache, use_cache=True)
     except Exception as error:
         raise Refusal(
-            "architecture",
             f"{name!r} ({backbone.config.model_type!r}) cannot generate with a {kind.__name__}: {type(error).__name__}: {error}",
             "A specialist must generate with the cache that all specialists share",
             "It cannot be fused.",
+            about="architecture",
         ) from error
     return output.last_hidden_state[:, -1]
 
@@ -205,7 +205,6 @@ def probe_specialist(
     odd = next((n for n, p in model.named_parameters() if not _is_finite(p)), None)
     if odd is not None:
         raise Refusal(
-            "model",
             f"`{odd}` of {name!r} holds numbers that are not finite",
             "A specialist's weights must be finite numbers, because one that is not makes all that it is added "
             "to meaningless",
@@ -219,7 +218,6 @@ def probe_specialist(
         other = torch.cat([ids[:, :-1], ids[:, :1]], dim=-1)
         if not own.isfinite().all():
             raise Refusal(
-                "model",
                 f"on a probe {name!r} gives numbers that are not finite",
                 "A specialist must speak in finite numbers",
                 "Its config.json is not the one that it was trained with, or its weights are damaged: download "
@@ -228,7 +226,6 @@ def probe_specialist(
         changed = model(input_ids=other, use_cache=False, return_dict=True).logits[..., :rows].float()
     if not torch.allclose(own[:, :-1], changed[:, :-1], rtol=1e-3, atol=1e-3 * own.abs().max().item()):
         raise Refusal(
-            "model",
             f"in {name!r} ({type(model).__name__}) a later token changes an earlier prediction",
             "A specialist must be a decoder, which predicts each token from those before it",
             "Use a causal language model.",
@@ -238,7 +235,6 @@ def probe_specialist(
             rebuilt = type(backbone).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).eval()
     except RuntimeError as error:
         raise Refusal(
-            "model",
             f"{name!r} ({type(model).__name__}) has tensors of other shapes in its backbone",
             "A specialist must be what its configuration says",
             "It cannot be fused.",
@@ -259,7 +255,6 @@ def probe_specialist(
     if scale is None:
         difference = (linear - own).abs().max().item()
         raise Refusal(
-            "model",
             f"{name!r} ({type(model).__name__}) does something between its backbone and its logits that one linear head "
             f"cannot do: on a probe, logits differ by up to {difference:.3g}",
             "The fused model would not speak as it does",
@@ -275,7 +270,6 @@ def probe_specialist(
         step = step_within(kind, rebuilt, name, fused, k, ids)
         if not alike(head_of(F.linear(step, columns).float(), scale), expected):
             raise Refusal(
-                "model",
                 f"{name!r} ({type(model).__name__}) says something else in a step of generation with the {kind.__name__} "
                 f"that all specialists share than alone",
                 "",

@@ -5,15 +5,15 @@ class Refusal(ValueError):
     """An input that is rejected. Its text is the fact, the rule and the way out, in this order.
 
     Attributes:
-        about: What the input is, in a word: "model", "weights", "tokenizer".
         fact: What is wrong, naming the input. A clause without a full stop.
         rule: The rule that it breaks, and the reason of the rule. A clause without a full stop.
         way_out: What to do about it. One or more sentences.
+        about: What the input is, in a word: "model", "weights", "tokenizer".
     """
 
-    def __init__(self, about: str, fact: str, rule: str, way_out: str):
-        super().__init__(about, fact, rule, way_out)
-        self.about, self.fact, self.rule, self.way_out = about, fact, rule, way_out
+    def __init__(self, fact: str, rule: str, way_out: str, *, about: str = "model"):
+        super().__init__(fact, rule, way_out)
+        self.fact, self.rule, self.way_out, self.about = fact, rule, way_out, about
 
     @property
     def problem(self) -> str:

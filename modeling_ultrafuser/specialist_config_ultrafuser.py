@@ -25,7 +25,6 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
             raise _already_fused(name, source.config.specialist_names)
         if any(type(module).__module__.startswith("peft.") for module in source.modules()):
             raise Refusal(
-                "model",
                 f"{name!r} ({type(source).__name__}) has an adapter of PEFT on its layers",
                 "A specialist in memory is a plain model",
                 "Save the adapter, `save_pretrained(FOLDER)`, and pass that folder, because LoRA adapters of one "
@@ -47,7 +46,6 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
         return _gguf_config(name, source)
     if os.path.isfile(source):
         raise Refusal(
-            "model",
             f"{name!r} is the file {source!r}",
             "A specialist is a folder or a Hub id",
             "Pass the folder that holds it; of files alone GGUF is read.",
@@ -70,7 +68,6 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
         needs_code = bool(raw.get("auto_map"))
         reason = "needs remote code of its own, which is never run here" if needs_code else "is unknown"
         raise Refusal(
-            "model",
             f"{name!r} ({source!r}) is of type {model_type!r}, which {reason}",
             "A specialist must be of an architecture that transformers itself contains",
             "Convert it to a native architecture, or upgrade transformers if a newer version knows it.",
@@ -88,7 +85,6 @@ def _gguf_config(name: str, source: str) -> PreTrainedConfig:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].removesuffix(".")
         raise Refusal(
-            "model",
             f"the GGUF file {source!r} of {name!r} cannot be read: {reason}",
             "It is broken, or of an architecture that transformers does not read from GGUF",
             "Fuse the folder that it was made from.",
@@ -121,7 +117,6 @@ def _quantised(name: str, what: str, config) -> Refusal:
     elif method == "gguf":
         way_out = "Pass the file itself, NAME=FOLDER/FILE.gguf, which is dequantised while it is read."
     return Refusal(
-        "model",
         f"{name!r} is {what} with quantised weights",
         "A specialist must have plain weights, because its head becomes columns of one matrix",
         way_out,
@@ -130,7 +125,6 @@ def _quantised(name: str, what: str, config) -> Refusal:
 
 def _already_fused(name: str, specialist_names: list[str]) -> Refusal:
     return Refusal(
-        "model",
         f"{name!r} is itself a fused model of {specialist_names}",
         "A specialist is a single model",
         "Fuse those specialists instead: `model.specialist(name)` gives each back.",
@@ -144,7 +138,6 @@ def _unreadable(name: str, source: str, error: OSError | None = None, **hub) -> 
         adapter = None
     if adapter is not None:
         return Refusal(
-            "model",
             f"{name!r} ({source!r}) holds only an adapter",
             "A specialist must be a whole model here",
             "Merge it into its base first: "
@@ -153,17 +146,16 @@ def _unreadable(name: str, source: str, error: OSError | None = None, **hub) -> 
         )
     if os.path.isdir(source):
         return UnavailableError(
-            "model",
             f"the folder of {name!r}, {source!r}, has no config.json, so it is no saved model",
             f"It holds {sorted(os.listdir(source))[:8]}",
             "Point to the folder that `save_pretrained` wrote.",
         )
     token = "a token was given" if hub.get("token") else "no token was given"
     return UnavailableError(
-        "access",
         f"the specialist {name!r} could not be read: {source!r} (revision {hub['revision']!r}) is neither a local "
         f"folder nor a Hub repository that can be reached",
         f"Here {token}; the Hub client said: {str(error).splitlines()[0].removesuffix('.')}",
         "Check the spelling; for a private or gated repository run `hf auth login` after accepting its terms; offline, "
         "pass a local folder.",
+        about="access",
     )

@@ -74,20 +74,20 @@ def common_tokenizer(
     missing = [n for n, t in tokenizers.items() if t is None]
     if missing:
         raise Refusal(
-            "tokenizer",
             f"{missing} have no tokenizer",
             "Every specialist must come with its own",
             "Save it beside them.",
+            about="tokenizer",
         )
     tokenizer = copy.deepcopy(widest_usable_tokenizer(tokenizers, vocab_size or 1 << 62))
     templates = {n: t.chat_template or None for n, t in tokenizers.items()}
     if chat_template is not None:
         if chat_template not in templates:
             raise Refusal(
-                "tokenizer",
                 f"`chat_template` is {chat_template!r}",
                 "It names the specialist whose template to take",
                 f"Choose one of {list(templates)}.",
+                about="tokenizer",
             )
         tokenizer.chat_template = templates[chat_template]
         ids = tokenizer.get_vocab()
@@ -100,10 +100,10 @@ def common_tokenizer(
     elif len({repr(t) for t in templates.values()}) > 1:
         with_one = [n for n, t in templates.items() if t]
         raise Refusal(
-            "tokenizer",
             f"the specialists' chat templates differ ({with_one} have one)",
             "A fused model has one",
             f"Choose whose to take: chat_template={with_one[0]!r}.",
+            about="tokenizer",
         )
     return tokenizer
 
@@ -122,10 +122,10 @@ def load_tokenizer(source, base=None, **hub) -> PreTrainedTokenizerBase | None:
         # what is in a file is converted, and may be of any kind
         except Exception as error:
             raise Refusal(
-                "tokenizer",
                 f"the tokenizer of {os.fspath(source)!r} cannot be read ({type(error).__name__}: {error})",
                 "",
                 "Save the one that it was made from beside the file.",
+                about="tokenizer",
             ) from error
     adapter = adapter_config(source, **hub)
     if adapter is not None and not _has_tokenizer(source, **hub):
@@ -179,16 +179,16 @@ def widest_usable_tokenizer(
         )
         if told is not None:
             fact, way_out = told
-            raise Refusal("tokenizer", fact, rule, way_out)
+            raise Refusal(fact, rule, way_out, about="tokenizer")
     beyond = {n: sorted(i for i in ids[n].values() if i >= vocab_size) for n in tokenizers}
     usable = [n for n in tokenizers if not beyond[n]]
     if not usable:
         shown = {n: [tokenizers[n].convert_ids_to_tokens(i) for i in more[:3]] for n, more in beyond.items()}
         raise Refusal(
-            "tokenizer",
             f"every tokenizer can produce tokens beyond the fused vocabulary of {vocab_size} rows, such as {shown}",
             "It has the rows that every specialist's head has",
             "Fuse specialists whose heads cover their tokenizers.",
+            about="tokenizer",
         )
     return tokenizers[max(usable, key=lambda n: len(vocabularies[n]))]
 

@@ -33,7 +33,7 @@ def fused_config(source: str | Path) -> UltraFuserConfig:
     if kind != UltraFuserConfig.model_type:
         held = "no config.json" if kind is None else f"a model of type {kind!r}"
         way_out = "Pass a folder that `ultrafuser fuse` wrote."
-        raise Refusal("model", f"{str(source)!r} holds {held}", "This is for a fused model", way_out)
+        raise Refusal(f"{str(source)!r} holds {held}", "This is for a fused model", way_out)
     with in_words("The fused model's configuration", source):
         return UltraFuserConfig.from_pretrained(source)
 
@@ -51,7 +51,7 @@ def _type_at(source: str) -> str:
     except OSError as error:
         fact = f"there is no model at {str(source)!r}: neither such a folder nor such an id on the Hub"
         way_out = "Check the spelling; for a private one run `hf auth login`."
-        raise UnavailableError("model", fact, "", way_out) from error
+        raise UnavailableError(fact, "", way_out) from error
 
 
 def open_fused(source: str | Path, **settings) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:
@@ -83,10 +83,10 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise Refusal(
-            "tokenizer",
             f"{str(folder)!r} holds no tokenizer",
             "A fused model comes with its own",
             f"Save that of a specialist there: `common_tokenizer(specialists).save_pretrained({str(folder)!r})`.",
+            about="tokenizer",
         )
     return tokenizer
 

@@ -50,7 +50,9 @@ class Fusion:
         for name in ("chat_template", "gate", "fusion", "gate_sparsifier", "base"):
             value = getattr(self, name)
             if not isinstance(value, str | None):
-                raise Refusal("recipe", f"`{name}` of a recipe is {str(value)[:200]!r}", "It is a word", "Correct it.")
+                raise Refusal(
+                    f"`{name}` of a recipe is {str(value)[:200]!r}", "It is a word", "Correct it.", about="recipe"
+                )
 
     def choices(self) -> dict:
         """Gate, sparsifier and fusion rule, as fields of the configuration."""
@@ -66,10 +68,10 @@ def check_words(field: str, value) -> None:
     pairs = value.items() if isinstance(value, dict) else [(None, None)]
     if not all(isinstance(word, str) and word for pair in pairs for word in pair):
         raise Refusal(
-            "recipe",
             f"`{field}` of a recipe is {str(value)[:200]!r}",
             "It says `name: word` for each",
             "Correct it; put what looks like a number into quotes.",
+            about="recipe",
         )
 
 
@@ -100,10 +102,10 @@ class FusionRecipe:
         unknown = sorted(set(raw) - {*known, "dtype", "out"}) if isinstance(raw, dict) else [type(raw).__name__]
         if unknown:
             raise Refusal(
-                "recipe",
                 f"{str(path)!r} has {unknown}",
                 f"A recipe for fusing has the fields {[*known, 'dtype', 'out']}",
                 "Recipes for training are for `ultrafuser train`, which fuses first.",
+                about="recipe",
             )
         rest = {k: raw[k] for k in ("dtype", "out") if k in raw}
         check_words("dtype and out", rest)
@@ -124,10 +126,10 @@ class FusionRecipe:
         specialists, revisions = fusion.specialists or {}, fusion.specialist_revisions or {}
         if len(specialists) < 2 or set(revisions) - set(specialists):
             raise Refusal(
-                "recipe",
                 f"the specialists are {specialists} and the revisions {revisions}",
                 "Fusing needs at least two specialists, name=ID each, and revisions of those",
                 "",
+                about="recipe",
             )
         # refuses unknown choices
         UltraFuserConfig(**fusion.choices())

@@ -106,10 +106,10 @@ class ReferenceRecipe:
         """Rejects any choice: the recipe rebuilds one model."""
         if choices or dtype:
             raise Refusal(
-                "recipe",
                 f"{sorted(choices) + ['dtype'] * bool(dtype)} were chosen",
                 "A reference recipe rebuilds one model and leaves nothing to choose",
                 "Leave them out, or fuse the specialists anew.",
+                about="recipe",
             )
         return self
 

@@ -46,7 +46,7 @@ class Reference:
 
 def refused(fact: str, rule: str, way_out: str = "Have it written anew: `ultrafuser refer FUSED`.") -> Refusal:
     """Returns the error about a reference recipe."""
-    return Refusal("reference", fact, rule, way_out)
+    return Refusal(fact, rule, way_out, about="reference")
 
 
 def read_reference(file: Path) -> Reference | None:

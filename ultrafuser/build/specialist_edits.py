@@ -81,10 +81,10 @@ def remove_specialist(model: UltraFuserForCausalLM, name: str) -> UltraFuserForC
     if len(names) == 2:
         left = next(n for n in names if n != name)
         raise Refusal(
-            "specialists",
             f"without {name!r} only {left!r} would be left",
             "A fused model has at least two specialists",
             f"Take that one by itself: `ultrafuser specialist FOLDER {left}`.",
+            about="specialists",
         )
     kept = [k for k, n in enumerate(names) if n != name]
     config = _config(
@@ -128,19 +128,19 @@ def add_specialist(
     names = config.specialist_names
     if name in names:
         raise Refusal(
-            "specialists",
             f"there is a {name!r} among {names} already",
             "Every specialist has a name of its own",
             "Choose another name.",
+            about="specialists",
         )
     model.model.reader_class.check_newcomer(config)
     rows = own_config(name, source, revision=revision or "main").get_text_config(decoder=True).vocab_size
     if rows < config.vocab_size:
         raise Refusal(
-            "specialists",
             f"{name!r} has only {rows} rows",
             f"A specialist is put in without touching the others, whose vocabulary has {config.vocab_size} rows",
             f"Fuse all of them anew: `ultrafuser fuse` cuts every one to {rows}.",
+            about="specialists",
         )
     # fused with one of the others first: that checks, scales, cuts and probes it as ever
     pair = UltraFuserForCausalLM.from_specialists(
@@ -164,7 +164,7 @@ def add_specialist(
 def _check_name(config: UltraFuserConfig, name: str) -> None:
     if name not in config.specialist_names:
         raise Refusal(
-            "specialists", f"there is no specialist {name!r}", "", f"Choose one of {config.specialist_names}."
+            f"there is no specialist {name!r}", "", f"Choose one of {config.specialist_names}.", about="specialists"
         )
 
 

@@ -136,10 +136,10 @@ def read(name: str, location: str, revision: str | None = None) -> Source:
         return Source(location, file.parent, sizes={file.name: file.stat().st_size})
     if os.path.isfile(location):
         raise Refusal(
-            "access",
             f"{name!r} is the file {location!r}",
             "A specialist is a folder or a Hub id",
             "Pass the folder that holds it.",
+            about="access",
         )
     if os.path.isdir(location):
         return _read_folder(location, Path(location))
@@ -233,4 +233,4 @@ def _denied(name: str, location: str, revision: str | None, error: Exception) ->
             f"{where} is no folder here, and the Hub cannot be asked: {str(error).splitlines()[0].removesuffix('.')}"
         )
         way_out = "Check the spelling; offline, pass a local folder."
-    return UnavailableError("access", fact, rule, way_out)
+    return UnavailableError(fact, rule, way_out, about="access")

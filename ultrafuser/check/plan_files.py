@@ -58,9 +58,9 @@ class MetadataFiles(Files):
 def _readable(name: str, source: Source) -> Source:
     if source.problem:
         raise UnavailableError(
-            "weights",
             f"the weights of {name!r} cannot be read: {source.problem}",
             "Only whole safetensors are read, because other formats can run code",
             "Download it again, or load and save the model once to convert it.",
+            about="weights",
         )
     return source

@@ -246,7 +246,7 @@ def test_a_new_check_is_a_function_and_a_line_and_both_commands_run_it(good, tmp
         layers = plan.configs[name].num_hidden_layers
         if layers > 1:
             raise Refusal(
-                "depth", f"{name!r} has {layers} layers", "Specialists are shallow here", "Cut the rest off."
+                f"{name!r} has {layers} layers", "Specialists are shallow here", "Cut the rest off.", about="depth"
             )
 
     monkeypatch.setattr(plan_ultrafuser, "CHECKS", [*plan_ultrafuser.CHECKS, Check(check_depth, each="whole")])
