@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -17,10 +19,6 @@ JSON_FILES = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "specialists.json", SAFE_WEIGHTS_INDEX_NAME),
 )
 TEXT_FILES = ("chat_template.jinja", "merges.txt", "README.md")
-_HEADS = re.compile(r"(num|n)_(\w+_)?heads?")
-_LAYERS = re.compile(r"num_(\w+_)?layers|n_layers?|(en|de)coder_layers")
-_WINDOWS = re.compile(r"sliding_window|attention_chunk_size|kv_lora_rank")
-_SCALES = re.compile(r"\w*soft_?cap(ping)?|logits_scaling|logit_scale|\w+_multiplier|logits_mup_width_multiplier")
 # a folder of such files is loaded in place of its model.safetensors
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
@@ -40,7 +38,7 @@ def check_folder(folder: str | os.PathLike) -> None:
         if name in JSON_FILES:
             found = read_json(path)
         if name in ("config.json", "generation_config.json"):
-            _check_kinds(found, path)
+            _refuse_values(found.items(), _SETTINGS, path)
         if name == "tokenizer.json":
             _check_growth(found, path)
             _check_numbers(found, path)
@@ -92,47 +90,8 @@ def _check_numbers(found: dict, path: str | os.PathLike) -> None:
         )
 
 
-def _check_kinds(found: dict, path: str | os.PathLike) -> None:
-    """Refuses settings of generation of the wrong kind, which are read first when a text is generated."""
-
-    def token(value) -> bool:
-        return type(value) is int and abs(value) < 1 << 31
-
-    def ids(value) -> bool:
-        return all(map(token, value)) if isinstance(value, list) else token(value)
-
-    def words_of_ids(value) -> bool:
-        return isinstance(value, list) and all(map(ids, value))
-
-    def words(value) -> bool:
-        return all(isinstance(v, str) for v in value) if isinstance(value, list) else isinstance(value, str)
-
-    numbers = (
-        r"(max|min)_(length|new_tokens)|num_(beams|beam_groups|return_sequences)|top_[hkp]|min_p|typical_p"
-        r"|temperature|(repetition|length|diversity|encoder_repetition)_penalty|(epsilon|eta)_cutoff"
-        r"|(encoder_)?no_repeat_ngram_size|guidance_scale|max_time|penalty_alpha"
-    )
-    switches = (
-        r"do_sample|use_cache|output_(attentions|hidden_states|scores|logits)|remove_invalid_values"
-        r"|renormalize_logits"
-    )
-    named_ids = r"(bos|eos|pad|decoder_start|forced_bos|forced_eos)_token_id"
-    for key, value in found.items():
-        for pattern, fits, what in (
-            (named_ids, ids, "a token's number, or a list of such"),
-            (r"(begin_)?suppress_tokens|bad_words_ids|force_words_ids", words_of_ids, "a list of tokens' numbers"),
-            (r"architectures|stop_strings", words, "a list of words"),
-            (numbers, is_number, "a number"),
-            (switches, lambda v: isinstance(v, bool), "true or false"),
-        ):
-            if re.fullmatch(pattern, key) and value is not None and not fits(value):
-                raise UnreadableFileError(
-                    f"`{key}` of {os.fspath(path)!r} is {str(value)[:100]!r}", f"It is {what}", "Correct it."
-                )
-
-
-def check_config(path: str | os.PathLike, tensors: int | None = None) -> dict:
-    """Reads a configuration, and refuses numbers of layers that nothing could have.
+def check_config(path: str | os.PathLike, tensors: int | None = None) -> None:
+    """Refuses a configuration with numbers of layers that nothing could have, or other numbers that are none.
 
     Args:
         path: Of config.json.
@@ -151,36 +110,70 @@ def check_config(path: str | os.PathLike, tensors: int | None = None) -> dict:
             )
     most = MOST_LAYERS if tensors is None else tensors
     why = "none has so many" if tensors is None else f"the files hold {tensors} tensors in all"
+    layers = (_LAYERS, _count_up_to(most), f"A number of layers is a whole number, and {why}")
     items = (item for level in levels(raw) for part in level if isinstance(part, dict) for item in part.items())
-    for key, value in items:
-        if value is None:
-            continue
-        if key == "max_position_embeddings" and not (type(value) is int and value > 0):
-            raise UnreadableFileError(
-                f"`{key}` of {os.fspath(path)!r} is {str(value)[:40]!r}",
-                "The longest context is a positive number of tokens",
-                "Correct it.",
-            )
-        if not _fits(key, value):
-            raise UnreadableFileError(
-                f"`{key}` of {os.fspath(path)!r} is {str(value)[:100]!r}",
-                "It is a number that is read before a model is built",
-                "Correct it.",
-            )
-        counts_layers = _LAYERS.fullmatch(key) and not isinstance(value, list | dict)
-        if counts_layers and not (type(value) is int and 0 <= value <= most):
-            raise UnreadableFileError(
-                f"`{key}` of {os.fspath(path)!r} is {repr(value)[:40]}",
-                f"A number of layers is a whole number, and {why}",
-                "Correct it, or fetch the file again.",
-            )
-    return raw
+    _refuse_values(items, (*_NUMBERS, layers), path)
 
 
-def _fits(key: str, value) -> bool:
-    """Returns whether a field that this package reads, or that no tensor's shape tells, is a number."""
-    if _HEADS.fullmatch(key) and not isinstance(value, list | dict):
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
-    if _WINDOWS.fullmatch(key):
-        return isinstance(value, int) and abs(value) < 1 << 63
-    return not _SCALES.fullmatch(key) or is_number(value)
+def _refuse_values(values: Iterable[tuple[str, Any]], rules: Iterable[tuple], path: str | os.PathLike) -> None:
+    """Refuses the first value that breaks the rule for fields of its name: a pattern, what fits, and the rule in words."""
+    for key, value in values:
+        for pattern, fits, rule in rules:
+            if value is not None and re.fullmatch(pattern, key) and not fits(value):
+                fact = f"`{key}` of {os.fspath(path)!r} is {str(value)[:100]!r}"
+                raise UnreadableFileError(fact, rule, "Correct it, or fetch the file again.")
+
+
+def _count_up_to(most: int) -> Callable[[Any], bool]:
+    # some fields hold one for each layer or part, whose tensors tell
+    return lambda value: isinstance(value, list | dict) or (type(value) is int and 0 <= value <= most)
+
+
+def _one_or_more(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: all(map(fits, value)) if isinstance(value, list) else fits(value)
+
+
+_ids = _one_or_more(lambda value: type(value) is int and abs(value) < 1 << 31)
+# settings of generation, which are read first when a text is generated
+_SETTINGS = (
+    (r"(bos|eos|pad|decoder_start|forced_bos|forced_eos)_token_id", _ids, "It is a token's number, or a list of such"),
+    (
+        r"(begin_)?suppress_tokens|bad_words_ids|force_words_ids",
+        lambda value: isinstance(value, list) and all(map(_ids, value)),
+        "It is a list of tokens' numbers",
+    ),
+    (r"architectures|stop_strings", _one_or_more(lambda value: isinstance(value, str)), "It is a list of words"),
+    (
+        r"(max|min)_(length|new_tokens)|num_(beams|beam_groups|return_sequences)|top_[hkp]|min_p|typical_p"
+        r"|temperature|(repetition|length|diversity|encoder_repetition)_penalty|(epsilon|eta)_cutoff"
+        r"|(encoder_)?no_repeat_ngram_size|guidance_scale|max_time|penalty_alpha",
+        is_number,
+        "It is a number",
+    ),
+    (
+        r"do_sample|use_cache|output_(attentions|hidden_states|scores|logits)|remove_invalid_values|renormalize_logits",
+        lambda value: isinstance(value, bool),
+        "It is true or false",
+    ),
+)
+_LAYERS = r"num_(\w+_)?layers|n_layers?|(en|de)coder_layers"
+_READ_FIRST = "It is a number that is read before a model is built"
+# fields that this package reads, or that no tensor's shape tells
+_NUMBERS = (
+    (
+        r"max_position_embeddings",
+        lambda value: type(value) is int and value > 0,
+        "The longest context is a positive number of tokens",
+    ),
+    (r"(num|n)_(\w+_)?heads?", _count_up_to((1 << 31) - 1), _READ_FIRST),
+    (
+        r"sliding_window|attention_chunk_size|kv_lora_rank",
+        lambda value: isinstance(value, int) and abs(value) < 1 << 63,
+        _READ_FIRST,
+    ),
+    (
+        r"\w*soft_?cap(ping)?|logits_scaling|logit_scale|\w+_multiplier|logits_mup_width_multiplier",
+        is_number,
+        _READ_FIRST,
+    ),
+)
