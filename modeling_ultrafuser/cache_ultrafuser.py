@@ -4,7 +4,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from .compat_ultrafuser import PAGES_CHANGE_KWARGS, bare, init_without_layers
+from .compat_ultrafuser import PAGES_CHANGE_KWARGS, init_without_layers
 from .families_ultrafuser import common, head_dim, num_key_value_heads, of_each
 
 
@@ -56,13 +56,15 @@ def refuse_cache_of_one_shape(config, cache: Cache) -> None:
     )
 
 
-def paged_window(cache: PagedAttentionCache, start: int) -> PagedAttentionCache:
-    """The same window onto the paged cache of continuous batching (`generate_batch`)."""
-    return bare(_PagedWindow, cache=cache, start=start)
+class PagedWindow(PagedAttentionCache):
+    """The same window onto the paged cache of continuous batching (`generate_batch`).
 
+    Attention looks for this very class. Everything but the layer number is the shared cache's own.
+    """
 
-class _PagedWindow(PagedAttentionCache):
-    # attention looks for this very class; everything but the layer number is the shared cache's own
+    def __init__(self, cache: PagedAttentionCache, start: int):
+        # without the pages of the library's
+        self.cache, self.start = cache, start
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         return self.cache.update(key_states, value_states, layer_idx + self.start, *args, **kwargs)
@@ -71,12 +73,12 @@ class _PagedWindow(PagedAttentionCache):
         return getattr(self.__dict__["cache"], name)
 
 
-def paged_record() -> PagedAttentionCache:
+class PagedRecord(PagedAttentionCache):
     """A stand-in for the paged cache that serves one text, and remembers in `written` what each layer put in."""
-    return bare(_PagedRecord, written={})
 
+    def __init__(self):
+        self.written = {}
 
-class _PagedRecord(PagedAttentionCache):
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         if PAGES_CHANGE_KWARGS:
             _ = kwargs["kwargs"]["max_length_k"]

@@ -1,7 +1,6 @@
 """Checks that files hold exactly the tensors that a configuration asks for, from their headers."""
 
 import copy
-import logging
 import math
 import os
 import re
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 
 from .architecture_ultrafuser import empty_model
 from .compat_ultrafuser import file_if_any
@@ -205,14 +205,10 @@ def refuse_other_tensors(
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Without transformers' bars and its report of what was not there: what is wrong is said by an error."""
-    # the second tells of layers that are not sharded as soon as the first has a level of its own
-    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         with no_bars():
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.set_verbosity(level)

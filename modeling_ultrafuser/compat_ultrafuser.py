@@ -62,13 +62,6 @@ def set_layers(cache: DynamicCache, config: PreTrainedConfig) -> None:
     cache.layer_class_to_replicate = None
 
 
-def bare(kind: type, **attributes):
-    """Makes a `PagedAttentionCache`, which attention asks for by class, without the pages that its `__init__` takes."""
-    made = object.__new__(kind)
-    made.__dict__.update(attributes)
-    return made
-
-
 # ---- attention
 
 

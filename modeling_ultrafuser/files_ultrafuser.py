@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from .refusals_ultrafuser import Refusal
 
@@ -75,6 +75,14 @@ def _is_ours(error: BaseException) -> bool:
     module = trace.tb_frame.f_globals.get("__name__", "")
     # with remote code the package's name is another one
     return module.endswith("_ultrafuser") or module.split(".")[0] in ("trainers", "ultrafuser")
+
+
+def file_or_none(source: str | os.PathLike, name: str, **hub) -> str | None:
+    """Returns the path of a file of a folder or a repository, downloaded if need be; None if it cannot be had."""
+    try:
+        return cached_file(source, name, **hub)
+    except OSError:
+        return None
 
 
 def check_file(path: str | os.PathLike, most: int | None = None) -> None:

@@ -99,7 +99,7 @@ class Gate(nn.Module):
         self.temperature = config.gate_temperature
         self.sparsifier = sparsifier(config.gate_sparsifier)
         self.num_specialists = len(config.specialists)
-        self.num_outputs = self.num_specialists + num_scales(config)
+        self.num_outputs = len(owners(config)[OUTPUTS])
 
     def scores(self, hidden_states: list[Tensor], *evidence: Tensor) -> Tensor:
         """Scores each specialist before the softmax, then gives the logarithms of the scales, if there are any.
@@ -152,13 +152,11 @@ class Gate(nn.Module):
         Raises:
             ValueError: If the gate cannot keep what it learned.
         """
-        others = torch.tensor([k for k in range(self.num_specialists) if k != index])
-        kept = {OUTPUTS: rows_of_others(index, config), STATES: columns_of_others(index, config), SPECIALISTS: others}
-        state = self.state_dict()
+        state, others = self.state_dict(), indices_of_others(index, config)
         for key, axes in self.axes.items():
             for dim, axis in enumerate(axes):
                 if axis is not None:
-                    state[key] = state[key].index_select(dim, kept[axis].to(state[key].device))
+                    state[key] = state[key].index_select(dim, others[axis].to(state[key].device))
         return state
 
     def with_one_more(self, name: str, config) -> dict[str, Tensor]:
@@ -173,14 +171,17 @@ class Gate(nn.Module):
         Returns:
             Tensors of the gate of all specialists.
         """
-        state, added = self.state_dict(), {STATES: config.specialists[-1].hidden_size, SPECIALISTS: 1}
+        new = len(config.specialists) - 1
+        state, sizes, others = self.state_dict(), owners(config), indices_of_others(new, config)
         for key, axes in self.axes.items():
-            for behind, axis in enumerate(reversed(axes)):
-                state[key] = F.pad(state[key], (0, 0) * behind + (0, added.get(axis, 0)))
+            for dim, axis in enumerate(axes):
+                if axis is not None:
+                    old = state[key]
+                    shape = [*old.shape[:dim], len(sizes[axis]), *old.shape[dim + 1 :]]
+                    state[key] = old.new_zeros(shape).index_copy(dim, others[axis].to(old.device), old)
             if axes == (OUTPUTS,):
-                state[key] = with_equal_share(state[key], config)
-            elif axes[0] == OUTPUTS:
-                state[key] = with_rows_of_one_more(state[key], config)
+                scores = state[key][:new] / config.gate_temperature
+                state[key][new] = config.gate_temperature * (scores.logsumexp(0) - math.log(new))
         return state
 
 
@@ -199,42 +200,20 @@ def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return F.linear(hidden_states.float(), weight.float(), None if bias is None else bias.float())
 
 
-def num_scales(config) -> int:
-    """Counts the factors on logits that a calibrated gate predicts for a token."""
-    if not config.gate_calibration:
-        return 0
-    return len(config.specialists) if FUSIONS[config.fusion].scale_for_each else 1
+def owners(config) -> dict[str, list[int | None]]:
+    """Returns, for each kind of axis, which specialist each index belongs to: None for a scale that all share."""
+    specialists = list(range(len(config.specialists)))
+    scales = specialists if FUSIONS[config.fusion].scale_for_each else [None]
+    return {
+        OUTPUTS: specialists + scales if config.gate_calibration else specialists,
+        STATES: [k for k, c in enumerate(config.specialists) for _ in range(c.hidden_size)],
+        SPECIALISTS: specialists,
+    }
 
 
-def rows_of_others(index: int, config) -> Tensor:
-    """Rows of a gate's outputs, scores and scales, without those of one specialist."""
-    number = len(config.specialists)
-    gone = {index, number + index} if FUSIONS[config.fusion].scale_for_each else {index}
-    return torch.tensor([row for row in range(number + num_scales(config)) if row not in gone])
-
-
-def columns_of_others(index: int, config) -> Tensor:
-    """Columns of all specialists but one among the hidden states side by side. Shape (their hidden sizes,)."""
-    sizes = [c.hidden_size for c in config.specialists]
-    return torch.cat([c for k, c in enumerate(torch.arange(sum(sizes)).split(sizes)) if k != index])
-
-
-def with_rows_of_one_more(rows: Tensor, config, score: Tensor | None = None) -> Tensor:
-    """Adds the rows of one more specialist, the last: its score, zeros by default, and a scale of 1 if it has one.
-
-    Args:
-        rows: Rows of a gate's outputs. Shape (specialists + scales, ...).
-        config: The fused model's configuration with the new specialist.
-        score: Row of its score. Shape (1, ...).
-    """
-    scores, scales = rows.tensor_split([len(config.specialists) - 1])
-    zeros = torch.zeros_like(rows[:1])
-    added = [zeros] if len(scales) and FUSIONS[config.fusion].scale_for_each else []
-    return torch.cat([scores, zeros if score is None else score, scales, *added])
-
-
-def with_equal_share(bias: Tensor, config) -> Tensor:
-    """Adds the outputs of one more specialist, whose score has a softmax of 1 in all. Shape (specialists + scales,)."""
-    scores = bias[: len(config.specialists) - 1] / config.gate_temperature
-    score = config.gate_temperature * (scores.logsumexp(0) - math.log(len(scores)))
-    return with_rows_of_one_more(bias, config, score[None])
+def indices_of_others(index: int, config) -> dict[str, Tensor]:
+    """Returns, for each kind of axis, the indices that do not belong to one specialist."""
+    return {
+        axis: torch.tensor([i for i, owner in enumerate(each) if owner != index])
+        for axis, each in owners(config).items()
+    }

@@ -5,7 +5,6 @@ import math
 import os
 import struct
 
-import transformers
 from transformers.utils import is_gguf_available
 
 from .files_ultrafuser import UnreadableFileError, check_file
@@ -158,9 +157,3 @@ def _rounded(count: int, alignment: int) -> int:
 
 def _damaged(path: str, why: str) -> UnreadableFileError:
     return UnreadableFileError(f"{path!r} is not whole: {why}", "A GGUF file is read only if it is")
-
-
-def dequantised() -> dict:
-    """The argument of `from_pretrained` that makes plain weights of a GGUF file; some versions need none."""
-    config = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import cached_file
 
 from .adapters_ultrafuser import LINEAR, MERGE_FIRST, linear_shape
-from .files_ultrafuser import in_words, is_number, read_json
+from .files_ultrafuser import file_or_none, in_words, is_number, read_json
 from .gguf_ultrafuser import is_gguf
 from .refusals_ultrafuser import Refusal, UnavailableError
 from .safetensors_ultrafuser import read_header
@@ -73,14 +72,10 @@ def adapter_config(source, **hub) -> dict | None:
     """The configuration of the adapter in a folder or repository, or None if it holds no adapter alone."""
     if not isinstance(source, str | os.PathLike) or is_gguf(source):
         return None
-    for file in ("config.json", CONFIG_FILE):
-        try:
-            found = cached_file(source, file, **hub)
-        except OSError:
-            continue
-        if found is not None:
-            return None if file == "config.json" else read_json(found)
-    return None
+    if file_or_none(source, "config.json", **hub) is not None:
+        return None
+    found = file_or_none(source, CONFIG_FILE, **hub)
+    return found and read_json(found)
 
 
 def read_adapters(specialists: dict, hub: dict[str, dict], given: str | os.PathLike | None = None) -> Adapters | None:
@@ -217,10 +212,7 @@ def adapter_file(name: str, source: str, **hub) -> str:
     Raises:
         OSError: If there is none.
     """
-    try:
-        file = cached_file(source, WEIGHTS_FILE, **hub)
-    except OSError:
-        file = None
+    file = file_or_none(source, WEIGHTS_FILE, **hub)
     if file is None:
         raise UnavailableError(
             f"the adapter {name!r} ({os.fspath(source)!r}) holds no {WEIGHTS_FILE}",

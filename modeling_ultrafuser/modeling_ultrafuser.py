@@ -232,12 +232,6 @@ class UltraFuserForCausalLM(FusedGeneration, UltraFuserPreTrainedModel, Generati
         if name == "lm_head":
             self.model.wide_head = (value,)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
     def get_submodule(self, target: str) -> nn.Module:
         """Like torch's, and shows all embeddings to PEFT's prompt tuning, which guesses at one if it finds none here."""
         return self.get_input_embeddings() if target == PROMPT_TUNING_ASKS_FOR else super().get_submodule(target)

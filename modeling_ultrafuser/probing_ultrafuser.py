@@ -9,11 +9,11 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, Static
 from transformers.cache_utils import Cache
 
 from .architecture_ultrafuser import empty_backbones, parts_of
-from .cache_ultrafuser import SpecialistCache, paged_record
+from .cache_ultrafuser import PagedRecord, SpecialistCache
 from .causal_ultrafuser import masks_for_generate
 from .compat_ultrafuser import CACHE, PAGES_CHANGE_KWARGS, attention_of
 from .configuration_ultrafuser import UltraFuserConfig
-from .families_ultrafuser import SCALE_FIELDS, soft_cap, specialist_layer_types
+from .families_ultrafuser import SCALE_FIELDS, bounded, soft_cap, specialist_layer_types
 from .files_ultrafuser import in_words
 from .inputs_ultrafuser import Tokens
 from .log_ultrafuser import no_bars
@@ -55,7 +55,7 @@ def check_pages(config: UltraFuserConfig, specialists: dict[str, PreTrainedModel
     # masks by kind of layer, as the library makes them for all specialists
     kinds = {kind for c in config.specialists for kind in specialist_layer_types(c)}
     for name, backbone in specialists.items():
-        attention, record = attention_of(backbone.config), paged_record()
+        attention, record = attention_of(backbone.config), PagedRecord()
         backbone.set_attn_implementation("sdpa" if attention == "sdpa" else "paged|eager")
         try:
             for start, end in ((0, 3), (3, 5)):
@@ -245,13 +245,10 @@ def probe_specialist(
     allowed = tolerance(model.dtype)
     cap = soft_cap(text_config)
 
-    def head_of(linear: Tensor, scale: float) -> Tensor:
-        return linear * scale if cap is None else cap * torch.tanh(linear * scale / cap)
-
     def alike(logits: Tensor, expected: Tensor) -> bool:
         return bool((logits - expected).abs().max() <= allowed * expected.abs().max().clamp(min=1e-6))
 
-    scale = next((s for s in _scales(text_config) if alike(head_of(linear, s), own)), None)
+    scale = next((s for s in _scales(text_config) if alike(bounded(linear * s, cap), own)), None)
     if scale is None:
         difference = (linear - own).abs().max().item()
         raise Refusal(
@@ -268,7 +265,7 @@ def probe_specialist(
         # with a cache of its family's own it says what it says without
         expected = own[:, -1] if expected is None else expected[..., :rows].float()
         step = step_within(kind, rebuilt, name, fused, k, ids)
-        if not alike(head_of(F.linear(step, columns).float(), scale), expected):
+        if not alike(bounded(F.linear(step, columns).float() * scale, cap), expected):
             raise Refusal(
                 f"{name!r} ({type(model).__name__}) says something else in a step of generation with the {kind.__name__} "
                 f"that all specialists share than alone",

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from .cache_ultrafuser import SpecialistCache, paged_window
+from .cache_ultrafuser import PagedWindow, SpecialistCache
 from .causal_ultrafuser import masks_for_generate
 from .compat_ultrafuser import CACHE
 from .embeddings_ultrafuser import TokenEmbeddings
@@ -94,7 +94,7 @@ def read_within(
     if past_key_values is not None:
         kwargs[CACHE] = SpecialistCache(past_key_values, *layers)
     if paged is not None:
-        kwargs["cache"] = paged_window(paged, layers[0])
+        kwargs["cache"] = PagedWindow(paged, layers[0])
     mask = specialist_mask(tokens.attention_mask, name, backbone.config)
     return run(backbone, tokens._replace(attention_mask=mask), **kwargs)
 

@@ -1,7 +1,8 @@
 """Refusals of what engines that know one attention geometry for all layers would serve wrongly."""
 
+from collections.abc import Callable, Iterator
+
 from torch import nn
-from transformers import PreTrainedConfig
 
 from .carrying_ultrafuser import Carrier, find_head
 from .causal_ultrafuser import switching_lengths
@@ -38,16 +39,8 @@ def check_servable_by_vllm(config: UltraFuserConfig) -> None:
     if not FUSIONS[config.fusion].one_head:
         rules = one_head_rules()
         refuse(f"computes logits with one linear head, which needs {rules}", of_each(config, lambda _: config.fusion))
-    for read in (num_attention_heads, num_key_value_heads, head_dim):
-        values = of_each(config, read)
-        if common(values.values()) is None:
-            refuse(f"knows one `{read.__name__}` for all specialists", values)
-    windows = of_each(config, lambda c: c.sliding_window if "sliding_attention" in specialist_layer_types(c) else None)
-    if len({*windows.values()} - {None}) > 1:
-        refuse("knows one attention window for all specialists", windows)
-    types = of_each(config, lambda c: sorted(set(specialist_layer_types(c)) - ATTENTION))
-    if any(types.values()):
-        refuse("serves full and sliding attention only in a fused model; other layer types must be absent", types)
+    for reason, values in _differences(config, num_attention_heads, num_key_value_heads, head_dim):
+        refuse(reason, values)
     for field, what in (
         ("attn_logit_softcapping", "knows one attention soft cap for all specialists; it must be None in each"),
         ("kv_lora_rank", "cannot mix latent attention (MLA) with others; `kv_lora_rank` must be absent"),
@@ -65,6 +58,20 @@ ATTENTION = {"full_attention", "sliding_attention"}
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
+def _differences(config: UltraFuserConfig, *heads: Callable) -> Iterator[tuple[str, dict]]:
+    """Yields what an engine knows once for all layers, where it is not so: in words, and each specialist's value."""
+    for read in heads:
+        values = of_each(config, read)
+        if common(values.values()) is None:
+            yield f"knows one `{read.__name__}` for all specialists", values
+    windows = of_each(config, lambda c: c.sliding_window if "sliding_attention" in specialist_layer_types(c) else None)
+    if len({*windows.values()} - {None}) > 1:
+        yield "knows one attention window for all specialists", windows
+    types = of_each(config, lambda c: sorted(set(specialist_layer_types(c)) - ATTENTION))
+    if any(types.values()):
+        yield "serves full and sliding attention only in a fused model; other layer types must be absent", types
+
+
 def _check_texts_end_to_end(config: UltraFuserConfig, engine: str) -> None:
     reader_of(config).check_engine(config, engine)
     for name, specialist in zip(config.specialist_names, config.specialists, strict=True):
@@ -75,16 +82,6 @@ def _check_texts_end_to_end(config: UltraFuserConfig, engine: str) -> None:
                 f"{beyond[0]} tokens, and it may be {config.max_position_embeddings}. Set `max_position_embeddings` of the "
                 f"fused config.json to {beyond[0]}, or use `generate`."
             )
-
-
-def _refuse_evidence(config: UltraFuserConfig, engine: str) -> None:
-    if Reads.PAST in GATES[config.gate].reads:
-        stateless = [name for name, gate in GATES.items() if Reads.PAST not in gate.reads]
-        raise ValueError(
-            f"{engine} keeps keys and values of each text and nothing else, but gate={config.gate!r} also carries from "
-            f"token to token how well each specialist has predicted the text so far. Use `generate` for this model, or "
-            f"another gate, one of {stateless}."
-        )
 
 
 def prepared_for_vllm(backbone: nn.Module) -> Carrier | None:
@@ -109,29 +106,24 @@ def check_pageable(config: UltraFuserConfig) -> None:
         ValueError: Naming each specialist's geometry.
     """
     _check_texts_end_to_end(config, "Continuous batching")
-    _refuse_evidence(config, "Continuous batching")
+    if Reads.PAST in GATES[config.gate].reads:
+        stateless = [name for name, gate in GATES.items() if Reads.PAST not in gate.reads]
+        raise ValueError(
+            f"Continuous batching keeps keys and values of each text and nothing else, but gate={config.gate!r} also carries "
+            f"from token to token how well each specialist has predicted the text so far. Use `generate` for this model, "
+            f"or another gate, one of {stateless}."
+        )
     if attention_of_all(config) is None:
         raise ValueError(
             f"Continuous batching puts one paged attention in place of that of all layers, but specialists attend by "
             f"{of_each(config, attention_of)}. Let all attend alike first: "
             f"`model.set_attn_implementation('eager')`."
         )
-    used = set().union(*map(specialist_layer_types, config.specialists))
-    # these fields are absent where specialists differ
-    one_shape = hasattr(config, "num_key_value_heads") and hasattr(config, "head_dim")
-    one_window = "sliding_attention" not in used or hasattr(config, "sliding_window")
-    if one_shape and one_window and used <= ATTENTION:
-        return
-
-    def geometry(c: PreTrainedConfig) -> dict:
-        types, heads = sorted(set(specialist_layer_types(c))), (num_key_value_heads, num_attention_heads, head_dim)
-        window = {"sliding_window": c.sliding_window} if "sliding_attention" in types else {}
-        return {"layer_types": types, **{read.__name__: read(c) for read in heads}, **window}
-
-    raise ValueError(
-        f"Continuous batching keeps keys and values of all layers in blocks of one shape, of full attention and of "
-        f"one attention window at most, but the specialists are {of_each(config, geometry)}. Use `generate` for this model."
-    )
+    for reason, values in _differences(config, num_key_value_heads, head_dim):
+        raise ValueError(
+            f"Continuous batching keeps keys and values of all layers in blocks of one shape, of full attention and of "
+            f"one attention window at most. It {reason}, but it is {values}. Use `generate` for this model."
+        )
 
 
 def check_answered(prompts: int, answers: dict) -> None:

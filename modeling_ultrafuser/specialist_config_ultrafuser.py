@@ -7,7 +7,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.utils import cached_file
 
 from .configuration_ultrafuser import UltraFuserConfig
-from .files_ultrafuser import in_words, read_json
+from .files_ultrafuser import file_or_none, in_words, read_json
 from .folder_ultrafuser import check_folder
 from .gguf_ultrafuser import check_gguf, gguf_arguments, is_gguf
 from .loaded_ultrafuser import is_plain
@@ -132,11 +132,7 @@ def _already_fused(name: str, specialist_names: list[str]) -> Refusal:
 
 
 def _unreadable(name: str, source: str, error: OSError | None = None, **hub) -> Refusal:
-    try:
-        adapter = cached_file(source, "adapter_config.json", **hub)
-    except OSError:
-        adapter = None
-    if adapter is not None:
+    if file_or_none(source, "adapter_config.json", **hub) is not None:
         return Refusal(
             f"{name!r} ({source!r}) holds only an adapter",
             "A specialist must be a whole model here",

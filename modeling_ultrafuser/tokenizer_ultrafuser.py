@@ -9,9 +9,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import convert_slow_tokenizer
-from transformers.utils import cached_file
 
-from .files_ultrafuser import in_words
+from .files_ultrafuser import file_or_none, in_words
 from .folder_ultrafuser import check_folder
 from .gguf_ultrafuser import gguf_arguments, is_gguf
 from .log_ultrafuser import print_line
@@ -153,10 +152,7 @@ def _has_tokenizer(source, **hub) -> bool:
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if os.path.isdir(source):
         return any(os.path.exists(os.path.join(source, file)) for file in files)
-    try:
-        return cached_file(source, "tokenizer_config.json", **hub) is not None
-    except OSError:
-        return False
+    return file_or_none(source, "tokenizer_config.json", **hub) is not None
 
 
 def widest_usable_tokenizer(

@@ -59,7 +59,7 @@ def test_continuous_batching_of_differing_attention_geometry_is_refused(mix):
 
 def test_continuous_batching_of_differing_windows_is_refused():
     fused = fuse({f"window_{n}": specialist("mistral", layers=1, sliding_window=n) for n in (4, 6)})
-    with pytest.raises(ValueError, match="one attention window.*'sliding_window': 6"):
+    with pytest.raises(ValueError, match="one attention window for all.*'window_6': 6"):
         fused.generate_batch(inputs=[[3, 4, 5]], generation_config=GenerationConfig(max_new_tokens=2))
 
 
