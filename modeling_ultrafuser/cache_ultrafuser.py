@@ -5,7 +5,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from .compat_ultrafuser import PAGES_CHANGE_KWARGS, init_without_layers
-from .families_ultrafuser import common, head_dim, num_key_value_heads, of_each
+from .families_ultrafuser import common, heads_of, of_each
 
 
 class SpecialistCache(Cache):
@@ -49,7 +49,7 @@ def refuse_cache_of_one_shape(config, cache: Cache) -> None:
     keys = [getattr(layer, "keys", None) for layer in cache.layers]
     if any(k is None for k in keys) or common((k.shape[1], k.shape[3]) for k in keys if k.ndim == 4) is None:
         return
-    geometry = of_each(config, lambda c: {read.__name__: read(c) for read in (num_key_value_heads, head_dim)})
+    geometry = of_each(config, lambda c: heads_of(c)._asdict())
     raise ValueError(
         f"Keys and values were given in one shape for all layers (prefix tuning does), {tuple(keys[0].shape)}, but those "
         f"of the specialists differ: {geometry}. Use LoRA, or prefix tuning on one specialist: `model.specialist(name)`."

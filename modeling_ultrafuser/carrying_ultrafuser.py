@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from .compat_ultrafuser import CarrierLayer, cache_dtypes
 from .configuration_ultrafuser import UltraFuserConfig
 from .evidence_ultrafuser import judged
-from .families_ultrafuser import head_dim, num_attention_heads, num_key_value_heads, side_by_side, soft_cap
+from .families_ultrafuser import heads_of, side_by_side, soft_cap
 from .gate_base_ultrafuser import Evidence
 
 
@@ -49,7 +49,7 @@ class Carrier(nn.Module):
         self.config, self.wanted = config, wanted
         first, widths = config.specialists[0], [c.hidden_size for c in config.specialists]
         self.widths, self.cap = widths, soft_cap(config) or 0.0
-        self.heads, self.groups, self.size = num_attention_heads(first), num_key_value_heads(first), head_dim(first)
+        self.heads, self.groups, self.size = heads_of(first)
         self.room = self.groups * self.size
         # whether a token is read in the pass that wrote it, and evidence, in pieces
         self.known = 1 + PIECES * len(widths) * sum(map(len, wanted))

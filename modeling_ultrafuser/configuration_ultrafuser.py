@@ -8,12 +8,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from .compat_ultrafuser import attention_of
 from .families_ultrafuser import (
     SCALE_FIELDS,
+    Heads,
     common,
     field_of,
-    head_dim,
+    heads_of,
     intermediate_size,
-    num_attention_heads,
-    num_key_value_heads,
     plain_dict,
     specialist_layer_types,
 )
@@ -183,13 +182,9 @@ class UltraFuserConfig(PreTrainedConfig):
         configs, backbones = self.specialists, self.backbones
         self.hidden_size = sum(c.hidden_size for c in backbones)
         self.num_hidden_layers = sum(c.num_hidden_layers for c in backbones)
-        for field, read in (
-            ("num_attention_heads", num_attention_heads),
-            ("num_key_value_heads", num_key_value_heads),
-            ("head_dim", head_dim),
-        ):
+        for field, values in zip(Heads._fields, zip(*map(heads_of, configs), strict=True), strict=True):
             # absent where specialists differ: readers then fail loudly instead of guessing from `hidden_size`
-            value = common(read(c) for c in configs)
+            value = common(values)
             if value is not None:
                 # heads of adapters of one base lie side by side in one cache
                 copies = len(configs) // len(backbones) if field != "head_dim" else 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
@@ -55,12 +55,12 @@ def side_by_side(widths: Iterable[int]) -> list[slice]:
     return [slice(*edges) for edges in pairwise(accumulate(widths, initial=0))]
 
 
-def of_all_layers(config: PreTrainedConfig, read: Callable[[PreTrainedConfig], Any]):
-    """Reads a field of a configuration, or of all its layers; None where its layers differ, as Gemma 4's do."""
+def of_each_layer(config: PreTrainedConfig, read: Callable[[PreTrainedConfig], Any]) -> list:
+    """Reads a configuration; or that of each layer, where they differ, as Gemma 4's do."""
     try:
-        return read(config)
+        return [read(config)]
     except RuntimeError:  # how transformers refuses to say one thing of layers that differ
-        return common(read(layer) for layer in config.per_layer_config)
+        return [read(layer) for layer in config.per_layer_config]
 
 
 def of_each(config, read: Callable[[PreTrainedConfig], Any]) -> dict[str, Any]:
@@ -70,29 +70,26 @@ def of_each(config, read: Callable[[PreTrainedConfig], Any]) -> dict[str, Any]:
 
 def field_of(config: PreTrainedConfig, name: str):
     """Reads a field, None where it is absent or layers differ."""
-    return of_all_layers(config, lambda c: getattr(c, name, None))
+    return common(of_each_layer(config, lambda c: getattr(c, name, None)))
 
 
-def num_attention_heads(config: PreTrainedConfig) -> int | None:
-    """Heads of each layer; None where layers differ."""
-    return field_of(config, "num_attention_heads")
+class Heads(NamedTuple):
+    """Heads of each layer, and the width of one. None where layers differ."""
+
+    num_attention_heads: int | None
+    num_key_value_heads: int | None
+    head_dim: int | None
 
 
-def num_key_value_heads(config: PreTrainedConfig) -> int | None:
-    """Key-value heads of each layer, whether or not the family writes them down; None where layers differ."""
-    return of_all_layers(
-        config, lambda c: getattr(c, "num_key_value_heads", None) or getattr(c, "num_attention_heads", None)
-    )
+def heads_of(config: PreTrainedConfig) -> Heads:
+    """Reads the heads of each layer, whether or not the family writes all of it down."""
 
+    def read(c: PreTrainedConfig) -> Heads:
+        number = getattr(c, "num_attention_heads", None)
+        width = getattr(c, "head_dim", None) or (c.hidden_size // number if number else None)
+        return Heads(number, getattr(c, "num_key_value_heads", None) or number, width)
 
-def head_dim(config: PreTrainedConfig) -> int | None:
-    """Width of one attention head, whether or not the family writes it down; None where layers differ."""
-
-    def read(c: PreTrainedConfig) -> int | None:
-        heads = getattr(c, "num_attention_heads", None)
-        return getattr(c, "head_dim", None) or (c.hidden_size // heads if heads else None)
-
-    return of_all_layers(config, read)
+    return Heads(*map(common, zip(*of_each_layer(config, read), strict=True)))
 
 
 def intermediate_size(config: PreTrainedConfig) -> int:

@@ -5,14 +5,14 @@ import os
 
 import torch
 from torch import Tensor
-from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .adapters_ultrafuser import adapted_state
 from .architecture_ultrafuser import auto_class
 from .checkpoint_ultrafuser import refuse_other_tensors
 from .files_ultrafuser import in_words
 from .gates_ultrafuser import DEFAULT_GATE, GATES, gate_settings
-from .gguf_ultrafuser import gguf_arguments, is_gguf
+from .gguf_ultrafuser import dequantised, gguf_arguments, is_gguf
 from .log_ultrafuser import no_bars, print_line
 from .lora_ultrafuser import read_parts
 from .plan_ultrafuser import FusionPlan, adaptable_layers, run_checks, unequal_dtypes
@@ -203,9 +203,8 @@ def _load(name: str, source, config: PreTrainedConfig, dtype: torch.dtype | None
         dtype = torch.float32 if dtype == "auto" else dtype
         folder, file = gguf_arguments(source)
         with in_words(f"The specialist {name!r}", source):
-            plain = GgufConfig(dequantize=True)
             model, info = auto_class(name, config).from_pretrained(
-                folder, **file, quantization_config=plain, dtype=dtype, output_loading_info=True
+                folder, **file, **dequantised(), dtype=dtype, output_loading_info=True
             )
         odd = (info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
         refuse_other_tensors(f"{name!r} ({os.fspath(source)!r})", *odd)

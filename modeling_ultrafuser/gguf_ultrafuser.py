@@ -5,6 +5,7 @@ import math
 import os
 import struct
 
+from transformers import GgufConfig
 from transformers.utils import is_gguf_available
 
 from .files_ultrafuser import UnreadableFileError, check_file
@@ -21,16 +22,7 @@ _TEXT, _LIST = 8, 9
 
 
 def gguf_arguments(source) -> tuple[str, dict]:
-    """Returns where to load a specialist from, and the arguments for it.
-
-    Args:
-        source: Its Hub id or folder; or its GGUF file.
-
-    Returns:
-        What `from_pretrained` takes: the folder of a GGUF file and `gguf_file`; anything else as it is.
-    """
-    if not is_gguf(source):
-        return source, {}
+    """Returns what `from_pretrained` takes for a GGUF file: its folder, and `gguf_file`."""
     folder, file = os.path.split(os.fspath(source))
     return folder or ".", {"gguf_file": file}
 
@@ -157,3 +149,8 @@ def _rounded(count: int, alignment: int) -> int:
 
 def _damaged(path: str, why: str) -> UnreadableFileError:
     return UnreadableFileError(f"{path!r} is not whole: {why}", "A GGUF file is read only if it is")
+
+
+def dequantised() -> dict:
+    """Returns the argument of `from_pretrained` that makes plain weights of a GGUF file."""
+    return {"quantization_config": GgufConfig(dequantize=True)}

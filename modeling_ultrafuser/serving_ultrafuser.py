@@ -1,6 +1,6 @@
 """Refusals of what engines that know one attention geometry for all layers would serve wrongly."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -9,10 +9,9 @@ from .causal_ultrafuser import switching_lengths
 from .compat_ultrafuser import attention_of, number_layers
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all
 from .families_ultrafuser import (
+    Heads,
     common,
-    head_dim,
-    num_attention_heads,
-    num_key_value_heads,
+    heads_of,
     of_each,
     specialist_layer_types,
 )
@@ -39,7 +38,7 @@ def check_servable_by_vllm(config: UltraFuserConfig) -> None:
     if not FUSIONS[config.fusion].one_head:
         rules = one_head_rules()
         refuse(f"computes logits with one linear head, which needs {rules}", of_each(config, lambda _: config.fusion))
-    for reason, values in _differences(config, num_attention_heads, num_key_value_heads, head_dim):
+    for reason, values in _differences(config, *Heads._fields):
         refuse(reason, values)
     for field, what in (
         ("attn_logit_softcapping", "knows one attention soft cap for all specialists; it must be None in each"),
@@ -58,12 +57,13 @@ ATTENTION = {"full_attention", "sliding_attention"}
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def _differences(config: UltraFuserConfig, *heads: Callable) -> Iterator[tuple[str, dict]]:
+def _differences(config: UltraFuserConfig, *fields: str) -> Iterator[tuple[str, dict]]:
     """Yields what an engine knows once for all layers, where it is not so: in words, and each specialist's value."""
-    for read in heads:
-        values = of_each(config, read)
+    heads = of_each(config, heads_of)
+    for field in fields:
+        values = {name: getattr(own, field) for name, own in heads.items()}
         if common(values.values()) is None:
-            yield f"knows one `{read.__name__}` for all specialists", values
+            yield f"knows one `{field}` for all specialists", values
     windows = of_each(config, lambda c: c.sliding_window if "sliding_attention" in specialist_layer_types(c) else None)
     if len({*windows.values()} - {None}) > 1:
         yield "knows one attention window for all specialists", windows
@@ -119,7 +119,7 @@ def check_pageable(config: UltraFuserConfig) -> None:
             f"{of_each(config, attention_of)}. Let all attend alike first: "
             f"`model.set_attn_implementation('eager')`."
         )
-    for reason, values in _differences(config, num_key_value_heads, head_dim):
+    for reason, values in _differences(config, "num_key_value_heads", "head_dim"):
         raise ValueError(
             f"Continuous batching keeps keys and values of all layers in blocks of one shape, of full attention and of "
             f"one attention window at most. It {reason}, but it is {values}. Use `generate` for this model."

@@ -10,8 +10,7 @@ from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.architecture_ultrafuser import backbone_class
 from modeling_ultrafuser.families_ultrafuser import (
     CACHED_LAYERS,
-    head_dim,
-    num_key_value_heads,
+    heads_of,
     specialist_layer_types,
 )
 from modeling_ultrafuser.gates_ultrafuser import GATES
@@ -137,5 +136,6 @@ def _cache(config: UltraFuserConfig, dtype: torch.dtype) -> int | None:
         types = specialist_layer_types(c)
         if getattr(c, "kv_lora_rank", None) or getattr(c, "kv_sharing_modes", None) or set(types) - CACHED_LAYERS:
             return None
-        total += 2 * len(types) * num_key_value_heads(c) * head_dim(c)
+        heads = heads_of(c)
+        total += 2 * len(types) * heads.num_key_value_heads * heads.head_dim
     return total * dtype.itemsize

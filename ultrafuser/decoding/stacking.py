@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.evidence_ultrafuser import EvidenceLayer
-from modeling_ultrafuser.families_ultrafuser import head_dim, specialist_layer_types
+from modeling_ultrafuser.families_ultrafuser import heads_of, specialist_layer_types
 from modeling_ultrafuser.inputs_ultrafuser import Tokens
 from modeling_ultrafuser.reader_base_ultrafuser import Reader
 
@@ -214,8 +214,7 @@ class StackedSpecialists(nn.Module):
         specialists = list(model.model.specialists.values())
         # speaks for all in what `check_stackable` asked for
         self.first = first = model.config.specialists[0]
-        self.heads, self.key_heads = first.num_attention_heads, first.num_key_value_heads
-        self.head_dim = head_dim(first)
+        self.heads, self.key_heads, self.head_dim = heads_of(first)
         # asked for by the library's attention functions; groups stay whole when specialists' heads lie side by side
         self.num_key_value_groups = self.heads // self.key_heads
         self.register_buffer("epsilon", torch.tensor(first.rms_norm_eps), persistent=False)
