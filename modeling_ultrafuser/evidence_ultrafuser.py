@@ -78,17 +78,12 @@ class EvidenceLayer:
         """Takes in what is known at the tokens just read."""
         read, self.normalised = new.states.shape[1], False
         self.length += read
-        if self.in_place:
-            new = Past(*(t[:, -1:] for t in new))
-            if self.past is None:
-                self.past = Past(*(t.clone() for t in new))
-            else:
-                for kept, last in zip(self.past, new, strict=True):
-                    kept.copy_(last)
-            return
-        keep = max(KEPT, min(read, MOST_KEPT))
+        keep = 1 if self.in_place else max(KEPT, min(read, MOST_KEPT))
         new = Past(*(t[:, -keep:] for t in new))
-        if self.past is None or read >= keep:
+        if self.in_place and self.past is not None:
+            for kept, last in zip(self.past, new, strict=True):
+                kept.copy_(last)
+        elif self.past is None or read >= keep:
             self.past = Past(*(t.clone() for t in new))
         else:
             self.past = Past(*(torch.cat([a[:, read - keep :], b], 1) for a, b in zip(self.past, new, strict=True)))

@@ -17,9 +17,9 @@ from .log_ultrafuser import no_bars, print_line
 from .lora_ultrafuser import read_parts
 from .plan_ultrafuser import FusionPlan, adaptable_layers, run_checks, unequal_dtypes
 from .probing_ultrafuser import probe_specialist, tolerance
+from .reader_base_ultrafuser import BASE
 from .refusals_ultrafuser import Refusal
 from .sparsifiers_ultrafuser import NONE
-from .specialists_ultrafuser import BASE
 
 
 def fuse_specialists(

@@ -15,9 +15,9 @@ from transformers.modeling_utils import load_state_dict
 from .adapters_ultrafuser import LINEAR, MERGE_FIRST, linear_shape
 from .files_ultrafuser import file_or_none, in_words, is_number, read_json
 from .gguf_ultrafuser import is_gguf
+from .reader_base_ultrafuser import BASE
 from .refusals_ultrafuser import Refusal, UnavailableError
 from .safetensors_ultrafuser import read_header
-from .specialists_ultrafuser import BASE
 
 
 # linear layers that can be adapted: name in the base's own model to name in its backbone, and shape
@@ -268,22 +268,17 @@ def pairs(name: str, config: dict, tensors: dict[str, Tensor], linear: Layers) -
     for module, two in found.items():
         (layer, shape), a, b = linear[module], two.get("A"), two.get("B")
         ranks = {config["r"], *(config.get("rank_pattern") or {}).values()}
-        if (
-            a is None
-            or b is None
-            or {a.ndim, b.ndim} != {2}
-            or (b.shape[0], a.shape[1]) != shape
-            or a.shape[0] != b.shape[1]
-        ):
-            shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
+        shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
+        rank = shapes[0][0] if shapes[0] else 0
+        if shapes != [(rank, shape[1]), (shape[0], rank)]:
             raise Refusal(
                 f"matrices of {name!r} for `{module}`, which is {tuple(shape)}, have shapes {shapes}",
                 "An adapter's matrices fit the layer of its base",
                 "It is of another base, or not whole: download it again.",
             )
-        if len(a) not in ranks or not (a.is_floating_point() and b.is_floating_point()):
+        if rank not in ranks or not (a.is_floating_point() and b.is_floating_point()):
             raise Refusal(
-                f"matrices of {name!r} for `{module}` are {a.dtype} of rank {len(a)}",
+                f"matrices of {name!r} for `{module}` are {a.dtype} of rank {rank}",
                 f"An adapter's matrices are floating point numbers of the rank that its {CONFIG_FILE} says, "
                 f"{sorted(ranks)}",
                 "Download it again.",
@@ -296,7 +291,7 @@ def pairs(name: str, config: dict, tensors: dict[str, Tensor], linear: Layers) -
             )
         _check_target(name, config, module)
         wide = b.to(torch.promote_types(b.dtype, torch.float32))
-        result[layer] = (a, (wide * _scale(config, module, len(a))).T)
+        result[layer] = (a, (wide * _scale(config, module, rank)).T)
     return result
 
 

@@ -20,6 +20,7 @@ from transformers.utils import TransformersKwargs
 
 from .cache_ultrafuser import refuse_cache_of_one_shape
 from .carrying_ultrafuser import Carrier
+from .checkpoint_ultrafuser import is_plain
 from .compat_ultrafuser import CACHE, attention_of, is_for_vllm, set_attention, set_layers, takes_cache
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all
 from .evidence_ultrafuser import decoding_layer, last_logits, layer_of, read_evidence
@@ -29,7 +30,6 @@ from .gate_base_ultrafuser import GateOutput, Reads, asked_first
 from .gates_ultrafuser import GATES
 from .generation_ultrafuser import FusedGeneration
 from .inputs_ultrafuser import Tokens, check_checkpointed, check_inputs, refuse_router_loss
-from .loaded_ultrafuser import is_plain
 from .outputs_ultrafuser import (
     UltraFuserCausalLMOutput,
     UltraFuserMixtureOutput,

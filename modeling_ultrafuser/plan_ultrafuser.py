@@ -35,9 +35,9 @@ from .lora_ultrafuser import Layers, adaptable, pairs, read_adapters
 from .names_ultrafuser import refuse_ambiguous_names
 from .plan_base_ultrafuser import BLOCKS, FITS, WARNING, Finding, FusionPlan
 from .probing_ultrafuser import check_steps
+from .reader_base_ultrafuser import BASE
 from .refusals_ultrafuser import Refusal
 from .specialist_config_ultrafuser import own_config
-from .specialists_ultrafuser import BASE
 from .tokenizer_ultrafuser import load_tokenizer, tokenizer_notes, widest_usable_tokenizer
 
 

@@ -6,12 +6,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .checkpoint_ultrafuser import check_fused
+from .checkpoint_ultrafuser import check_fused, refuse_other_specialists, refuse_quantised_head
 from .compat_ultrafuser import CACHE, LoadingHooks, resized_head
 from .configuration_ultrafuser import UltraFuserConfig
 from .files_ultrafuser import HUB_OPTIONS, in_words
 from .gate_base_ultrafuser import Gate
-from .loaded_ultrafuser import refuse_other_specialists, refuse_quantised_head
 from .peft_ultrafuser import check_adapters
 
 

@@ -14,8 +14,7 @@ from .causal_ultrafuser import masks_for_generate
 from .compat_ultrafuser import CACHE
 from .families_ultrafuser import CACHED_LAYERS, of_each, plain_dict, specialist_layer_types
 from .inputs_ultrafuser import Tokens, positions_of
-from .reader_base_ultrafuser import Reader, run
-from .specialists_ultrafuser import BASE, Specialists
+from .reader_base_ultrafuser import BASE, Reader, Specialists, run
 
 
 # no specialist can have this name

@@ -8,10 +8,17 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from .compat_ultrafuser import CACHE
+from .compat_ultrafuser import CACHE, CollectedPlans
 from .families_ultrafuser import side_by_side
 from .inputs_ultrafuser import Tokens
-from .specialists_ultrafuser import Specialists
+
+
+# the one part of `Specialists` where all specialists are adapters of it
+BASE = "base"
+
+
+class Specialists(CollectedPlans):
+    """The specialists' backbones by name; or their base alone, where specialists are adapters of it."""
 
 
 class Reader:

@@ -6,11 +6,11 @@ import os
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from .checkpoint_ultrafuser import is_plain
 from .configuration_ultrafuser import UltraFuserConfig
 from .files_ultrafuser import file_or_none, in_words, read_json
 from .folder_ultrafuser import check_folder
 from .gguf_ultrafuser import check_gguf, gguf_arguments, is_gguf
-from .loaded_ultrafuser import is_plain
 from .refusals_ultrafuser import Refusal, UnavailableError
 
 
@@ -20,7 +20,7 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
         # one that was read from a quantised file may be plain since
         weights = (*source.parameters(), *(b for b in source.buffers() if b.ndim > 1))
         if getattr(source, "hf_quantizer", None) is not None and not all(map(is_plain, weights)):
-            raise _quantised(name, "a quantised model in memory", source.config)
+            raise _quantised(name, "a quantised model in memory", getattr(source.config, "quantization_config", None))
         if source.config.model_type == UltraFuserConfig.model_type:
             raise _already_fused(name, source.config.specialist_names)
         if any(type(module).__module__.startswith("peft.") for module in source.modules()):
@@ -61,7 +61,7 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
     raw = read_json(found)
     model_type = raw.get("model_type")
     if raw.get("quantization_config"):
-        raise _quantised(name, repr(source), raw)
+        raise _quantised(name, repr(source), raw["quantization_config"])
     if model_type == UltraFuserConfig.model_type:
         raise _already_fused(name, raw.get("specialist_names"))
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -98,10 +98,7 @@ def _gguf_config(name: str, source: str) -> PreTrainedConfig:
 _DEQUANTISE = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 
 
-def _quantised(name: str, what: str, config) -> Refusal:
-    written = (
-        config.get("quantization_config") if isinstance(config, dict) else getattr(config, "quantization_config", None)
-    )
+def _quantised(name: str, what: str, written) -> Refusal:
     written = written if isinstance(written, dict) else getattr(written, "to_dict", dict)()
     method = str(getattr(written.get("quant_method"), "value", written.get("quant_method")))
     way_out = (

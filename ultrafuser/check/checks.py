@@ -12,8 +12,8 @@ from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
 from modeling_ultrafuser.plan_base_ultrafuser import BLOCKS, FITS, WARNING, Finding, FusionPlan
 from modeling_ultrafuser.plan_ultrafuser import each, refused, run_checks
 from modeling_ultrafuser.reader_adapters_ultrafuser import THEIR_BASE
+from modeling_ultrafuser.reader_base_ultrafuser import BASE
 from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
-from modeling_ultrafuser.specialists_ultrafuser import BASE
 
 from .. import licences
 from ..merge import MERGES

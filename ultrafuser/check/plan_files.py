@@ -2,8 +2,8 @@
 
 from modeling_ultrafuser.lora_ultrafuser import WEIGHTS_FILE
 from modeling_ultrafuser.plan_base_ultrafuser import Files, FusionPlan
+from modeling_ultrafuser.reader_base_ultrafuser import BASE
 from modeling_ultrafuser.refusals_ultrafuser import UnavailableError
-from modeling_ultrafuser.specialists_ultrafuser import BASE
 
 from .metadata import Source, read
 from .shared_tokenizer import first_of_each, highest_id_from_hashes
