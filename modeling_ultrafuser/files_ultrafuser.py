@@ -129,13 +129,9 @@ def parse_json(text: bytes, path: str | os.PathLike) -> dict:
         raise UnreadableFileError(fact, way_out="It is damaged: fetch it again.") from error
     if not isinstance(found, dict):
         raise UnreadableFileError(f"{os.fspath(path)!r} holds a {type(found).__name__} instead of an object in JSON")
-    _check_nesting(found, path)
-    return found
-
-
-def _check_nesting(value, path: str | os.PathLike) -> None:
-    if any(depth > MOST_NESTED for depth, _ in enumerate(levels(value), start=1)):
+    if any(depth > MOST_NESTED for depth, _ in enumerate(levels(found), start=1)):
         raise UnreadableFileError(f"{os.fspath(path)!r} is nested too deeply", f"JSON is read to {MOST_NESTED} levels")
+    return found
 
 
 def levels(value) -> Iterator[list]:

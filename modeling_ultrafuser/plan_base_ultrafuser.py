@@ -13,11 +13,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from .configuration_ultrafuser import UltraFuserConfig
 from .lora_ultrafuser import Adapters, about_base, adapter_file
 from .refusals_ultrafuser import UnavailableError
-from .safetensors_ultrafuser import Header, read_header, read_headers, weight_files
+from .safetensors_ultrafuser import FLOATS, Header, read_header, read_headers, weight_files
 
 
 FITS, WARNING, BLOCKS = "fits", "warning", "blocks"
-_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass
@@ -151,4 +150,4 @@ def _stored_dtype(header: Header) -> torch.dtype | None:
     counts = Counter()
     for dtype, shape in header.values():
         counts[dtype] += math.prod(shape)
-    return _STORED.get(max(counts, key=counts.get, default=None))
+    return FLOATS.get(max(counts, key=counts.get, default=None))
