@@ -5,7 +5,6 @@ the tables here with the reason why it has its effect in a fused model; a specia
 """
 
 import inspect
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,12 +37,10 @@ HANDLED = {
 }
 # families whose causal class prepares the inputs of a step of generation in its own way
 PREPARED = {
-    **dict.fromkeys(
-        ("phi3", "phimoe", "phi4_multimodal"), "starts over when the factors of rotation change, see `starts_over`"
-    ),
-    **dict.fromkeys(
-        ("bamba", "falcon_h1", "nemotron_h", "zamba", "zamba2"), "asks for as many logits as `generate` does"
-    ),
+    # starts over when the factors of rotation change, see `starts_over`
+    *("phi3", "phimoe", "phi4_multimodal"),
+    # asks for as many logits as `generate` does
+    *("bamba", "falcon_h1", "nemotron_h", "zamba", "zamba2"),
 }
 
 
@@ -105,13 +102,13 @@ def check_head_dtype(name: str, config: PreTrainedConfig, backbone: type, dtype:
         )
 
 
-def masks_for_generate(backbone: PreTrainedModel) -> Callable:
-    """Returns the mask function of a specialist for static caches: of its causal class, its backbone or transformers."""
+def masks_for_generate(backbone: PreTrainedModel, *args, **kwargs) -> Tensor | dict[str, Tensor]:
+    """Makes a specialist's masks for static caches, as its causal class does, its backbone or transformers."""
     for owner in (causal_class(backbone.config), type(backbone)):
         create = inspect.getattr_static(owner, "create_masks_for_generate", None)
         if create is not None:
-            return create.__get__(backbone, type(backbone))
-    return create_masks_for_generate
+            return create.__get__(backbone, type(backbone))(backbone.config, *args, **kwargs)
+    return create_masks_for_generate(backbone.config, *args, **kwargs)
 
 
 def switching_lengths(config: PreTrainedConfig) -> set[int]:

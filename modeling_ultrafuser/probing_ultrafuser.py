@@ -10,7 +10,6 @@ from transformers.cache_utils import Cache
 
 from .architecture_ultrafuser import empty_backbones, parts_of
 from .cache_ultrafuser import PagedRecord, SpecialistCache
-from .causal_ultrafuser import masks_for_generate
 from .compat_ultrafuser import CACHE, PAGES_CHANGE_KWARGS, attention_of
 from .configuration_ultrafuser import UltraFuserConfig
 from .families_ultrafuser import SCALE_FIELDS, bounded, soft_cap, specialist_layer_types
@@ -156,8 +155,7 @@ def step_within(
             if cache.is_compileable:
                 embeds = torch.empty((1, end - begin, 0), dtype=backbone.dtype, device=ids.device)
                 own = SpecialistCache(cache, *layers)
-                mask = masks_for_generate(backbone)(backbone.config, embeds, mask, own, position_ids=positions)
-                mask = named_masks(name, mask)
+                mask = named_masks(backbone, name, embeds, mask, own, position_ids=positions)
             tokens = Tokens(ids[:, begin:end], mask, positions)
             output = read_within(backbone, name, layers, tokens, cache, use_cache=True)
     except Exception as error:

@@ -124,9 +124,7 @@ class AdapterReader(Reader):
 
     def masks(self, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache, **kwargs):
         """As `Reader.masks`: those of the base, one row for each text."""
-        return masks_for_generate(self.base)(
-            self.base.config, inputs_embeds, attention_mask, past_key_values, **kwargs
-        )
+        return masks_for_generate(self.base, inputs_embeds, attention_mask, past_key_values, **kwargs)
 
     def input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()

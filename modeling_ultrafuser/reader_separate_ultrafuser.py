@@ -55,9 +55,9 @@ class SeparateReader(Reader):
     def masks(self, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache, **kwargs) -> dict:
         masks = {}
         for k, (name, specialist) in enumerate(self.specialists.items()):
-            part = self._part(k, past_key_values)
-            mask = masks_for_generate(specialist)(specialist.config, inputs_embeds, attention_mask, part, **kwargs)
-            masks |= named_masks(name, mask)
+            masks |= named_masks(
+                specialist, name, inputs_embeds, attention_mask, self._part(k, past_key_values), **kwargs
+            )
         return masks
 
     def input_embeddings(self) -> TokenEmbeddings:
@@ -99,8 +99,9 @@ def read_within(
     return run(backbone, tokens._replace(attention_mask=mask), **kwargs)
 
 
-def named_masks(name: str, mask: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names a specialist's masks as they lie among those of others: by its name, or "name/layer_type"."""
+def named_masks(backbone: PreTrainedModel, name: str, *args, **kwargs) -> dict[str, Tensor]:
+    """Makes a specialist's masks for static caches, by its name, or "name/layer_type", as they lie among those of others."""
+    mask = masks_for_generate(backbone, *args, **kwargs)
     if isinstance(mask, dict):
         return {f"{name}/{layer_type}": m for layer_type, m in mask.items()}
     return {name: mask}

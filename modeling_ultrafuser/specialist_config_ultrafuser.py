@@ -32,8 +32,7 @@ def own_config(name: str, source, **hub) -> PreTrainedConfig:
                 "it off, `delete_adapter(...)`.",
             )
         config = copy.deepcopy(source.config)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        config.__dict__.pop("quantization_config", None)
         return config
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
@@ -89,8 +88,7 @@ def _gguf_config(name: str, source: str) -> PreTrainedConfig:
             "It is broken, or of an architecture that transformers does not read from GGUF",
             "Fuse the folder that it was made from.",
         ) from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config.__dict__.pop("quantization_config", None)
     return config
 
 
