@@ -31,18 +31,15 @@ def validate_specialist_names(names: list[str], config_class: type[PreTrainedCon
     Raises:
         ValueError: Naming the first unusable name and what a usable one looks like.
     """
+    written = (PreTrainedConfig.__annotations__, config_class.__annotations__, config_class._DERIVED)
+    taken = RESERVED_NAMES.union(*written)
     for name in names:
         usable = isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is not None
-        if not usable or keyword.iskeyword(name) or name in RESERVED_NAMES or _is_field(name, config_class):
+        if not usable or keyword.iskeyword(name) or name in taken or hasattr(config_class, name):
             raise _unusable(name)
     duplicates = sorted({n for n in names if names.count(n) > 1})
     if duplicates:
         raise ValueError(f"Every specialist needs a name of its own, but {duplicates} came more than once in {names}.")
-
-
-def _is_field(name: str, config_class: type[PreTrainedConfig]) -> bool:
-    written = (*PreTrainedConfig.__annotations__, *config_class.__annotations__, *config_class._DERIVED)
-    return name in written or hasattr(config_class, name)
 
 
 def refuse_ambiguous_names(names: list[str], configs: list[PreTrainedConfig], path_parts: set[str]) -> None:

@@ -8,8 +8,7 @@ from .refusals_ultrafuser import Refusal
 def check_adapters(model: nn.Module) -> None:
     """Refuses adapters of PEFT, on a fused model, that would be saved or trained by half. The last one is taken out.
 
-    PEFT knows a tensor by the words of its path. It leaves out of an adapter's file whatever has another adapter's name
-    in its path, and trains whatever has the prefix of its method there.
+    PEFT leaves out of an adapter's file whatever has another adapter's name in its path.
 
     Args:
         model: A fused model, `peft_config` of which PEFT sets.
@@ -30,7 +29,7 @@ def check_adapters(model: nn.Module) -> None:
             f"are in the paths of this model. Choose other names (`adapter_name`); a saved adapter can be loaded by any."
         )
     elif model.__dict__.get("_checked_adapter") is not config:
-        complaint = _about_embeddings(model, config) or _about_prefix(model, config)
+        complaint = _about_embeddings(model, config)
     if complaint is not None:
         del adapters[name]
         raise ValueError(complaint)
@@ -86,18 +85,6 @@ def _about_embeddings(model: nn.Module, config) -> str | None:
             f"modules_to_save={sorted({*leaves.values(), 'lm_head'})}."
         )
     return None
-
-
-def _about_prefix(model: nn.Module, config) -> str | None:
-    """Returns the specialists that PEFT would take for adapters and train as a whole, or None."""
-    prefix = f"{config.peft_type.value.lower()}_"
-    alike = [name for name in model.config.specialist_names if prefix in name]
-    if not alike:
-        return None
-    return (
-        f"PEFT trains every tensor with {prefix!r} in its path, which is in the names of the specialists {alike}. Fuse "
-        f"them by other names."
-    )
 
 
 def embedding_leaf(specialist: nn.Module) -> str:

@@ -1,6 +1,5 @@
 """What this project relies on of PEFT beyond its documents. No test here runs our code."""
 
-import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.merge_utils import dare_linear, task_arithmetic, ties
@@ -81,9 +80,3 @@ def test_merges_take_changes_weights_and_a_density():
     # the sign of the larger sum is elected, and those that agree are averaged
     merged = ties(changes, torch.ones(2), 1.0)
     torch.testing.assert_close(merged, torch.tensor([3.0, 3.0]))
-
-
-@pytest.mark.parametrize("name", ["lora_", "prefix"])
-def test_the_name_of_a_method_is_the_value_of_its_type(name):
-    kinds = {"lora_": LoraConfig(**LORA), "prefix": PrefixTuningConfig(task_type="CAUSAL_LM")}
-    assert f"{kinds[name].peft_type.value.lower()}_".startswith(name)

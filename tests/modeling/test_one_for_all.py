@@ -22,6 +22,7 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.support.checkpoints import saying
 from tests.support.conversations import sft_trainer
+from tests.support.mixes import prompt
 from tests.support.tiny import specialist, stir_gate, tokenizer
 from tests.support.versions import needs_peft_in_the_library
 
@@ -272,12 +273,21 @@ def test_a_name_that_other_code_would_misread_is_refused_when_fusing(name):
     UltraFuserForCausalLM.from_specialists({"text": specialist("llama"), usable: specialist("llama")})
 
 
-def test_a_prefix_of_peft_in_a_name_is_refused_with_its_method():
+def test_a_prefix_of_peft_in_a_name_trains_and_merges_nothing_else_of_that_specialist():
     assert PEFT_TYPE_TO_PREFIX_MAPPING["IA3"] == "ia3_"
     parts = {"text": specialist("llama", layers=1), "ia3_math": specialist("llama", layers=1)}
     config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
-    with pytest.raises(ValueError, match=saying("'ia3_' in its path", "['ia3_math']")):
-        get_peft_model(UltraFuserForCausalLM.from_specialists(parts), config)
+    model = get_peft_model(UltraFuserForCausalLM.from_specialists(parts), config).eval()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert [name.partition(".k_proj.")[2] for name in trained] == ["ia3_l.default"] * len(parts)
+    for parameter in trained.values():
+        parameter.data += 1
+    with torch.no_grad():
+        ids = prompt()
+        expected = model(ids).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, expected)
+    assert not any("ia3_l" in name for name, _ in merged.named_parameters())
 
 
 # -------------------------------------------------------------------------------------------------------- attention
