@@ -211,12 +211,17 @@ def judge(states: Tensor, ids: Tensor, head: Tensor, widths: Sequence[int], cap:
 @cache
 def _register() -> None:
     """Makes operators of what loops over tokens, so that compilers of the model need not know for how many."""
-    operator = torch.library.custom_op("ultrafuser::judged", judge, mutates_args=())
-    operator.register_fake(
-        lambda states, ids, head, widths, cap: states.new_empty(states.shape[0], len(widths)).float()
-    )
-    operator = torch.library.custom_op("ultrafuser::carried_on", carried_on, mutates_args=())
-    operator.register_fake(lambda log_probs, begins, first, before, decays, switches: torch.empty_like(before))
+    for name, function in (("judged", judge), ("carried_on", carried_on)):
+        operator = torch.library.custom_op(f"ultrafuser::{name}", function, mutates_args=())
+        operator.register_fake(_SHAPES[name])
+
+
+_SHAPES = {
+    "judged": lambda states, ids, head, widths, cap: states.new_empty(
+        states.shape[0], len(widths), dtype=torch.float32
+    ),
+    "carried_on": lambda log_probs, begins, first, before, decays, switches: torch.empty_like(before),
+}
 
 
 def find_head(backbone: nn.Module) -> None:
