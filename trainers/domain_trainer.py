@@ -9,7 +9,7 @@ from trl import is_conversational
 from modeling_ultrafuser.log_ultrafuser import print_line
 
 from .compat import HookedSFTTrainer, model_columns
-from .domains import Losses, by_domain, check_kind, filled, readable, together
+from .domains import by_domain, check_kind, filled, losses, readable, together
 from .mixed import MIXED, mixed_examples
 from .samplers import DomainSampler
 from .stage_config import StageConfig
@@ -70,26 +70,19 @@ class DomainTrainer(HookedSFTTrainer):
             raise ValueError(f"There are no rows in {whose}. Look at what was loaded, or leave it out.")
         rows = filled(rows)
         if formatting_func is None:
-            rows = readable(
-                rows,
-                whose,
-                text_field=args.dataset_text_field,
-                vocab_size=self.vocab_size,
-                only=args.remove_unused_columns,
-            )
+            rows = readable(rows, whose, args, self.vocab_size)
         if args.completion_only_loss is None:
             self.completion_only_loss = {"prompt", "completion"} <= set(rows.column_names)
         # tokens first, as long as they are
         uncut = copy.copy(args)
         uncut.max_length, uncut.shuffle_dataset = None, False
         rows = self.prepare_as_trl(rows, whose, processing_class, uncut, False, formatting_func)
-        keep_end = args.truncation_mode == "keep_end"
-        losses = Losses(None if packing and args.packing_strategy != "bfd" else args.max_length, keep_end)
-        losses.count(rows.with_format(None).select_columns(["input_ids", "labels"]))
-        if str(losses) and args.should_log:
-            print_line(f"Of {losses.rows} rows of {whose}, {losses}.")
+        max_length = None if packing and args.packing_strategy != "bfd" else args.max_length
+        lost, all_lost = losses(rows, max_length, args.truncation_mode == "keep_end")
+        if lost and args.should_log:
+            print_line(f"Of {len(rows)} rows of {whose}, {lost}.")
         rows = self.prepare_as_trl(rows, whose, processing_class, args, packing, None)
-        if losses.empty == losses.rows:
+        if all_lost:
             rows = rows.select([])
         if args.remove_unused_columns:
             columns = model_columns(self)

@@ -1,6 +1,6 @@
 """Domains of examples: from the given data to the tokens of a batch."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -111,22 +111,19 @@ def filled(rows: Dataset) -> Dataset:
     return rows.remove_columns(empty)
 
 
-def readable(
-    rows: Dataset, whose: str, *, text_field: str = "text", vocab_size: int | None = None, only: bool = True
-) -> Dataset:
+def readable(rows: Dataset, whose: str, args, vocab_size: int) -> Dataset:
     """Checks a domain's rows, and returns them with the columns that are read.
 
     Args:
         rows: Of one domain.
         whose: "domain 'code'", for messages.
-        text_field: The column of plain text.
+        args: The stage's settings: which column is plain text, and whether columns that are not read are dropped.
         vocab_size: Token ids are below it.
-        only: Whether to drop the columns that are not read.
 
     Raises:
         ValueError: Naming the first row that cannot be read, and why.
     """
-    columns = rows.column_names
+    columns, text_field = rows.column_names, args.dataset_text_field
     form = form_of(columns, (*FORMS[: FORMS.index(TEXT)], (text_field,)))
     if form is None or {"image", "images"} & set(columns):
         raise ValueError(
@@ -140,7 +137,7 @@ def readable(
                 f"Row {number} of {whose} {fault}. Every row of a domain is trained on, so correct it or drop it; rows of "
                 f"another form can be a domain of their own."
             )
-    return rows.select_columns(read) if only else rows
+    return rows.select_columns(read) if args.remove_unused_columns else rows
 
 
 def together(parts: Mapping[str, Dataset]) -> Dataset:
@@ -166,35 +163,24 @@ def together(parts: Mapping[str, Dataset]) -> Dataset:
         raise
 
 
-class Losses:
-    """Counts a domain's examples that are cut, or have nothing left to learn.
+def losses(rows: Dataset, max_length: int | None, keep_end: bool) -> tuple[str, bool]:
+    """Says how many of a domain's examples are cut, or have nothing left to learn, and whether that is all of them.
 
     Args:
+        rows: Of tokens that are not cut yet.
         max_length: Length that examples are cut to, or None.
         keep_end: Whether to keep the end of a cut example, not its beginning.
     """
-
-    def __init__(self, max_length: int | None, keep_end: bool):
-        self.max_length = max_length
-        self.kept = slice(None) if max_length is None else slice(-max_length, None) if keep_end else slice(max_length)
-        self.rows = self.cut = self.empty = 0
-
-    def count(self, rows: Iterable[Mapping]) -> None:
-        """Counts rows of tokens that are not cut yet."""
-        for row in rows:
-            self.rows += 1
-            self.cut += self.max_length is not None and len(row["input_ids"]) > self.max_length
-            # nothing predicts the first token
-            self.empty += all(label == -100 for label in row["labels"][self.kept][1:])
-
-    def __str__(self) -> str:
-        cut = f"{self.cut} are longer than `max_length={self.max_length}` and are cut" if self.cut else ""
-        empty = (
-            f"{self.empty} hold nothing to learn, because all that is left of them is prompt or a single token"
-            if self.empty
-            else ""
-        )
-        return " and ".join(filter(None, (cut, empty)))
+    kept = slice(None) if max_length is None else slice(-max_length, None) if keep_end else slice(max_length)
+    cut = empty = 0
+    for row in rows.with_format(None).select_columns(["input_ids", "labels"]):
+        cut += max_length is not None and len(row["input_ids"]) > max_length
+        # nothing predicts the first token
+        empty += all(label == -100 for label in row["labels"][kept][1:])
+    found = [f"{cut} are longer than `max_length={max_length}` and are cut"] if cut else []
+    if empty:
+        found.append(f"{empty} hold nothing to learn, because all that is left of them is prompt or a single token")
+    return " and ".join(found), empty == len(rows)
 
 
 class DomainCollator:

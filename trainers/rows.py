@@ -5,13 +5,11 @@ from typing import Any
 
 
 # the columns that make a form, in TRL's order where rows hold several; `conversations` is that of {"from", "value"}
-TOKENS, PAIR, CHAT, OLD_CHAT, TEXT = (
-    ("input_ids",),
-    ("prompt", "completion"),
-    ("messages",),
-    ("conversations",),
-    ("text",),
-)
+TOKENS = ("input_ids",)
+PAIR = ("prompt", "completion")
+CHAT = ("messages",)
+OLD_CHAT = ("conversations",)
+TEXT = ("text",)
 FORMS = (TOKENS, PAIR, CHAT, OLD_CHAT, TEXT)
 # what is read beside them
 BESIDE = ("tools", "chat_template_kwargs")

@@ -40,12 +40,11 @@ def write_state(trainer, folder: str | os.PathLike) -> None:
     """Writes a stage's state into a checkpoint. All processes must call it; one writes."""
     statistics = trainer.statistics.state_dict(trainer.accelerator)
     if trainer.args.should_save:
-        controller = None if trainer.controller is None else trainer.controller.state_dict()
         state = {
             **identity(trainer),
             "mixes": trainer.sampler.mixes,
             "statistics": statistics,
-            "controller": controller,
+            "controller": trainer.controller and trainer.controller.state_dict(),
             "unimproved": trainer.stopping and trainer.stopping.early_stopping_patience_counter,
         }
         (Path(folder) / STATE_FILE).write_text(json.dumps(state))

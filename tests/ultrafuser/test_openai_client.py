@@ -18,8 +18,7 @@ from ultrafuser.data.teacher import Request, Teacher
 from ultrafuser.data.teacher_journal import ReplyJournal
 from ultrafuser.data.teacher_output import LONGEST, LONGEST_ITEM, read_items
 from ultrafuser.evaluation import judgements
-from ultrafuser.evaluation.answer_journal import AnswerJournal
-from ultrafuser.evaluation.answers import answer_through
+from ultrafuser.evaluation.answers import AnswerJournal, answer_through
 from ultrafuser.evaluation.endpoint import Endpoint, EndpointError
 from ultrafuser.evaluation.questions import Question
 

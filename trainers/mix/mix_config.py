@@ -60,13 +60,10 @@ class MixConfig:
         Raises:
             ValueError: If one is unknown, out of range, or has no effect with the others.
         """
-        for name, known in (("mix", MIXES), ("sampler", SAMPLERS)):
+        kinds = {"mix": MIXES, "sampler": SAMPLERS, "mix_unit": MIX_UNITS, "mix_policy": POLICIES}
+        for name, known in kinds.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"Unknown {name} {getattr(self, name)!r}. Choose one of {sorted(known)}.")
-        if self.mix_unit not in MIX_UNITS:
-            raise ValueError(f"`mix_unit` must be one of {MIX_UNITS}, but is {self.mix_unit!r}.")
-        if self.mix_policy not in POLICIES:
-            raise ValueError(f"`mix_policy` must be one of {sorted(POLICIES)}, but is {self.mix_policy!r}.")
+                raise ValueError(f"`{name}` must be one of {sorted(known)}, but is {getattr(self, name)!r}.")
         check_counts(self, ("mix_every", "mix_delay", "mix_probe"))
         if self.mix_reward is not None:
             self._check_reward()

@@ -125,7 +125,8 @@ def self_draft(
             if not live.any():
                 break
         gate_weights = gate_weights[:, : input_ids.shape[1] - length]
-        reader.forget(block.shape[1] - (input_ids.shape[1] - 1))
+        # what was rejected is forgotten
+        reader.cache.crop(input_ids.shape[1] - 1 - block.shape[1])
 
     if streamer is not None:
         streamer.end()
@@ -264,10 +265,6 @@ class _Reader:
             scores.append(own)
             hidden_states.append(hidden)
         return input_ids, torch.cat(scores, dim=1), torch.cat(hidden_states, dim=1)
-
-    def forget(self, tokens: int) -> None:
-        """Takes the last tokens out of the cache."""
-        self.cache.crop(-tokens)
 
 
 def _scores(logits: Tensor, input_ids: Tensor, count: int, logits_processor: LogitsProcessorList) -> Tensor:

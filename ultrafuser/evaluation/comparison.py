@@ -104,42 +104,34 @@ def table_rows(comparison: Comparison) -> list[dict]:
     `difference` is to the fused model: negative means that fusing loses. Flips and retention are against each domain's
     best specialist, by the mean over domains.
     """
-    domains = [d for d in comparison.data if d != MIXED]
-    sums = {
-        name: {d: per_example(m.scores[d], x) for d, x in comparison.data.items()}
-        for name, m in comparison.found.items()
-    }
+    data, found, seed = comparison.data, comparison.found, comparison.seed
+    domains = [d for d in data if d != MIXED]
+    sums = {name: {d: per_example(m.scores[d], x) for d, x in data.items()} for name, m in found.items()}
     right = best_specialists(comparison)
     rows = []
-    for name, measured in comparison.found.items():
-        own = sums[name]
+    for name, measured in found.items():
+        own, scores = sums[name], measured.scores
         loss = {d: float(own[d][0].sum() / own[d][1].sum()) for d in own}
         paired = [(own[d][0] - sums[FUSED][d][0], own[d][1]) for d in domains]
-        scored = {d: comparison.data[d].scored for d in own}
-        changed = [
-            flips(measured.scores[d], comparison.found[right[d]].scores[d], comparison.data[d]) for d in domains
-        ]
+        changed = [flips(scores[d], found[right[d]].scores[d], data[d]) for d in domains]
         row = {
             "name": name,
             "kind": measured.kind,
             "loss": loss,
-            "loss_interval": {d: interval([own[d]], seed=comparison.seed) for d in own},
+            "loss_interval": {d: interval([own[d]], seed=seed) for d in own},
             "mean": _mean([loss[d] for d in domains]),
-            "mean_interval": interval([own[d] for d in domains], seed=comparison.seed),
+            "mean_interval": interval([own[d] for d in domains], seed=seed),
             "difference": _mean([float(s.sum() / n.sum()) for s, n in paired]),
-            "difference_interval": interval(paired, seed=comparison.seed),
-            "p": permutation_test(paired, seed=comparison.seed),
-            "accuracy": {d: measured.scores[d].correct[scored[d]].float().mean().item() for d in own},
-            "calibration_error": {
-                d: calibration_error(measured.scores[d].confidence[scored[d]], measured.scores[d].correct[scored[d]])
-                for d in own
-            },
+            "difference_interval": interval(paired, seed=seed),
+            "p": permutation_test(paired, seed=seed),
+            "accuracy": {d: scores[d].correct[x.scored].float().mean().item() for d, x in data.items()},
+            "calibration_error": {d: calibration_error(scores[d], x) for d, x in data.items()},
             **{key: _mean([c[key] for c in changed]) for key in changed[0]},
             "cost": measured.cost,
         }
         if MIXED in own:
             difference = [(own[MIXED][0] - sums[FUSED][MIXED][0], own[MIXED][1])]
-            row |= {"mixed_difference_interval": interval(difference, seed=comparison.seed)}
+            row |= {"mixed_difference_interval": interval(difference, seed=seed)}
         rows.append(row | ({"note": measured.note} if measured.note else {}))
     return sorted(rows, key=lambda row: row["mean"])
 

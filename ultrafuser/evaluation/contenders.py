@@ -96,24 +96,21 @@ class Comparison:
 
 def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
     """Returns a function that measures each contender, in an order in which each finds what it builds on."""
-    fused, ingredients, config = comparison.fused, comparison.ingredients, comparison.ingredients.config
-    plan = {f"{n} specialist": partial(comparison.run, s, "specialist") for n, s in comparison.specialists.items()}
-    plan[FUSED] = partial(comparison.run, fused, "fused")
+    run, ingredients = comparison.run, comparison.ingredients
+    plan = {f"{n} specialist": partial(run, s, "specialist") for n, s in comparison.specialists.items()}
+    plan[FUSED] = partial(run, comparison.fused, "fused")
     for fusion in FUSIONS:
-        plan[f"uniform {fusion}"] = partial(
-            comparison.run, baselines.ensemble(ingredients, "uniform", fusion), "ensemble"
-        )
-    random_gate = baselines.RandomGate(config, comparison.seed)
-    plan["random gate"] = partial(comparison.run, baselines.ensemble(ingredients, random_gate), "control")
+        plan[f"uniform {fusion}"] = partial(run, baselines.ensemble(ingredients, "uniform", fusion), "ensemble")
+    random_gate = baselines.RandomGate(ingredients.config, comparison.seed)
+    plan["random gate"] = partial(run, baselines.ensemble(ingredients, random_gate), "control")
     plan["shuffled gate"] = partial(shuffled, comparison)
     plan["best specialist per domain (oracle)"] = partial(routed, comparison, best_per_domain)
     plan["best specialist per request (oracle)"] = partial(routed, comparison, best_per_request)
     for temperature, gates in (("one temperature", ["constant"]), ("a temperature per token", ["constant", "cross"])):
         name = f"best specialist per domain (oracle), {temperature}"
         plan[name] = partial(calibrated_oracle, comparison, gates)
-    plan["fixed-share forecaster"] = partial(
-        comparison.run, baselines.ensemble(ingredients, "posterior", "probabilities"), "ensemble"
-    )
+    forecaster = baselines.ensemble(ingredients, "posterior", "probabilities")
+    plan["fixed-share forecaster"] = partial(run, forecaster, "ensemble")
     plan["router: prompt perplexity"] = partial(routed, comparison, least_perplexed)
     plan["prompt perplexity weights (PackLLM)"] = partial(weighted_by_perplexity, comparison)
     plan["tuned constant weights"] = partial(tuned_constant, comparison)

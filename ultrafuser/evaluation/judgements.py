@@ -16,8 +16,7 @@ from rich.table import Table
 
 from ..atomic import sole_writer, write_whole
 from ..provenance import digest, weights_digest
-from .answer_journal import AnswerJournal, read_journal
-from .answers import answer_through
+from .answers import AnswerJournal, answer_through, read_journal
 from .endpoint import BadReplyError, Endpoint, EndpointError, RefusedError, for_all
 from .judge_scores import grading_scores, pairwise_scores
 from .questions import Question, load_questions
@@ -91,7 +90,8 @@ def run(
     templates = _templates(prompts, method)
     judge.key()
 
-    with sole_writer(out, "judge", (ANSWERS, JUDGEMENTS, RESULTS), begun=[ANSWERS]), _progress() as progress:
+    bars = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with sole_writer(out, "judge", (ANSWERS, JUDGEMENTS, RESULTS), begun=[ANSWERS]), bars as progress:
         try:
             answers, cut = _answer(model, asked, settings, judge, out, batch_size, progress)
             if method == "pairwise":
@@ -293,10 +293,6 @@ async def _verdict(ask: Callable, prompt: str, method: str) -> dict:
             {"role": "user", "content": REMINDERS[method]},
         ]
     return {"verdict": None, "replies": replies}
-
-
-def _progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 def _bar(progress: Progress, name: str, total: int, done: int) -> Callable[[], None]:

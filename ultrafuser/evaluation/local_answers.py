@@ -9,8 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trainers.prompt_views import render
 
 from ..pretrained import generating, load_model, load_tokenizer
-from .answer_journal import AnswerJournal
-from .answers import messages_of
+from .answers import AnswerJournal, messages_of
 from .questions import Question
 
 
@@ -40,8 +39,6 @@ def answer_locally(
     """
     turns = max(len(q.turns) for q in questions)
     waiting = [[q for q in questions if len(q.turns) > t and (q.id, t) not in journal.rows] for t in range(turns)]
-    if not any(waiting):
-        return
     tokenizer = load_tokenizer(folder, padding_side="left")
     if not isinstance(tokenizer.chat_template, str):
         raise ValueError(

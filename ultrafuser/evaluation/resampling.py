@@ -5,7 +5,6 @@ Domains count alike, however many tokens each has.
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .measurement import HeldOut, Scores
 
@@ -74,14 +73,15 @@ def flips(scores: Scores, reference: Scores, data: HeldOut) -> dict[str, float]:
     return {name: share.float().mean().item() for name, share in shares.items()} | {"retention": kept}
 
 
-def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+def calibration_error(scores: Scores, data: HeldOut, bins: int = 15) -> float:
     """Expected calibration error with equal bins (Guo et al., 2017): the mean gap between confidence and accuracy.
 
     Args:
-        confidence: Probability of each guess. Shape (guesses,).
-        correct: Whether it was right. Shape (guesses,).
+        scores: The guesses, their probabilities, and whether they were right.
+        data: What was guessed.
         bins: Of confidence, between 0 and 1.
     """
+    confidence, correct = scores.confidence[data.scored], scores.correct[data.scored]
     place = (confidence * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, confidence.double() - correct.double())
     return (gaps.abs().sum() / len(confidence)).item()

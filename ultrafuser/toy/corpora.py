@@ -15,6 +15,7 @@ import sympy
 
 DOMAINS = ("text", "code", "math")
 SPLITS = {"specialist": 0.6, "fuse": 0.25, "held_out": 0.15}
+X = sympy.Symbol("x")
 
 
 def documents(domain: str, seed: int = 0, characters: int = 400_000) -> list[str]:
@@ -107,27 +108,23 @@ def _sum(rng: random.Random) -> str:
 
 
 def _linear_equation(rng: random.Random) -> str:
-    x = sympy.Symbol("x")
     a, b, c = rng.randint(2, 12), rng.randint(1, 40), rng.randint(41, 99)
-    solution = sympy.solve(sympy.Eq(a * x + b, c), x)[0]
+    solution = sympy.solve(sympy.Eq(a * X + b, c), X)[0]
     return f"Solve {a}*x + {b} = {c} for x.\n{a}*x = {c} - {b} = {c - b}\nx = {c - b}/{a} = {solution}"
 
 
 def _expansion(rng: random.Random) -> str:
-    x = sympy.Symbol("x")
-    factors = [rng.randint(1, 5) * x + rng.choice([-1, 1]) * rng.randint(1, 9) for _ in range(2)]
+    factors = [rng.randint(1, 5) * X + rng.choice([-1, 1]) * rng.randint(1, 9) for _ in range(2)]
     left = " * ".join(f"({f})" for f in factors)
     return f"Expand {left}.\n{left} = {sympy.expand(factors[0] * factors[1])}"
 
 
 def _factoring(rng: random.Random) -> str:
-    x = sympy.Symbol("x")
     a, b = (rng.choice([-1, 1]) * rng.randint(1, 9) for _ in range(2))
-    square = sympy.expand((x + a) * (x + b))
+    square = sympy.expand((X + a) * (X + b))
     return f"Factor {square}.\n{a} + {b} = {a + b} and {a} * {b} = {a * b}, so {square} = {sympy.factor(square)}"
 
 
 def _derivative(rng: random.Random) -> str:
-    x = sympy.Symbol("x")
-    f = sum(rng.randint(-9, 9) * x**power for power in range(4)) + x**4
-    return f"Differentiate f(x) = {f}.\nf'(x) = {sympy.diff(f, x)}"
+    f = sum(rng.randint(-9, 9) * X**power for power in range(4)) + X**4
+    return f"Differentiate f(x) = {f}.\nf'(x) = {sympy.diff(f, X)}"

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tests.support.judge_server import GREETING, ROWS, Server
 from ultrafuser.cli.app import app
 from ultrafuser.evaluation import judgements
-from ultrafuser.evaluation.answer_journal import AnswerJournal
+from ultrafuser.evaluation.answers import AnswerJournal
 from ultrafuser.evaluation.endpoint import Endpoint, EndpointError
 from ultrafuser.evaluation.judge_scores import grading_scores, length_controlled, pairwise_scores
 from ultrafuser.evaluation.questions import Question

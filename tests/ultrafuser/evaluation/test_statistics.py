@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.support.tiny import tokenizer
-from ultrafuser.evaluation.measurement import Scores, held_out
+from ultrafuser.evaluation.measurement import HeldOut, Scores, held_out
 from ultrafuser.evaluation.resampling import calibration_error, flips, interval, permutation_test
 
 
@@ -63,10 +63,14 @@ def test_flips_and_retention_are_those_of_a_loop(data):
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
-    confidence = torch.tensor([0.95, 0.95, 0.15, 0.15])
-    correct = torch.tensor([True, False, False, False])
+    # the first is the prompt
+    confidence = torch.tensor([[0.5, 0.95, 0.95, 0.15, 0.15]])
+    correct = torch.tensor([[False, True, False, False, False]])
+    ids = torch.arange(5)[None]
+    data = HeldOut(ids, torch.ones_like(ids), ids > 0)
     # two bins: 0.95 against one half, 0.15 against none
-    assert calibration_error(confidence, correct, bins=10) == pytest.approx((0.45 + 0.15) / 2, abs=1e-6)
+    found = calibration_error(Scores(-confidence.log(), correct, confidence), data, bins=10)
+    assert found == pytest.approx((0.45 + 0.15) / 2, abs=1e-6)
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------
