@@ -28,7 +28,6 @@ from .compat import forget_metrics, on_device, without_unused_columns
 from .domains import DomainCollator
 from .forward_hooks import capture, evaluating
 from .heads.head_base import TokenScores, scattered
-from .mix.rewards import REWARDS
 from .stage_gate import GateTrainer
 
 
@@ -75,15 +74,13 @@ class GateCache:
         """Waits until no other process adds to the files, reads how far they are, and keeps others from it."""
         lock = FileLock(self.folder / LOCK)
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             print_line(f"Another process is making the cache in {self.folder}: what it makes is used when it is done.")
-            lock.acquire()
-        try:
+            held = lock.acquire()
+        with held:
             self.rows_done = self._rows_there()
             yield
-        finally:
-            lock.release()
 
     def _rows_there(self) -> int:
         state = self.folder / STATE
@@ -194,7 +191,8 @@ class CachedGateTrainer(GateTrainer):
                 f"For fusion={config.fusion!r}{calibrated} a cache keeps one of {list(kinds)}, but `keep` is "
                 f"{self.keep!r}."
             )
-        if self.args.mix_reward is not None and not REWARDS[self.args.mix_reward].reads_cache:
+        reward = self.controller and self.controller.reward
+        if reward and (reward.reads_pool or reward.watches_specialists):
             raise ValueError(
                 f"A cache holds the training data alone, but mix_reward={self.args.mix_reward!r} runs the specialists on "
                 f"the way. Use mix_reward='loss', or GateTrainer."

@@ -46,11 +46,8 @@ def mixed_examples(parts: Mapping[str, Dataset], share: float, seed: int) -> Dat
     features = rows[names[0]].features
     columns = [c for c, kind in features.items() if isinstance(kind, List) and c not in ("seq_lengths", "messages")]
     number = max(round(share / (1 - share) * sum(map(len, rows.values()))), 1)
-    made: dict[str, list] = {column: [] for column in columns}
-    for _ in range(number):
-        example = _example(rows, names, columns, rng)
-        for column in columns:
-            made[column].append(example[column])
+    examples = [_example(rows, names, columns, rng) for _ in range(number)]
+    made = {column: [example[column] for example in examples] for column in columns}
     if "seq_lengths" in features:
         made["seq_lengths"] = [[len(ids)] for ids in made["input_ids"]]
     return Dataset.from_dict(made, features=Features({column: features[column] for column in made}))

@@ -73,15 +73,12 @@ def prompt_views(
             rendered = [_last(ids, room, tokenizer.bos_token_id) for ids, room in zip(rendered, rooms, strict=True)]
         views.append([ids + answer for ids, answer in zip(rendered, answers, strict=True)])
 
-    length = max(len(ids) for view in views for ids in view)
+    rows = [ids for own in zip(*views, strict=True) for ids in own]
+    length = max(map(len, rows))
     # whatever token it is, the mask hides it
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    all_ids = torch.full((len(prompts), len(views), length), padding)
-    masks = torch.zeros_like(all_ids)
-    for k, view in enumerate(views):
-        for row, ids in enumerate(view):
-            all_ids[row, k, length - len(ids) :] = torch.tensor(ids)
-            masks[row, k, length - len(ids) :] = 1
+    all_ids = torch.tensor([[padding] * (length - len(ids)) + ids for ids in rows]).view(len(prompts), -1, length)
+    masks = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in rows]).view_as(all_ids)
     batch = {
         "input_ids": all_ids[:, 0].clone(),
         "attention_mask": masks[:, 0].clone(),
@@ -89,9 +86,7 @@ def prompt_views(
         "specialist_attention_mask": masks,
     }
     if responses is not None:
-        batch["labels"] = torch.full((len(prompts), length), -100)
-        for row, answer in enumerate(answers):
-            batch["labels"][row, length - len(answer) :] = torch.tensor(answer)
+        batch["labels"] = torch.tensor([[-100] * (length - len(answer)) + answer for answer in answers])
     return BatchEncoding(batch)
 
 

@@ -159,15 +159,14 @@ class StageTrainer(DomainTrainer):
         domain = inputs.pop("domain", None)
         if domain is None or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels, own_log_p = inputs["labels"], None
+        labels = inputs["labels"]
         own = self.controller is not None and self.controller.reward.watches_specialists
         with capture(self.fused, own=own) as seen:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, *outputs = result if return_outputs else (result,)
         scores, gate_weights, domain = seen["scores"], seen["gate_weights"][:, :-1], domain[:, 1:]
         mask = scores.label_mask
-        if own:
-            own_log_p = own_log_probs(self, seen, labels, domain)
+        own_log_p = own_log_probs(self, seen, labels, domain) if own else None
         self.statistics.add(domain, mask, scores.log_probs, gate_weights, own_log_p)
         terms = self._terms(scores.log_probs, gate_weights, domain)
         if isinstance(terms, Tensor):

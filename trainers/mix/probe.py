@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compat import model_columns, on_device, token_scores
+from ..compat import on_device, token_scores, without_unused_columns
 from ..forward_hooks import capture, evaluating, own_log_probs
 
 
@@ -156,12 +156,10 @@ class Probe:
         """
         trainer, rank, processes = self._trainer, self._accelerator.process_index, self._accelerator.num_processes
         at_once = processes * trainer.args.per_device_train_batch_size
+        dataset = without_unused_columns(trainer, trainer.train_dataset)
         for start in range(0, len(examples), at_once):
             places = list(range(start, min(start + at_once, len(examples))))[rank::processes]
-            rows = [trainer.train_dataset[examples[i]] for i in places] or [trainer.train_dataset[examples[0]]]
-            if trainer.args.remove_unused_columns:
-                columns = model_columns(trainer)
-                rows = [{k: v for k, v in row.items() if k in columns} for row in rows]
+            rows = [dataset[examples[i]] for i in places or [0]]
             yield places, on_device(trainer, trainer.data_collator(rows))
 
     def _forward(self, batch: dict[str, Tensor], **kept) -> dict:

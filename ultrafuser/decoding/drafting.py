@@ -243,11 +243,6 @@ class _Reader:
         room = tokens_before_switch(self.switches, longest)
         return sys.maxsize if room is None else room + 1
 
-    def logits(self, k: int, hidden_states: Tensor) -> Tensor:
-        """Predicts with one specialist. Shape (batch, new, vocab)."""
-        logits = F.linear(hidden_states, self.model.lm_head.weight[:, self.columns[k]])
-        return bounded(logits, soft_cap(self.model.config.specialists[k]))
-
     def draft(
         self, k: int, input_ids: Tensor, count: int, logits_processor: LogitsProcessorList, sample: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,10 +252,11 @@ class _Reader:
             The texts with the drafts, (batch, seq + drafts), the scores that they were drawn from,
             (batch, drafts, vocab), and the hidden states that those were read off, (batch, drafts, hidden).
         """
+        head, cap = self.model.lm_head.weight[:, self.columns[k]], soft_cap(self.model.config.specialists[k])
         scores, hidden_states = [], []
         for _ in range(count):
             hidden = self.read(k, input_ids)[:, -1:]
-            own = _scores(self.logits(k, hidden), input_ids, 1, logits_processor)
+            own = _scores(bounded(F.linear(hidden, head), cap), input_ids, 1, logits_processor)
             input_ids = torch.cat([input_ids, _choose(own[:, 0], sample)], dim=-1)
             scores.append(own)
             hidden_states.append(hidden)

@@ -270,16 +270,13 @@ def merged(comparison: Comparison, method: str, by_depth: bool) -> Measured:
     """A weight merge; where there are tuning examples, with the best of three factors of the changes."""
     third = 1 / len(comparison.specialists)
     # what averages on its own needs no factor; sums of changes without a smaller one go far beyond any specialist
-    weights = [1.0 if MERGES[method].averages else third]
-    if comparison.tune and (MERGES[method].needs_base or by_depth):
-        weights = [third, 0.5, 1.0]
+    best = 1.0 if MERGES[method].averages else third
     options = {"base": comparison.base, "by_depth": by_depth, "seed": comparison.seed}
     make = partial(merge, comparison.specialists, method, **options)
-    best = weights[0]
-    if len(weights) > 1:
+    if comparison.tune and (MERGES[method].needs_base or by_depth):
         few = [examples[:16] for examples in comparison.tune.values()]
         # a merge is a copy of a specialist: one is held at a time, and the best is made again
-        best = min(weights, key=lambda w: _loss(make(weight=w), few))
+        best = min((third, 0.5, 1.0), key=lambda w: _loss(make(weight=w), few))
     return comparison.run(make(weight=best), "merge", note=f"factor {best:.2g}")
 
 

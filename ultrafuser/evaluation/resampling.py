@@ -14,11 +14,6 @@ def per_example(scores: Scores, data: HeldOut) -> tuple[np.ndarray, np.ndarray]:
     return (scores.losses * data.scored).sum(-1).double().numpy(), data.scored.sum(-1).double().numpy()
 
 
-def resample(samples: int, examples: int, seed: int = 0) -> np.ndarray:
-    """Draws examples with replacement. Shape (samples, examples)."""
-    return np.random.default_rng(seed).integers(examples, size=(samples, examples))
-
-
 def interval(domains: list[tuple[np.ndarray, np.ndarray]], *, samples: int = 2000, level: float = 0.95, seed: int = 0):
     """Bootstrap percentile interval of the mean over domains of nats per token.
 
@@ -33,7 +28,8 @@ def interval(domains: list[tuple[np.ndarray, np.ndarray]], *, samples: int = 200
     """
     means = 0
     for number, (sums, counts) in enumerate(domains):
-        drawn = resample(samples, len(sums), seed + number)
+        # with replacement
+        drawn = np.random.default_rng(seed + number).integers(len(sums), size=(samples, len(sums)))
         means = means + sums[drawn].sum(-1) / counts[drawn].sum(-1) / len(domains)
     tail = (1 - level) / 2
     return [float(q) for q in np.quantile(means, [tail, 1 - tail])]

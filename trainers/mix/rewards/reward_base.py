@@ -23,7 +23,6 @@ class Reward:
         reads_pool: Whether it is measured on the pool, by passes of its own, and not from training batches.
         needs_specialists: Whether domains must be named as specialists are.
         watches_specialists: Whether every batch must also score the domain's own specialist.
-        reads_cache: Whether a gate's cache holds enough to measure it.
         is_loss: Whether it is a plain loss, which some policies need.
         baseline: Values of the pool's examples before the first step, which later ones are compared with, or None.
     """
@@ -31,7 +30,6 @@ class Reward:
     reads_pool = True
     needs_specialists = False
     watches_specialists = False
-    reads_cache = False
     is_loss = False
     baseline: ndarray | None = None
 

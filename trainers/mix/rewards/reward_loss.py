@@ -9,7 +9,6 @@ class LossReward(Reward):
     """Mean loss of the domain's tokens since the last update, in nats."""
 
     reads_pool = False
-    reads_cache = True
     is_loss = True
 
     def by_domain(self) -> ndarray:
