@@ -139,6 +139,7 @@ needs_masks_of_bloom = pytest.mark.skipif(
 )
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("family", [pytest.param("bloom", marks=needs_masks_of_bloom), "zaya", "doge", "nemotron_h"])
 def test_masks_of_a_static_cache_are_made_as_the_causal_class_makes_them(family):

@@ -347,6 +347,7 @@ def base(tmp_path_factory):
     return folder
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("kind", fuzz.KINDS)
 def test_whatever_is_damaged_at_random_ends_right_or_in_words(kind, base):

@@ -38,6 +38,7 @@ def alone(function):
     return [function(number) for number in range(THREADS * ROUNDS)]
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("way", WAYS)
 def test_eight_threads_on_one_model_say_what_one_says(way, model):

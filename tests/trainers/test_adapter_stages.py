@@ -76,6 +76,7 @@ def test_stage_one_trains_the_gate_alone_and_as_on_merged_specialists(fusion, so
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize(
     ("gate", "fusion", "keep"),

@@ -50,6 +50,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("fusion", "keep"), EXACT)

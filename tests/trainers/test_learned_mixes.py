@@ -174,6 +174,7 @@ def test_the_domain_to_specialise_in_counts_twice(reward, mild, tmp_path):
 # ---- what learning leaves alone
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("reward", ["regret", *POOL])
 @pytest.mark.parametrize("stage", [GateTrainer, JointTrainer])

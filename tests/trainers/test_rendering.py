@@ -95,6 +95,7 @@ def test_a_template_runs_no_code(escape, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
 def test_a_template_that_does_not_end_is_ended_and_the_next_one_is_rendered(bomb, hasty):

@@ -43,6 +43,7 @@ def stage(folder, *, fusion="logits", lora=False, one_at_a_time=True, **settings
     return trainer(JointTrainer, model, folder, more={"peft_config": adapter}, **settings)
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_it_trains_as_all_at_once_does(settings, tmp_path):

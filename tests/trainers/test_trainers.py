@@ -97,6 +97,7 @@ def test_a_single_model_is_refused(tmp_path):
 # ---- what moves, and how fast
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @BOTH
 @pytest.mark.parametrize("terms", [{}, TERMS])

@@ -88,6 +88,7 @@ def test_the_default_gate_comes_back_with_its_temperatures(fusion, fuse, tmp_pat
     assert torch.equal(said_again.logits, said.logits)
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize(
     "choices",
@@ -149,6 +150,7 @@ def test_adapters_of_one_base_come_back_too_and_the_base_is_checked_with_them(tm
     assert str(other) in said
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("change", ["template", "no template", "words"])
 def test_a_tokenizer_that_no_specialist_has_is_kept(change, fuse, tmp_path):
@@ -189,6 +191,7 @@ def test_a_model_whose_specialists_were_trained_is_refused_by_the_tensor(key, sa
     assert not list(tmp_path.glob("refs*"))
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("spoilt", ["refs/gate.safetensors", "refs/config.json", "models/code/model.safetensors"])
 def test_a_file_that_is_not_the_one_is_refused_with_both_hashes_and_nothing_is_written(spoilt, fuse, tmp_path):
@@ -239,6 +242,7 @@ def test_a_folder_that_does_not_say_where_its_specialists_are_asks(models, fuse,
     assert run("refer", fused, "--out", tmp_path / "refs", *named)[0] == 0
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize(
     ("words", "said"),

@@ -128,6 +128,7 @@ REFERENCES = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("case", REFERENCES)
 def test_a_reference_that_leaves_something_open_is_refused(case, refs, tmp_path):
@@ -144,6 +145,7 @@ GATES = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("case", GATES)
 def test_a_gates_file_holds_the_gate_and_nothing_else(case, refs, tmp_path):

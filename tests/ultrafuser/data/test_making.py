@@ -180,6 +180,7 @@ def test_a_server_in_trouble_gives_the_same_data(fault, made, tmp_path, monkeypa
     assert {**ours, "report.json": 0} == {**theirs, "report.json": 0}
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("fault", ["no list", "empty", "cut off"])
 def test_replies_that_cannot_be_used_are_asked_for_again(fault, tmp_path):
@@ -323,6 +324,7 @@ def test_a_prompt_with_a_mistake_is_refused_before_anything_is_sent(name, text, 
         load_recipe(write_recipe(tmp_path, prompts="own"))
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize(
     "attack",

@@ -94,6 +94,7 @@ def test_speed_shows_specialists_and_ways_and_how_to_go_the_fastest(folder):
     assert "decoder(model, '" in done.output
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("decoding", ["plain", "stacked", "auto"])
 def test_a_chat_decodes_as_it_is_told(folder, decoding):

@@ -82,6 +82,7 @@ def test_a_conversation_that_is_too_long_is_told_and_not_begun(fused):
     assert conversation.messages == []
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize(
     ("template", "words"),
