@@ -134,7 +134,7 @@ class FusionRecipe:
         # refuses unknown choices
         UltraFuserConfig(**fusion.choices())
         locations = {name: (location, revisions.get(name)) for name, location in specialists.items()}
-        return judge(locations, dtype=self.dtype, fusion=fusion.fusion, gate=fusion.gate, base=fusion.base)
+        return judge(locations, dtype=self.dtype, base=fusion.base, **fusion.choices())
 
     def build(self, out: Path, *, say: Callable[[str], None] = print) -> None:
         """Writes the folder of a fused model: weights, code, tokenizer, and where the specialists come from.

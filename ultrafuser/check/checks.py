@@ -28,9 +28,9 @@ def judge(
     specialists: dict[str, tuple[str, str | None]],
     *,
     dtype: str = "auto",
-    fusion: str = "logits",
     gate: str = DEFAULT_GATE,
     base: str | None = None,
+    **choices,
 ) -> Judgement:
     """Returns whether specialists can be fused, from what there is beside their weights.
 
@@ -40,15 +40,14 @@ def judge(
     Args:
         specialists: Name to folder or Hub id, and revision or None.
         dtype: Of the fused model; "auto" takes what all share.
-        fusion: A name in `FUSIONS`.
         gate: See `gate_settings`.
         base: Where the base of specialists that are adapters is, if it is not where they say.
+        choices: Other fields of the configuration: `fusion`, `gate_sparsifier`.
     """
     files = MetadataFiles()
     places = {name: location for name, (location, _) in specialists.items()}
     revisions = {name: {"revision": revision} for name, (_, revision) in specialists.items()}
-    choices = {**gate_settings(gate), "fusion": fusion}
-    plan = FusionPlan(places, revisions, choices, dtype=dtype, base=base, files=files)
+    plan = FusionPlan(places, revisions, {**gate_settings(gate), **choices}, dtype=dtype, base=base, files=files)
     judgement = Judgement(findings=list(run_checks(plan, collect=True)))
     judgement.sources = {name: files.sources[name] for name in specialists if name in files.sources}
     if plan.adapters is not None and BASE in plan.whole:

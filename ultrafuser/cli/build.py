@@ -47,6 +47,7 @@ def check(
     ] = "auto",
     fusion: Annotated[str, Option(help=FUSION_HELP)] = "logits",
     gate: Annotated[str, Option(help=GATE_HELP)] = DEFAULT_GATE,
+    gate_sparsifier: Annotated[str, Option(help=SPARSIFIER_HELP)] = "none",
     base: Base = None,
     as_json: Json = False,
 ) -> None:
@@ -57,7 +58,8 @@ def check(
     from ..check import checks, findings, metadata, render
 
     hide_bars()
-    judgement = checks.judge(metadata.parse(specialists), dtype=dtype, fusion=fusion, gate=gate, base=base)
+    choices = {"fusion": fusion, "gate": gate, "gate_sparsifier": gate_sparsifier}
+    judgement = checks.judge(metadata.parse(specialists), dtype=dtype, base=base, **choices)
     if as_json:
         echo(json.dumps(render.as_dict(judgement), indent=1))
     else:
