@@ -40,17 +40,13 @@ def capture(fused: PreTrainedModel, *, own: bool = False, hidden: bool = False) 
         if hidden:
             seen["last_hidden_state"] = output
 
-    handles = [
+    with (
         fused.register_forward_hook(scores_of),
         fused.model.fusion_gate.register_forward_hook(gate_of),
         # whichever way the specialists run, the fusion rule mixes the last hidden state of each
         fused.model.fusion_rule.register_forward_hook(states_of),
-    ]
-    try:
+    ):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -121,11 +121,9 @@ def tempered(model: UltraFuserForCausalLM, gate: str, index: int) -> UltraFuserF
         gate: As for `LoneGate`.
         index: Index of the specialist.
     """
-    config = copy.deepcopy(model.config)
-    config.fusion, config.gate, config.gate_calibration = "logits", gate, True
-    inner = GATES[gate](config).to(model.lm_head.weight.device)
-    inner.init_weights()
-    return ensemble(model, LoneGate(config, inner, index), calibrated=True)
+    found = ensemble(model, gate, calibrated=True)
+    found.model.fusion_gate = LoneGate(found.config, found.model.fusion_gate, index)
+    return found.eval()
 
 
 def prompt_losses(specialists: Mapping[str, Scores], data: HeldOut) -> Tensor:

@@ -71,7 +71,7 @@ class Comparison:
         self.specialists = {name: self.ingredients.specialist(name) for name in names}
 
     def run(
-        self, model: PreTrainedModel, kind: str, before: Callable[[str, slice], None] | None = None, note: str = ""
+        self, model: PreTrainedModel, kind: str, before: Callable[[str, slice], None] = lambda *_: None, note: str = ""
     ) -> Measured:
         """Measures a model on every domain, and what it costs.
 
@@ -81,11 +81,9 @@ class Comparison:
             before: Called with the domain and the rows of each batch before it is run.
             note: How it was made.
         """
-        hooks = {d: None if before is None else partial(before, d) for d in self.data}
-        scores = {d: score(model, examples, before=hooks[d]) for d, examples in self.data.items()}
+        scores = {d: score(model, examples, before=partial(before, d)) for d, examples in self.data.items()}
         domain, examples = next(iter(self.data.items()))
-        if before is not None:
-            before(domain, slice(0, 1))
+        before(domain, slice(0, 1))
         reference = next(iter(self.specialists.values()))
         return Measured(kind, scores, cost(model, reference, examples.input_ids[:1, :16]), note)
 

@@ -134,7 +134,7 @@ class Scores(NamedTuple):
 
 @torch.inference_mode()
 def score(
-    model: PreTrainedModel, data: HeldOut, *, batch_size: int = 16, before: Callable[[slice], None] | None = None
+    model: PreTrainedModel, data: HeldOut, *, batch_size: int = 16, before: Callable[[slice], None] = lambda _: None
 ) -> Scores:
     """Runs a model over a domain.
 
@@ -150,8 +150,7 @@ def score(
     parts = []
     for start in range(0, len(data), batch_size):
         rows = slice(start, start + batch_size)
-        if before is not None:
-            before(rows)
+        before(rows)
         ids, mask = data.input_ids[rows].to(model.device), data.attention_mask[rows].to(model.device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True).logits[:, :-1].float()
         log_probabilities = logits.log_softmax(-1)

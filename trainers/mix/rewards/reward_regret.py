@@ -4,14 +4,13 @@ import numpy as np
 from numpy import ndarray
 
 from ..probe import Probe
-from .reward_base import Reward
-from .reward_difficulty import difficulty
+from .reward_difficulty import DifficultyReward
 
 
-class RegretReward(Reward):
+class RegretReward(DifficultyReward):
     """Perplexity of the fused model over that of the domain's own specialist: 1 where fusing costs the domain nothing.
 
-    It is `difficulty` (Eq. 10) with the specialist in place of the start.
+    It is the difficulty (Eq. 10) with the specialist in place of the start.
 
     Stage one scores the specialist on the same batches. In stage two the specialists move, so there it is measured on the
     pool, against the specialists' losses before the first step.
@@ -29,10 +28,7 @@ class RegretReward(Reward):
             self.baseline = self.probe.losses(own=True)
 
     def by_domain(self) -> ndarray:
+        if self.reads_pool:
+            return super().by_domain()
         # batches tell the mean over all tokens together, not one by example
-        pairs = (
-            zip(self.probe.by_domain(self.probe.losses()), self.probe.by_domain(self.baseline), strict=True)
-            if self.reads_pool
-            else zip(*self.probe.batch_losses(), strict=True)
-        )
-        return np.array([difficulty(*pair) for pair in pairs])
+        return np.exp(np.subtract(*self.probe.batch_losses()))
