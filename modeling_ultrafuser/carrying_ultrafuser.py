@@ -217,9 +217,7 @@ def _register() -> None:
 
 
 _SHAPES = {
-    "judged": lambda states, ids, head, widths, cap: states.new_empty(
-        states.shape[0], len(widths), dtype=torch.float32
-    ),
+    "judged": lambda states, ids, head, widths, cap: states.new_empty(states.shape[0], len(widths)).float(),
     "carried_on": lambda log_probs, begins, first, before, decays, switches: torch.empty_like(before),
 }
 

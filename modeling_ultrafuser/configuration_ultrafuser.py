@@ -8,6 +8,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from .compat_ultrafuser import attention_of
 from .families_ultrafuser import (
     SCALE_FIELDS,
+    WINDOWS,
     Heads,
     common,
     field_of,
@@ -191,10 +192,7 @@ class UltraFuserConfig(PreTrainedConfig):
                 setattr(self, field, copies * value)
         self.intermediate_size = sum(intermediate_size(c) for c in backbones)
         self.layer_types = [t for c in backbones for t in specialist_layer_types(c)]
-        for field, layer_type in (
-            ("sliding_window", "sliding_attention"),
-            ("attention_chunk_size", "chunked_attention"),
-        ):
+        for field, layer_type in WINDOWS.items():
             sizes = [field_of(c, field) for c in configs if layer_type in specialist_layer_types(c)]
             if sizes and common(sizes) is not None:
                 setattr(self, field, sizes[0])

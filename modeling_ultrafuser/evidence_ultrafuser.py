@@ -234,9 +234,8 @@ def _places(ids: Tensor, tokens: Tokens, cu_seq_lens: Tensor | None, before: Pas
     if position_ids is not None and not own:
         positions = position_ids[..., None]
     elif cu_seq_lens is not None:
-        positions = (
-            counted - cu_seq_lens[torch.searchsorted(cu_seq_lens, counted.to(cu_seq_lens.dtype), right=True) - 1]
-        )
+        text = torch.searchsorted(cu_seq_lens, counted.to(cu_seq_lens.dtype), right=True) - 1
+        positions = counted - cu_seq_lens[text]
     elif mask is not None:
         positions = positions_of(mask.reshape(-1, mask.shape[-1]), seq).view(batch, -1, seq).mT
     else:

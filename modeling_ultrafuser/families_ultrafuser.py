@@ -10,6 +10,9 @@ from transformers import PreTrainedConfig
 # layers that keep keys and values of every token, or of those in a window, and nothing else
 CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
+# fields that bound how far layers look back, and the type of those layers
+WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
+
 # families that multiply or divide their logits by one number keep it here (Granite, Cohere, Falcon-H1, Inkling, ...)
 SCALE_FIELDS = (
     *("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier"),
@@ -27,11 +30,8 @@ def specialist_layer_types(config: PreTrainedConfig) -> list[str]:
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         return list(layer_types)
-    if getattr(config, "sliding_window", None) is not None:
-        return ["sliding_attention"] * config.num_hidden_layers
-    if getattr(config, "attention_chunk_size", None) is not None:
-        return ["chunked_attention"] * config.num_hidden_layers
-    return ["full_attention"] * config.num_hidden_layers
+    bounded_by = (layer_type for field, layer_type in WINDOWS.items() if getattr(config, field, None) is not None)
+    return [next(bounded_by, "full_attention")] * config.num_hidden_layers
 
 
 def soft_cap(config: PreTrainedConfig) -> float | None:

@@ -105,9 +105,8 @@ class FusedGeneration(GenerationHooks):
                 room = tokens_before_switch(lengths, input_ids.shape[1] - padding)
                 if room is None or candidates.shape[1] - input_ids.shape[1] <= room:
                     return candidates, logits
-                return candidates[:, : input_ids.shape[1] + room], logits[
-                    :, :room
-                ] if room and logits is not None else None
+                kept = logits[:, :room] if room and logits is not None else None
+                return candidates[:, : input_ids.shape[1] + room], kept
 
             generator.get_candidates = get_candidates
 

@@ -100,8 +100,7 @@ def read_adapters(specialists: dict, hub: dict[str, dict], given: str | os.PathL
         return None
     if given is not None:
         bases = dict.fromkeys(bases, (os.fspath(given), "main"))
-    first = next(iter(bases))
-    base, revision = bases[first]
+    first, (base, revision) = next(iter(bases.items()))
     rule = "Specialists are whole models, or LoRA adapters of one base"
     way_out = (
         f"Fuse adapters of one base, with that base itself among them if you like. Is it one base under several names? "

@@ -3,7 +3,6 @@
 import math
 import os
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration_ultrafuser import UltraFuserConfig
-from .lora_ultrafuser import Adapters, about_base, adapter_file
+from .lora_ultrafuser import Adapters, adapter_file
 from .refusals_ultrafuser import UnavailableError
 from .safetensors_ultrafuser import FLOATS, Header, read_header, read_headers, weight_files
 
@@ -139,10 +138,6 @@ class FusionPlan:
         if not self.specialists:
             # of a base alone nothing is left to check
             self.whole, self.texts = {}, {}
-
-    def about_base(self) -> AbstractContextManager:
-        """Returns a context that says of refusals of the base whose base it is."""
-        return nullcontext() if self.adapters is None else about_base(self.adapters)
 
 
 def _stored_dtype(header: Header) -> torch.dtype | None:

@@ -31,7 +31,7 @@ from .families_ultrafuser import spoken_rows
 from .generation_config_ultrafuser import merged_generation_config, own_generation_config
 from .gguf_ultrafuser import is_gguf
 from .inputs_ultrafuser import NO_ROUTER_LOSS
-from .lora_ultrafuser import Layers, adaptable, pairs, read_adapters
+from .lora_ultrafuser import Layers, about_base, adaptable, pairs, read_adapters
 from .names_ultrafuser import refuse_ambiguous_names
 from .plan_base_ultrafuser import BLOCKS, FITS, WARNING, Finding, FusionPlan
 from .probing_ultrafuser import check_steps
@@ -70,7 +70,7 @@ def find_base(plan: FusionPlan) -> None:
     if plan.adapters is None:
         plan.whole, plan.places = whole, places
     else:
-        with plan.about_base():
+        with about_base(plan.adapters):
             hub = {**plan.hub_options, "revision": plan.adapters.revision}
             plan.whole[BASE], plan.places[BASE] = plan.files.locate(BASE, plan.adapters.base, hub)
 
@@ -319,7 +319,8 @@ def run_checks(plan: FusionPlan, *, collect: bool = False) -> Iterator[Finding]:
             if check.needs and not getattr(plan, check.needs):
                 continue
             try:
-                with plan.about_base() if name == BASE else nullcontext():
+                is_base = name == BASE and plan.adapters is not None
+                with about_base(plan.adapters) if is_base else nullcontext():
                     yield from check.run(plan, *([name] if check.each else [])) or ()
             except (ValueError, OSError, ImportError) as error:
                 if not collect:

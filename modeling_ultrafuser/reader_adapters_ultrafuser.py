@@ -110,17 +110,11 @@ class AdapterReader(Reader):
             past_key_values = RowCache(past_key_values, number, self.base.config.num_hidden_layers)
         output = run(self.base, as_rows(tokens, number), **{CACHE: past_key_values}, **kwargs)
 
-        def part(values: tuple[Tensor, ...] | None, k: int) -> tuple[Tensor, ...] | None:
-            return None if values is None else tuple(value[k::number] for value in values)
+        def part(values: Tensor | tuple[Tensor, ...], k: int) -> Tensor | tuple[Tensor, ...]:
+            return tuple(v[k::number] for v in values) if isinstance(values, tuple) else values[k::number]
 
-        return [
-            BaseModelOutput(
-                last_hidden_state=output.last_hidden_state[k::number],
-                hidden_states=part(output.get("hidden_states"), k),
-                attentions=part(output.get("attentions"), k),
-            )
-            for k in range(number)
-        ]
+        returned = {key: output[key] for key in BaseModelOutput.__annotations__ if output.get(key) is not None}
+        return [BaseModelOutput(**{key: part(v, k) for key, v in returned.items()}) for k in range(number)]
 
     def masks(self, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache, **kwargs):
         """As `Reader.masks`: those of the base, one row for each text."""

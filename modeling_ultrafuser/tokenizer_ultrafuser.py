@@ -112,12 +112,9 @@ def load_tokenizer(source, base=None, **hub) -> PreTrainedTokenizerBase | None:
     if is_gguf(source):
         # one beside the file is as its makers wrote it
         folder, file = gguf_arguments(source)
+        chosen = {} if _has_tokenizer(folder) else file
         try:
-            return without_code(
-                AutoTokenizer.from_pretrained(
-                    folder, trust_remote_code=False, **({} if _has_tokenizer(folder) else file)
-                )
-            )
+            return without_code(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **chosen))
         # what is in a file is converted, and may be of any kind
         except Exception as error:
             raise Refusal(
