@@ -197,14 +197,12 @@ def _load(name: str, source, config: PreTrainedConfig, dtype: torch.dtype | None
             )
         loaded.generation_config = source.generation_config
         return loaded.to(source.device)
-    dtype = "auto" if dtype is None else dtype
     if is_gguf(source):
         # no type is written in it that all its weights have
-        dtype = torch.float32 if dtype == "auto" else dtype
         folder, file = gguf_arguments(source)
         with in_words(f"The specialist {name!r}", source):
             model, info = auto_class(name, config).from_pretrained(
-                folder, **file, **dequantised(), dtype=dtype, output_loading_info=True
+                folder, **file, **dequantised(), dtype=dtype or torch.float32, output_loading_info=True
             )
         odd = (info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
         refuse_other_tensors(f"{name!r} ({os.fspath(source)!r})", *odd)
@@ -212,5 +210,5 @@ def _load(name: str, source, config: PreTrainedConfig, dtype: torch.dtype | None
         return model
     with in_words(f"The specialist {name!r}", source):
         return auto_class(name, config).from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, **hub
+            source, config=config, dtype=dtype or "auto", use_safetensors=True, **hub
         )

@@ -163,9 +163,7 @@ def check_adapter(name: str, config: dict) -> None:
             raise _odd(name, field, value)
     for field, kind in _LISTS.items():
         value = config.get(field)
-        if not isinstance(value, kind | list | None) or (
-            isinstance(value, list) and not all(isinstance(v, kind) for v in value)
-        ):
+        if value is not None and not all(isinstance(v, kind) for v in (value if isinstance(value, list) else [value])):
             raise _odd(name, field, value)
     for field in ("alpha_pattern", "rank_pattern"):
         for pattern, value in (config.get(field) or {}).items():
