@@ -55,7 +55,7 @@ def refuse_ambiguous_names(names: list[str], configs: list[PreTrainedConfig], pa
     """
     taken = path_parts.union(*(c.to_dict() for c in configs), *(c.attribute_map for c in configs))
     for name in names:
-        # PEFT trains whatever has the first in its path, and calls adapters by the others
+        # adapters are told by the first in a path, and PEFT calls adapters by the others
         if name in taken or "lora_" in name or name in ("default", "ref"):
             raise _unusable(name)
 
