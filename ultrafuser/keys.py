@@ -70,7 +70,7 @@ def check_no_secrets(fields: Mapping, what: str) -> Mapping:
     Raises:
         ValueError: Naming the field, not what is in it.
     """
-    for path, value in _leaves(fields):
+    for path, value in leaves(fields):
         if _SECRET_FIELD.search(path[-1]) or (isinstance(value, str) and SECRET.search(value.encode())):
             raise ValueError(
                 f"{what} are written into reports, so they hold no secret, but {'.'.join(path)!r} looks like one. Take "
@@ -79,13 +79,14 @@ def check_no_secrets(fields: Mapping, what: str) -> Mapping:
     return fields
 
 
-def _leaves(value, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+def leaves(value, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yields whatever is in nested mappings and lists, with the keys that lead to it."""
     if isinstance(value, Mapping):
         for key, inside in value.items():
-            yield from _leaves(inside, (*path, str(key)))
+            yield from leaves(inside, (*path, str(key)))
     elif isinstance(value, (list, tuple)):
         for inside in value:
-            yield from _leaves(inside, path)
+            yield from leaves(inside, path)
     elif path:
         yield path, value
 
@@ -136,12 +137,16 @@ def api_key(url: str, variable: str | None, advice: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Tells whether a host's name or address stands for this machine."""
-    if host == "localhost":
-        return True
+    address = address_of(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def address_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Returns the address that a host is given by; None if that is a name."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return None
 
 
 def described(url: str, variable: str | None) -> str:

@@ -115,8 +115,8 @@ class Server:
             error: From the client.
             ways_out: By the kind of failure, a key of `FAILURES`.
         """
-        kind = kind_of(error)
-        fact = FAILURES[kind].format(
+        kind, fact = next((kind, fact) for kind, (types, fact) in FAILURES.items() if isinstance(error, types))
+        fact = fact.format(
             url=self.url,
             model=self.model,
             options=self.options,
@@ -129,30 +129,17 @@ class Server:
         return " ".join(filter(None, (fact, ways_out.get(kind), f"{last}: {self.quoted(cause)}")))
 
 
+# kind of failure to the client's errors of that kind, and what it says; the first that fits holds
 FAILURES = {
-    "timeout": "{url} did not answer within {timeout} s in {tries}.",
-    "connection": "{url} could not be reached in {tries}.",
-    "key": "{url} refused the API key, which came from {variable}.",
-    "model": "{url} does not know the model {model!r}.",
-    "rate": "{url} still refuses after {tries}: too many requests, or no credit left.",
-    "request": "{url} cannot take a request for {model!r} with {options}.",
-    "server": "{url} still fails after {tries}.",
+    "timeout": (openai.APITimeoutError, "{url} did not answer within {timeout} s in {tries}."),
+    "connection": (openai.APIConnectionError, "{url} could not be reached in {tries}."),
+    "key": (
+        (openai.AuthenticationError, openai.PermissionDeniedError),
+        "{url} refused the API key, which came from {variable}.",
+    ),
+    "model": (openai.NotFoundError, "{url} does not know the model {model!r}."),
+    "rate": (openai.RateLimitError, "{url} still refuses after {tries}: too many requests, or no credit left."),
+    "server": (openai.InternalServerError, "{url} still fails after {tries}."),
+    "request": (openai.APIStatusError, "{url} cannot take a request for {model!r} with {options}."),
+    "other": (Exception, "{url} still fails after {tries}."),
 }
-
-
-def kind_of(error: Exception) -> str:
-    """Returns the kind of a client's error, a key of `FAILURES`."""
-    match error:
-        case openai.APITimeoutError():
-            return "timeout"
-        case openai.APIConnectionError():
-            return "connection"
-        case openai.AuthenticationError() | openai.PermissionDeniedError():
-            return "key"
-        case openai.NotFoundError():
-            return "model"
-        case openai.RateLimitError():
-            return "rate"
-        case openai.APIStatusError() if error.status_code < 500:
-            return "request"
-    return "server"

@@ -16,6 +16,7 @@ from trainers import rows
 from trainers.domains import check_kind
 from trainers.rows import BESIDE, BESIDE_TOKENS, TEXT, TOKENS
 
+from .keys import leaves
 from .source_names import is_file
 
 
@@ -41,7 +42,8 @@ def load(arguments: dict[str, Any], domain: str | None = None, *, text_field: st
         OSError: If there is no such file or set.
     """
     whose = f"domain {domain!r}" if domain else "the data"
-    if long := next((text for text in _words(arguments) if len(text) > MOST_CHARACTERS), None):
+    words = (word for _, word in leaves(arguments) if isinstance(word, str))
+    if long := next((word for word in words if len(word) > MOST_CHARACTERS), None):
         # patterns of files among them take ages
         raise ValueError(
             f"The names of files and sets have at most {MOST_CHARACTERS} characters, but the arguments for {whose} hold one "
@@ -79,13 +81,6 @@ def _check_size(path: Any, whose: str) -> None:
             )
 
 
-def _words(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _words(inner)
-
-
 def load_set(arguments: dict[str, Any], whose: str) -> Any:
     """`load_dataset`, whose errors say whose rows it was to load.
 
@@ -107,11 +102,8 @@ def _local(arguments: dict[str, Any]) -> list[str]:
     """The JSON files that these arguments name and nothing else; none if it is for `load_dataset` to find out."""
     files = arguments.get("data_files")
     files = [files] if isinstance(files, str | Path) else files
-    if (
-        arguments.get("path") != "json"
-        or set(arguments) - {"path", "data_files", "split"}
-        or not isinstance(files, list)
-    ):
+    other = set(arguments) - {"path", "data_files", "split"}
+    if arguments.get("path") != "json" or other or not isinstance(files, list):
         return []
     files = [str(file) for file in files]
     plain = all(is_file(file) and "://" not in file and not set("*?[") & set(file) for file in files)

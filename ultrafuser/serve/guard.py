@@ -4,10 +4,9 @@ import asyncio
 import base64
 import binascii
 import hmac
-import ipaddress
 import os
 from collections.abc import Collection, Iterable
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import anyio
 import uvicorn
@@ -16,7 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..keys import is_loopback
+from ..keys import address_of, is_loopback
 
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -93,7 +92,6 @@ class Guard:
         if refused is not None:
             return await refused(scope, receive, send)
         length = headers.get("content-length", "")
-        body = b""
         try:
             if length.isdigit() and int(length) > self.most_bytes:
                 raise _TooLargeError
@@ -112,12 +110,12 @@ class Guard:
 
     def _stranger(self, headers: Headers) -> JSONResponse | None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        name = urlsplit(f"//{host}").hostname if _parses(f"//{host}") else None
-        if name not in self.hosts and not ("*" in self.hosts and _is_address(name)):
+        name = _parsed(f"//{host}").hostname
+        if name not in self.hosts and not ("*" in self.hosts and address_of(name or "")):
             names = sorted(self.hosts - {"*"})
             return refusal(400, f"This server is asked for as one of {names}, but the request names {host[:100]!r}.")
-        same = origin is None or urlsplit(origin).netloc.lower() == host.lower() if _parses(origin or "") else False
-        if not same and (origin or "").lower() not in self.origins:
+        same = origin is None or _parsed(origin).netloc.lower() == host.lower()
+        if not same and origin.lower() not in self.origins:
             return refusal(403, f"Only pages of this server may ask it, but this one is of {origin[:100]!r}.")
         return None
 
@@ -232,16 +230,9 @@ def _cancelled(timer: asyncio.TimerHandle | None) -> None:
         timer.cancel()
 
 
-def _parses(address: str) -> bool:
+def _parsed(address: str) -> SplitResult:
+    """The parts of an address, all of them empty if it has none."""
     try:
-        urlsplit(address)
+        return urlsplit(address)
     except ValueError:
-        return False
-    return True
-
-
-def _is_address(name: str | None) -> bool:
-    try:
-        return bool(ipaddress.ip_address(name or ""))
-    except ValueError:
-        return False
+        return urlsplit("")
