@@ -89,7 +89,7 @@ def test_three_seven_billion_models_are_checked_in_less_than_5_mb(folders):
 # judges one list of arguments after another, each with a token or without, and prints what it found
 DRIVER = """
 import json, os, sys
-from ultrafuser.check.findings import Judgement
+from ultrafuser.check.checks import Judgement
 from ultrafuser.check.checks import judge
 from ultrafuser.check.metadata import parse
 from ultrafuser.check.render import as_dict

@@ -14,7 +14,7 @@ from modeling_ultrafuser.plan_base_ultrafuser import Finding
 from tests.support.conversations import CHAT_TEMPLATE
 from tests.support.tiny import specialist, tokenizer
 from ultrafuser.check import render
-from ultrafuser.check.findings import Judgement
+from ultrafuser.check.checks import Judgement
 from ultrafuser.cli.app import app
 from ultrafuser.data import cleaning
 from ultrafuser.plain import Console, echo, markdown, plain

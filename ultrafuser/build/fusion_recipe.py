@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from modeling_ultrafuser.sparsifiers_ultrafuser import NONE
 
 from .. import licences
 from ..atomic import new_folder
-from ..check.checks import judge
-from ..check.findings import Judgement
+from ..check.checks import Judgement, judge
 from ..check.metadata import Source
 from ..fused_folders import save_fused
 from ..strategies import FUSION_HELP, GATE_HELP, SPARSIFIER_HELP
@@ -150,20 +149,12 @@ class FusionRecipe:
             ValueError: If the specialists cannot be fused.
             OSError: If one cannot be read, or the disk is too small.
         """
-        fusion = self.fusion
         with new_folder(out) as folder:
             judgement, tokenizer = self.fetch(folder, say=say)
-            sources = judgement.sources
             say("fusing")
-            model = UltraFuserForCausalLM.from_specialists(
-                fusion.specialists,
-                **fusion.choices(),
-                dtype=self.dtype,
-                revisions=commits(sources),
-                base=fusion.base,
-            )
+            model = self.fuse(judgement.sources)
             say("writing")
-            save_fused(folder, model, tokenizer, {n: described(fusion.specialists[n], s) for n, s in sources.items()})
+            save_fused(folder, model, tokenizer, self.origins(judgement.sources))
 
     def fetch(self, folder: Path, *, say: Callable[[str], None]) -> tuple[Judgement, PreTrainedTokenizerBase]:
         """Downloads what is to be fused, once it is known that it can be, and that `folder` has room for the outcome.
@@ -200,6 +191,16 @@ class FusionRecipe:
             say(f"their base: {judgement.base.location}")
         return judgement, tokenizer
 
+    def fuse(self, sources: dict[str, Source]) -> UltraFuserForCausalLM:
+        """Returns the specialists fused as they are at the commits that were read, with a new gate."""
+        fusion = self.fusion
+        own = {"dtype": self.dtype, "revisions": commits(sources), "base": fusion.base}
+        return UltraFuserForCausalLM.from_specialists(fusion.specialists, **fusion.choices(), **own)
+
+    def origins(self, sources: dict[str, Source]) -> dict[str, dict[str, str | None]]:
+        """Describes the origin of each specialist, see `described`."""
+        return {name: described(self.fusion.specialists[name], source) for name, source in sources.items()}
+
 
 def commits(sources: dict[str, Source]) -> dict[str, str]:
     """The commit of each specialist that is a repository."""
@@ -208,10 +209,6 @@ def commits(sources: dict[str, Source]) -> dict[str, str]:
 
 def described(location: str, source: Source) -> dict[str, str | None]:
     """Describes a specialist's origin and the licence on its card, to be kept beside the model."""
-    card = licences.read_ingredient(location, str(source.folder))
-    stated = {"licence": card.licence, "terms": card.terms, "link": card.link, "problem": card.problem}
-    return {
-        "source": location,
-        "commit": source.commit,
-        **{key: value for key, value in stated.items() if value},
-    }
+    stated = asdict(licences.read_ingredient(location, str(source.folder)))
+    del stated["name"]
+    return {"source": location, "commit": source.commit, **{key: value for key, value in stated.items() if value}}

@@ -22,16 +22,17 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.checkpoint_ultrafuser import refuse_other_tensors
+from modeling_ultrafuser.gates_ultrafuser import CALIBRATION, GATES
 from modeling_ultrafuser.refusals_ultrafuser import Refusal
 from modeling_ultrafuser.safetensors_ultrafuser import read_header
 from modeling_ultrafuser.tokenizer_ultrafuser import load_tokenizer
 
 from ..atomic import new_folder
-from ..check.findings import Judgement
+from ..check.checks import Judgement
 from ..check.metadata import Source, parse
 from ..fused_folders import fused_config, read_ingredients, save_fused
 from . import reference_file
-from .fusion_recipe import Fusion, FusionRecipe, commits, described
+from .fusion_recipe import Fusion, FusionRecipe, commits
 from .reference_file import GATE_FILE, RECIPE, TOKENIZER, Reference, refused
 from .specialist_edits import BACKBONE, GATE, HEAD, built
 
@@ -63,11 +64,12 @@ def refer(
     reference.base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
     with new_folder(out) as part:
         reference_file.refuse_code(folder)
-        judgement = _recipe(reference, config).plan()
+        recipe = _recipe(reference, config)
+        judgement = recipe.plan()
         reference.specialist_revisions = commits(judgement.sources)
         say("comparing with the specialists")
         model = UltraFuserForCausalLM.from_pretrained(folder)
-        _check_untouched(model, _fused(reference, config).state_dict(), reference.specialists)
+        _check_untouched(model, recipe.fuse(judgement.sources).state_dict(), reference.specialists)
         save_file({k: t for k, t in model.state_dict().items() if k.startswith(GATE)}, part / GATE_FILE)
         shutil.copy(folder / "config.json", part)
         model.generation_config.save_pretrained(part)
@@ -115,7 +117,7 @@ class ReferenceRecipe:
 
     def plan(self) -> Judgement:
         """Returns what fusing would meet and take, see `FusionRecipe.plan`."""
-        return self._fusion_recipe().plan()
+        return _recipe(self.reference, fused_config(self.file.parent)).plan()
 
     def build(self, out: Path, *, say: Callable[[str], None] = print) -> None:
         """Writes the self-contained folder of the fused model.
@@ -130,8 +132,9 @@ class ReferenceRecipe:
             OSError: If a specialist cannot be read, or the disk is too small.
         """
         here, config, reference = self.file.parent, fused_config(self.file.parent), self.reference
+        recipe = _recipe(reference, config)
         with new_folder(out) as part:
-            judgement, tokenizer = self._fusion_recipe().fetch(part, say=say)
+            judgement, tokenizer = recipe.fetch(part, say=say)
             sources = judgement.sources
             say("reading SHA-256")
             pairs = [(sources[name], reference.specialist_sha256[name]) for name in reference.specialists]
@@ -142,18 +145,29 @@ class ReferenceRecipe:
                 for name, expected in files.items():
                     reference_file.check_sha256(_path(source, name), expected)
             say("fusing")
-            state = _fused(reference, config).state_dict()
+            state = recipe.fuse(sources).state_dict()
             state |= _read_gate(here / GATE_FILE, {k: t for k, t in state.items() if k.startswith(GATE)})
             model = built(config, state, _dtype(config))
             model.generation_config = GenerationConfig.from_pretrained(here)
             say("writing")
-            ingredients = {n: described(reference.specialists[n], s) for n, s in sources.items()}
-            save_fused(part, model, _with_template(tokenizer, reference), ingredients)
+            save_fused(part, model, _with_template(tokenizer, reference), recipe.origins(sources))
             for name in set(reference.sha256) & set(TOKENIZER):
                 shutil.copy(here / name, part)
 
-    def _fusion_recipe(self) -> FusionRecipe:
-        return _recipe(self.reference, fused_config(self.file.parent))
+
+def read_recipe(specialists: dict[str, str] | Path) -> FusionRecipe | ReferenceRecipe:
+    """Returns what to build.
+
+    Args:
+        specialists: Name to Hub id or folder; or a YAML file, a recipe for fusing or a reference.
+
+    Raises:
+        ValueError: If the file holds neither, or is damaged.
+        OSError: If it cannot be read.
+    """
+    if isinstance(specialists, dict):
+        return FusionRecipe(Fusion(specialists))
+    return ReferenceRecipe.read(specialists) or FusionRecipe.read(specialists)
 
 
 def _in_order(reference: Reference, config: UltraFuserConfig) -> Reference:
@@ -195,8 +209,9 @@ def _recipe(reference: Reference, config: UltraFuserConfig) -> FusionRecipe:
     # without a choice, templates that differ are refused; whatever this one is, the tokenizer's own is put in its place
     template = reference.chat_template or next(iter(reference.specialists))
     sources = (reference.specialists, reference.specialist_revisions)
-    choices = (config.gate, config.fusion, config.gate_sparsifier)
-    fusion = Fusion(*sources, template, *choices, reference.base)
+    width = f":{config.gate_hidden_size}" if GATES[config.gate].has_width else ""
+    gate = f"{config.gate}{width}{CALIBRATION * config.gate_calibration}"
+    fusion = Fusion(*sources, template, gate, config.fusion, config.gate_sparsifier, reference.base)
     return FusionRecipe(fusion, _dtype(config))
 
 
@@ -219,21 +234,6 @@ def _origins(folder: Path, config: UltraFuserConfig, specialists: list[str] | No
     # a folder must be found from wherever the recipe is read
     places = {n: str(Path(place).resolve()) if Path(place).exists() else place for n, (place, _) in found.items()}
     return Reference(places, {n: revision for n, (_, revision) in found.items() if revision})
-
-
-def _fused(reference: Reference, config: UltraFuserConfig) -> UltraFuserForCausalLM:
-    """The specialists fused as they come, with a new gate."""
-    return UltraFuserForCausalLM.from_specialists(
-        reference.specialists,
-        gate=config.gate,
-        fusion=config.fusion,
-        gate_hidden_size=config.gate_hidden_size,
-        gate_sparsifier=config.gate_sparsifier,
-        gate_calibration=config.gate_calibration,
-        dtype=_dtype(config),
-        revisions=reference.specialist_revisions,
-        base=reference.base,
-    )
 
 
 def _check_untouched(model: UltraFuserForCausalLM, expected: dict[str, Tensor], places: dict[str, str]) -> None:

@@ -7,16 +7,14 @@ from pathlib import Path
 from modeling_ultrafuser.files_ultrafuser import check_file, read_json
 from modeling_ultrafuser.refusals_ultrafuser import Refusal
 
+from ..check.metadata import ADDED, VOCABULARY
 from ..compat import sha256_of
 from ..yaml_files import read_yaml
 from .fusion_recipe import check_words
 
 
 RECIPE, GATE_FILE = "refs.yaml", "gate.safetensors"
-TOKENIZER = (
-    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-)
+TOKENIZER = (*VOCABULARY, "tokenizer_config.json", *ADDED, "chat_template.jinja")
 # what is read of the files beside the recipe
 BESIDE = ("config.json", "generation_config.json", GATE_FILE, *TOKENIZER)
 

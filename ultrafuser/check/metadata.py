@@ -27,10 +27,13 @@ from modeling_ultrafuser.refusals_ultrafuser import Refusal, UnavailableError
 from modeling_ultrafuser.safetensors_ultrafuser import checked_header, read_header, weight_files
 
 
+# what a tokenizer is made from
+VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+ADDED = ("special_tokens_map.json", "added_tokens.json")
 # what is read whole; every file is some kilobytes
 SMALL = (
     *("config.json", "generation_config.json", "adapter_config.json", "README.md"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("tokenizer_config.json", *ADDED, "chat_template.jinja"),
 )
 
 

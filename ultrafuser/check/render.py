@@ -12,7 +12,7 @@ from modeling_ultrafuser.plan_base_ultrafuser import BLOCKS, FITS, WARNING
 
 from ..merge import MERGES
 from ..plain import plain
-from .findings import Judgement
+from .checks import Judgement
 
 
 STYLES = {FITS: "green", WARNING: "yellow", BLOCKS: "bold red"}

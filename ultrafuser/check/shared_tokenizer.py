@@ -9,7 +9,7 @@ from modeling_ultrafuser.gguf_ultrafuser import is_gguf
 from modeling_ultrafuser.plan_base_ultrafuser import FITS, WARNING, Finding
 from modeling_ultrafuser.tokenizer_ultrafuser import load_tokenizer
 
-from .metadata import Source
+from .metadata import ADDED, VOCABULARY, Source
 
 
 # what a tokenizer's configuration says beside which text becomes which ids
@@ -18,11 +18,6 @@ _OTHER = {
     *("transformers_version", "processor_class", "model_input_names"),
     *("clean_up_tokenization_spaces", "is_local", "backend"),
 }
-# whatever a tokenizer is made from
-_FILES = (
-    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json"),
-)
 
 
 def first_of_each(sources: dict[str, Source]) -> list[str]:
@@ -36,7 +31,7 @@ def highest_id_from_hashes(sources: dict[str, Source]) -> int | None:
     prints = {_fingerprint(s) for s in sources.values()}
     if len(prints) > 1 or None in prints:
         return None
-    added = _tokenizer_config(next(iter(sources.values()))).get("added_tokens_decoder") or {}
+    added = _json(next(iter(sources.values()))).get("added_tokens_decoder") or {}
     if not isinstance(added, dict) or not all(re.fullmatch(r"[0-9]{1,9}", key) for key in added):
         return None
     highest = max(map(int, added), default=0)
@@ -48,17 +43,13 @@ def _fingerprint(source: Source) -> str | None:
     """Equal for two specialists only if their tokenizers are; None if that cannot be told."""
     if "tokenizer.json" not in source.hashes:
         return None
-    own = {key: value for key, value in _tokenizer_config(source).items() if key not in _OTHER}
+    own = {key: value for key, value in _json(source).items() if key not in _OTHER}
     # which class reads the files may follow from the architecture
     kind = _json(source, "config.json").get("model_type")
-    return json.dumps([kind, own, [source.hashes.get(f) for f in _FILES]], sort_keys=True)
+    return json.dumps([kind, own, [source.hashes.get(f) for f in (*VOCABULARY, *ADDED)]], sort_keys=True)
 
 
-def _tokenizer_config(source: Source) -> dict:
-    return _json(source, "tokenizer_config.json")
-
-
-def _json(source: Source, file: str) -> dict:
+def _json(source: Source, file: str = "tokenizer_config.json") -> dict:
     path = source.folder / file
     return read_json(path) if path.exists() else {}
 
@@ -81,4 +72,4 @@ def _template(source: Source) -> str | None:
     if is_gguf(source.location):
         return load_tokenizer(source.location).chat_template
     path = source.folder / "chat_template.jinja"
-    return path.read_text(encoding="utf-8") if path.exists() else _tokenizer_config(source).get("chat_template")
+    return path.read_text(encoding="utf-8") if path.exists() else _json(source).get("chat_template")

@@ -55,7 +55,7 @@ def check(
 
     Example: ultrafuser check Qwen/Qwen2.5-7B-Instruct Qwen/Qwen2.5-Coder-7B-Instruct Qwen/Qwen2.5-Math-7B-Instruct
     """
-    from ..check import checks, findings, metadata, render
+    from ..check import checks, metadata, render
 
     hide_bars()
     choices = {"fusion": fusion, "gate": gate, "gate_sparsifier": gate_sparsifier}
@@ -64,7 +64,7 @@ def check(
         echo(json.dumps(render.as_dict(judgement), indent=1))
     else:
         render.show(judgement, Console())
-    if judgement.verdict == findings.BLOCKS:
+    if judgement.verdict == checks.BLOCKS:
         raise typer.Exit(2)
 
 
@@ -87,7 +87,7 @@ def fuse(
 
     Example: ultrafuser fuse text=Qwen/Qwen2.5-1.5B-Instruct code=Qwen/Qwen2.5-Coder-1.5B-Instruct --out fused --chat-template text --dry-run
     """
-    from ..build.recipes import read_recipe
+    from ..build.reference import read_recipe
 
     choices = {
         "specialist_revisions": named(revision, "--revision") or None,

@@ -33,8 +33,7 @@ from tests.support.stand_ins import (
     write_holes,
 )
 from tests.support.tiny import specialist
-from ultrafuser.check.checks import judge
-from ultrafuser.check.findings import Judgement
+from ultrafuser.check.checks import Judgement, judge
 from ultrafuser.check.metadata import parse
 from ultrafuser.check.render import show
 from ultrafuser.cli.app import app
