@@ -27,7 +27,7 @@ from . import filters
 from .arithmetic import wrong_arithmetic
 from .decontamination import contaminated
 from .duplicates import DUPLICATES, DuplicateIndex, Fingerprint, fingerprint
-from .sources import lines_file
+from .sources import line_of, lines_file
 
 
 KEPT, DROPPED, REPORT = "kept.jsonl", "dropped.jsonl", "cleaning.json"
@@ -110,7 +110,7 @@ def clean(
                 if verdict:
                     write_dropped(dropped, row, *verdict, record)
                 else:
-                    kept.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    kept.write(line_of(record))
         filters_used = [*checks, *(name for name in DUPLICATES if name not in set(skip))]
         report = write_report(folder, {"filters": filters_used, "domains": counts})
         for rank in then:
@@ -141,7 +141,7 @@ def _in_place(out: Path, overwrite: bool) -> Iterator[Path]:
 
 def write_dropped(file, row: int, reason: str, why: str, record: dict) -> None:
     """One line of `dropped.jsonl`."""
-    file.write(json.dumps({"row": row, "filter": reason, "why": why, "record": record}, ensure_ascii=False) + "\n")
+    file.write(line_of({"row": row, "filter": reason, "why": why, "record": record}))
 
 
 def write_report(out: Path, report: dict) -> dict:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jinja2
+import numpy as np
 from huggingface_hub import CommitOperationAdd, DatasetCard, DatasetCardData, HfApi
 from tqdm.auto import tqdm
 
@@ -53,18 +54,14 @@ def look(
         ValueError: If there are no records.
     """
     with sole_writer(out, "data look", (PAGE, CARD, NUMBERS, "map.*")):
-        return _write(records, out, name, tokenizer, samples, points, seed)
-
-
-def _write(records: Iterable[dict], out: Path, name: str, tokenizer, samples: int, points: int, seed: int) -> dict:
-    found, shown, mapped = _statistics(records, out, name, tokenizer, samples, points, random.Random(seed))
-    figure = _map(mapped, out, seed) if len(mapped) >= 5 else ""
-    write_whole(out / NUMBERS, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((Path(__file__).parent / "dataset_report.html").read_text(encoding="utf-8"))
-    page = template.render(statistics=found, samples=shown, map=figure, quantiles=[f"{q:.0%}" for q in QUANTILES])
-    write_whole(out / PAGE, page)
-    write_whole(out / CARD, str(card(found, shown)))
+        found, shown, mapped = _statistics(records, out, name, tokenizer, samples, points, random.Random(seed))
+        figure = _map(mapped, out, seed) if len(mapped) >= 5 else ""
+        write_whole(out / NUMBERS, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        template = environment.from_string(Path(__file__).with_name("dataset_report.html").read_text(encoding="utf-8"))
+        page = template.render(statistics=found, samples=shown, map=figure, quantiles=[f"{q:.0%}" for q in QUANTILES])
+        write_whole(out / PAGE, page)
+        write_whole(out / CARD, str(card(found, shown)))
     return found
 
 
@@ -116,15 +113,11 @@ def _keep_some(kept: list, record: dict, number: int, most: int, rng: random.Ran
 
 
 def _summary(lengths: Counter) -> dict:
-    number = lengths.total()
-    ordered, passed, quantiles = sorted(lengths.items()), 0, {}
-    for length, count in ordered:
-        passed += count
-        quantiles.update(
-            {f"{q:.0%}": length for q in QUANTILES if f"{q:.0%}" not in quantiles and passed >= q * number}
-        )
-    mean = sum(length * count for length, count in ordered) / number
-    return {"mean": round(mean, 1), "least": ordered[0][0], **quantiles, "most": ordered[-1][0]}
+    ordered, counts = np.array(sorted(lengths.items())).T
+    places = np.searchsorted(counts.cumsum(), np.multiply(QUANTILES, counts.sum()))
+    quantiles = {f"{q:.0%}": int(length) for q, length in zip(QUANTILES, ordered[places], strict=True)}
+    mean = ordered @ counts / counts.sum()
+    return {"mean": round(float(mean), 1), "least": int(ordered[0]), **quantiles, "most": int(ordered[-1])}
 
 
 def _map(records: list[dict], out: Path, seed: int) -> str:
@@ -133,13 +126,8 @@ def _map(records: list[dict], out: Path, seed: int) -> str:
 
     texts = ["\n".join(message["content"] for message in record["messages"]) for record in records]
     topics = [record["topic"] for record in records]
-    return save(
-        out / "map",
-        draw_map,
-        tsne(texts, seed=seed),
-        [record["domain"] for record in records],
-        topics if any(topics) else None,
-    )
+    domains = [record["domain"] for record in records]
+    return save(out / "map", draw_map, tsne(texts, seed=seed), domains, topics if any(topics) else None)
 
 
 def card(statistics: dict, samples: dict[str, list[dict]]) -> DatasetCard:

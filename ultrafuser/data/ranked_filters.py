@@ -15,7 +15,7 @@ import numpy as np
 
 from .cleaning import DROPPED, KEPT, REPORT, write_dropped, write_report
 from .filters import FENCE, answers
-from .sources import lines_file
+from .sources import line_of, lines_file, read_lines
 
 
 FUNCTION_WORDS = re.compile(
@@ -56,7 +56,7 @@ def style_distances(path: Path) -> np.ndarray:
     trained ranker: means and variances of a domain are taken in a first pass over the file, distances in a second.
     """
     sums: dict[str, list] = defaultdict(lambda: [0, 0.0, 0.0])
-    for record in read(path):
+    for record in read_lines(path):
         number, mean, squares = sums[record["domain"]]
         found = style(record)
         # Welford's recurrence, which loses nothing to cancellation
@@ -70,7 +70,7 @@ def style_distances(path: Path) -> np.ndarray:
         varies = deviation > 1e-9
         return float((((style(record) - mean)[varies] / deviation[varies]) ** 2).mean()) if varies.any() else 0.0
 
-    return np.fromiter(map(distance, read(path)), float)
+    return np.fromiter(map(distance, read_lines(path)), float)
 
 
 def keep_style(out: Path, share: float) -> dict:
@@ -87,7 +87,7 @@ def keep_style(out: Path, share: float) -> dict:
         raise ValueError(f"{SHARE}, but got {share}.")
     distances = style_distances(out / KEPT)
     members = defaultdict(list)
-    for i, record in enumerate(read(out / KEPT)):
+    for i, record in enumerate(read_lines(out / KEPT)):
         members[record["domain"]].append(i)
     keep = np.zeros(len(distances), bool)
     for rows in members.values():
@@ -127,28 +127,22 @@ def keep_difficult(out: Path, model, tokenizer, share: float, **options) -> dict
 
 
 def _numbered(path: str) -> Iterator[dict]:
-    for number, record in enumerate(read(Path(path))):
+    for number, record in enumerate(read_lines(Path(path))):
         yield {"messages": record["messages"], "domain": record["domain"], "number": number}
-
-
-def read(path: Path) -> Iterator[dict]:
-    """Records of a file that this package wrote."""
-    with open(path, encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
 
 
 def _keep(out: Path, keep: np.ndarray, name: str, why: Iterable[str]) -> dict:
     """Moves the others from the kept to the dropped, with their rows in the input that was cleaned."""
     report = json.loads((out / REPORT).read_text())
-    gone = np.fromiter((line["row"] for line in read(out / DROPPED)), int)
+    gone = np.fromiter((line["row"] for line in read_lines(out / DROPPED)), int)
     rows = np.setdiff1d(np.arange(1, report["records"] + 1), gone)
     with tempfile.TemporaryDirectory(dir=out, prefix=".cleaning-") as folder:
         parts = {file: Path(folder) / file for file in (KEPT, DROPPED)}
         shutil.copyfile(out / DROPPED, parts[DROPPED])
         with lines_file(parts[KEPT]) as kept, lines_file(parts[DROPPED], "a") as dropped:
-            for stays, row, reason, record in zip(keep, rows, why, read(out / KEPT), strict=True):
+            for stays, row, reason, record in zip(keep, rows, why, read_lines(out / KEPT), strict=True):
                 if stays:
-                    kept.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    kept.write(line_of(record))
                 else:
                     write_dropped(dropped, int(row), name, reason, record)
                     counts = report["domains"][record["domain"]]

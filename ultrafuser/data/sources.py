@@ -258,11 +258,22 @@ def lines_file(path: Path, mode: str = "w") -> TextIO:
     return open(path, mode, encoding="utf-8", errors="backslashreplace")
 
 
+def line_of(record: dict) -> str:
+    """A record as a line of such a file."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    """Records of a file that this package wrote."""
+    with open(path, encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
 def write_records(records: Iterable[dict], path: Path) -> int:
     """Writes one JSON line per record, and tells how many; the file is there once it is whole."""
     number = 0
     with whole_file(path) as file:
         for record in tqdm(records, unit=" records", disable=None):
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(line_of(record))
             number += 1
     return number

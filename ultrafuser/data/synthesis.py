@@ -220,25 +220,24 @@ def harder(maker: Maker, rows: Dataset) -> Dataset:
 
 def answers(maker: Maker, rows: Dataset) -> Dataset:
     """The conversations, with answers to their last questions. A question that is never answered is taken out."""
-    asking = [i for i, messages in enumerate(rows["messages"][:]) if messages[-1]["role"] == "user"]
-    found = dict(zip(asking, collect(maker, "answers", rows.select(asking)), strict=True))
-    said = [
-        row if i not in found else _say(row, "assistant", found[i][0]) if found[i] else _unsay(row)
-        for i, row in enumerate(rows.to_list())
-    ]
-    return _table([row for row in said if row["messages"]], CONVERSATIONS)
+    talks = rows.to_list()
+    asking = [i for i, talk in enumerate(talks) if talk["messages"][-1]["role"] == "user"]
+    for i, found in zip(asking, collect(maker, "answers", rows.select(asking)), strict=True):
+        if found:
+            talks[i]["messages"].append({"role": "assistant", "content": found[0]})
+        else:
+            talks[i]["messages"].pop()
+    return _table([talk for talk in talks if talk["messages"]], CONVERSATIONS)
 
 
 def turns(maker: Maker, rows: Dataset, turn: int) -> Dataset:
     """The conversations, with one more question by a simulated user where their domain wants so many."""
-    wanting = [
-        i
-        for i, (name, messages) in enumerate(zip(rows["domain"][:], rows["messages"][:], strict=True))
-        if maker.recipe.domains[name].turns >= turn and len(messages) == 2 * (turn - 1)
-    ]
-    found = dict(zip(wanting, collect(maker, "turns", rows.select(wanting)), strict=True))
-    said = [_say(row, "user", found[i][0]) if found.get(i) else row for i, row in enumerate(rows.to_list())]
-    return _table(said, CONVERSATIONS)
+    talks, asked = rows.to_list(), 2 * (turn - 1)
+    more = {name for name, domain in maker.recipe.domains.items() if domain.turns >= turn}
+    wanting = [i for i, talk in enumerate(talks) if talk["domain"] in more and len(talk["messages"]) == asked]
+    for i, found in zip(wanting, collect(maker, "turns", rows.select(wanting)), strict=True):
+        talks[i]["messages"] += [{"role": "user", "content": text} for text in found]
+    return _table(talks, CONVERSATIONS)
 
 
 def conversations(maker: Maker, rows: Dataset) -> Iterator[dict]:
@@ -246,23 +245,13 @@ def conversations(maker: Maker, rows: Dataset) -> Iterator[dict]:
     recipe = maker.recipe
     for start in range(0, len(rows), BLOCK):
         block = rows.select(range(start, min(start + BLOCK, len(rows))))
-        begun = _table(
-            [_say(row | {"messages": []}, "user", row["instruction"]) for row in block.to_list()], CONVERSATIONS
-        )
-        talks = answers(maker, begun)
+        asked = [row | {"messages": [{"role": "user", "content": row["instruction"]}]} for row in block.to_list()]
+        talks = answers(maker, _table(asked, CONVERSATIONS))
         for turn in range(2, max(domain.turns for domain in recipe.domains.values()) + 1):
             talks = answers(maker, turns(maker, talks, turn))
         yield from (row | {"source": recipe.source, "licence": recipe.licence} for row in talks.to_list())
         if maker.teacher.stopped:
             return
-
-
-def _say(row: dict, role: str, content: str) -> dict:
-    return row | {"messages": [*row["messages"], {"role": role, "content": content}]}
-
-
-def _unsay(row: dict) -> dict:
-    return row | {"messages": row["messages"][:-1]}
 
 
 STEPS = (meta_topics, sub_topics, instructions, expansion, skill_pairs, harder)

@@ -1,6 +1,7 @@
 """Following a recipe to the end: the journal, the teacher, a bar, and the made set on disk."""
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections import Counter, defaultdict
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from ..atomic import sole_writer, whole_file, write_whole
 from .recipe import Recipe
+from .sources import line_of, read_lines
 from .synthesis import RECORDS, Maker, all_instructions, conversations
 from .teacher import Request, Teacher, cost
 from .teacher_journal import ReplyJournal
@@ -68,11 +70,7 @@ def make_set(recipe: Recipe, out: Path, calls: int | None = None, console: Conso
 
 def _write_lines(path: Path, rows: Iterable[dict]) -> None:
     with whole_file(path) as file:
-        file.writelines(map(_line, rows))
-
-
-def _line(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+        file.writelines(map(line_of, rows))
 
 
 def _write_records(out: Path, recipe: Recipe, records: Iterable[dict]) -> Counter:
@@ -86,7 +84,7 @@ def _write_records(out: Path, recipe: Recipe, records: Iterable[dict]) -> Counte
     with ExitStack() as stack:
         files = {name: stack.enter_context(part.open("w", encoding="utf-8")) for name, part in parts.items()}
         for record in records:
-            files[record["domain"]].write(_line(record))
+            files[record["domain"]].write(line_of(record))
             counts[record["domain"], record["kind"]] += 1
     if counts:
         _save_dataset(parts.values(), folder)
@@ -100,13 +98,11 @@ def _write_records(out: Path, recipe: Recipe, records: Iterable[dict]) -> Counte
 
 def _save_dataset(paths: Iterable[Path], folder: Path) -> None:
     def records() -> Iterator[dict]:
-        for path in paths:
-            with path.open(encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
+        return itertools.chain.from_iterable(map(read_lines, paths))
 
     digest = hashlib.sha256()
     for record in records():
-        digest.update(_line(record).encode())
+        digest.update(line_of(record).encode())
     # by default the fingerprint, which is saved too, would depend on the folder
     dataset = Dataset.from_generator(
         records, RECORDS, cache_dir=str(folder / "cache"), fingerprint=digest.hexdigest()[:16]

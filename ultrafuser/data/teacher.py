@@ -81,7 +81,7 @@ class Teacher:
         self.refused = self._refusals_in_a_row = 0
         # given up, once another reply has shown that the server is not to blame
         self._unread: list[dict] = []
-        self._reserved = (0, 0)
+        self._reserved: list[tuple[int, int]] = []
         self._settled = asyncio.Condition()
         self._requests_pace = Pace(settings.requests_per_minute)
         self._tokens_pace = Pace(settings.tokens_per_minute)
@@ -202,21 +202,21 @@ class Teacher:
         """Waits until the budget holds the dearest reply. False, and `stopped`, if it never will."""
         async with self._settled:
             while not self.stopped and (over := self._over_budget(dearest)):
-                if self._reserved == (0, 0):
+                if not self._reserved:
                     self.stopped = over
                 else:
                     await self._settled.wait()
             if not self.stopped:
-                self._reserved = _add(self._reserved, dearest)
+                self._reserved.append(dearest)
         return not self.stopped
 
     async def _release(self, dearest: tuple[int, int]) -> None:
         async with self._settled:
-            self._reserved = _add(self._reserved, dearest, -1)
+            self._reserved.remove(dearest)
             self._settled.notify_all()
 
     def _over_budget(self, dearest: tuple[int, int]) -> str | None:
-        tokens_in, tokens_out = _add(_add(self.spent, self._reserved), dearest)
+        tokens_in, tokens_out = map(sum, zip(self.spent, dearest, *self._reserved, strict=True))
         limits = {
             "tokens": (self.budget.tokens, tokens_in + tokens_out, sum(self.spent)),
             "money": (self.budget.money, cost(self.settings, tokens_in, tokens_out), cost(self.settings, *self.spent)),
@@ -308,7 +308,3 @@ def list_schema(number: int) -> dict:
 def cost(settings: TeacherSettings, tokens_in: int, tokens_out: int) -> float:
     """Returns the price of these tokens, in the unit of the prices."""
     return (tokens_in * settings.price_in + tokens_out * settings.price_out) / 1e6
-
-
-def _add(a: tuple[int, int], b: tuple[int, int], sign: int = 1) -> tuple[int, int]:
-    return a[0] + sign * b[0], a[1] + sign * b[1]

@@ -23,7 +23,6 @@ class ReplyJournal(LineFile):
         self.tokens_in = self.tokens_out = 0
         self._places: dict[str, int] = {}
         super().__init__(path)
-        self._reader = path.open("rb")
 
     def _take(self, entry: dict, place: int) -> None:
         try:
@@ -39,18 +38,15 @@ class ReplyJournal(LineFile):
 
     def get(self, key: str) -> dict:
         """The entry with this key."""
-        self._reader.seek(self._places[key])
-        return json.loads(self._reader.readline())
+        with self.path.open("rb") as file:
+            file.seek(self._places[key])
+            return json.loads(file.readline())
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
 
     def __len__(self) -> int:
         return len(self._places)
-
-    def __exit__(self, *_) -> None:
-        self._reader.close()
-        super().__exit__()
 
 
 def tokens(told) -> int | None:

@@ -12,8 +12,8 @@ from ultrafuser.data.cleaning import DROPPED, KEPT, REPORT, clean, table
 from ultrafuser.data.decontamination import contaminated, gram_hashes, strings
 from ultrafuser.data.duplicates import DuplicateIndex, fingerprint, jaccard
 from ultrafuser.data.filters import broken_code, refusal, wrong_language, wrong_length
-from ultrafuser.data.ranked_filters import keep_difficult, keep_style, read, style_distances
-from ultrafuser.data.sources import write_records
+from ultrafuser.data.ranked_filters import keep_difficult, keep_style, style_distances
+from ultrafuser.data.sources import read_lines, write_records
 
 
 pytest.importorskip("py3langid")
@@ -217,13 +217,13 @@ def test_results_are_the_same_with_one_process_and_with_two(tmp_path):
 def test_nothing_is_lost_and_every_dropped_record_says_why(tmp_path):
     rows = [says(PROSE), says("2 + 2 = 5, as everyone knows."), says(PROSE.upper()), says(PROSE, domain="code")]
     report = clean(iter(rows), tmp_path)
-    assert [line["messages"][1]["content"] for line in read(tmp_path / KEPT)] == [PROSE]
-    assert [(line["row"], line["filter"], line["why"]) for line in read(tmp_path / DROPPED)] == [
+    assert [line["messages"][1]["content"] for line in read_lines(tmp_path / KEPT)] == [PROSE]
+    assert [(line["row"], line["filter"], line["why"]) for line in read_lines(tmp_path / DROPPED)] == [
         (2, "arithmetic", "2 + 2 = 5"),
         (3, "duplicate", "same as row 1"),
         (4, "duplicate", "same as row 1"),
     ]
-    assert [line["record"] for line in read(tmp_path / DROPPED)] == rows[1:]
+    assert [line["record"] for line in read_lines(tmp_path / DROPPED)] == rows[1:]
     assert report["dropped"] == {**dict.fromkeys(report["filters"], 0), "arithmetic": 1, "duplicate": 2}
     assert report["domains"] == {"text": {"kept": 1, "arithmetic": 1, "duplicate": 1}, "code": {"duplicate": 1}}
     assert table(report).splitlines()[-1].split() == ["kept", "1", "0", "1"]
@@ -256,7 +256,7 @@ def test_what_is_there_stays_unless_one_asks_and_filters_are_known(tmp_path):
 
 def test_half_a_surrogate_pair_goes_through(tmp_path):
     clean([says(PROSE + " \ud83d")], tmp_path, evaluation={"exam": gram_hashes([PROSE])}, skip=["contamination"])
-    assert next(read(tmp_path / KEPT))["messages"][1]["content"] == PROSE + " \ud83d"
+    assert next(read_lines(tmp_path / KEPT))["messages"][1]["content"] == PROSE + " \ud83d"
 
 
 def odd_one_out():
@@ -271,7 +271,7 @@ def test_the_style_furthest_from_the_usual_one_goes(tmp_path):
     clean(odd_one_out(), tmp_path, near=1.0, skip=["language"])
     report = keep_style(tmp_path, 0.9)
     assert (report["kept"], report["dropped"]["style"], report["records"]) == (9, 1, 10)
-    last = [*read(tmp_path / DROPPED)][-1]
+    last = [*read_lines(tmp_path / DROPPED)][-1]
     assert (last["row"], last["filter"], last["record"]) == (10, "style", odd_one_out()[9])
     assert json.loads((tmp_path / REPORT).read_text()) == report
 
@@ -296,12 +296,12 @@ def test_ifd_keeps_its_share_of_every_domain_and_names_rows_of_the_input(tmp_pat
         *(says(f"{w} is {w} in {d}", domain=d) for d in ("text", "code") for w in ("ant", "bee", "cow")),
     ]
     clean(rows, tmp_path, shortest=19, near=1.0, skip=["language"])
-    assert next(read(tmp_path / DROPPED))["row"] == 1
+    assert next(read_lines(tmp_path / DROPPED))["row"] == 1
     model, spelling = specialist(), tokenizer(chat_template=CHAT_TEMPLATE)
-    before = [*read(tmp_path / KEPT)]
+    before = [*read_lines(tmp_path / KEPT)]
     report = keep_difficult(tmp_path, model, spelling, 0.34)
-    dropped = [line for line in read(tmp_path / DROPPED) if line["filter"] == "ifd"]
-    kept = [*read(tmp_path / KEPT)]
+    dropped = [line for line in read_lines(tmp_path / DROPPED) if line["filter"] == "ifd"]
+    kept = [*read_lines(tmp_path / KEPT)]
     assert [record["domain"] for record in kept] == ["text", "code"]
     assert report["dropped"]["ifd"] == len(dropped) == 4
     assert all(rows[line["row"] - 1] == line["record"] for line in dropped)
