@@ -46,8 +46,6 @@ def new_folder(out: Path) -> Iterator[Path]:
     part = out.with_name(f"{out.name}.part")
     _check_free(out)
     _check_ours(part, out)
-    with _only_readable(out):
-        part.mkdir(parents=True, exist_ok=True)
     with _locked(part / LOCK, out):
         was_there = out.exists()
         try:
@@ -147,14 +145,13 @@ def sole_writer(
         FileExistsError: If a file is in the way that the command did not write, or another process is writing there.
         OSError: If the folder cannot be written: no permission, a full disk.
     """
-    with _only_readable(out):
-        out.mkdir(parents=True, exist_ok=True)
     with _locked(out / LOCK, out), _in_words(out):
         mark = out / BEGUN
         commands = mark.read_text(encoding="utf-8").splitlines() if mark.is_file() else []
         if command not in commands:
             own = overwrite or any((out / file).exists() for file in begun)
-            if theirs := [] if own else _present(out, writes):
+            theirs = sorted({path.name for pattern in writes for path in out.glob(pattern)} - {LOCK, BEGUN})
+            if theirs and not own:
                 raise FileExistsError(
                     f"Nothing is overwritten unasked, but {str(out)!r} holds {', '.join(map(repr, theirs[:5]))}, which "
                     f"`ultrafuser {command}` writes, and nothing there says that it wrote this, which earlier versions "
@@ -163,10 +160,6 @@ def sole_writer(
                 )
             write_whole(mark, "".join(f"{name}\n" for name in (*commands, command)))
         yield
-
-
-def _present(out: Path, patterns: Iterable[str]) -> list[str]:
-    return sorted({path.name for pattern in patterns for path in out.glob(pattern)} - {LOCK, BEGUN})
 
 
 @contextmanager
@@ -179,8 +172,6 @@ def whole_file(path: Path) -> Iterator[TextIO]:
         FileExistsError: If another process is writing it.
     """
     part = path.with_name(f".{path.name}.part")
-    with _only_readable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(part, path), _in_words(path.parent):
         try:
             with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
@@ -206,11 +197,13 @@ def write_json(path: Path, content: dict) -> None:
 
 @contextmanager
 def _locked(file: Path, out: Path) -> Iterator[None]:
-    """Holds the lock that a file is; a process that was killed holds none.
+    """Holds the lock that a file is, whose folder is made if it is not there; a process that was killed holds none.
 
     Raises:
         FileExistsError: If another process holds it.
     """
+    with _only_readable(out):
+        file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file, timeout=0)
     try:
         with _only_readable(out):

@@ -101,18 +101,21 @@ def serve(
 
     Example: ultrafuser serve fused --port 8000
     """
-    from ..serve.guard import host_names, key_for
-    from ..serve.request_fields import template_variables
-    from ..serve.server import serve as run
+    from transformers.utils import logging
 
-    key = key_for(host, key_variable, without_key)
-    variables = template_variables(chat_template_kwargs)
+    from ..fused_folders import open_fused
+    from ..serve.guard import host_names, key_for, run
+    from ..serve.request_fields import template_variables
+    from ..serve.server import application
+
+    settings = {"hosts": host_names(host, allow_host or ()), "origins": allow_origin or ()}
+    settings |= {"key": key_for(host, key_variable, without_key), "continuous_batching": continuous_batching}
+    settings |= {"template_variables": template_variables(chat_template_kwargs)}
     loading = {"device_map": device, "dtype": dtype}
     if attn_implementation is not None:
         loading["attn_implementation"] = attn_implementation
-    settings = {"hosts": host_names(host, allow_host or ()), "origins": allow_origin or ()}
-    settings |= {"continuous_batching": continuous_batching, "template_variables": variables}
-    run(folder, host, port, key, loading, **settings)
+    logging.set_verbosity_error()
+    run(application(*open_fused(folder, **loading), folder, **settings), host, port)
 
 
 @group.command(extra="demo")

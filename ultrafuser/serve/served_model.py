@@ -9,14 +9,7 @@ from contextvars import ContextVar, copy_context
 
 import anyio
 import torch
-from transformers import (
-    BatchEncoding,
-    ContinuousBatchingConfig,
-    GenerationConfig,
-    LogitsProcessor,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-)
+from transformers import BatchEncoding, ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cli.serving import utils
 
 from modeling_ultrafuser import UltraFuserForCausalLM
@@ -147,24 +140,21 @@ class _OwnNumbers:
         self.turn, self.held = turn, False
         self.random = torch.random if device.type == "cpu" else torch.get_device_module(device)
         self.state = torch.Generator(device).manual_seed(seed).get_state()
-        owner = self
 
-        class Before(LogitsProcessor):
-            def __call__(self, input_ids, scores):
-                # where a draft is checked, several times before a token is drawn
-                if not owner.held:
-                    owner.turn.acquire()
-                    owner.held = True
-                    owner.random.set_rng_state(owner.state)
-                return scores
+    def before(self, input_ids, scores):
+        """Begins the request's turn, as a logits processor."""
+        # where a draft is checked, several times before a token is drawn
+        if not self.held:
+            self.turn.acquire()
+            self.held = True
+            self.random.set_rng_state(self.state)
+        return scores
 
-        class After(StoppingCriteria):
-            def __call__(self, input_ids, scores, **_):
-                owner.state = owner.random.get_rng_state()
-                owner.release()
-                return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-        self.before, self.after = Before(), After()
+    def after(self, input_ids, scores, **_):
+        """Ends it, as a stopping criterion that stops nothing."""
+        self.state = self.random.get_rng_state()
+        self.release()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def release(self) -> None:
         """Lets others draw."""

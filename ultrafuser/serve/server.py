@@ -26,15 +26,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState, Modality
-from transformers.utils import logging
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from trainers.template_sandbox import RenderingError, render_chat
 
 from ..compat import messages_and_tools
-from ..fused_folders import open_fused
 from . import served_model
-from .guard import LEAST_BYTES, Guard, refusal, run
+from .guard import LEAST_BYTES, Guard, refusal
 from .request_fields import KINDS, SHARED, Kind, first_fault
 from .served_model import ASKED, AbandonedError, Asked, FailedError, OneModel, ServedModel, ServedTokenizer, State
 
@@ -78,7 +76,8 @@ def application(
         Route(path, Answering(kind, served, state, limit, template_variables or {}), methods=["POST"])
         for path, kind in KINDS.items()
     ]
-    routes.append(Route("/v1/models", lambda _: JSONResponse({"object": "list", "data": [_listed(name)]})))
+    listed = Model(id=name, object="model", created=0, owned_by="ultrafuser").model_dump()
+    routes.append(Route("/v1/models", lambda _: JSONResponse({"object": "list", "data": [listed]})))
     routes.append(Route("/health", lambda _: _health(state)))
 
     @asynccontextmanager
@@ -96,10 +95,6 @@ def application(
         headers = ["Authorization", "Content-Type"]
         inner = CORSMiddleware(inner, allow_origins=list(origins), allow_methods=["POST"], allow_headers=headers)
     return inner
-
-
-def _listed(name: str) -> dict:
-    return Model(id=name, object="model", created=0, owned_by="ultrafuser").model_dump()
 
 
 def _health(state: GenerationState) -> JSONResponse:
@@ -216,27 +211,6 @@ class Answering:
                 400, f"The conversation has not the form of OpenAI's: {type(error).__name__}: {error}"
             ) from error
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def serve(folder: str, host: str, port: int, key: str | None, loading: dict, **settings) -> None:
-    """Serves a fused folder until it is stopped.
-
-    Args:
-        folder: Of a fused model, and its name in requests.
-        host: Address to listen on.
-        port: Its port.
-        key: That requests must bring.
-        loading: Of `from_pretrained`.
-        settings: Of `application`.
-
-    Raises:
-        OSError: If there is no such model, or the port is taken.
-        ValueError: If it is a model of another kind, or has no tokenizer.
-    """
-    logging.set_verbosity_error()
-    model, tokenizer = open_fused(folder, **loading)
-    app = application(model, tokenizer, folder, key=key, **settings)
-    run(app, host, port)
 
 
 def _response(answer: asyncio.Future) -> Response:
