@@ -88,7 +88,7 @@ def push(
     for warning in licences.warnings(model_card.read_licences(folder, fused_config(folder).specialist_names)):
         say(f"Warning: {warning}")
     old = [f.rfilename for f in there.siblings] if there else []
-    stale = [f for f in old if _is_of_a_model(f) and f not in files]
+    stale = [f for f in old if _matches(f, (*READ, "*.safetensors", INDEX)) and f not in files]
     size = sum((folder / file).stat().st_size for file in files)
     hidden = there.private if there else private is not False
     seen = "private" if hidden else "public"
@@ -246,10 +246,6 @@ def _weights(folder: Path) -> list[str]:
     if missing := sorted(shard for shard in shards if not (folder / shard).exists()):
         raise ValueError(f"Only a whole model is pushed, but {str(folder)!r} lacks {missing}. Save it again.")
     return [INDEX, *sorted(shards)]
-
-
-def _is_of_a_model(file: str) -> bool:
-    return _matches(file, (*READ, "*.safetensors", INDEX))
 
 
 def _matches(file: str, patterns: tuple[str, ...]) -> bool:

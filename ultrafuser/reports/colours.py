@@ -28,7 +28,7 @@ def css(colour: str, weight: float, specialists: int) -> str:
 
 def blend(colour: str, share: float, paper: str = PAPER["light"]) -> str:
     """A colour laid over paper with this opacity."""
-    pairs = zip(channels(colour), channels(paper), strict=True)
+    pairs = zip(bytes.fromhex(colour[1:]), bytes.fromhex(paper[1:]), strict=True)
     return "#" + "".join(f"{round(share * c + (1 - share) * p):02x}" for c, p in pairs)
 
 
@@ -46,11 +46,7 @@ def text_on(colour: str) -> str:
     return max("#010101", "#fefefe", key=lambda text: contrast(text, colour))
 
 
-def channels(colour: str) -> list[int]:
-    """Red, green and blue of `#rrggbb`, from 0 to 255."""
-    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-
-
 def _luminance(colour: str) -> float:
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in channels(colour))]
+    channels = [byte / 255 for byte in bytes.fromhex(colour[1:])]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
