@@ -156,9 +156,7 @@ def add_specialist(
     state |= {k: t for k, t in pair.state_dict().items() if k.startswith(f"{BACKBONE}{name}.")}
     state[HEAD] = torch.cat([state[HEAD], pair.lm_head.weight.detach()[:, -newcomer.hidden_size :]], dim=1)
     gate = model.model.fusion_gate.with_one_more(name, new_config)
-    edited = _built(model, new_config, state, gate)
-    edited.generation_config = pair.generation_config
-    return edited
+    return _built(pair, new_config, state, gate)
 
 
 def _check_name(config: UltraFuserConfig, name: str) -> None:
@@ -178,10 +176,11 @@ def _config(model: UltraFuserForCausalLM, names: list[str], specialists: list, g
 
 
 def _built(
-    model: UltraFuserForCausalLM, config: UltraFuserConfig, state: dict[str, Tensor], gate: dict[str, Tensor]
+    like: UltraFuserForCausalLM, config: UltraFuserConfig, state: dict[str, Tensor], gate: dict[str, Tensor]
 ) -> UltraFuserForCausalLM:
-    edited = built(config, state | {f"{GATE}{key}": tensor for key, tensor in gate.items()}, model.dtype)
-    edited.generation_config = model.generation_config
+    """Builds an edited model, with the dtype and the generation settings of another one."""
+    edited = built(config, state | {f"{GATE}{key}": tensor for key, tensor in gate.items()}, like.dtype)
+    edited.generation_config = like.generation_config
     return edited
 
 

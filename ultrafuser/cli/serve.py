@@ -104,18 +104,19 @@ def serve(
     from transformers.utils import logging
 
     from ..fused_folders import open_fused
-    from ..serve.guard import host_names, key_for, run
+    from ..serve.guard import Access, host_names, key_for, run
     from ..serve.request_fields import template_variables
     from ..serve.server import application
 
-    settings = {"hosts": host_names(host, allow_host or ()), "origins": allow_origin or ()}
-    settings |= {"key": key_for(host, key_variable, without_key), "continuous_batching": continuous_batching}
-    settings |= {"template_variables": template_variables(chat_template_kwargs)}
+    key = key_for(host, key_variable, without_key)
+    access = Access(host_names(host, allow_host or ()), allow_origin or (), key)
+    variables = template_variables(chat_template_kwargs)
     loading = {"device_map": device, "dtype": dtype}
     if attn_implementation is not None:
         loading["attn_implementation"] = attn_implementation
     logging.set_verbosity_error()
-    run(application(*open_fused(folder, **loading), folder, **settings), host, port)
+    settings = {"continuous_batching": continuous_batching, "template_variables": variables}
+    run(application(*open_fused(folder, **loading), folder, access, **settings), host, port)
 
 
 @group.command(extra="demo")
@@ -134,11 +135,11 @@ def demo(
     """
     from ..fused_folders import open_fused
     from ..serve import demo as web
-    from ..serve.guard import host_names, key_for, run
+    from ..serve.guard import Access, host_names, key_for, run
 
     key = key_for(host, key_variable, without_key)
+    access = Access(host_names(host, allow_host or ()), allow_origin or (), key)
     name = Path(model).resolve().name if Path(model).exists() else model
-    settings = {"hosts": host_names(host, allow_host or ()), "origins": allow_origin or (), "key": key}
-    page = web.application(*open_fused(model), name, **settings)
+    page = web.application(*open_fused(model), name, access)
     echo(f"Open http://{host}:{port}. End it with Ctrl-C.")
     run(page, host, port)

@@ -102,14 +102,14 @@ def chains(line: str) -> Iterator[list[str]]:
         while match := TOKEN.match(line, position):
             position = match.end()
         run = line[start:position]
-        if "=" in run and "==" not in run and _is_complete(line, run, start, position):
+        if "=" in run and "==" not in run and _is_complete(line, run, start):
             yield [member.strip() for member in run.split("=") if member.strip()]
         # whatever ends a run is passed over as a whole: a word, a sign, a comma
         rest = UNREAD.match(line, position)
         position = rest.end() if rest else len(line)
 
 
-def _is_complete(line: str, run: str, start: int, end: int) -> bool:
+def _is_complete(line: str, run: str, start: int) -> bool:
     """Returns whether the run is a whole expression, with nothing of it before or behind."""
     begin = start + len(run) - len(run.lstrip())
     before, behind = line[:begin], line[start + len(run.rstrip()) :]

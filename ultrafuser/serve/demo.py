@@ -24,7 +24,7 @@ from modeling_ultrafuser.gate_base_ultrafuser import GateOutput
 
 from ..reports.colours import assign, css
 from .chat import Speech, followed, prompt_ids, speak
-from .guard import LEAST_BYTES, Guard, refusal, replayed
+from .guard import LEAST_BYTES, Access, Guard, refusal, replayed
 
 
 LARGEST_BIAS, LEAST_SCORE = 30.0, -20.0  # in nats; the one lifts the other above whoever leads
@@ -259,13 +259,7 @@ def page(model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, name:
 
 
 def application(
-    model: UltraFuserForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    *,
-    hosts: Collection[str],
-    origins: Collection[str] = (),
-    key: str | None = None,
+    model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, access: Access
 ) -> ASGIApp:
     """The page as a server. It asks nothing of any other host, and tells none anything.
 
@@ -273,9 +267,7 @@ def application(
         model: A fused model.
         tokenizer: Its tokenizer.
         name: Of the model, as the page shows it.
-        hosts: From `guarding.host_names`.
-        origins: Of web pages that may ask.
-        key: That a browser must send, as a password.
+        access: Who may ask.
     """
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     # grey, because colours are the specialists'
@@ -285,7 +277,7 @@ def application(
     less = {"ssr_mode": False, "run_history": False, "enable_monitoring": False, "mcp_server": False, "pwa": False}
     visitors.functions = blocks.fns
     visitors.app = gr.mount_gradio_app(FastAPI(openapi_url=None), blocks, "/", **less, **look)
-    return Guard(visitors, hosts=hosts, origins=origins, key=key, most_bytes=LEAST_BYTES)
+    return Guard(visitors, access, most_bytes=LEAST_BYTES)
 
 
 def talk(turns: Sequence[str | Pieces], colours: Mapping[str, str]) -> str:

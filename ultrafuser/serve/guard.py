@@ -6,6 +6,7 @@ import binascii
 import hmac
 import os
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 import anyio
@@ -56,6 +57,20 @@ def host_names(host: str, allowed: Iterable[str] = ()) -> set[str]:
     return names | ({"*"} if host in ("0.0.0.0", "::", "") else {host.lower().strip("[]")})
 
 
+class Access(NamedTuple):
+    """Who may ask a server.
+
+    Attributes:
+        hosts: Names under which it may be asked for, from `host_names`.
+        origins: Of web pages elsewhere that may ask, as browsers send them: `https://example.org`.
+        key: That requests must bring; a browser as a password.
+    """
+
+    hosts: Collection[str]
+    origins: Collection[str] = ()
+    key: str | None = None
+
+
 class Guard:
     """Answers what no client of this server should send, and passes the rest on with its body read.
 
@@ -64,25 +79,15 @@ class Guard:
 
     Args:
         app: Behind it.
-        hosts: From `host_names`.
-        origins: Of web pages elsewhere that may ask, as browsers send them: `https://example.org`.
-        key: That requests must bring.
+        access: Who may ask.
         most_bytes: Of a body.
         open_paths: Which need no key.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        hosts: Collection[str],
-        origins: Collection[str] = (),
-        key: str | None = None,
-        most_bytes: int,
-        open_paths: Collection[str] = (),
-    ):
-        self.app, self.hosts, self.origins = app, hosts, {origin.lower().rstrip("/") for origin in origins}
-        self.key, self.most_bytes, self.open_paths = key, most_bytes, open_paths
+    def __init__(self, app: ASGIApp, access: Access, *, most_bytes: int, open_paths: Collection[str] = ()):
+        self.app, self.hosts, self.key = app, access.hosts, access.key
+        self.origins = {origin.lower().rstrip("/") for origin in access.origins}
+        self.most_bytes, self.open_paths = most_bytes, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -9,11 +9,10 @@ import asyncio
 import re
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import anyio
-import fastapi  # noqa: F401  without which the handlers are imported, and fail later
 from openai.types import Model
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -32,7 +31,7 @@ from trainers.template_sandbox import RenderingError, render_chat
 
 from ..compat import messages_and_tools
 from . import served_model
-from .guard import LEAST_BYTES, Guard, refusal
+from .guard import LEAST_BYTES, Access, Guard, refusal
 from .request_fields import KINDS, SHARED, Kind, first_fault
 from .served_model import ASKED, AbandonedError, Asked, FailedError, OneModel, ServedModel, ServedTokenizer, State
 
@@ -47,10 +46,8 @@ def application(
     model: UltraFuserForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
+    access: Access,
     *,
-    hosts: Collection[str],
-    origins: Collection[str] = (),
-    key: str | None = None,
     continuous_batching: bool = False,
     template_variables: dict | None = None,
 ) -> ASGIApp:
@@ -60,9 +57,7 @@ def application(
         model: A fused model.
         tokenizer: Its tokenizer.
         name: The only one by which requests may name it.
-        hosts: From `guard.host_names`.
-        origins: Of web pages that may ask.
-        key: That requests must bring.
+        access: Who may ask.
         continuous_batching: Whether one paged cache holds all requests. Sampling is the model's own then, for all.
         template_variables: Of the chat template, where a request does not set them.
 
@@ -88,12 +83,12 @@ def application(
     in_words = {HTTPException: _in_words, Exception: _in_words}
     inner: ASGIApp = Starlette(routes=routes, exception_handlers=in_words, lifespan=lifespan)
     most = max(LEAST_BYTES, BYTES_PER_TOKEN * (limit or 0))
-    inner = Guard(inner, hosts=hosts, origins=origins, key=key, most_bytes=most, open_paths=("/health",))
-    if origins:
+    inner = Guard(inner, access, most_bytes=most, open_paths=("/health",))
+    if access.origins:
         from starlette.middleware.cors import CORSMiddleware
 
-        headers = ["Authorization", "Content-Type"]
-        inner = CORSMiddleware(inner, allow_origins=list(origins), allow_methods=["POST"], allow_headers=headers)
+        allowed = {"allow_methods": ["POST"], "allow_headers": ["Authorization", "Content-Type"]}
+        inner = CORSMiddleware(inner, allow_origins=list(access.origins), **allowed)
     return inner
 
 

@@ -19,7 +19,7 @@ from tests.support.tiny import specialist, stir_gate, tokenizer
 
 
 pytest.importorskip("gradio")
-from ultrafuser.serve.guard import host_names  # noqa: E402
+from ultrafuser.serve.guard import Access, host_names  # noqa: E402
 
 
 demo = pytest.importorskip("ultrafuser.serve.demo", reason="gradio is not installed", exc_type=ImportError)
@@ -99,9 +99,9 @@ def test_a_conversation_that_is_too_long_is_told(fused):
         list(demo.stream(fused, tokenizer(), [{"role": "user", "content": "9" * 300}], max_new_tokens=5))
 
 
-def app(model, template=CHAT_TEMPLATE, name="tiny & <odd>", **settings):
-    settings = {"hosts": host_names("127.0.0.1")} | settings
-    return demo.application(model, tokenizer(chat_template=template), name, **settings)
+def app(model, template=CHAT_TEMPLATE, key=None):
+    access = Access(host_names("127.0.0.1"), key=key)
+    return demo.application(model, tokenizer(chat_template=template), "tiny & <odd>", access)
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,9 @@ def model():
     return model
 
 
-def app(model, chat_template=TEMPLATE, **settings):
-    settings = {"hosts": guard.host_names("127.0.0.1")} | settings
-    return server.application(model, tokenizer(chat_template=chat_template), "fused", **settings)
+def app(model, hosts=(), origins=(), key=None):
+    access = guard.Access(guard.host_names("127.0.0.1", hosts), origins, key)
+    return server.application(model, tokenizer(chat_template=TEMPLATE), "fused", access)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +102,7 @@ def test_a_page_of_the_server_itself_is_answered(port):
 
 def test_names_and_pages_are_answered_once_they_are_allowed(model):
     page = {"Origin": "https://page.example"}
-    hosts = guard.host_names("127.0.0.1", ["models.example"])
-    with running(app(model, hosts=hosts, origins=["https://page.example"], key="secret")) as port:
+    with running(app(model, hosts=["models.example"], origins=["https://page.example"], key="secret")) as port:
         asked = page | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
         assert ask(port, CHAT, method="OPTIONS", headers=asked)[0] == 200
         assert ask(port, "/v1/models", headers=page)[0] == 401

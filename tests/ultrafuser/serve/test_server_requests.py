@@ -44,8 +44,8 @@ def model():
 
 
 def app(model, chat_template=TEMPLATE, **settings):
-    settings = {"hosts": guard.host_names("127.0.0.1")} | settings
-    return server.application(model, tokenizer(chat_template=chat_template), "fused", **settings)
+    access = guard.Access(guard.host_names("127.0.0.1"))
+    return server.application(model, tokenizer(chat_template=chat_template), "fused", access, **settings)
 
 
 @pytest.fixture(scope="module")
