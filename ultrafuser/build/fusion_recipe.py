@@ -20,7 +20,7 @@ from .. import licences
 from ..atomic import new_folder
 from ..check.checks import Judgement, judge
 from ..check.metadata import Source
-from ..fused_folders import save_fused
+from ..pretrained import save_fused
 from ..strategies import FUSION_HELP, GATE_HELP, SPARSIFIER_HELP
 from ..yaml_files import read_yaml
 

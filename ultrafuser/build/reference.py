@@ -30,7 +30,7 @@ from modeling_ultrafuser.tokenizer_ultrafuser import load_tokenizer
 from ..atomic import new_folder
 from ..check.checks import Judgement
 from ..check.metadata import Source, parse
-from ..fused_folders import fused_config, read_ingredients, save_fused
+from ..pretrained import fused_config, read_ingredients, save_fused
 from . import reference_file
 from .fusion_recipe import Fusion, FusionRecipe, commits
 from .reference_file import GATE_FILE, RECIPE, TOKENIZER, Reference, refused

@@ -24,7 +24,7 @@ from modeling_ultrafuser.specialist_config_ultrafuser import own_config
 
 from ..atomic import new_folder
 from ..check import metadata
-from ..fused_folders import fused_config, read_ingredients, read_tokenizer, save_fused
+from ..pretrained import fused_config, read_ingredients, read_tokenizer, save_fused
 from .fusion_recipe import described
 
 

@@ -69,7 +69,7 @@ def explain(
 
     Example: ultrafuser explain fused "What is 47 * 36?" --generate 40
     """
-    from ..fused_folders import open_fused
+    from ..pretrained import open_fused
     from ..reports import explanation, terminal
 
     hide_loading_bars()
@@ -93,7 +93,7 @@ def report(
 
     Example: ultrafuser report evaluated/results.json --model fused --out report
     """
-    from ..fused_folders import open_fused
+    from ..pretrained import open_fused
     from ..reports import report_folder
     from ..result_files import read_results
 

@@ -35,7 +35,7 @@ def chat(
 
     Example: ultrafuser chat fused
     """
-    from ..fused_folders import open_fused
+    from ..pretrained import open_fused
     from ..serve.chat import Chat, typed
     from ..serve.decode_benchmark import for_chat
 
@@ -61,7 +61,7 @@ def speed(
 
     Example: ultrafuser speed fused --prompt "def area(width, height):"
     """
-    from ..fused_folders import open_fused
+    from ..pretrained import open_fused
     from ..serve import decode_benchmark
 
     fused, tokenizer = open_fused(model)
@@ -103,7 +103,7 @@ def serve(
     """
     from transformers.utils import logging
 
-    from ..fused_folders import open_fused
+    from ..pretrained import open_fused
     from ..serve.guard import Access, host_names, key_for, run
     from ..serve.request_fields import template_variables
     from ..serve.server import application
@@ -133,7 +133,7 @@ def demo(
 
     Example: ultrafuser demo fused --port 7860
     """
-    from ..fused_folders import open_fused
+    from ..pretrained import open_fused
     from ..serve import demo as web
     from ..serve.guard import Access, host_names, key_for, run
 

@@ -16,7 +16,7 @@ from trainers.rows import CHAT, PAIR, TEXT, TOKENS, form_of_row
 
 from .. import pretrained
 from ..atomic import sole_writer, write_json
-from ..fused_folders import fused_config
+from ..pretrained import fused_config
 from ..provenance import provenance, weights_digest
 from ..row_files import fault_of, load_set, parse
 from ..source_names import is_file, split_source

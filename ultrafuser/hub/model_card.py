@@ -12,8 +12,8 @@ from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
 
 from .. import licences
 from ..atomic import write_whole
-from ..fused_folders import fused_config, read_ingredients
 from ..plain import markdown, plain
+from ..pretrained import fused_config, read_ingredients
 from ..provenance import digest
 from ..result_files import check_fields, read_results
 

@@ -17,9 +17,8 @@ from modeling_ultrafuser.files_ultrafuser import UnreadableFileError
 from modeling_ultrafuser.safetensors_ultrafuser import read_index
 
 from .. import licences
-from ..fused_folders import INGREDIENTS, fused_config
 from ..keys import SECRET
-from ..pretrained import load_tokenizer
+from ..pretrained import INGREDIENTS, fused_config, load_tokenizer
 from . import model_card
 
 

@@ -20,7 +20,7 @@ from trainers.domains import by_domain, split
 
 from ..atomic import new_folder
 from ..evaluation.measurement import held_out, mean_loss
-from ..fused_folders import save_fused
+from ..pretrained import save_fused
 from .stage_recipe import FusedArguments, ingredients_of, load_domains, load_model
 
 

@@ -23,10 +23,9 @@ from trainers.stage_checkpoint import STATE_FILE, last_complete_checkpoint
 from ..atomic import sole_writer
 from ..build.fusion_recipe import Fusion, described
 from ..check import metadata
-from ..fused_folders import read_ingredients, write_ingredients
 from ..hub import upload
 from ..pretrained import load_model as load_any_model
-from ..pretrained import load_tokenizer
+from ..pretrained import load_tokenizer, read_ingredients, write_ingredients
 from ..row_files import load
 from ..yaml_files import read_yaml
 

@@ -11,7 +11,7 @@ from tests.support.browsers import in_browser
 from tests.support.report_rows import HARD, rows
 from tests.support.tiny import specialist, stir_gate
 from ultrafuser.cli.app import app
-from ultrafuser.fused_folders import open_fused
+from ultrafuser.pretrained import open_fused
 from ultrafuser.reports.explanation import explain
 from ultrafuser.reports.report_folder import report
 from ultrafuser.toy.quickstart import train_tokenizer

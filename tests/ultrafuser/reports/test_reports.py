@@ -18,7 +18,7 @@ from tests.support.stages import trainer
 from tests.support.tiny import specialist, stir_gate, tokenizer
 from trainers import GateTrainer
 from ultrafuser.cli.app import app
-from ultrafuser.fused_folders import open_fused
+from ultrafuser.pretrained import open_fused
 from ultrafuser.reports import charts
 from ultrafuser.reports.colours import INK, PALETTE, PAPER, assign, blend, contrast, strength, text_on
 from ultrafuser.reports.explanation import FUSED, explain, text_pieces
