@@ -20,8 +20,7 @@ from ..merge import MERGES
 from ..merge.merged_model import NotMergeableError, merge
 from .estimates import estimate, part_sizes, size
 from .metadata import Source
-from .plan_files import MetadataFiles
-from .shared_tokenizer import compare_templates
+from .plan_files import MetadataFiles, compare_templates
 
 
 @dataclass
