@@ -159,19 +159,11 @@ def without_key(text: str, key: str) -> str:
     return text if key == "none" else text.replace(key, "(the key)")
 
 
-def open_client(url: str, key: str, **settings):
-    """A client of an OpenAI-compatible server, which sends it nothing of the environment but the key."""
-    import openai
-
-    is_openai = urlsplit(url).hostname == "api.openai.com"
-    with hidden(*(() if is_openai else _OPENAI)):
-        return openai.AsyncOpenAI(base_url=url, api_key=key, **settings)
-
-
 @contextmanager
-def hidden(*variables: str) -> Iterator[None]:
-    """Environment variables that others read are not there for a while."""
-    kept = {name: os.environ.pop(name) for name in variables if name in os.environ}
+def hidden_from(url: str) -> Iterator[None]:
+    """While it is open, variables that OpenAI's client would send to a server of somebody else's are not there."""
+    hidden = () if urlsplit(url).hostname == "api.openai.com" else _OPENAI
+    kept = {name: os.environ.pop(name) for name in hidden if name in os.environ}
     try:
         yield
     finally:

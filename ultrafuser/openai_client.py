@@ -8,7 +8,7 @@ from types import ModuleType
 
 import openai
 
-from .keys import open_client, without_key
+from .keys import hidden_from, without_key
 
 
 LONGEST_BODY = 16_000_000  # bytes of a reply with all that is around it
@@ -100,9 +100,10 @@ class Server:
     timeout: float
 
     def client(self) -> openai.AsyncOpenAI:
-        """Returns a client, which has connected to nothing yet."""
-        http_client = bounded_client(self.timeout)
-        return open_client(self.url, self.key, max_retries=self.retries, timeout=self.timeout, http_client=http_client)
+        """Returns a client, which has connected to nothing yet. It sends nothing of the environment but the key."""
+        limits = {"max_retries": self.retries, "timeout": self.timeout, "http_client": bounded_client(self.timeout)}
+        with hidden_from(self.url):
+            return openai.AsyncOpenAI(base_url=self.url, api_key=self.key, **limits)
 
     def quoted(self, error: BaseException) -> str:
         """Returns the message of an error, shortened and without the key, which the server may have sent back."""
