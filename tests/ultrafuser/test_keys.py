@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from tests.support.teacher_server import TeacherServer, write_recipe
 from ultrafuser.cli.app import app
 from ultrafuser.data.recipe import load_recipe
-from ultrafuser.data.teacher_journal import tokens
 from ultrafuser.evaluation.endpoint import Endpoint, EndpointError
+from ultrafuser.journal import tokens
 from ultrafuser.keys import SECRET, api_key
 
 

@@ -15,12 +15,12 @@ from ultrafuser.data.recipe import Teacher as Settings
 from ultrafuser.data.recipe import load_recipe
 from ultrafuser.data.synthesis_run import make_set
 from ultrafuser.data.teacher import Request, Teacher
-from ultrafuser.data.teacher_journal import ReplyJournal
 from ultrafuser.data.teacher_output import LONGEST, LONGEST_ITEM, read_items
 from ultrafuser.evaluation import judgements
 from ultrafuser.evaluation.answers import AnswerJournal, answer_through
 from ultrafuser.evaluation.endpoint import Endpoint, EndpointError
 from ultrafuser.evaluation.questions import Question
+from ultrafuser.journal import ReplyJournal
 
 
 ODD_TEXTS = {

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from ..atomic import sole_writer, whole_file, write_whole
+from ..journal import ReplyJournal
 from .recipe import Recipe
 from .sources import line_of, read_lines
 from .synthesis import RECORDS, Maker, all_instructions, conversations
 from .teacher import Request, Teacher, cost
-from .teacher_journal import ReplyJournal
 
 
 JOURNAL = "journal.jsonl"

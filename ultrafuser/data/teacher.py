@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import openai
 
+from ..journal import ReplyJournal, tokens
 from ..keys import without_key
 from ..openai_client import NO_COMPLETION, Server, reply_of
 from ..provenance import digest
 from .recipe import Budget
 from .recipe import Teacher as TeacherSettings
-from .teacher_journal import ReplyJournal, tokens
 
 
 CHARACTERS_PER_TOKEN = 4  # of English prose; to foresee, and where a server does not tell

@@ -1,4 +1,4 @@
-"""Charts of the gate, of a comparison and of training, to be drawn with `figures.save`."""
+"""Charts of the gate, of a comparison and of training, to be drawn with `plots.save`."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -41,7 +41,7 @@ def contrast(one: str, other: str) -> float:
 def text_on(colour: str) -> str:
     """Almost black or almost white, whichever reads better on a colour.
 
-    Not quite, because pure black and the paper's white are what `figures.save` makes follow the surroundings.
+    Not quite, because pure black and the paper's white are what `plots.save` makes follow the surroundings.
     """
     return max("#010101", "#fefefe", key=lambda text: contrast(text, colour))
 

@@ -31,7 +31,7 @@ def render(
         facts: What the numbers were made with.
         rows: Rows of a comparison, as `ultrafuser evaluate` writes them.
         left_out: What could not be compared, and why.
-        figures: With `title`, `caption` and `svg`, the last as `figures.save` returns it.
+        figures: With `title`, `caption` and `svg`, the last as `plots.save` returns it.
         texts: Explained texts by title.
         colours: Colour of each specialist.
     """

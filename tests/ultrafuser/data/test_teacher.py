@@ -11,7 +11,7 @@ from tests.support.teacher_server import KEY, MODEL, TeacherServer, say, try_aga
 from ultrafuser.data.recipe import Budget
 from ultrafuser.data.recipe import Teacher as Settings
 from ultrafuser.data.teacher import Pace, Request, Teacher
-from ultrafuser.data.teacher_journal import ReplyJournal
+from ultrafuser.journal import ReplyJournal
 
 
 def questions(number):
