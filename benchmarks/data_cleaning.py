@@ -27,7 +27,7 @@ import psutil
 
 from ultrafuser.data.cleaning import DROPPED, clean
 from ultrafuser.data.decontamination import gram_hashes
-from ultrafuser.data.ranked_filters import read
+from ultrafuser.data.sources import read_lines
 from ultrafuser.toy.corpora import DOMAINS, documents
 
 
@@ -231,7 +231,7 @@ def recall(number: int = 1200, planted: float = 0.4, seed: int = 0, processes: i
     rows = list(records(number, used_once(found, rng), evaluation, rng, planted))
     with tempfile.TemporaryDirectory() as folder:
         clean(rows, Path(folder), evaluation={"held out": gram_hashes(evaluation)}, processes=processes)
-        dropped = {line["row"]: line for line in read(Path(folder) / DROPPED)}
+        dropped = {line["row"]: line for line in read_lines(Path(folder) / DROPPED)}
     result = {"records": number, "plants": {}}
     for name in PLANTS:
         members = [i for i, row in enumerate(rows, start=1) if row.get("plant") == name]
