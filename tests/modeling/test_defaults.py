@@ -15,7 +15,7 @@ from tests.support.tiny import tokenizer
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 from trainers.mixed import MIXED
 from ultrafuser import strategies
-from ultrafuser.build.fusion_recipe import Fusion
+from ultrafuser.build.fusion_recipe import FusionSettings
 
 
 SIZES = {"text": 8, "code": 6, "math": 9}
@@ -33,7 +33,7 @@ def gate_of(model):
 
 
 def test_the_default_gate_is_one_word_everywhere(specialists, tmp_path):
-    assert strategies.DEFAULT_GATE == DEFAULT_GATE == Fusion().gate
+    assert strategies.DEFAULT_GATE == DEFAULT_GATE == FusionSettings().gate
     model = UltraFuserForCausalLM.from_specialists(specialists)
     assert gate_of(model)[0] == ("cross", 128, True)
     assert gate_of(model) == gate_of(UltraFuserForCausalLM.from_specialists(specialists, gate=DEFAULT_GATE))

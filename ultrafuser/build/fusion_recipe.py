@@ -1,4 +1,4 @@
-"""From a few words to the folder of a fused model: what to fuse, one specialist after another, and what was taken."""
+"""Recipes of fused models: checks what to fuse, downloads it, fuses it and writes the folder."""
 
 import shutil
 from collections.abc import Callable
@@ -26,8 +26,8 @@ from ..yaml_files import read_yaml
 
 
 @dataclass
-class Fusion:
-    """Recipe of a fused model."""
+class FusionSettings:
+    """Settings of a recipe: specialists, gate, fusion rule."""
 
     specialists: dict[str, str] | None = field(
         default=None, metadata={"help": "Name to Hub id or folder, to fuse first. Or give --model_name_or_path."}
@@ -84,7 +84,7 @@ class FusionRecipe:
         out: The folder to write, where the recipe says one.
     """
 
-    fusion: Fusion
+    fusion: FusionSettings
     dtype: str = "auto"
     out: Path | None = None
 
@@ -97,7 +97,7 @@ class FusionRecipe:
             OSError: If it cannot be read.
         """
         raw = read_yaml(path)
-        known = [f.name for f in fields(Fusion)]
+        known = [f.name for f in fields(FusionSettings)]
         unknown = sorted(set(raw) - {*known, "dtype", "out"}) if isinstance(raw, dict) else [type(raw).__name__]
         if unknown:
             raise Refusal(
@@ -109,14 +109,14 @@ class FusionRecipe:
         rest = {k: raw[k] for k in ("dtype", "out") if k in raw}
         check_words("dtype and out", rest)
         out = Path(rest["out"]) if "out" in rest else None
-        return cls(Fusion(**{k: v for k, v in raw.items() if k in known}), rest.get("dtype", "auto"), out)
+        return cls(FusionSettings(**{k: v for k, v in raw.items() if k in known}), rest.get("dtype", "auto"), out)
 
     def choose(self, choices: dict[str, Any], dtype: str | None = None) -> "FusionRecipe":
-        """Returns the recipe with other choices: fields of `Fusion`, and a dtype."""
+        """Returns the recipe with other choices: fields of `FusionSettings`, and a dtype."""
         return replace(self, fusion=replace(self.fusion, **choices), dtype=dtype or self.dtype)
 
     def plan(self) -> Judgement:
-        """Returns what fusing would meet and take, from what there is beside the weights.
+        """Checks the specialists without their weights. Returns the findings, and what fusing would take.
 
         Raises:
             ValueError: If it is not said what to fuse, or a choice is unknown.
@@ -157,10 +157,10 @@ class FusionRecipe:
             save_fused(folder, model, tokenizer, self.origins(judgement.sources))
 
     def fetch(self, folder: Path, *, say: Callable[[str], None]) -> tuple[Judgement, PreTrainedTokenizerBase]:
-        """Downloads what is to be fused, once it is known that it can be, and that `folder` has room for the outcome.
+        """Checks the specialists and the room in `folder`, then makes the tokenizer and downloads weights.
 
         Returns:
-            What was found of the specialists, whose weights are on this machine then, and their common tokenizer.
+            The findings of the checks, and the specialists' common tokenizer.
 
         Raises:
             ValueError: If the specialists cannot be fused.

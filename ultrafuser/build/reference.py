@@ -32,7 +32,7 @@ from ..check.checks import Judgement
 from ..check.metadata import Source, parse
 from ..pretrained import fused_config, read_ingredients, save_fused
 from . import reference_file
-from .fusion_recipe import Fusion, FusionRecipe, commits
+from .fusion_recipe import FusionRecipe, FusionSettings, commits
 from .reference_file import GATE_FILE, RECIPE, TOKENIZER, Reference, refused
 from .specialist_edits import BACKBONE, GATE, HEAD, built
 
@@ -116,7 +116,7 @@ class ReferenceRecipe:
         return self
 
     def plan(self) -> Judgement:
-        """Returns what fusing would meet and take, see `FusionRecipe.plan`."""
+        """Checks the specialists without their weights, see `FusionRecipe.plan`."""
         return _recipe(self.reference, fused_config(self.file.parent)).plan()
 
     def build(self, out: Path, *, say: Callable[[str], None] = print) -> None:
@@ -156,7 +156,7 @@ class ReferenceRecipe:
 
 
 def read_recipe(specialists: dict[str, str] | Path) -> FusionRecipe | ReferenceRecipe:
-    """Returns what to build.
+    """Makes a recipe of specialists by name, or reads one.
 
     Args:
         specialists: Name to Hub id or folder; or a YAML file, a recipe for fusing or a reference.
@@ -166,7 +166,7 @@ def read_recipe(specialists: dict[str, str] | Path) -> FusionRecipe | ReferenceR
         OSError: If it cannot be read.
     """
     if isinstance(specialists, dict):
-        return FusionRecipe(Fusion(specialists))
+        return FusionRecipe(FusionSettings(specialists))
     return ReferenceRecipe.read(specialists) or FusionRecipe.read(specialists)
 
 
@@ -211,7 +211,7 @@ def _recipe(reference: Reference, config: UltraFuserConfig) -> FusionRecipe:
     sources = (reference.specialists, reference.specialist_revisions)
     width = f":{config.gate_hidden_size}" if GATES[config.gate].has_width else ""
     gate = f"{config.gate}{width}{CALIBRATION * config.gate_calibration}"
-    fusion = Fusion(*sources, template, gate, config.fusion, config.gate_sparsifier, reference.base)
+    fusion = FusionSettings(*sources, template, gate, config.fusion, config.gate_sparsifier, reference.base)
     return FusionRecipe(fusion, _dtype(config))
 
 

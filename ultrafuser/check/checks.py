@@ -57,7 +57,7 @@ def judge(
     base: str | None = None,
     **choices,
 ) -> Judgement:
-    """Returns whether specialists can be fused, from what there is beside their weights.
+    """Runs the checks of fusing without weights, adds advice, and estimates what fusing would take.
 
     What only shows when a specialist runs, such as an operation between its backbone and its head that no
     configuration tells of, is rejected when fusing.

@@ -21,7 +21,7 @@ from trainers.heads import HEADS
 from trainers.stage_checkpoint import STATE_FILE, last_complete_checkpoint
 
 from ..atomic import sole_writer
-from ..build.fusion_recipe import Fusion, described
+from ..build.fusion_recipe import FusionSettings, described
 from ..check import metadata
 from ..hub import upload
 from ..pretrained import load_model as load_any_model
@@ -41,7 +41,7 @@ KINDS = ", ".join(sorted({kind for head in HEADS.values() for kind in head.kept}
 
 
 @dataclass
-class FusedArguments(Fusion):
+class FusedArguments(FusionSettings):
     """Given in the YAML recipe."""
 
     domains: dict[str, Any] | None = field(

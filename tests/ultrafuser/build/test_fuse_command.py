@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from tests.support.tiny import specialist, tokenizer
-from ultrafuser.build.fusion_recipe import Fusion, FusionRecipe
+from ultrafuser.build.fusion_recipe import FusionRecipe, FusionSettings
 from ultrafuser.cli.app import app
 
 
@@ -84,7 +84,7 @@ def test_a_recipe_says_the_same_as_flags_and_flags_go_before_it(models, tmp_path
 
 @pytest.mark.e2e
 def test_a_dry_run_tells_the_size_to_the_byte_and_writes_nothing(models, tmp_path):
-    size = FusionRecipe(Fusion({n: str(f) for n, f in models.items()})).plan().numbers["disk"]
+    size = FusionRecipe(FusionSettings({n: str(f) for n, f in models.items()})).plan().numbers["disk"]
     code, said = run(*pairs(models), "--dry-run")
     assert code == 0
     assert decimal(size) in said
