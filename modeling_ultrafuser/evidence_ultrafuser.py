@@ -174,9 +174,9 @@ def read_evidence(
 ) -> tuple[Tensor, ...]:
     """Computes what a gate reads besides hidden states: nothing, or how well each specialist predicted the text so far.
 
-    That is noted down in the cache. A token counts if it follows the one before it: not behind padding, and not where
-    another text begins, as positions tell. There everything starts anew. Where specialists read the text in words of
-    their own, only those tokens count that all of them read; elsewhere their likelihoods do not compare.
+    Keeps it in the cache. A token counts if its position is the one before it plus 1: not behind padding, and not where
+    another text begins. There everything starts anew. Where specialists read the text in words of their own, only those
+    tokens count that all of them read; elsewhere their likelihoods do not compare.
 
     Args:
         backbone: Its gate and configuration are read, and the head that it was given.
@@ -293,15 +293,15 @@ def decoding_layer(backbone: nn.Module, cache: Cache | None, logits_to_keep: int
 
 
 def last_logits(fusion: Fusion, head: Tensor, layer: EvidenceLayer, shares: Tensor, scales: Tensor | None) -> Tensor:
-    """The fused logits of the last token, one specialist at a time.
+    """Computes the fused logits of the last token, one specialist at a time.
 
-    What each one's logits sum up to is what evidence asks for at the next token, which then takes no product with the
-    head of its own.
+    Keeps the log-sum-exp of each one's logits in `layer`: at the next token `read_evidence` needs it, and then multiplies
+    by one row of the head, not by all.
 
     Args:
         fusion: The fused model's rule.
         head: The wide head's weight.
-        layer: Has read the token.
+        layer: The cache's layer of evidence, which has read the token.
         shares: Gate weights. Shape (batch, seq, specialists).
         scales: Of a calibrated gate. Shape (batch, seq, 1 or specialists).
 

@@ -80,8 +80,8 @@ class Gate(nn.Module):
         can_calibrate: Whether it can also predict temperatures.
         learning_rate: Peak learning rate of stage one that suits it beside specialists of a million parameters.
         dropout: Probability with which training hides each number of the hidden states: the trainers set it.
-        reads: What it reads. One that reads neither states nor the past is asked before the specialists run.
-        evidence: What of the past.
+        reads: What it reads. One that reads neither states nor the past runs before the specialists.
+        evidence: What it reads of the past.
         axes: What each axis of each parameter runs over that changes with the specialists: `OUTPUTS`, `STATES`,
             `SPECIALISTS`, or None.
     """
@@ -117,8 +117,8 @@ class Gate(nn.Module):
         """Weighs the specialists at every token.
 
         Args:
-            hidden_states: Each specialist's last hidden state, after its final norm. Shapes (batch, seq, hidden). If it
-                is asked before the specialists run, the token ids alone. Shape (batch, seq, 1).
+            hidden_states: Each specialist's last hidden state, after its final norm. Shapes (batch, seq, hidden). If the
+                gate runs before the specialists, the token ids alone. Shape (batch, seq, 1).
             *evidence: As for `scores`.
         """
         with torch.autocast(device_type=hidden_states[0].device.type, enabled=False):
@@ -185,8 +185,8 @@ class Gate(nn.Module):
         return state
 
 
-def asked_first(gate: nn.Module, input_ids: Tensor) -> GateOutput | None:
-    """Asks a gate before the specialists run; returns None if it reads what they say. `input_ids`: (batch, seq)."""
+def run_before_specialists(gate: nn.Module, input_ids: Tensor) -> GateOutput | None:
+    """Runs a gate that reads token ids or nothing; returns None for any other. Shape of `input_ids`: (batch, seq)."""
     return None if gate.reads & (Reads.STATES | Reads.PAST) else gate([input_ids[..., None]])
 
 

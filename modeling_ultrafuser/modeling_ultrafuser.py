@@ -26,7 +26,7 @@ from .configuration_ultrafuser import UltraFuserConfig, attention_of_all
 from .evidence_ultrafuser import decoding_layer, last_logits, layer_of, read_evidence
 from .fusing_ultrafuser import fuse_specialists
 from .fusions_ultrafuser import FUSIONS, one_head_rules
-from .gate_base_ultrafuser import GateOutput, Reads, asked_first
+from .gate_base_ultrafuser import GateOutput, Reads, run_before_specialists
 from .gates_ultrafuser import GATES
 from .generation_ultrafuser import FusedGeneration
 from .inputs_ultrafuser import Tokens, check_checkpointed, check_inputs, refuse_router_loss
@@ -68,7 +68,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         self.specialists = self.reader_class.build(config)
         self.fusion_gate = GATES[config.gate](config)
         self.fusion_rule = FUSIONS[config.fusion](config)
-        # whoever has a head puts it here, for gates that read the past; in a tuple, so that it is no part of the backbone
+        # set by the model that has a head, for gates that read the past; in a tuple, so that it is no part of the backbone
         self.wide_head: tuple[nn.Module, ...] = ()
         self.carrier: Carrier | None = prepared_for_vllm(self) if is_for_vllm(config) else None
         self.resized = False
@@ -142,7 +142,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         for key, asked in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions)):
             if getattr(self.config, key) if asked is None else asked:
                 kwargs[key] = True
-        gate_output = asked_first(self.fusion_gate, input_ids)
+        gate_output = run_before_specialists(self.fusion_gate, input_ids)
         outputs = self.reader.read(tokens, cache, use_cache=use_cache, **kwargs)
         # a device map may have put the specialists on several devices
         device = outputs[-1].last_hidden_state.device
@@ -163,7 +163,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
     def _evidence(
         self, states: list[Tensor], tokens: Tokens, cache: Cache | None, cu_seq_lens: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Returns what the gate reads besides hidden states, see `read_evidence`."""
+        """Returns what the gate reads besides hidden states: from the carrier in vLLM, else see `read_evidence`."""
         if self.carrier is not None:
             return (self.carrier(states, tokens.input_ids, tokens.position_ids, self.wide_head[0].weight),)
         return read_evidence(self, states, tokens, cache, cu_seq_lens)
@@ -171,12 +171,12 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
     def weighed(
         self, hidden_states: list[Tensor], *evidence: Tensor, gate_output: GateOutput | None = None
     ) -> tuple[Tensor, GateOutput]:
-        """Weighs last hidden states into what the head reads.
+        """Runs the gate, unless it has run, and scales the last hidden states by its output: the input of the head.
 
         Args:
             hidden_states: Each specialist's, on one device. Shapes (batch, seq, hidden).
             *evidence: See `read_evidence`.
-            gate_output: Of a gate that was asked before the specialists ran.
+            gate_output: Output of a gate that has run before the specialists.
 
         Returns:
             What the head reads, see `Fusion.forward`, and what the gate returned.

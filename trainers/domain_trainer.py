@@ -9,7 +9,7 @@ from trl import is_conversational
 from modeling_ultrafuser.log_ultrafuser import print_line
 
 from .compat import HookedSFTTrainer, model_columns
-from .domains import by_domain, check_kind, filled, losses, readable, together
+from .domains import by_domain, check_kind, filled, lost_examples, readable, together
 from .mixed import MIXED, mixed_examples
 from .samplers import DomainSampler
 from .stage_config import StageConfig
@@ -29,8 +29,8 @@ class DomainTrainer(HookedSFTTrainer):
     sampler: DomainSampler
     _stand_in: Dataset | None = None
 
-    def _given(self, parts: dict[str, Dataset], dataset, args: StageConfig) -> Dataset:
-        """Returns all rows if they need no preparation, or else one row, for which `prepare` returns all domains."""
+    def _rows_for_trl(self, parts: dict[str, Dataset], dataset, args: StageConfig) -> Dataset:
+        """Returns what TRL is given: all rows if they need no preparation, else one row, which `prepare` replaces by all."""
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             if args.mixed_share:
                 parts = {**parts, MIXED: mixed_examples(parts, args.mixed_share, data_seed(args))}
@@ -78,7 +78,7 @@ class DomainTrainer(HookedSFTTrainer):
         uncut.max_length, uncut.shuffle_dataset = None, False
         rows = self.prepare_as_trl(rows, whose, processing_class, uncut, False, formatting_func)
         max_length = None if packing and args.packing_strategy != "bfd" else args.max_length
-        lost, all_lost = losses(rows, max_length, args.truncation_mode == "keep_end")
+        lost, all_lost = lost_examples(rows, max_length, args.truncation_mode == "keep_end")
         if lost and args.should_log:
             print_line(f"Of {len(rows)} rows of {whose}, {lost}.")
         rows = self.prepare_as_trl(rows, whose, processing_class, args, packing, None)

@@ -163,8 +163,8 @@ def together(parts: Mapping[str, Dataset]) -> Dataset:
         raise
 
 
-def losses(rows: Dataset, max_length: int | None, keep_end: bool) -> tuple[str, bool]:
-    """Says how many of a domain's examples are cut, or have nothing left to learn, and whether that is all of them.
+def lost_examples(rows: Dataset, max_length: int | None, keep_end: bool) -> tuple[str, bool]:
+    """Describes how many of a domain's examples are cut or have nothing left to learn; returns whether all have nothing.
 
     Args:
         rows: Of tokens that are not cut yet.

@@ -81,7 +81,7 @@ class StageTrainer(DomainTrainer):
         check_terms(args, model, kwargs)
         accumulate(args, len(self.domains))
         gate = {name: tensor.clone() for name, tensor in model.model.fusion_gate.state_dict().items()}
-        super().__init__(model, args, train_dataset=self._given(parts, train_dataset, args), **kwargs)
+        super().__init__(model, args, train_dataset=self._rows_for_trl(parts, train_dataset, args), **kwargs)
         self._parts = self._stand_in = None
         self._prepare_model(gate)
         self._prepare_draws()
@@ -124,7 +124,7 @@ class StageTrainer(DomainTrainer):
         keep_head_whole(self.fused)
 
     def _prepare_draws(self) -> None:
-        """Makes the collator and the mix for the prepared data."""
+        """Makes the collator, and the mix to begin with (`prior`), for the prepared data."""
         args, names = self.args, self.train_dataset["domain"]
         self.data_collator = DomainCollator(self.data_collator, self.drawn)
         self.sizes = np.bincount([self.drawn.index(name) for name in names], minlength=len(self.drawn))
@@ -155,7 +155,7 @@ class StageTrainer(DomainTrainer):
     # ---- loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Computes TRL's loss, plus importance weights and gate terms, and adds the batch to the statistics."""
+        """Computes TRL's loss, which calls `LabelScorer`, plus importance weights and gate terms; counts the batch."""
         domain = inputs.pop("domain", None)
         if domain is None or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -42,7 +42,7 @@ def log_of(gate_weights: Tensor) -> Tensor:
 
 
 class Head:
-    """Scores labels under any fusion rule, from the full logits of a few positions, which are computed twice.
+    """Scores labels under any fusion rule, from full logits of a few positions, which the backward pass computes again.
 
     A rule whose loss can be faster or smaller has a file with a subclass, and a line in `HEADS`.
 

@@ -27,7 +27,7 @@ from modeling_ultrafuser.causal_ultrafuser import starts_over, switching_lengths
 from modeling_ultrafuser.compat_ultrafuser import CACHE, is_stateful
 from modeling_ultrafuser.evidence_ultrafuser import MOST_KEPT, read_evidence
 from modeling_ultrafuser.families_ultrafuser import bounded, soft_cap
-from modeling_ultrafuser.gate_base_ultrafuser import Reads, asked_first
+from modeling_ultrafuser.gate_base_ultrafuser import Reads, run_before_specialists
 from modeling_ultrafuser.inputs_ultrafuser import Tokens
 from modeling_ultrafuser.peft_ultrafuser import has_prefix
 
@@ -226,7 +226,7 @@ class _Reader:
         backbone, mask = self.model.model, self._mask(input_ids.shape[1])
         read = Tokens(input_ids[:, -hidden_states[0].shape[1] :], mask)
         evidence = [e[:, -count:] for e in read_evidence(backbone, hidden_states, read, self.cache)]
-        ahead = asked_first(backbone.fusion_gate, input_ids[:, -count:])
+        ahead = run_before_specialists(backbone.fusion_gate, input_ids[:, -count:])
         states = [h[:, -count:] for h in hidden_states]
         fused, gate_output = backbone.weighed(states, *evidence, gate_output=ahead)
         return fused, gate_output.weights
