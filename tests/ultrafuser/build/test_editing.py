@@ -153,7 +153,7 @@ print(json.dumps([sorted(key for key, found in info.items() if found), weights.t
 """
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_commands_write_folders_that_load_elsewhere_and_say_what_is_in_them(tmp_path):
     model = fused_model()
     fused, law = saved(model, tmp_path / "fused"), tmp_path / "law"

@@ -280,7 +280,7 @@ for words in (["fuse", "text=owner/text", "code=owner/code", "--out", "fused"], 
 """
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_specialists_on_the_hub_are_read_from_its_cache_at_their_commits(tmp_path):
     commits = {"text": "1" * 40, "code": "2" * 40}
     for name, commit in commits.items():
