@@ -1,6 +1,6 @@
 """Throughput, memory, recall and false positives of the data filters: `python -m benchmarks.data_cleaning`.
 
-Records are recombined from `ultrafuser.toy.corpora`, with plants among them: passages of an evaluation set, duplicates,
+Records are recombined from `ultrafuser.quickstart.corpora`, with plants among them: passages of an evaluation set, duplicates,
 near duplicates, broken code, wrong sums, refusals and other languages, each made so that it is what it is called by
 construction. Each number of records runs in a process of its own, whose memory is watched together with its workers'.
 Writes `results/data_cleaning.json`.
@@ -28,7 +28,7 @@ import psutil
 from ultrafuser.data.cleaning import DROPPED, clean
 from ultrafuser.data.decontamination import gram_hashes
 from ultrafuser.data.sources import read_lines
-from ultrafuser.toy.corpora import DOMAINS, documents
+from ultrafuser.quickstart.corpora import DOMAINS, documents
 
 
 RESULTS = Path(__file__).parent.parent / "results" / "data_cleaning.json"

@@ -20,7 +20,7 @@ from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from modeling_ultrafuser.evidence_ultrafuser import EvidenceLayer
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
 from ultrafuser.provenance import provenance
-from ultrafuser.toy.corpora import DOMAINS
+from ultrafuser.quickstart.corpora import DOMAINS
 
 
 RESULTS = Path(__file__).parent.parent / "results" / "gate_costs.json"

@@ -25,8 +25,8 @@ from transformers.utils import logging
 from benchmarks.timing import held
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from trainers import GateStageConfig, GateTrainer
-from ultrafuser.toy.corpora import DOMAINS
-from ultrafuser.toy.quickstart import train_tokenizer
+from ultrafuser.quickstart.corpora import DOMAINS
+from ultrafuser.quickstart.toy_models import train_tokenizer
 
 
 ROOT = Path(__file__).parent.parent

@@ -34,7 +34,7 @@ from ultrafuser.decoding.compiling import compiled
 from ultrafuser.decoding.drafting import self_draft
 from ultrafuser.decoding.stacking import stack
 from ultrafuser.provenance import provenance
-from ultrafuser.toy.corpora import DOMAINS
+from ultrafuser.quickstart.corpora import DOMAINS
 
 
 RESULTS = Path(__file__).parent.parent / "results" / "rivals.json"

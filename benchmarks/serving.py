@@ -28,7 +28,7 @@ from benchmarks.timing import compare_ways
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from ultrafuser.decoding.stacking import stack
 from ultrafuser.provenance import provenance
-from ultrafuser.toy.corpora import DOMAINS
+from ultrafuser.quickstart.corpora import DOMAINS
 
 
 ROOT = Path(__file__).parent.parent

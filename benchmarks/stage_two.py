@@ -27,8 +27,8 @@ from benchmarks.timing import held
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from trainers import JointStageConfig, JointTrainer
 from ultrafuser.provenance import provenance
-from ultrafuser.toy.corpora import DOMAINS
-from ultrafuser.toy.quickstart import train_tokenizer
+from ultrafuser.quickstart.corpora import DOMAINS
+from ultrafuser.quickstart.toy_models import train_tokenizer
 
 
 RESULTS = Path(__file__).parent.parent / "results" / "stage_two.json"

@@ -29,8 +29,8 @@ from ultrafuser.evaluation.contenders import FUSED, Comparison, Measured, best_p
 from ultrafuser.evaluation.measurement import HeldOut, held_out, score
 from ultrafuser.evaluation.resampling import interval, per_example
 from ultrafuser.provenance import digest
-from ultrafuser.toy.corpora import DOMAINS, documents, splits
-from ultrafuser.toy.quickstart import LENGTH, new_model, pretrain, to_blocks, train_tokenizer
+from ultrafuser.quickstart.corpora import DOMAINS, documents, splits
+from ultrafuser.quickstart.toy_models import LENGTH, new_model, pretrain, to_blocks, train_tokenizer
 
 
 EXAMPLES = 48  # of each domain to measure on

@@ -17,7 +17,7 @@ from experiments.baseline_runs import (
 )
 from trainers import GateStageConfig
 from ultrafuser.build.specialist_edits import add_specialist, remove_specialist
-from ultrafuser.toy.corpora import DOMAINS
+from ultrafuser.quickstart.corpora import DOMAINS
 
 
 MOVED = "math"

@@ -18,8 +18,8 @@ from experiments.stage_runs import check as check_training
 from modeling_ultrafuser import UltraFuserForCausalLM
 from trainers import CachedGateTrainer
 from ultrafuser.provenance import digest
-from ultrafuser.toy.corpora import DOMAINS
-from ultrafuser.toy.quickstart import measure_losses
+from ultrafuser.quickstart.corpora import DOMAINS
+from ultrafuser.quickstart.toy import measure_losses
 
 
 def fit(

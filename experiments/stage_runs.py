@@ -17,8 +17,9 @@ from transformers.utils import logging
 from modeling_ultrafuser import UltraFuserForCausalLM
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
 from ultrafuser.provenance import digest
-from ultrafuser.toy.corpora import DOMAINS, documents, splits
-from ultrafuser.toy.quickstart import LENGTH, Schedule, make_specialist, measure_losses, to_blocks, train_tokenizer
+from ultrafuser.quickstart.corpora import DOMAINS, documents, splits
+from ultrafuser.quickstart.toy import measure_losses
+from ultrafuser.quickstart.toy_models import LENGTH, Schedule, make_specialist, to_blocks, train_tokenizer
 
 
 # what the paper's stage one does without, unless a config says otherwise

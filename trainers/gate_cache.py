@@ -28,6 +28,7 @@ from .compat import forget_metrics, on_device, without_unused_columns
 from .domains import DomainCollator
 from .forward_hooks import capture, evaluating
 from .heads.head_base import TokenScores, scattered
+from .progress import Progress
 from .stage_gate import GateTrainer
 
 
@@ -234,11 +235,15 @@ class CachedGateTrainer(GateTrainer):
         if self.cache.complete:
             return
         size = self.args.per_device_train_batch_size
-        with evaluating(self.fused), self.cache.alone():
+        with evaluating(self.fused), self.cache.alone(), self._progress() as progress:
             while not self.cache.complete:
                 first = self.cache.rows_done
                 rows = range(first, min(first + size, len(self.rows)))
                 self.cache.write(len(rows), self._said_of(rows))
+                progress.add(len(rows))
+
+    def _progress(self) -> Progress:
+        return Progress("specialists read the data", len(self.rows), done=self.cache.rows_done)
 
     @torch.no_grad()
     def _said_of(self, rows: Iterable[int]) -> dict[str, Tensor]:

@@ -5,9 +5,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ultrafuser.cli.app import app
-from ultrafuser.toy import quickstart
-from ultrafuser.toy.corpora import DOMAINS, documents, splits
-from ultrafuser.toy.quickstart import Schedule, run
+from ultrafuser.quickstart import toy
+from ultrafuser.quickstart.corpora import DOMAINS, documents, splits
+from ultrafuser.quickstart.toy import run
+from ultrafuser.quickstart.toy_models import Schedule
 
 
 def test_parts_share_no_document_and_leave_none_out():
@@ -36,7 +37,7 @@ def test_sums_and_products_are_right():
 
 
 def test_a_quickstart_of_few_steps_leaves_a_folder_that_loads_elsewhere_and_its_numbers(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(quickstart, "documents", partial(documents, characters=40_000))
+    monkeypatch.setattr(toy, "documents", partial(documents, characters=40_000))
     losses = run(tmp_path, schedule=Schedule(base_steps=3, specialist_steps=3, gate_steps=2, joint_steps=2))
     assert json.loads((tmp_path / "results.json").read_text())["nats_per_token"] == losses
     assert set(losses) >= {"text specialist", "uniform fusion", "stage one: gate", "stage two: everything"}

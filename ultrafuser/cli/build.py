@@ -32,7 +32,7 @@ def quickstart(
     hide_bars()
     hide_trl_warning()
     # heavy imports only once they are needed, so that --help answers at once
-    from ..toy import quickstart as module
+    from ..quickstart import toy as module
 
     module.run(out, seed=seed, overwrite=overwrite)
 

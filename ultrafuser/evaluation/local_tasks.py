@@ -18,7 +18,7 @@ import random
 import re
 from pathlib import Path
 
-from ..toy.corpora import DOMAINS, documents, splits
+from ..quickstart.corpora import DOMAINS, documents, splits
 from . import sandbox
 
 

@@ -13,8 +13,8 @@ from ..atomic import sole_writer, write_whole
 from ..evaluation.comparison import gate_statistics
 from ..evaluation.measurement import held_out
 from ..provenance import versions
+from ..quickstart.corpora import DOMAINS, documents, splits
 from ..result_files import by_name, check_fields, every, number, whole, word
-from ..toy.corpora import DOMAINS, documents, splits
 from . import charts
 from .colours import assign
 from .explanation import FUSED, Token, explain
@@ -54,7 +54,7 @@ def report(
         out: Folder for the pictures and `index.html`.
         results: What `ultrafuser evaluate` wrote.
         fused: A fused model and its tokenizer: for texts coloured by who speaks, and, if `results` has no statistics
-            of its gate, to measure them on held-out text of `ultrafuser.toy.corpora`.
+            of its gate, to measure them on held-out text of `ultrafuser.quickstart.corpora`.
         training: What `read_training` gives.
         examples: Texts to colour, by title. Default: `EXAMPLES`, and one continuation.
         seed: Of the held-out text.
@@ -79,7 +79,7 @@ def report(
     facts = {key.replace("_", " "): _plain(results[key]) for key in _FACTS if results.get(key) is not None}
     if fused and not results.get("gate"):
         results["gate"] = measure_gate(*fused, seed=seed)
-        facts["gate measured on"] = f"held-out text of ultrafuser.toy.corpora, seed {seed}"
+        facts["gate measured on"] = f"held-out text of ultrafuser.quickstart.corpora, seed {seed}"
         facts.setdefault("versions", _plain(versions()))
     rows, gate = results.get("rows", []), results.get("gate") or {}
     trained_on = [domain for run in (training or {}).values() for domain in run["domains"]]
@@ -115,7 +115,7 @@ _FACTS = ("seed", "examples", "prompt_tokens", "machine", "commit", "versions", 
 def measure_gate(
     model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, texts: int = 96
 ) -> dict:
-    """The gate's statistics on held-out text of every domain of `ultrafuser.toy.corpora`, 256 tokens of each."""
+    """The gate's statistics on held-out text of every domain of `ultrafuser.quickstart.corpora`, 256 tokens of each."""
     rows = {d: [{"text": t} for t in splits(documents(d, seed))["held_out"][:texts]] for d in DOMAINS}
     data = {d: held_out(own, tokenizer, max_length=256, prompt_tokens=1) for d, own in rows.items()}
     return gate_statistics(model, data)

@@ -12,7 +12,7 @@ from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from ultrafuser.evaluation import local_tasks  # noqa: E402
-from ultrafuser.toy.corpora import DOMAINS, documents, splits  # noqa: E402
+from ultrafuser.quickstart.corpora import DOMAINS, documents, splits  # noqa: E402
 
 
 FINISHED = {

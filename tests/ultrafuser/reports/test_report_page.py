@@ -12,9 +12,9 @@ from tests.support.report_rows import HARD, rows
 from tests.support.tiny import specialist, stir_gate
 from ultrafuser.cli.app import app
 from ultrafuser.pretrained import open_fused
+from ultrafuser.quickstart.toy_models import train_tokenizer
 from ultrafuser.reports.explanation import explain
 from ultrafuser.reports.report_folder import report
-from ultrafuser.toy.quickstart import train_tokenizer
 
 
 NASTY = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
@@ -211,4 +211,4 @@ def test_a_model_alone_has_its_gate_measured(folder, tmp_path):
     assert result.exit_code == 0, result.output
     drawn = {file.stem for file in tmp_path.glob("*.svg")}
     assert drawn == {"gate_by_domain", "gate_by_position", "gate_entropy", "text_0"}
-    assert "held-out text of ultrafuser.toy.corpora, seed 0" in (tmp_path / "index.html").read_text()
+    assert "held-out text of ultrafuser.quickstart.corpora, seed 0" in (tmp_path / "index.html").read_text()

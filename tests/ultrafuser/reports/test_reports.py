@@ -19,6 +19,7 @@ from tests.support.tiny import specialist, stir_gate, tokenizer
 from trainers import GateTrainer
 from ultrafuser.cli.app import app
 from ultrafuser.pretrained import open_fused
+from ultrafuser.quickstart.toy_models import train_tokenizer
 from ultrafuser.reports import charts
 from ultrafuser.reports.colours import INK, PALETTE, PAPER, assign, blend, contrast, strength, text_on
 from ultrafuser.reports.explanation import FUSED, explain, text_pieces
@@ -26,7 +27,6 @@ from ultrafuser.reports.page import verdict
 from ultrafuser.reports.plots import draw_map, save, tsne
 from ultrafuser.reports.report_folder import read_training
 from ultrafuser.reports.terminal import print_tokens
-from ultrafuser.toy.quickstart import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,0 @@
-"""Small models on text that every machine has."""
