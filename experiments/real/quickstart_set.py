@@ -7,7 +7,9 @@ program and a worked number.
 """
 
 import argparse
+import itertools
 import json
+import re
 from pathlib import Path
 from random import Random
 
@@ -34,7 +36,7 @@ def main() -> None:
     def prose(count: int, held_out: bool) -> list[dict]:
         questions = instructions.prose_questions(options.seed + FRESH, count, held_out)
         replies = answers(model, tokenizer, questions, LONGEST)
-        return [row("prose", q, a.strip()) for q, a in zip(questions, replies, strict=True)]
+        return [row("prose", q, whole_sentences(a)) for q, a in zip(questions, replies, strict=True)]
 
     seed = options.seed + FRESH
     items, tasks = arithmetic.training_items(seed, 60), coding.training_tasks(seed, 60)
@@ -43,6 +45,13 @@ def main() -> None:
     items, tasks = arithmetic.held_out_items(seed, 4), coding.held_out_tasks(seed, 24)
     rows = {"text": prose(24, True), "math": map(worked, items), "code": map(written, tasks)}
     write(HELD_OUT_ROWS, {**rows, "both": both(seed, 24, held_out=True)})
+
+
+def whole_sentences(reply: str) -> str:
+    """The sentences of an answer, up to where it is cut or says one again."""
+    sentences = re.findall(r".+?[.!?](?=\s|$)\s*", reply.strip(), re.DOTALL)
+    kept = list(itertools.takewhile(lambda pair: pair[1] not in sentences[: pair[0]], enumerate(sentences)))
+    return "".join(sentence for _, sentence in kept).strip() or reply.strip()
 
 
 def both(seed: int, count: int, *, held_out: bool) -> list[dict]:

@@ -135,7 +135,13 @@ class FusionRecipe:
         locations = {name: (location, revisions.get(name)) for name, location in specialists.items()}
         return judge(locations, dtype=self.dtype, base=fusion.base, **fusion.choices())
 
-    def build(self, out: Path, *, say: Callable[[str], None] = print) -> None:
+    def build(
+        self,
+        out: Path,
+        *,
+        say: Callable[[str], None] = print,
+        train: Callable[[UltraFuserForCausalLM, PreTrainedTokenizerBase], None] | None = None,
+    ) -> None:
         """Writes the folder of a fused model: weights, code, tokenizer, and where the specialists come from.
 
         Killed at any time, it leaves nothing that loads; run again, it goes on with the files that the Hub's cache has.
@@ -143,6 +149,7 @@ class FusionRecipe:
         Args:
             out: The folder to write. There must be nothing in it.
             say: Called with a line about each step.
+            train: Called with the model and its tokenizer before they are written. Default: the gate weighs all alike.
 
         Raises:
             FileExistsError: If there is something in `out`.
@@ -153,6 +160,8 @@ class FusionRecipe:
             judgement, tokenizer = self.fetch(folder, say=say)
             say("fusing")
             model = self.fuse(judgement.sources)
+            if train is not None:
+                train(model, tokenizer)
             say("writing")
             save_fused(folder, model, tokenizer, self.origins(judgement.sources))
 

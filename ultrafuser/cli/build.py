@@ -19,22 +19,43 @@ group = Group("Fuse")
 
 @group.command()
 def quickstart(
-    out: Annotated[Path, Option(help="Folder to write.")] = Path("ultrafuser-quickstart"),
+    out: Annotated[
+        Path | None, Option(help="Folder to write. Default: ultrafuser-quickstart, or ultrafuser-real with --real.")
+    ] = None,
     seed: Annotated[int, Option(help="Seed of everything random.")] = 0,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    real: Annotated[
+        bool, Option("--real", help="Fuse real specialists, which answer: the adapters that come with this package.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        Option(help="With --real: folder, GGUF file or ID@COMMIT of their base. Default: SmolLM2-135M on the Hub."),
+    ] = None,
 ) -> None:
     """Make three small specialists, fuse them, train both stages and show what came out. Offline, on the CPU.
 
+    With --real the specialists are adapters of a real model, and the same command goes on where it was stopped.
+
     Example: ultrafuser quickstart --out /tmp/quickstart
     """
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    if base is not None and not real:
+        raise typer.BadParameter("--base is of the real quickstart: add --real.")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if not real or (base is not None and os.path.exists(base)):
+        os.environ["HF_HUB_OFFLINE"] = "1"
     # bars for what takes long only: training
     hide_bars()
     hide_trl_warning()
     # heavy imports only once they are needed, so that --help answers at once
-    from ..quickstart import toy as module
+    if real:
+        from ..quickstart import real as real_quickstart
 
-    module.run(out, seed=seed, overwrite=overwrite)
+        given = {} if base is None else {"base": base}
+        real_quickstart.run(out or Path("ultrafuser-real"), seed=seed, overwrite=overwrite, **given)
+    else:
+        from ..quickstart import toy
+
+        toy.run(out or Path("ultrafuser-quickstart"), seed=seed, overwrite=overwrite)
 
 
 @group.command()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import typer
 
+from ..compat import hide_import_warnings
 from ..plain import echo
 
 
@@ -34,6 +35,7 @@ def reports_errors(function: Callable, extra: str | None) -> Callable:
 
     @functools.wraps(function)
     def command(*args, **kwargs):
+        hide_import_warnings()
         # bars only where somebody watches
         if not sys.stderr.isatty():
             hide_bars()

@@ -148,7 +148,6 @@ class Chat:
     ):
         self.model, self.tokenizer, self.console, self.max_new_tokens = model, tokenizer, console, max_new_tokens
         self.names = model.config.specialist_names
-        self.colours = assign(self.names)
         self.messages: list[dict[str, str]] = []
         self.speech: Speech | None = None
 
@@ -191,22 +190,38 @@ class Chat:
         """Mean gate weight of each specialist over the last answer."""
         if self.speech is None or not self.speech.weights:
             return Text("Nobody has spoken yet.")
-        text = Text()
-        mean = torch.stack(self.speech.weights).mean(0).tolist()
-        for name, weight in zip(self.names, mean, strict=True):
-            text.append(f" {name} ", speaker_style(self.colours[name], 1.0, len(mean))).append(f" {weight:.0%}  ")
-        return text
+        return speakers(self.names, torch.stack(self.speech.weights).mean(0).tolist())
 
     def _print(self, piece: str, weights: torch.Tensor) -> None:
-        weight, leader = weights.max(-1)
-        style = speaker_style(self.colours[self.names[leader]], weight.item(), len(self.names))
-        text = Text()
-        for line in plain(piece).splitlines(keepends=True):
-            # a line's end without a style, or colour would fill the rest of the line
-            body = line.rstrip("\n")
-            text.append(body, style)
-            text.append(line[len(body) :])
-        self.console.print(text, end="", soft_wrap=True)
+        print_piece(self.console, self.names, piece, weights.tolist())
+
+
+def print_piece(console: Console, names: list[str], piece: str, weights: list[float]) -> None:
+    """Prints a piece of an answer in the colour of the specialist that leads.
+
+    Args:
+        console: Where to print.
+        names: Of the specialists.
+        piece: What a token adds to the text.
+        weights: Gate weights of the token.
+    """
+    leader = max(range(len(names)), key=weights.__getitem__)
+    style = speaker_style(assign(names)[names[leader]], weights[leader], len(names))
+    text = Text()
+    for line in plain(piece).splitlines(keepends=True):
+        # a line's end without a style, or colour would fill the rest of the line
+        body = line.rstrip("\n")
+        text.append(body, style)
+        text.append(line[len(body) :])
+    console.print(text, end="", soft_wrap=True)
+
+
+def speakers(names: list[str], mean: list[float]) -> Text:
+    """Tells each specialist's mean gate weight, in its colour."""
+    colours, text = assign(names), Text()
+    for name, weight in zip(names, mean, strict=True):
+        text.append(f" {name} ", speaker_style(colours[name], 1.0, len(names))).append(f" {weight:.0%}  ")
+    return text
 
 
 def typed(console: Console) -> Iterator[str]:
