@@ -11,53 +11,13 @@ from transformers import set_seed
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
+from tests.support.gguf_files import write
 from tests.support.mixes import prompt
 from tests.support.tiny import specialist, tokenizer
 from ultrafuser.cli.app import app
 
 
-gguf = pytest.importorskip("gguf")
-
-ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
-
-
-def write(path, model, *, quantised=False, extra=None):
-    """Writes a model as llama.cpp's converter does: Llama's queries and keys in its order of rotary halves."""
-    c = model.config
-    writer = gguf.GGUFWriter(path, c.model_type)
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
-    writer.add_vocab_size(c.vocab_size)
-    tokens = sorted((i, t) for t, i in tokenizer().get_vocab().items())
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([t for _, t in tokens])
-    writer.add_token_types([3 if i < 3 else 1 for i, _ in tokens])
-    writer.add_bos_token_id(1), writer.add_eos_token_id(2), writer.add_pad_token_id(0)
-    names = gguf.get_tensor_name_map(ARCHITECTURES[c.model_type], c.num_hidden_layers)
-    for key, tensor in model.state_dict().items():
-        array = tensor.float()
-        if c.model_type == "llama" and ("q_proj" in key or "k_proj" in key):
-            heads = c.num_attention_heads if "q_proj" in key else c.num_key_value_heads
-            array = array.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(array.shape)
-        name, array = names.get_name(key, try_suffixes=(".weight", ".bias")), array.contiguous().numpy()
-        if quantised and array.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, array)
-    for name, tensor in (extra or {}).items():
-        writer.add_tensor(name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+pytest.importorskip("gguf")
 
 
 @pytest.fixture(scope="module")

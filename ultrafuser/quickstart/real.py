@@ -51,8 +51,7 @@ class Schedule:
         keep: What the cache keeps of each token, a name in `Head.kept`.
         steps: Of the optimizer.
         rate: Learning rate.
-        examples: Of each domain and step.
-        batch: Conversations that the specialists read at once.
+        examples: Of each domain and step; two of each are read at once.
     """
 
     gate: str = "cross:128"
@@ -60,7 +59,6 @@ class Schedule:
     steps: int = 300
     rate: float | None = None
     examples: int = 4
-    batch: int = 8
 
 
 def run(
@@ -160,11 +158,13 @@ def _fit_gate(
         str(out / "stage_one"),
         max_steps=schedule.steps,
         learning_rate=schedule.rate,
-        per_device_train_batch_size=schedule.batch,
+        per_device_train_batch_size=2 * len(data),
         examples_per_domain=schedule.examples,
         max_length=512,
         bf16=False,
         gradient_checkpointing=False,
+        # rows of two domains are among the conversations
+        mixed_share=0.0,
         seed=seed,
         **QUIET,
     )

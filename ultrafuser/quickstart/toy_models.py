@@ -113,5 +113,3 @@ def pretrain(model: PreTrainedModel, blocks: Tensor, folder: Path, steps: int, r
     )
     dataset = Dataset.from_dict({"input_ids": blocks.tolist(), "labels": blocks.tolist()})
     train(Trainer(model, arguments, train_dataset=dataset), folder.name)
-    # the trainer turns it off for good, and a model that is saved so and loaded again would generate without a cache
-    model.config.use_cache = True

@@ -14,3 +14,5 @@ def train(trainer: Trainer, title: str) -> None:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressOfTraining(title))
     trainer.train()
+    # the trainer turns it off for good, and a model that is saved so and loaded again would generate without a cache
+    trainer.model.config.use_cache = True
