@@ -23,7 +23,9 @@ class Progress:
     def __init__(self, title: str, total: int, *, done: int = 0, every: float = EVERY):
         self.title, self.total, self.first, self.done, self.every = title, total, done, done, every
         self.began = self.shown = time.monotonic()
-        self.bar = tqdm(desc=title, total=total, initial=done, leave=False) if sys.stderr.isatty() else None
+        watched = sys.stderr.isatty()
+        # even if TQDM_DISABLE takes away those of other libraries
+        self.bar = tqdm(desc=title, total=total, initial=done, leave=False, disable=False) if watched else None
 
     def __enter__(self) -> "Progress":
         return self

@@ -7,7 +7,7 @@ def write(path, model, *, quantised=False, extra=None, fields=None, merged=False
     """Writes a model as llama.cpp's converter does: Llama's queries and keys in its order of rotary halves.
 
     `extra` are further tensors by name, `fields` further words of the header. With `merged`
-    its tokenizer can be made of it: the last token is "12", of "1" and "2".
+    its tokenizer can be made of it: the last token is "12", of "1" and "2", the first "<|endoftext|>".
     """
     import gguf
 
@@ -25,7 +25,8 @@ def write(path, model, *, quantised=False, extra=None, fields=None, merged=False
     tokens = sorted((i, t) for t, i in tokenizer().get_vocab().items())
     words = [t for _, t in tokens]
     if merged:
-        words[-1] = "12"
+        # GPT-2's tokenizer has an end of its own, which it would add
+        words[0], words[-1] = "<|endoftext|>", "12"
         writer.add_token_merges(["1 2"])
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)

@@ -40,10 +40,10 @@ def quickstart(
     """
     if base is not None and not real:
         raise typer.BadParameter("--base is of the real quickstart: add --real.")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.update(TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
     if not real or (base is not None and os.path.exists(base)):
         os.environ["HF_HUB_OFFLINE"] = "1"
-    # bars for what takes long only: training
+    # bars for what takes long only
     hide_bars()
     hide_trl_warning()
     # heavy imports only once they are needed, so that --help answers at once
