@@ -42,9 +42,9 @@ def main() -> None:
     items, tasks = arithmetic.training_items(seed, 60), coding.training_tasks(seed, 60)
     rows = {"text": prose(60, False), "math": map(worked, items), "code": map(written, tasks)}
     write(GATE_ROWS, {**rows, "both": both(seed, 40, held_out=False)})
-    items, tasks = arithmetic.held_out_items(seed, 4), coding.held_out_tasks(seed, 24)
-    rows = {"text": prose(24, True), "math": map(worked, items), "code": map(written, tasks)}
-    write(HELD_OUT_ROWS, {**rows, "both": both(seed, 24, held_out=True)})
+    items, tasks = arithmetic.held_out_items(seed, 3), coding.held_out_tasks(seed, 18)
+    rows = {"text": prose(18, True), "math": map(worked, items), "code": map(written, tasks)}
+    write(HELD_OUT_ROWS, {**rows, "both": both(seed, 18, held_out=True)})
 
 
 def whole_sentences(reply: str) -> str:

@@ -79,6 +79,6 @@ def test_killed_at_a_step_the_same_command_ends_as_if_it_had_not_been(moment, wh
 def test_a_base_on_the_hub_is_read_at_the_commit_that_is_said(whole, commands, words, server, tmp_path):
     done = commands.run(*words(tmp_path, f"lab/base@{COMMIT}"), under=tmp_path / "out")
     assert done.code == 0, done.said
-    assert read_json(tmp_path / "out" / "results.json")["commit"] == COMMIT
+    assert read_json(tmp_path / "out" / "results.json")["base_commit"] == COMMIT
     assert not (tmp_path / "out" / "base").exists()
     assert any(f"/lab/base/resolve/{COMMIT}/model.safetensors" in request for request in server.requests)

@@ -89,7 +89,7 @@ def run(
     """
     materials, schedule = materials or Materials(), schedule or Schedule()
     source = check_base(base, materials.adapters)
-    settings = {"base": base, "commit": source.commit, "seed": seed, "schedule": asdict(schedule)}
+    settings = {"base": base, "base_commit": source.commit, "seed": seed, "schedule": asdict(schedule)}
     with sole_writer(out, COMMAND, MADE, overwrite=overwrite):
         _begin(out, settings, overwrite)
         say, began = Console().print, time.monotonic()
