@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from modeling_ultrafuser.files_ultrafuser import read_json
 from tests.support import small_real
 from ultrafuser.cli.app import app
-from ultrafuser.fused_folders import open_fused
+from ultrafuser.pretrained import open_fused
 from ultrafuser.quickstart import real
 
 

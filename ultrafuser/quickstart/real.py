@@ -22,11 +22,11 @@ from trainers import CachedGateTrainer, GateStageConfig
 from trainers.progress import Progress
 
 from ..atomic import sole_writer, write_json
-from ..build.fusion_recipe import Fusion, FusionRecipe
+from ..build.fusion_recipe import FusionRecipe, FusionSettings
 from ..evaluation.baselines import ensemble
 from ..evaluation.measurement import HeldOut, score
-from ..fused_folders import open_fused
 from ..plain import Console
+from ..pretrained import open_fused
 from ..provenance import provenance
 from ..serve.chat import Speech, print_piece, prompt_ids, speak, speakers
 from .outcome import loss_table, reload_elsewhere
@@ -133,7 +133,9 @@ def _fused(out: Path, base: str, materials: Materials, schedule: Schedule, seed:
     """Returns the folder of the fused model, whose gate is fitted before it is written."""
     folder = out / "fused"
     if not folder.exists():
-        recipe = FusionRecipe(Fusion(materials.specialists(base), gate=schedule.gate, base=base), dtype="float32")
+        recipe = FusionRecipe(
+            FusionSettings(materials.specialists(base), gate=schedule.gate, base=base), dtype="float32"
+        )
 
         def fit(model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
             _fit_gate(model, tokenizer, out, materials, schedule, seed)
