@@ -1,4 +1,4 @@
-"""How far long work is: a bar where somebody watches, a line now and then elsewhere."""
+"""Progress of long work: a bar where somebody watches, a line now and then elsewhere."""
 
 import sys
 import time

@@ -212,7 +212,7 @@ def _task(
 
 
 def results(code: str, name: str, inputs: list[list]) -> list[tuple[str, object]]:
-    """What the reference function returns for each input."""
+    """Returns the reference function's result for each input."""
     space: dict = {}
     exec(code, space)  # our own text
     calls = [f"{name}({', '.join(map(repr, arguments))})" for arguments in inputs]

@@ -8,7 +8,7 @@ import torch
 
 @torch.no_grad()
 def answers(model, tokenizer, questions: list[str], longest: int, batch: int = 32, every: float = 60) -> list[str]:
-    """What a model answers to each question in its chat template.
+    """Returns a model's answer to each question in its chat template.
 
     Args:
         model: Any causal model of transformers, PEFT or UltraFuser.

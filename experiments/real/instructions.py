@@ -59,17 +59,17 @@ def words(reply: str) -> list[str]:
 
 
 def sentences(reply: str) -> int:
-    """How many sentences it has."""
+    """Counts its sentences."""
     return len(re.findall(r"[^.!?]+[.!?]+", reply))
 
 
 def bullets(reply: str) -> int:
-    """How many lines begin with a bullet."""
+    """Counts lines that begin with a bullet."""
     return len(re.findall(r"^\s*[-*•]\s+\S", reply, re.MULTILINE))
 
 
 def numbered(reply: str) -> int:
-    """How many lines begin with a number."""
+    """Counts lines that begin with a number."""
     return len(re.findall(r"^\s*\d+[.)]\s+\S", reply, re.MULTILINE))
 
 
@@ -106,5 +106,5 @@ def instructions(seed: int, count: int, wanted: bool = True) -> list[dict]:
 
 
 def kept(row: dict, reply: str) -> bool:
-    """Whether a reply keeps to the constraint of its row. An empty reply keeps to none."""
+    """Tells whether a reply keeps to the constraint of its row. An empty reply keeps to none."""
     return bool(reply.strip()) and bool(CONSTRAINTS[row["kind"]][1](reply, row["number"], row["word"]))

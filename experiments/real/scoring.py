@@ -23,7 +23,7 @@ def said(reply: str) -> str:
 
 
 def exact(reply: str, answer: str) -> bool:
-    """Whether a reply gives this answer."""
+    """Tells whether a reply gives this answer."""
     return said(reply) == answer
 
 
@@ -34,7 +34,7 @@ def program(reply: str) -> str:
 
 
 def passes(reply: str, tests: list[str]) -> bool:
-    """Whether a reply's program passes these assertions."""
+    """Tells whether a reply's program passes these assertions."""
     return sandbox.run("\n".join([program(reply), *tests])).status == "passed"
 
 
@@ -46,12 +46,12 @@ class HumanEval:
         self.problems = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
     def questions(self) -> list[str]:
-        """What the user says: to complete the function."""
+        """Returns what the user says: to complete the function."""
         return [f"Complete this Python function:\n\n```python\n{p['prompt'].rstrip()}\n```" for p in self.problems]
 
     @staticmethod
     def solved(problem: dict, reply: str) -> bool:
-        """Whether a reply's function passes the problem's tests."""
+        """Tells whether a reply's function passes the problem's tests."""
         found = program(reply)
         if f"def {problem['entry_point']}" in found:
             start = problem["prompt"].split(f"def {problem['entry_point']}")[0]

@@ -9,7 +9,7 @@ HELD_OUT = 0.1  # share of the contents
 
 
 def held_out(*content: Any, share: float = HELD_OUT) -> bool:
-    """Whether this content belongs to the held-out part. The same for every seed."""
+    """Tells whether this content belongs to the held-out part. The same for every seed."""
     first = hashlib.sha256(repr(content).encode()).digest()[:4]
     return int.from_bytes(first, "big") < share * 2**32
 

@@ -1,4 +1,4 @@
-"""What both quickstarts end with: a table of losses, and a reload where this package is not installed."""
+"""Ends of both quickstarts: a table of losses, and a reload where this package is not installed."""
 
 import json
 import subprocess

@@ -44,7 +44,7 @@ SHOWN = 12  # tokens that the reloaded model says again
 
 @dataclass
 class Schedule:
-    """How the gate is fitted.
+    """Settings of fitting the gate.
 
     Attributes:
         gate: As in `ultrafuser fuse --gate`.

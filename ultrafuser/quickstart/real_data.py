@@ -1,4 +1,4 @@
-"""What `quickstart --real` comes with: LoRA adapters, conversations to fit the gate on and to measure with, prompts."""
+"""Materials of `quickstart --real`: LoRA adapters, conversations to fit the gate on and to measure with, prompts."""
 
 import json
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ PROMPTS = {
 
 @dataclass
 class Materials:
-    """What there is beside the base.
+    """Adapters, conversations and prompts, to go with a base.
 
     Attributes:
         adapters: LoRA adapters of the base, by name. The base itself is the specialist "text".
