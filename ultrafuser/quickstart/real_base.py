@@ -3,6 +3,7 @@
 import importlib
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -109,7 +110,7 @@ def write_folder(file: str, folder: Path) -> None:
     model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)
     tokenizer.save_pretrained(folder)
-    licence = gguf_field(file, "general.license")
+    licence = gguf_words(file).get("general.license")
     card = f"---\nlicense: {licence}\n---\n" if licence else ""
     (folder / "README.md").write_text(f"{card}\nDequantised from `{os.path.basename(file)}`.\n", encoding="utf-8")
     model.save_pretrained(folder)
@@ -119,7 +120,7 @@ def gguf_tokenizer(file: str) -> PreTrainedTokenizerBase:
     """Returns the tokenizer of a GGUF file, or the one beside it, which encodes as the original does."""
     tokenizer = load_tokenizer(file)
     plain = isinstance(tokenizer.backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
-    if plain and gguf_field(file, "tokenizer.ggml.pre") in SINGLE_DIGITS:
+    if plain and gguf_words(file).get("tokenizer.ggml.pre") in SINGLE_DIGITS:
         digits, bytes_ = (
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -128,7 +129,9 @@ def gguf_tokenizer(file: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def gguf_field(file: str, name: str) -> str | None:
-    """Returns a word in the header of a GGUF file, or None."""
-    found = importlib.import_module("gguf").GGUFReader(file).get_field(name)
-    return None if found is None else found.contents()
+@cache
+def gguf_words(file: str) -> dict[str, str]:
+    """Returns the words in the header of a GGUF file, by name; reading it takes seconds."""
+    gguf = importlib.import_module("gguf")
+    fields = gguf.GGUFReader(file).fields.items()
+    return {name: field.contents() for name, field in fields if field.types[:1] == [gguf.GGUFValueType.STRING]}
