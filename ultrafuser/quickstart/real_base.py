@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_ultrafuser.architecture_ultrafuser import backbone_class, empty_model
 from modeling_ultrafuser.checkpoint_ultrafuser import empty_tensors
@@ -55,7 +55,7 @@ def check_base(given: str, adapters: Mapping[str, Path]) -> Source:
     except Refusal as error:
         rule = "The base is a folder, a GGUF file or a repository on the Hub"
         raise type(error)(error.fact, rule, f"{error.way_out} {WAYS}", about="base") from error
-    _check_adapters(given, config, adapters)
+    check_adapters(given, config, adapters)
     if is_gguf(source.location):
         tokenizer = gguf_tokenizer(source.location)
     else:
@@ -71,7 +71,12 @@ def check_base(given: str, adapters: Mapping[str, Path]) -> Source:
     return source
 
 
-def _check_adapters(given: str, config, adapters: Mapping[str, Path]) -> None:
+def check_adapters(given: str, config: PreTrainedConfig, adapters: Mapping[str, Path]) -> None:
+    """Refuses a base whose layers are not those that the adapters are on.
+
+    Raises:
+        ValueError: Naming the first adapter that does not fit.
+    """
     layers = adaptable(empty_model("base", config), backbone_class(config.get_text_config(decoder=True)))
     for name, folder in adapters.items():
         try:

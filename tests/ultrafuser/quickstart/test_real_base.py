@@ -5,16 +5,19 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from typer.testing import CliRunner
 
+from modeling_ultrafuser.files_ultrafuser import read_json
 from tests.support import small_real
 from tests.support.conversations import CHAT_TEMPLATE
 from tests.support.gguf_files import write
 from tests.support.mixes import prompt
 from tests.support.tiny import specialist, tokenizer
 from ultrafuser.cli.app import app
-from ultrafuser.quickstart.real_base import check_base, gguf_tokenizer, write_folder
+from ultrafuser.licences import read_ingredient
+from ultrafuser.quickstart.real_base import COMMIT, MODEL, check_adapters, check_base, gguf_tokenizer, write_folder
+from ultrafuser.quickstart.real_data import HERE, Materials
 
 
 SMOLLM = {"tokenizer.ggml.pre": "smollm", "tokenizer.chat_template": CHAT_TEMPLATE, "general.license": "mit"}
@@ -36,6 +39,19 @@ def file(made, tmp_path):
 def test_a_base_of_the_adapters_is_read_without_its_weights(made):
     source = check_base(str(made / "base"), small_real.materials(made).adapters)
     assert source.location == str(made / "base")
+
+
+@pytest.mark.parametrize("folder", sorted((HERE / "specialists").iterdir()), ids=lambda folder: folder.name)
+def test_a_shipped_adapter_fits_the_base_that_its_card_names(folder):
+    assert folder.name in Materials().adapters
+    assert read_ingredient(folder.name, str(folder)).licence == "apache-2.0"
+    config = read_json(folder / "adapter_config.json")
+    assert (config["base_model_name_or_path"], config["revision"]) == (MODEL, COMMIT)
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    check_adapters(MODEL, LlamaConfig(**sizes, **heads), {folder.name: folder})
+    with pytest.raises(ValueError, match="is not the base of the adapter"):
+        check_adapters("another", LlamaConfig(**sizes | {"hidden_size": 1152}, **heads), {folder.name: folder})
 
 
 @pytest.mark.parametrize(
