@@ -52,9 +52,8 @@ def test_the_folder_is_a_fused_model_whose_gate_was_trained(done):
 
 def test_run_again_it_says_the_same_and_makes_nothing_anew(done, go, capfd, monkeypatch):
     out, losses = done
-    for name in ("local_base", "_fit_gate", "_losses", "_answer"):
-        if name != "local_base":
-            monkeypatch.setattr(real, name, None)
+    for name in ("_fit_gate", "_losses", "_answer"):
+        monkeypatch.setattr(real, name, None)
     monkeypatch.setattr(real, "reload_elsewhere", lambda *arguments: [""])
     assert go(out) == losses
     said = capfd.readouterr().out
@@ -83,10 +82,10 @@ def test_the_shipped_sets_are_small_and_share_no_question():
     assert real.Materials().gate_rows.stat().st_size < 200_000
 
 
-@pytest.mark.parametrize("colours", [True, False])
-def test_the_command_takes_the_folder_and_the_base(colours, made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("given", [True, False])
+def test_the_command_takes_the_folder_and_the_base(given, made, tmp_path, monkeypatch):
     monkeypatch.setattr(real, "run", lambda out, **options: print(out, options))
-    base = ["--base", str(made / "base")] if colours else []
+    base = ["--base", str(made / "base")] if given else []
     done = CliRunner().invoke(app, ["quickstart", "--real", *base])
-    given = {"base": str(made / "base")} if colours else {}
-    assert done.output.split("ultrafuser-real", 1)[1].strip() == str({"seed": 0, "overwrite": False, **given})
+    given = {"base": str(made / "base")} if given else {}
+    assert done.output.split("ultrafuser-real", 1)[1].strip() == str({**given, "seed": 0, "overwrite": False})

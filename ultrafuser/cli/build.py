@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from typer import Argument, Option
 from ..plain import Console, echo
 from ..strategies import DEFAULT_GATE, FUSION_HELP, GATE_HELP, SPARSIFIER_HELP
 from .arguments import Base, Folder, Json, Out, SpecialistName, loading_code, named
-from .group import Group, hide_bars, hide_trl_warning
+from .group import Group, hide_bars, hide_loading_bars, hide_trl_warning
 
 
 group = Group("Fuse")
@@ -40,22 +41,32 @@ def quickstart(
     """
     if base is not None and not real:
         raise typer.BadParameter("--base is of the real quickstart: add --real.")
-    os.environ.update(TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
-    if not real or (base is not None and os.path.exists(base)):
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    # bars for what takes long only
-    hide_bars()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     hide_trl_warning()
-    # heavy imports only once they are needed, so that --help answers at once
     if real:
-        from ..quickstart import real as real_quickstart
+        _quickstart_real(out or Path("ultrafuser-real"), {} if base is None else {"base": base}, seed, overwrite)
+        return
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # bars for what takes long only: training
+    hide_bars()
+    # heavy imports only once they are needed, so that --help answers at once
+    from ..quickstart import toy
 
-        given = {} if base is None else {"base": base}
-        real_quickstart.run(out or Path("ultrafuser-real"), seed=seed, overwrite=overwrite, **given)
-    else:
-        from ..quickstart import toy
+    toy.run(out or Path("ultrafuser-quickstart"), seed=seed, overwrite=overwrite)
 
-        toy.run(out or Path("ultrafuser-quickstart"), seed=seed, overwrite=overwrite)
+
+def _quickstart_real(out: Path, base: dict[str, str], seed: int, overwrite: bool) -> None:
+    # libraries read these when they are imported
+    if any(map(os.path.exists, base.values())):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"
+    from ..quickstart import real
+
+    # those of downloads stay
+    hide_loading_bars()
+    real.run(out, **base, seed=seed, overwrite=overwrite)
 
 
 @group.command()

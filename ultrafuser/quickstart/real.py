@@ -94,7 +94,7 @@ def run(
         _begin(out, settings, overwrite)
         say, began = Console().print, time.monotonic()
         set_seed(seed)
-        say("1/4 The base", style="bold")
+        say(f"1/4 The base: {base}", style="bold")
         place = local_base(source, out)
         say(
             "2/4 Three specialists of it, fused; the gate is fitted on one pass over a few conversations", style="bold"
