@@ -42,7 +42,7 @@ def experiments(root: Path = ROOT) -> list[str]:
 
 
 def read(experiment: str, root: Path = ROOT) -> list[Run]:
-    """Every run that an experiment's config asks for, all seeds of a variant together.
+    """Every run that an experiment's config asks for, all seeds of a variant together. A variant may name its own seeds.
 
     Raises:
         ValueError: If the config is not what a config must be.
@@ -60,7 +60,8 @@ def read(experiment: str, root: Path = ROOT) -> list[Run]:
     if odd := [name for name, own in found["variants"].items() if not isinstance(own or {}, dict)]:
         raise ValueError(f"{path}: a variant is settings by name, but {odd[0]!r} is {found['variants'][odd[0]]!r}.")
     variants = {name: merged(found.get("shared") or {}, own or {}) for name, own in found["variants"].items()}
-    runs = [Run(experiment, v, seed, found["runner"], s) for v, s in variants.items() for seed in found["seeds"]]
+    seeds = {name: own.pop("seeds", found["seeds"]) for name, own in variants.items()}
+    runs = [Run(experiment, v, seed, found["runner"], s) for v, s in variants.items() for seed in seeds[v]]
     if len({run.path(root) for run in runs}) < len(runs):
         raise ValueError(f"{path} has two runs that would write the same file. Give every variant a name of its own.")
     return runs

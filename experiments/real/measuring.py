@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.real import instructions, scoring
 from experiments.real.generating import answers
-from experiments.real.packing import IGNORED, shared_start, tokenised
+from experiments.real.packing import shared_start, tokenised
+from experiments.real.parts import PARTS, Part, first_of_each_kind, read
 
 
 LOSSES = {  # name of the measure: file
@@ -27,6 +27,7 @@ LOSSES = {  # name of the measure: file
     "text": "prose-held-out-answered",
     "mixed": "mixed-held-out",
 }
+ALL = [*PARTS, "losses"]
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--cache", type=Path, default=Path("cache"))
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--first", type=int, default=None, help="questions of each kind, at most")
     options = parser.parse_args()
     model, tokenizer = loaded(options.model, options.adapter)
@@ -46,7 +47,8 @@ def main() -> None:
         if part in done:
             continue
         began = time.process_time()
-        done[part] = PARTS[part](model, tokenizer, options) | {"seconds": round(time.process_time() - began)}
+        measure = losses if part == "losses" else share(PARTS[part])
+        done[part] = measure(model, tokenizer, options) | {"seconds": round(time.process_time() - began)}
         print(part, json.dumps({k: v for k, v in done[part].items() if k != "replies"}), flush=True)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         partial = options.out.with_suffix(".partial")
@@ -65,105 +67,59 @@ def loaded(source: str, adapter: str | None):
     return model, tokenizer
 
 
-def rows(options, name: str) -> list[dict]:
-    """Rows of a data file, the first of each kind if fewer are wanted."""
-    kept, counts = [], defaultdict(int)
-    for line in (options.data / f"{name}.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        counts[row.get("kind")] += 1
-        if options.first is None or counts[row.get("kind")] <= options.first:
-            kept.append(row)
-    return kept
-
-
-def by_kind(kinds: list[str], right: list[bool], replies: list[str]) -> dict:
-    """Share that is right, in all and of each kind, with the replies."""
-    each = defaultdict(list)
-    for kind, good in zip(kinds, right, strict=True):
-        each[kind].append(good)
-    shares = {kind: [sum(goods), len(goods)] for kind, goods in each.items()}
-    return {"right": sum(right), "of": len(right), "kinds": shares, "replies": replies}
-
-
-def exact_match(file: str, longest: int, only: str | None = None):
-    """A measure of numbers by exact match, of all kinds or one."""
+def share(part: Part):
+    """A measure: how many answers are right, in all and of each kind, with the replies."""
 
     def measure(model, tokenizer, options) -> dict:
-        found = [row for row in rows(options, file) if only in (None, row["kind"])]
-        replies = answers(model, tokenizer, [row["messages"][0]["content"] for row in found], longest)
-        right = [scoring.exact(reply, row["answer"]) for reply, row in zip(replies, found, strict=True)]
-        return by_kind([row["kind"] for row in found], right, replies)
+        rows = first_of_each_kind(part.rows(options.data, options.cache), options.first)
+        replies = answers(model, tokenizer, [part.question(row) for row in rows], part.longest)
+        checks = [part.check(row, reply) for row, reply in zip(rows, replies, strict=True)]
+        return {**counted([row["kind"] for row in rows], checks), "replies": replies}
 
     return measure
 
 
-def tests_pass(model, tokenizer, options) -> dict:
-    """Small functions whose tests run."""
-    found = rows(options, "tasks-held-out")
-    replies = answers(model, tokenizer, [row["messages"][0]["content"] for row in found], 160)
-    right = [scoring.passes(reply, row["tests"]) for reply, row in zip(replies, found, strict=True)]
-    return by_kind([row["kind"] for row in found], right, replies)
+def counted(kinds: list[str], checks: list[dict[str, bool]]) -> dict:
+    """How many are right, of how many, by kind, and what else was checked."""
+    each = defaultdict(list)
+    for kind, check in zip(kinds, checks, strict=True):
+        each[kind].append(next(iter(check.values())))
+    totals = {name: sum(check[name] for check in checks) for name in checks[0]}
+    return {**totals, "of": len(checks), "kinds": {kind: [sum(goods), len(goods)] for kind, goods in each.items()}}
 
 
-def mixed(model, tokenizer, options) -> dict:
-    """Word problems that need a program and a number: both, and each alone."""
-    found = rows(options, "mixed-held-out")
-    replies = answers(model, tokenizer, [row["messages"][0]["content"] for row in found], 200)
-    runs = [scoring.passes(reply, row["tests"]) for reply, row in zip(replies, found, strict=True)]
-    right = [scoring.exact(reply, row["answer"]) for reply, row in zip(replies, found, strict=True)]
-    both = [a and b for a, b in zip(runs, right, strict=True)]
-    return by_kind(["both"] * len(found), both, replies) | {"program": sum(runs), "number": sum(right)}
-
-
-def human_eval(model, tokenizer, options) -> dict:
-    """HumanEval, pass@1, greedy."""
-    suite = scoring.HumanEval(options.cache)
-    problems = suite.problems[: options.first]
-    replies = answers(model, tokenizer, suite.questions()[: options.first], 256, batch=41)
-    right = [suite.solved(problem, reply) for problem, reply in zip(problems, replies, strict=True)]
-    return by_kind(["HumanEval"] * len(right), right, replies)
-
-
-def constraints(model, tokenizer, options) -> dict:
-    """Instructions about an answer's form."""
-    found = rows(options, "instructions-held-out")
-    replies = answers(model, tokenizer, [row["question"] for row in found], 128)
-    right = [instructions.kept(row, reply) for row, reply in zip(found, replies, strict=True)]
-    return by_kind([row["kind"] for row in found], right, replies)
-
-
-@torch.no_grad()
 def losses(model, tokenizer, options) -> dict:
     """Nats per token of the held-out answers of each domain."""
-    start, measured = shared_start(tokenizer), {}
+    measured = {}
     for name, file in LOSSES.items():
-        if not (options.data / f"{file}.jsonl").exists():
-            continue
-        total = count = 0
-        for row in rows(options, file):
-            example = tokenised(tokenizer, row["messages"], len(start))
-            ids = torch.tensor([start + example.ids])
-            targets = torch.tensor([[IGNORED] * len(start) + example.labels])[:, 1:]
-            logits = model(input_ids=ids).logits[:, :-1].float()
-            learned = targets != IGNORED
-            total += torch.nn.functional.cross_entropy(logits[learned], targets[learned], reduction="sum").item()
-            count += int(learned.sum())
-        measured[name] = {"nats": round(total / count, 4), "tokens": count}
+        if (path := options.data / f"{file}.jsonl").exists():
+            rows = first_of_each_kind(read(path), options.first)
+            sums, counts = zip(*example_losses(model, tokenizer, rows), strict=True)
+            measured[name] = {"nats": round(sum(sums) / sum(counts), 4), "tokens": sum(counts)}
     return measured
 
 
-PARTS = {
-    "products": exact_match("arithmetic-held-out", 110, only="product"),
-    "arithmetic": exact_match("arithmetic-held-out", 110),
-    "tasks": tests_pass,
-    "losses": losses,
-    "mixed": mixed,
-    "constraints": constraints,
-    "HumanEval": human_eval,
-    "school trained": exact_match("school-trained", 64),
-    "school harder": exact_match("school-harder", 64),
-    "school never trained": exact_match("school-never-trained", 64),
-}
+@torch.inference_mode()
+def example_losses(model, tokenizer, rows: list[dict], *, prompts: bool = False) -> list[tuple[float, int]]:
+    """Summed loss in nats and number of tokens of each row's answer.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        rows: Conversations of one question.
+        prompts: Whether to score the question instead, behind the beginning that all conversations share.
+    """
+    start, found = shared_start(tokenizer), []
+    for row in rows:
+        example = tokenised(tokenizer, row["messages"], len(start))
+        answer = sum(label >= 0 for label in example.labels)
+        ids = torch.tensor([start + (example.ids[: len(example.ids) - answer] if prompts else example.ids)])
+        count = len(example.ids) - answer if prompts else answer
+        ids = ids.to(model.device)
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=count + 1).logits[0, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits, ids[0, -count:], reduction="sum")
+        found.append((loss.item(), count))
+    return found
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,13 +30,15 @@ def main() -> None:
     parser.add_argument("--data", required=True, nargs="+", help="JSON lines with `messages`")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--start", help="folder of an adapter to go on from; default: a new one")
+    parser.add_argument("--rank", type=int, default=8, help="of a new adapter")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--rows", type=int, default=2, help="rows of a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=25)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", default="cpu")
     tune(parser.parse_args())
 
 
@@ -44,7 +46,7 @@ def tune(options: argparse.Namespace) -> None:
     """Trains to the last step and saves the adapter."""
     torch.manual_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
-    model = adapted(options.base, options.rank)
+    model = adapted(options.base, options.rank, options.start).to(options.device)
     if options.compile:
         for layer in model.base_model.model.model.layers:
             layer.compile()
@@ -56,7 +58,7 @@ def tune(options: argparse.Namespace) -> None:
     while step < options.steps:
         for group in optimizer.param_groups:
             group["lr"] = options.rate * schedule(step, options.steps)
-        batch = batches.at(step)
+        batch = Batch(*(part.to(options.device) for part in batches.at(step)))
         loss = loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -68,9 +70,11 @@ def tune(options: argparse.Namespace) -> None:
             save(options.out, model, optimizer, step)
 
 
-def adapted(base: str, rank: int):
-    """The base with a new LoRA adapter on all linear layers of its blocks."""
+def adapted(base: str, rank: int, start: str | None = None):
+    """The base with a LoRA adapter to train: the one in `start`, or a new one on all linear layers of its blocks."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if start:
+        return PeftModel.from_pretrained(model, start, is_trainable=True).float()
     return get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, task_type="CAUSAL_LM")
     )

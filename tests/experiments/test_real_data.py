@@ -3,6 +3,9 @@ import re
 import pytest
 
 from experiments.real import arithmetic, coding, functions, instructions, scoring
+from experiments.real.dataset import programmed
+from experiments.real.parts import PARTS, first_of_each_kind
+from experiments.real.splitting import held_out
 
 
 ITEMS = arithmetic.training_items(0, 600)
@@ -98,7 +101,7 @@ def test_topics_of_held_out_questions_are_others():
     def topics(questions):
         return {topic for topic in instructions.TOPICS for question in questions if topic in question}
 
-    exact = {topic for topic in instructions.TOPICS if instructions.held_out("topic", topic)}
+    exact = {topic for topic in instructions.TOPICS if held_out("topic", topic)}
     assert topics(asked) & exact
     assert not {q for q in trained if any(q == form.format(t) for form in instructions.PROSE for t in exact)}
 
@@ -124,3 +127,21 @@ def test_the_program_of_a_word_problem_returns_its_answer():
         space = {}
         exec("\n".join(["def solve():", *(f"    {line}" for line in arithmetic.program_lines(item))]), space)
         assert space["solve"]() == int(item.answer), item
+
+
+def test_a_mixed_answer_is_right_if_its_program_and_its_number_are():
+    row = programmed(next(item for item in ITEMS if item.kind == "word problem"))
+    reply, wrong = row["messages"][1]["content"], f"Answer: {int(row['answer']) + 1}"
+    assert PARTS["mixed"].check(row, reply) == {"right": True, "program": True, "number": True}
+    assert PARTS["mixed"].check(row, reply.replace(f"Answer: {row['answer']}", wrong)) == {
+        "right": False,
+        "program": True,
+        "number": False,
+    }
+    assert PARTS["mixed"].check(row, f"Answer: {row['answer']}") == {"right": False, "program": False, "number": True}
+
+
+def test_the_first_of_each_kind_are_taken_in_order():
+    rows = [{"kind": kind} for kind in "aababb"]
+    assert first_of_each_kind(rows, 2) == [rows[i] for i in (0, 1, 2, 4)]
+    assert first_of_each_kind(rows, None) == rows

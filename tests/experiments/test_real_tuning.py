@@ -1,12 +1,17 @@
+import argparse
 from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from experiments.real import tuning
+from experiments.real.dataset import row, write
 from experiments.real.packing import IGNORED, Example, collate, rows_of
-from experiments.real.tuning import loss_of, schedule
+from experiments.real.tuning import loss_of, schedule, tune
+from tests.support import adapted
 
 
 START, LENGTH, PAD = [1, 5, 6], 24, 2
@@ -61,3 +66,53 @@ def test_every_example_is_in_one_row_and_no_row_is_too_long():
 def test_the_rate_rises_stays_and_falls():
     rates = [schedule(step, 1000) for step in range(1001)]
     assert rates[0] < rates[10] < rates[20] == rates[600] == 1.0 > rates[800] > rates[950] > rates[1000] == 0.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base, adapters of it, and conversations."""
+    folder = tmp_path_factory.mktemp("tuning")
+    adapted.make(folder)
+    write(folder / "data.jsonl", [row("sum", f"{i}+{i}?", f"Answer: {2 * i}") for i in range(30)])
+    return folder
+
+
+def tuned(folder, out, start=None):
+    """The weights of an adapter that is tuned for some steps."""
+    settings = {"steps": 5, "rank": 2, "rate": 1e-2, "length": 96, "rows": 2, "seed": 0, "save_every": 2}
+    paths = {"base": str(folder / "base"), "data": [str(folder / "data.jsonl")], "out": out, "start": start}
+    tune(argparse.Namespace(**paths, **settings, compile=False, device="cpu"))
+    return load_file(out / "adapter_model.safetensors")
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_tuning_that_is_killed_ends_with_the_same_adapter(folder, tmp_path, monkeypatch, step):
+    whole = tuned(folder, tmp_path / "whole")
+    at, calls = tuning.Batches.at, []
+
+    def killed(self, number):
+        calls.append(number)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return at(self, number)
+
+    monkeypatch.setattr(tuning.Batches, "at", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(folder, tmp_path / "killed")
+    assert equal(tuned(folder, tmp_path / "killed"), whole)
+    # what was kept is not trained again
+    assert calls[step:] == list(range((step - 1) // 2 * 2, 5))
+
+
+@pytest.mark.e2e
+def test_tuning_goes_on_from_an_adapter(folder, tmp_path):
+    start = load_file(folder / "math" / "adapter_model.safetensors")
+    found = tuned(folder, tmp_path / "further", start=str(folder / "math"))
+    assert found.keys() == start.keys()
+    moved = [(found[name].float() - start[name]).abs().max().item() for name in start]
+    assert 0 < max(moved) < 0.1

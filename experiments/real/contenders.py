@@ -1,0 +1,130 @@
+"""Makes the models of the study. What takes long is kept in the contender's folder, so that a killed run goes on."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from experiments.real.measuring import example_losses
+from experiments.real.workshop import Workshop
+from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.gate_base_ultrafuser import Reads
+from modeling_ultrafuser.gates_ultrafuser import GATES
+from trainers import CachedGateTrainer, GateStageConfig, JointStageConfig, JointTrainer
+from ultrafuser.atomic import write_json
+from ultrafuser.merge import MERGES
+from ultrafuser.merge.merged_model import merge
+
+
+PLAIN = {"bf16": False, "gradient_checkpointing": False, "max_length": 512, "mixed_share": 0.0}
+PLAIN |= {"logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+FEW = 8  # conversations of each domain that say which factor a merge takes
+LEARNED = "learned.pt"
+
+
+def tuned(shop: Workshop, place: Path, **how):
+    """The base with one adapter that is tuned on some data."""
+    return shop.single(shop.tuned(place, how))
+
+
+def merged(shop: Workshop, place: Path, *, method: str, by_depth: bool = False):
+    """One model of the adapters, with the factor that predicts what gates are trained on best."""
+    base = shop.plain_base()
+    models = {name: shop.single(path).cpu() for name, path in shop.adapters.items()}
+
+    def made(factor: float):
+        return merge(models, method, base=base, weight=factor, by_depth=by_depth, seed=shop.seed).to(shop.device)
+
+    file = place / "factor.json"
+    if not file.exists():
+        rows = [row for rows in shop.gate_data().values() for row in rows[:FEW]]
+        average = MERGES[method].averages and not by_depth and not MERGES[method].needs_base
+        factors = (1.0,) if average else (1 / len(models), 0.75, 1.0)
+        write_json(file, {"factor": min(factors, key=lambda f: _loss(made(f), shop, rows))})
+    return made(json.loads(file.read_text())["factor"])
+
+
+def _loss(model, shop: Workshop, rows: list[dict]) -> float:
+    return sum(loss for loss, _ in example_losses(model, shop.tokenizer, rows))
+
+
+def uniform(shop: Workshop, place: Path, *, fusion: str):
+    """All specialists with equal weights."""
+    return _new(shop, "uniform", fusion).eval().to(shop.device)
+
+
+def fused(shop: Workshop, place: Path, *, gate: str, fusion: str, stage: dict, joint: dict | None = None):
+    """A fused model after stage one; with `joint`, after stage two as well."""
+    first = shop.place({"make": "gate", "gate": gate, "fusion": fusion, "stage": stage}, True)
+    model = _new(shop, gate, fusion)
+    with shop.lock(first):
+        _learned(first, model.model.fusion_gate.named_parameters, lambda: _stage_one(shop, first, model, stage))
+    if joint is not None:
+        model.model.reader.train_only(model, model.config.specialist_names)
+        learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        _learned(place, lambda: learning, lambda: _stage_two(shop, place, model, joint))
+    model.config.use_cache = True
+    return model.requires_grad_(False).eval().to(shop.device)
+
+
+def _new(shop: Workshop, gate: str, fusion: str) -> UltraFuserForCausalLM:
+    set_seed(shop.seed)
+    return UltraFuserForCausalLM.from_specialists(
+        shop.sources(), base=str(shop.base), gate=gate, fusion=fusion, dtype="float32"
+    )
+
+
+def _learned(
+    place: Path, parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]], train: Callable[[], None]
+) -> None:
+    """Trains, or takes what was learned from the folder."""
+    file = place / LEARNED
+    if file.exists():
+        found = torch.load(file, weights_only=True, map_location="cpu")
+        with torch.no_grad():
+            for name, parameter in parameters():
+                parameter.copy_(found[name])
+        return
+    train()
+    partial = file.with_suffix(".partial")
+    torch.save({name: p.detach().cpu().clone() for name, p in parameters()}, partial)
+    partial.rename(file)
+
+
+def _stage_one(shop: Workshop, place: Path, model: UltraFuserForCausalLM, stage: dict) -> None:
+    data = shop.as_datasets()
+    settings = {"save_strategy": "no", "use_cpu": shop.device == "cpu", "seed": shop.seed, **PLAIN, **_batch(stage)}
+    arguments = GateStageConfig(str(place / "stage"), **settings)
+    keep = stage.get("keep", "hidden")
+    past = Reads.PAST in GATES[model.config.gate].reads
+    CachedGateTrainer(
+        model, arguments, data, processing_class=shop.tokenizer, cache=_cache(shop, keep, past), keep=keep
+    ).train()
+
+
+def _batch(stage: dict) -> dict:
+    settings = {name: value for name, value in stage.items() if name != "keep"}
+    return {"per_device_train_batch_size": 8, **settings}
+
+
+def _cache(shop: Workshop, keep: str, past: bool) -> Path:
+    """Folder of the specialists' states. One that holds evidence serves gates that read none as well."""
+    place = shop.place({"make": "cache", "keep": keep, "past": True}, False)
+    return place if past or (place / "cache.json").exists() else shop.place({"make": "cache", "keep": keep}, False)
+
+
+def _stage_two(shop: Workshop, place: Path, model: UltraFuserForCausalLM, joint: dict) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 10, "save_total_limit": 1, "seed": shop.seed}
+    settings |= {"use_cpu": shop.device == "cpu", **PLAIN, **_batch(joint)}
+    arguments = JointStageConfig(str(place / "stage"), **settings)
+    trainer = JointTrainer(model, arguments, shop.as_datasets(), processing_class=shop.tokenizer)
+    begun = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).exists() else None
+    trainer.train(resume_from_checkpoint=begun)
+
+
+MAKERS = {"tuned": tuned, "merge": merged, "uniform": uniform, "fused": fused}
+SEEDED = {"tuned", "merge", "fused"}
