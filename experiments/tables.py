@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from experiments import ledger, paper_tables, robustness_tables
+from experiments import ledger, paper_tables, real_tables, robustness_tables
 from experiments.averages import DOMAINS, files, losses_of, numbers, spread, vector, weights_of
 from ultrafuser.reports import marked_tables
 from ultrafuser.reports.marked_tables import markdown
@@ -260,6 +260,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "verbatim": robustness_tables.verbatim,
     "servers": robustness_tables.servers,
     "durability": robustness_tables.durability,
+    **real_tables.TABLES,
 }
 
 

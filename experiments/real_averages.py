@@ -1,0 +1,122 @@
+"""Reads the study's result files: which question who solved, and how sure a share or a difference of shares is."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments import ledger
+from ultrafuser.evaluation.resampling import interval
+
+
+FUSED, BASE, ORACLE = "fused", "base", "oracle"
+# whose domain it is; text is the base's own
+SPECIALISTS = {"text": BASE, "math": "math specialist", "code": "code specialist"}
+# what nobody can have who does not know the answers
+UNFAIR = (ORACLE, "oracle for each question")
+DOMAIN_OF = {
+    "products": "math",
+    "arithmetic": "math",
+    "school trained": "math",
+    "school harder": "math",
+    "school never trained": "math",
+    "tasks": "code",
+    "HumanEval": "code",
+    "constraints": "text",
+    "mixed": "both",
+}
+DOMAINS = ("math", "code", "functions", "text", "mixed")
+# question to share of the seeds that solve it
+Marks = Mapping[int, float]
+
+
+class Estimate(NamedTuple):
+    """A mean with its 95 % bootstrap interval.
+
+    Attributes:
+        value: The mean.
+        low: Lower end.
+        high: Upper end.
+        of: How many questions or conversations.
+    """
+
+    value: float
+    low: float
+    high: float
+    of: int
+
+
+def results(path: Path) -> dict[str, list[dict]]:
+    """All results of a folder by contender, a seed each, in the config's order and those it does not know behind."""
+    found: dict[str, list[dict]] = {}
+    for file in sorted(path.glob("*.json")):
+        one = json.loads(file.read_text())
+        found.setdefault(one["name"], []).append(one)
+    order = {run.variant: i for i, run in enumerate(ledger.read("real"))}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def parts(found: Mapping[str, list[dict]]) -> list[str]:
+    """Parts that somebody was asked, in one order."""
+    return [part for part in DOMAIN_OF if any(part in one["parts"] for own in found.values() for one in own)]
+
+
+def marks(seeds: list[dict], part: str) -> Marks:
+    """Share of the seeds that solve each question; empty if the contender was not asked."""
+    asked = [one["parts"][part] for one in seeds if part in one["parts"]]
+    return {
+        row: sum(own["right"][place] == "1" for own in asked) / len(asked)
+        for place, row in enumerate(asked[0]["rows"] if asked else [])
+    }
+
+
+def estimate(values: list[float], counts: list[float] | None = None) -> Estimate | None:
+    """The mean of values, or of sums over counts; None of nothing."""
+    if not values:
+        return None
+    sums, counts = np.array(values, dtype=float), np.array(counts or [1.0] * len(values), dtype=float)
+    return Estimate(float(sums.sum() / counts.sum()), *interval([(sums, counts)]), len(values))
+
+
+def share(seeds: list[dict], part: str) -> Estimate | None:
+    """Share of a part that a contender solves."""
+    return estimate(list(marks(seeds, part).values()))
+
+
+def difference(one: list[dict], other: list[dict], part: str) -> Estimate | None:
+    """Share of one contender minus that of another, on the questions that both were asked."""
+    mine, its = marks(one, part), marks(other, part)
+    return estimate([mine[row] - its[row] for row in mine if row in its])
+
+
+def kept(one: list[dict], other: list[dict], part: str) -> Estimate | None:
+    """Share of what another contender solves that this one solves, too."""
+    mine, its = marks(one, part), marks(other, part)
+    solved = [row for row in mine if its.get(row)]
+    return estimate([mine[row] * its[row] for row in solved], [its[row] for row in solved])
+
+
+def loss(seeds: list[dict], domain: str) -> Estimate:
+    """Nats per token of a domain's held-out answers, mean over seeds."""
+    return estimate(*_losses(seeds, domain))
+
+
+def loss_difference(one: list[dict], other: list[dict], domain: str) -> Estimate:
+    """Nats per token minus those of another contender."""
+    (mine, counts), (its, _) = _losses(one, domain), _losses(other, domain)
+    return estimate([a - b for a, b in zip(mine, its, strict=True)], counts)
+
+
+def _losses(seeds: list[dict], domain: str) -> tuple[list[float], list[float]]:
+    own = [one["losses"][domain] for one in seeds]
+    return [sum(nats) / len(own) for nats in zip(*(o["nats"] for o in own), strict=True)], own[0]["tokens"]
+
+
+def right_specialist(found: Mapping[str, list[dict]], part: str) -> str:
+    """The contender whose part it is; where two domains are needed, the specialist that solves most."""
+    domain = DOMAIN_OF[part]
+    if domain in SPECIALISTS:
+        return SPECIALISTS[domain]
+    return max(SPECIALISTS.values(), key=lambda name: share(found[name], part).value)

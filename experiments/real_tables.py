@@ -1,0 +1,175 @@
+"""Tables of the study at a real size, the worst news for the fused model first."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import mean
+
+from experiments.real_averages import (
+    BASE,
+    DOMAINS,
+    FUSED,
+    SPECIALISTS,
+    UNFAIR,
+    Estimate,
+    difference,
+    kept,
+    loss,
+    loss_difference,
+    parts,
+    results,
+    right_specialist,
+    share,
+)
+from ultrafuser.reports.marked_tables import markdown
+
+
+ENOUGH = 0.95  # of what the right specialist solves
+Found = Mapping[str, list[dict]]
+
+
+def worst_news(path: Path) -> str:
+    """By measure the best that is not fused and knows no answers, and how far the fused model is from it.
+
+    Differences are such that below 0 the fused model is worse; those come first, the largest before the others.
+    """
+    found = results(path)
+    rows = [_solving(found, part) for part in parts(found)] + [_predicting(found, domain) for domain in DOMAINS]
+    rows.sort(key=lambda row: row[0])
+    return markdown(
+        ["", "fused", "the best other", "its own", "fused to it", "ahead of fused", "surely"], [row[1] for row in rows]
+    )
+
+
+def _others(found: Found) -> list[str]:
+    return [name for name in found if not name.startswith(FUSED) and name not in UNFAIR]
+
+
+def _solving(found: Found, part: str) -> tuple[float, list[str]]:
+    there = {name: difference(found[FUSED], found[name], part) for name in _others(found)}
+    there = {name: own for name, own in there.items() if own}
+    # not every contender was asked every question: who is best shows on what it shares with the fused model
+    best = min(there, key=lambda name: there[name].value)
+    fused, other, apart = share(found[FUSED], part), share(found[best], part), there[best]
+    cells = [f"{part}, solved", percent(fused), best, percent(other), points(apart)]
+    return apart.value, [*cells, *_ahead(there.values())]
+
+
+def _predicting(found: Found, domain: str) -> tuple[float, list[str]]:
+    there = {name: loss_difference(found[name], found[FUSED], domain) for name in _others(found)}
+    best = min(there, key=lambda name: there[name].value)
+    own, other, apart = loss(found[FUSED], domain), loss(found[best], domain), there[best]
+    cells = [f"{domain}, nats per token", f"{own.value:.3f}", best, f"{other.value:.3f}"]
+    cells.append(f"{apart.value:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}]")
+    return apart.value, [*cells, *_ahead(there.values())]
+
+
+def _ahead(differences) -> list[str]:
+    own = list(differences)
+    return [f"{sum(d.value < 0 for d in own)} of {len(own)}", str(sum(d.high < 0 for d in own))]
+
+
+def percent(own: Estimate | None) -> str:
+    """A share with its interval."""
+    return f"{100 * own.value:.0f} % [{100 * own.low:.0f}, {100 * own.high:.0f}]" if own else ""
+
+
+def points(own: Estimate | None) -> str:
+    """A difference of shares with its interval, in percentage points."""
+    return f"{100 * own.value:+.0f} [{100 * own.low:+.0f}, {100 * own.high:+.0f}]" if own else ""
+
+
+def solved(path: Path) -> str:
+    """Share of each part that every contender solves, the best mean first."""
+    found = results(path)
+    asked = parts(found)
+    common = [part for part in asked if all(share(own, part) for own in found.values())]
+    cells = {name: {part: share(own, part) for part in asked} for name, own in found.items()}
+    means = {name: mean(own[part].value for part in common) for name, own in cells.items()}
+    rows = [
+        [name, f"{100 * means[name]:.1f} %", *(percent(cells[name][part]) for part in asked)]
+        for name in sorted(means, key=means.get, reverse=True)
+    ]
+    return markdown(
+        ["", "mean" if common == asked else f"mean of the {len(common)} that all were asked", *asked], rows
+    )
+
+
+def nats(path: Path) -> str:
+    """Nats per token of held-out answers, the lowest mean first, with the difference from the fused model."""
+    found = results(path)
+    losses = {name: [loss(own, domain).value for domain in DOMAINS] for name, own in found.items()}
+    rows = []
+    for name in sorted(losses, key=lambda name: mean(losses[name])):
+        apart = [loss_difference(found[name], found[FUSED], domain) for domain in DOMAINS]
+        behind = f"{sum(d.high < 0 for d in apart)} lower, {sum(d.low > 0 for d in apart)} higher"
+        rows.append([name, f"{mean(losses[name]):.3f}", *(f"{x:.3f}" for x in losses[name]), behind])
+    return markdown(["", "mean", *DOMAINS, "surely, of 5, to fused"], rows)
+
+
+def retention(path: Path) -> str:
+    """Points that each contender gains or loses on each part against the base, the largest loss first.
+
+    The last column is what it keeps of all that the base solves.
+    """
+    found = results(path)
+    asked, rows = parts(found), []
+    for name, own in found.items():
+        if name != BASE:
+            changes = [difference(own, found[BASE], part) for part in asked]
+            worst = min(change.value for change in changes if change)
+            rows.append((worst, [name, *map(points, changes), percent(_kept_of_all(found, name, asked))]))
+    rows.sort(key=lambda row: row[0])
+    return markdown(["points to the base", *asked, "keeps of what the base solves"], [row for _, row in rows])
+
+
+def _kept_of_all(found: Found, name: str, asked: list[str]) -> Estimate | None:
+    own = [kept(found[name], found[BASE], part) for part in asked]
+    weights = [one.of if one else 0 for one in own]
+    if not sum(weights):
+        return None
+    ends = [sum(one[i] * n for one, n in zip(own, weights, strict=True) if one) / sum(weights) for i in range(3)]
+    return Estimate(*ends, sum(weights))
+
+
+def keeping(path: Path) -> str:
+    """Share of what the right specialist of each part solves that every contender solves, too, the least first.
+
+    A line for each fused model says whether that is 95 % everywhere.
+    """
+    found = results(path)
+    asked = parts(found)
+    right = {part: right_specialist(found, part) for part in asked}
+    cells = {
+        name: {part: kept(own, found[right[part]], part) for part in asked}
+        for name, own in found.items()
+        if name not in SPECIALISTS.values()
+    }
+    least = {name: min((c.value for c in own.values() if c), default=1.0) for name, own in cells.items()}
+    rows = [[name, *(_of(cells[name][part]) for part in asked)] for name in sorted(least, key=least.get)]
+    table = markdown(["", *(f"{part}: of the {right[part]}" for part in asked)], rows)
+    lines = [verdict(name, cells[name]) for name in sorted(least, key=least.get) if name.startswith(FUSED)]
+    return "\n\n".join([table, *lines])
+
+
+def _of(own: Estimate | None) -> str:
+    return f"{percent(own)} of {own.of}" if own else ""
+
+
+def verdict(name: str, cells: Mapping[str, Estimate | None]) -> str:
+    """Says where a contender keeps enough of what the right specialist solves, and where not, the least first."""
+    there = {part: own for part, own in cells.items() if own}
+    short = sorted((part for part in there if there[part].value < ENOUGH), key=lambda part: there[part].value)
+    said = f"{name[0].upper()}{name[1:]}: keeps at least {ENOUGH:.0%} of what the right specialist solves"
+    if not short:
+        return f"{said} in all {len(there)} parts."
+    listed = ", ".join(f"{part} {percent(there[part])} of {there[part].of}" for part in short)
+    return f"{said} in {len(there) - len(short)} of {len(there)} parts. Not in: {listed}."
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "real, worst news": worst_news,
+    "real, solved": solved,
+    "real, nats": nats,
+    "real, retention": retention,
+    "real, keeping": keeping,
+}
