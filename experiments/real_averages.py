@@ -33,7 +33,7 @@ Marks = Mapping[int, float]
 
 
 class Estimate(NamedTuple):
-    """A mean with its 95 % bootstrap interval.
+    """Holds a mean with its 95 % bootstrap interval.
 
     Attributes:
         value: The mean.
@@ -49,7 +49,7 @@ class Estimate(NamedTuple):
 
 
 def results(path: Path) -> dict[str, list[dict]]:
-    """All results of a folder by contender, a seed each, in the config's order and those it does not know behind."""
+    """Reads all results of a folder by contender, a seed each, in the config's order and those it does not know behind."""
     found: dict[str, list[dict]] = {}
     for file in sorted(path.glob("*.json")):
         one = json.loads(file.read_text())
@@ -59,12 +59,12 @@ def results(path: Path) -> dict[str, list[dict]]:
 
 
 def parts(found: Mapping[str, list[dict]]) -> list[str]:
-    """Parts that somebody was asked, in one order."""
+    """Lists parts that somebody was asked, in one order."""
     return [part for part in DOMAIN_OF if any(part in one["parts"] for own in found.values() for one in own)]
 
 
 def marks(seeds: list[dict], part: str) -> Marks:
-    """Share of the seeds that solve each question; empty if the contender was not asked."""
+    """Returns the share of the seeds that solve each question; empty if the contender was not asked."""
     asked = [one["parts"][part] for one in seeds if part in one["parts"]]
     return {
         row: sum(own["right"][place] == "1" for own in asked) / len(asked)
@@ -73,7 +73,7 @@ def marks(seeds: list[dict], part: str) -> Marks:
 
 
 def estimate(values: list[float], counts: list[float] | None = None) -> Estimate | None:
-    """The mean of values, or of sums over counts; None of nothing."""
+    """Averages values, or sums over counts; None of nothing."""
     if not values:
         return None
     sums, counts = np.array(values, dtype=float), np.array(counts or [1.0] * len(values), dtype=float)
@@ -81,30 +81,30 @@ def estimate(values: list[float], counts: list[float] | None = None) -> Estimate
 
 
 def share(seeds: list[dict], part: str) -> Estimate | None:
-    """Share of a part that a contender solves."""
+    """Returns the share of a part that a contender solves."""
     return estimate(list(marks(seeds, part).values()))
 
 
 def difference(one: list[dict], other: list[dict], part: str) -> Estimate | None:
-    """Share of one contender minus that of another, on the questions that both were asked."""
+    """Subtracts the share of another contender, on the questions that both were asked."""
     mine, its = marks(one, part), marks(other, part)
     return estimate([mine[row] - its[row] for row in mine if row in its])
 
 
 def kept(one: list[dict], other: list[dict], part: str) -> Estimate | None:
-    """Share of what another contender solves that this one solves, too."""
+    """Returns the share of what another contender solves that this one solves, too."""
     mine, its = marks(one, part), marks(other, part)
     solved = [row for row in mine if its.get(row)]
     return estimate([mine[row] * its[row] for row in solved], [its[row] for row in solved])
 
 
 def loss(seeds: list[dict], domain: str) -> Estimate:
-    """Nats per token of a domain's held-out answers, mean over seeds."""
+    """Averages nats per token of a domain's held-out answers over seeds."""
     return estimate(*_losses(seeds, domain))
 
 
 def loss_difference(one: list[dict], other: list[dict], domain: str) -> Estimate:
-    """Nats per token minus those of another contender."""
+    """Subtracts nats per token of another contender."""
     (mine, counts), (its, _) = _losses(one, domain), _losses(other, domain)
     return estimate([a - b for a, b in zip(mine, its, strict=True)], counts)
 
@@ -115,7 +115,7 @@ def _losses(seeds: list[dict], domain: str) -> tuple[list[float], list[float]]:
 
 
 def right_specialist(found: Mapping[str, list[dict]], part: str) -> str:
-    """The contender whose part it is; where two domains are needed, the specialist that solves most."""
+    """Names the contender whose part it is; where two domains are needed, the specialist that solves most."""
     domain = DOMAIN_OF[part]
     if domain in SPECIALISTS:
         return SPECIALISTS[domain]

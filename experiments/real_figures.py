@@ -1,4 +1,4 @@
-"""Figures of the study at a real size."""
+"""Draws the study at a real size."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def write(folder: Path) -> None:
 
 
 def draw_shares(shares: dict[str, dict[str, Estimate | None]], asked: list[str]) -> Figure:
-    """Share of every part that each contender solves, with intervals: a panel for each part, a row for each contender.
+    """Draws the share of every part that each contender solves, with intervals: a panel for each part, a row for each contender.
 
     Args:
         shares: Contender to part to share; None where it was not asked.

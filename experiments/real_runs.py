@@ -1,10 +1,11 @@
-"""The study at a real size: a fused model of one real base and adapters of it, beside all that one could do instead.
+"""Compares a fused model of a real base and adapters of it with all that one could do instead.
 
 Base, adapters, data and HumanEval lie in the work folder; nothing is downloaded. Whatever takes long is kept there, in
 `study/`: steps of tuning, rows of a cached pass, blocks of answers, losses of a domain. So a run that is killed goes on, and
 answers of specialists are shared by routers and oracles.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from transformers.utils import logging
@@ -75,23 +76,24 @@ def _asked(shop: Workshop, contender: dict):
 
 
 def _measured(shop: Workshop, asked, part: str, count: int | None) -> dict:
-    """What is right of one part."""
+    """Asks one part, and marks the answers."""
     places, rows = shop.questions(part, count)
     chosen = ""
     if isinstance(asked, Oracle):
-        checks, chosen = asked.checked({n: _checked(shop.specialist(n), part, rows)[0] for n in shop.names})
+        checks, chosen = asked.checked({n: _checked(shop, shop.specialist(n), part, rows)[0] for n in shop.names})
         replies = []
     else:
-        checks, replies = _checked(asked, part, rows)
+        checks, replies = _checked(shop, asked, part, rows)
     marks = {name: "".join(str(int(check[name])) for check in checks) for name in checks[0]}
     kinds = counted([row["kind"] for row in rows], checks)["kinds"]
     return {"rows": places, **marks, "kinds": kinds, "chosen": chosen, "replies": replies[:SHOWN]}
 
 
-def _checked(asked, part: str, rows: list[dict]) -> tuple[list[dict[str, bool]], list[str]]:
+def _checked(shop: Workshop, asked, part: str, rows: list[dict]) -> tuple[list[dict[str, bool]], list[str]]:
     what = PARTS[part]
     replies = asked.answers(part, [what.question(row) for row in rows], what.longest)
-    return [what.check(row, reply) for row, reply in zip(rows, replies, strict=True)], replies
+    with ThreadPoolExecutor(shop.workers) as pool:
+        return list(pool.map(what.check, rows, replies)), replies
 
 
 def check(*, contender: dict, questions: dict, materials: dict) -> None:

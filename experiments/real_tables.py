@@ -1,4 +1,4 @@
-"""Tables of the study at a real size, the worst news for the fused model first."""
+"""Tables the study at a real size, the worst news for the fused model first."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +28,7 @@ Found = Mapping[str, list[dict]]
 
 
 def worst_news(path: Path) -> str:
-    """By measure the best that is not fused and knows no answers, and how far the fused model is from it.
+    """Tables the best of every measure that is not fused and knows no answers, and how far the fused model is from it.
 
     Differences are such that below 0 the fused model is worse; those come first, the largest before the others.
     """
@@ -69,17 +69,17 @@ def _ahead(differences) -> list[str]:
 
 
 def percent(own: Estimate | None) -> str:
-    """A share with its interval."""
+    """Writes a share with its interval."""
     return f"{100 * own.value:.0f} % [{100 * own.low:.0f}, {100 * own.high:.0f}]" if own else ""
 
 
 def points(own: Estimate | None) -> str:
-    """A difference of shares with its interval, in percentage points."""
+    """Writes a difference of shares with its interval, in percentage points."""
     return f"{100 * own.value:+.0f} [{100 * own.low:+.0f}, {100 * own.high:+.0f}]" if own else ""
 
 
 def solved(path: Path) -> str:
-    """Share of each part that every contender solves, the best mean first."""
+    """Tables the share of each part that every contender solves, the best mean first."""
     found = results(path)
     asked = parts(found)
     common = [part for part in asked if all(share(own, part) for own in found.values())]
@@ -95,7 +95,7 @@ def solved(path: Path) -> str:
 
 
 def nats(path: Path) -> str:
-    """Nats per token of held-out answers, the lowest mean first, with the difference from the fused model."""
+    """Tables nats per token of held-out answers, the lowest mean first, with the difference from the fused model."""
     found = results(path)
     losses = {name: [loss(own, domain).value for domain in DOMAINS] for name, own in found.items()}
     rows = []
@@ -107,7 +107,7 @@ def nats(path: Path) -> str:
 
 
 def retention(path: Path) -> str:
-    """Points that each contender gains or loses on each part against the base, the largest loss first.
+    """Tables points that each contender gains or loses on each part against the base, the largest loss first.
 
     The last column is what it keeps of all that the base solves.
     """
@@ -132,7 +132,7 @@ def _kept_of_all(found: Found, name: str, asked: list[str]) -> Estimate | None:
 
 
 def keeping(path: Path) -> str:
-    """Share of what the right specialist of each part solves that every contender solves, too, the least first.
+    """Tables the share of what the right specialist of each part solves that a contender solves, too, the least first.
 
     A line for each fused model says whether that is 95 % everywhere.
     """

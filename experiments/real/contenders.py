@@ -27,12 +27,12 @@ LEARNED = "learned.pt"
 
 
 def tuned(shop: Workshop, place: Path, **how):
-    """The base with one adapter that is tuned on some data."""
+    """Tunes one adapter of the base on some data."""
     return shop.single(shop.tuned(place, how))
 
 
 def merged(shop: Workshop, place: Path, *, method: str, by_depth: bool = False):
-    """One model of the adapters, with the factor that predicts what gates are trained on best."""
+    """Merges the adapters, with the factor that predicts what gates are trained on best."""
     base = shop.plain_base()
     models = {name: shop.single(path).cpu() for name, path in shop.adapters.items()}
 
@@ -53,12 +53,12 @@ def _loss(model, shop: Workshop, rows: list[dict]) -> float:
 
 
 def uniform(shop: Workshop, place: Path, *, fusion: str):
-    """All specialists with equal weights."""
+    """Fuses all specialists with equal weights."""
     return _new(shop, "uniform", fusion).eval().to(shop.device)
 
 
 def fused(shop: Workshop, place: Path, *, gate: str, fusion: str, stage: dict, joint: dict | None = None):
-    """A fused model after stage one; with `joint`, after stage two as well."""
+    """Trains a fused model in stage one; with `joint`, in stage two as well."""
     first = shop.place({"make": "gate", "gate": gate, "fusion": fusion, "stage": stage}, True)
     model = _new(shop, gate, fusion)
     with shop.lock(first):
@@ -112,7 +112,7 @@ def _batch(stage: dict) -> dict:
 
 
 def _cache(shop: Workshop, keep: str, past: bool) -> Path:
-    """Folder of the specialists' states. One that holds evidence serves gates that read none as well."""
+    """Names the folder of the specialists' states. One that holds evidence serves gates that read none as well."""
     place = shop.place({"make": "cache", "keep": keep, "past": True}, False)
     return place if past or (place / "cache.json").exists() else shop.place({"make": "cache", "keep": keep}, False)
 

@@ -58,7 +58,7 @@ def _block(model, tokenizer, prompts: list[str], longest: int) -> list[str]:
 
 @torch.inference_mode()
 def greedy(model, ids: Tensor, mask: Tensor, longest: int, end: int) -> list[list[int]]:
-    """The likeliest next tokens of each row, up to the end token. A row that has ended is read no more.
+    """Returns the likeliest next tokens of each row, up to the end token. A row that has ended is read no more.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Answers and losses of one model, kept in a folder block by block: what is there is not computed again."""
+"""Keeps answers and losses of one model in a folder block by block: what is there is not computed again."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from ultrafuser.provenance import digest
 
 
 class Asked:
-    """A model that is asked, loaded when something is missing.
+    """Asks a model, which is loaded when something is missing.
 
     Args:
         folder: Where its answers and losses are kept. Another model has another folder.
@@ -32,11 +32,11 @@ class Asked:
 
     @cached_property
     def model(self):
-        """The model."""
+        """Loads the model."""
         return self.load()
 
     def answers(self, name: str, questions: list[str], longest: int) -> list[str]:
-        """What it answers to each question. Each block is kept once it is finished."""
+        """Returns its answer to each question. Each block is kept once it is finished."""
         with self.lock:
             return self._answered(name, questions, longest)
 
@@ -53,7 +53,7 @@ class Asked:
         return [done[i] for i in range(len(questions))]
 
     def losses(self, name: str, rows: list[dict], *, prompts: bool = False) -> list[tuple[float, int]]:
-        """Summed loss and number of tokens of each row's answer, or of its question."""
+        """Returns summed loss and number of tokens of each row's answer, or of its question."""
         with self.lock:
             path, found = self._found(f"loss {name}", [[row["messages"] for row in rows], prompts])
             if not found:
@@ -64,7 +64,7 @@ class Asked:
         return [tuple(pair) for pair in found["losses"]]
 
     def seconds(self) -> float:
-        """Processor time of all that is kept."""
+        """Adds up the processor time of all that is kept."""
         return sum(json.loads(path.read_text())["seconds"] for path in self.folder.glob("* [0-9a-f]*.json"))
 
     def _found(self, name: str, identity: list) -> tuple[Path, dict]:

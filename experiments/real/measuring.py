@@ -68,7 +68,7 @@ def loaded(source: str, adapter: str | None):
 
 
 def share(part: Part):
-    """A measure: how many answers are right, in all and of each kind, with the replies."""
+    """Makes a measure: how many answers are right, in all and of each kind, with the replies."""
 
     def measure(model, tokenizer, options) -> dict:
         rows = first_of_each_kind(part.rows(options.data, options.cache), options.first)
@@ -80,7 +80,7 @@ def share(part: Part):
 
 
 def counted(kinds: list[str], checks: list[dict[str, bool]]) -> dict:
-    """How many are right, of how many, by kind, and what else was checked."""
+    """Counts answers that are right, in all and by kind, and what else was checked."""
     each = defaultdict(list)
     for kind, check in zip(kinds, checks, strict=True):
         each[kind].append(next(iter(check.values())))
@@ -101,7 +101,7 @@ def losses(model, tokenizer, options) -> dict:
 
 @torch.inference_mode()
 def example_losses(model, tokenizer, rows: list[dict], *, prompts: bool = False) -> list[tuple[float, int]]:
-    """Summed loss in nats and number of tokens of each row's answer.
+    """Returns summed loss in nats and number of tokens of each row's answer.
 
     Args:
         model: The model.

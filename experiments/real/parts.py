@@ -1,4 +1,4 @@
-"""Questions of every kind that a model is measured on, each with a check of its answers."""
+"""Lists questions of every kind that a model is measured on, each with a check of its answers."""
 
 import json
 from collections import defaultdict
@@ -28,12 +28,12 @@ class Part(NamedTuple):
 
 
 def read(path: Path) -> list[dict]:
-    """Rows of a file of JSON lines."""
+    """Reads a file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def first_of_each_kind(rows: list[dict], count: int | None) -> list[dict]:
-    """The first rows of each kind, in their order; all of them if `count` is None."""
+    """Takes the first rows of each kind, in their order; all of them if `count` is None."""
     kept, counts = [], defaultdict(int)
     for row in rows:
         counts[row["kind"]] += 1
@@ -43,45 +43,45 @@ def first_of_each_kind(rows: list[dict], count: int | None) -> list[dict]:
 
 
 def file(name: str, kinds: Callable[[str], bool] = lambda kind: True):
-    """Reads rows of a data file whose kind is wanted."""
+    """Makes a reader of a data file's rows whose kind is wanted."""
     return lambda data, cache: [row for row in read(data / f"{name}.jsonl") if kinds(row["kind"])]
 
 
 def said(row: dict) -> str:
-    """The user's first message."""
+    """Returns the user's first message."""
     return row["messages"][0]["content"]
 
 
 def exact(row: dict, reply: str) -> dict[str, bool]:
-    """Whether the reply gives the number."""
+    """Tells whether the reply gives the number."""
     return {"right": scoring.exact(reply, row["answer"])}
 
 
 def tests(row: dict, reply: str) -> dict[str, bool]:
-    """Whether the reply's function passes its tests."""
+    """Tells whether the reply's function passes its tests."""
     return {"right": scoring.passes(reply, row["tests"])}
 
 
 def both(row: dict, reply: str) -> dict[str, bool]:
-    """Whether the reply's program passes, whether it gives the number, and whether both hold."""
+    """Tells whether the reply's program passes, whether it gives the number, and whether both hold."""
     program, number = scoring.passes(reply, row["tests"]), scoring.exact(reply, row["answer"])
     return {"right": program and number, "program": program, "number": number}
 
 
 def problems(data: Path, cache: Path) -> list[dict]:
-    """HumanEval's problems as rows."""
+    """Reads HumanEval's problems as rows."""
     suite = scoring.HumanEval(cache)
     asked = zip(suite.problems, suite.questions(), strict=True)
     return [{"kind": "HumanEval", "problem": problem, "question": question} for problem, question in asked]
 
 
 def solved(row: dict, reply: str) -> dict[str, bool]:
-    """Whether the reply's function passes the problem's tests."""
+    """Tells whether the reply's function passes the problem's tests."""
     return {"right": scoring.HumanEval.solved(row["problem"], reply)}
 
 
 def formed(row: dict, reply: str) -> dict[str, bool]:
-    """Whether the reply has the form that was asked for."""
+    """Tells whether the reply has the form that was asked for."""
     return {"right": instructions.kept(row, reply)}
 
 

