@@ -15,6 +15,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from trainers import CachedGateTrainer, GateStageConfig, JointStageConfig, JointTrainer
+from trainers.progress import ProgressOfTraining
 from ultrafuser.atomic import write_json
 from ultrafuser.merge import MERGES
 from ultrafuser.merge.merged_model import merge
@@ -101,9 +102,10 @@ def _stage_one(shop: Workshop, place: Path, model: UltraFuserForCausalLM, stage:
     arguments = GateStageConfig(str(place / "stage"), **settings)
     keep = stage.get("keep", "hidden")
     past = Reads.PAST in GATES[model.config.gate].reads
-    CachedGateTrainer(
-        model, arguments, data, processing_class=shop.tokenizer, cache=_cache(shop, keep, past), keep=keep
-    ).train()
+    where = {"cache": _cache(shop, keep, past), "keep": keep}
+    trainer = CachedGateTrainer(model, arguments, data, processing_class=shop.tokenizer, **where)
+    trainer.add_callback(ProgressOfTraining("stage one"))
+    trainer.train()
 
 
 def _batch(stage: dict) -> dict:
@@ -122,6 +124,7 @@ def _stage_two(shop: Workshop, place: Path, model: UltraFuserForCausalLM, joint:
     settings |= {"use_cpu": shop.device == "cpu", **PLAIN, **_batch(joint)}
     arguments = JointStageConfig(str(place / "stage"), **settings)
     trainer = JointTrainer(model, arguments, shop.as_datasets(), processing_class=shop.tokenizer)
+    trainer.add_callback(ProgressOfTraining("stage two"))
     begun = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).exists() else None
     trainer.train(resume_from_checkpoint=begun)
 

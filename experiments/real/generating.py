@@ -1,11 +1,11 @@
 """Greedy answers to many questions at a time."""
 
-import sys
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from trainers.progress import Progress
 
 
 def answers(
@@ -14,7 +14,7 @@ def answers(
     questions: list[str],
     longest: int,
     batch: int = 32,
-    every: float = 60,
+    title: str = "answers",
     done: dict[int, str] | None = None,
     keep: Callable[[dict[int, str]], None] = lambda found: None,
 ) -> list[str]:
@@ -28,7 +28,7 @@ def answers(
         questions: What the user says, each a conversation of its own.
         longest: New tokens, at most.
         batch: Questions at a time. Those of about one length go together.
-        every: Seconds between two lines of progress.
+        title: What is answered, for lines of progress.
         done: Answers of blocks that were finished before, by index of the question.
         keep: Called with all answers after each block.
     """
@@ -37,16 +37,13 @@ def answers(
         for q in questions
     ]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found, shown = dict(done or {}), time.monotonic()
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        if all(i in found for i in chosen):
-            continue
-        found |= dict(zip(chosen, _block(model, tokenizer, [prompts[i] for i in chosen], longest), strict=True))
-        keep(found)
-        if time.monotonic() - shown > every:
-            print(f"{start + len(chosen)} of {len(order)} answered", file=sys.stderr, flush=True)
-            shown = time.monotonic()
+    blocks, found = [order[start : start + batch] for start in range(0, len(order), batch)], dict(done or {})
+    todo = [block for block in blocks if not all(i in found for i in block)]
+    with Progress(title, len(order), done=len(order) - sum(map(len, todo))) as progress:
+        for block in todo:
+            found |= dict(zip(block, _block(model, tokenizer, [prompts[i] for i in block], longest), strict=True))
+            keep(found)
+            progress.add(len(block))
     return [found[i] for i in range(len(prompts))]
 
 

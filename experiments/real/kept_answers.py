@@ -49,7 +49,9 @@ class Asked:
             write_json(path, {"seconds": before + time.process_time() - began, "replies": replies})
 
         if len(done) < len(questions):
-            return answers(self.model, self.tokenizer, questions, longest, self.batch, done=done, keep=keep)
+            return answers(
+                self.model, self.tokenizer, questions, longest, self.batch, title=name, done=done, keep=keep
+            )
         return [done[i] for i in range(len(questions))]
 
     def losses(self, name: str, rows: list[dict], *, prompts: bool = False) -> list[tuple[float, int]]:
