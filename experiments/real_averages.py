@@ -49,11 +49,21 @@ class Estimate(NamedTuple):
 
 
 def results(path: Path) -> dict[str, list[dict]]:
-    """Reads all results of a folder by contender, a seed each, in the config's order and those it does not know behind."""
+    """Reads all results of a folder by contender, a seed each, in the config's order and those it does not know behind.
+
+    Raises:
+        ValueError: If they are of different bases or adapters.
+    """
     found: dict[str, list[dict]] = {}
     for file in sorted(path.glob("*.json")):
         one = json.loads(file.read_text())
         found.setdefault(one["name"], []).append(one)
+    weights = {tuple(one.get("weights", ())) for own in found.values() for one in own}
+    if len(weights) > 1:
+        raise ValueError(
+            f"Results are compared if they are of one base and the same adapters, but those in {str(path)!r} are of "
+            f"{len(weights)}. Delete the older ones, and run `python -m experiments real` again."
+        )
     order = {run.variant: i for i, run in enumerate(ledger.read("real"))}
     return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
 

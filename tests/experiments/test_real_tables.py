@@ -111,6 +111,12 @@ def test_keeping_is_of_the_right_specialist_and_the_line_names_where_it_is_too_l
     assert line.endswith("products 75 % [25, 100] of 4.")
 
 
+def test_results_of_other_adapters_are_not_compared(folder):
+    write(folder, result("fused", SOLVED["fused"]) | {"weights": ["another"]})
+    with pytest.raises(ValueError, match="of one base and the same adapters, but .* are of 2"):
+        results(folder)
+
+
 def test_the_line_says_so_if_all_is_kept():
     assert verdict("fused", {"products": None}).endswith("in all 0 parts.")
 
