@@ -8,6 +8,7 @@ answers of specialists are shared by routers and oracles.
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from datasets import disable_progress_bars
 from transformers.utils import logging
 
 from experiments.real import contenders
@@ -51,6 +52,7 @@ def study(
         By part which questions are right, and by domain the loss of each conversation.
     """
     logging.disable_progress_bar()
+    disable_progress_bars()
     shop = Workshop(work, seed, **materials)
     asked = _asked(shop, contender)
     losses = {domain: asked.losses(domain, shop.held_out(domain)) for domain in LOSSES}
