@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import disable_progress_bars
 from transformers.utils import logging
 
-from experiments.real import contenders
+from experiments.real import study_contenders
 from experiments.real.measuring import LOSSES, counted
 from experiments.real.parts import PARTS
 from experiments.real.routing import CHOOSERS, Oracle, Routed
@@ -44,7 +44,7 @@ def study(
     Args:
         seed: Of gates, draws and new adapters.
         work: Folder with base, adapters, data and packages, and for all that is made.
-        contender: `make`, a name in `contenders.MAKERS` or `FROM_SPECIALISTS`, and the maker's settings.
+        contender: `make`, a name in `study_contenders.MAKERS` or `FROM_SPECIALISTS`, and the maker's settings.
         questions: Questions of each kind, by part; None for all, 0 to leave the part out.
         materials: As `Workshop` takes them.
 
@@ -73,8 +73,8 @@ def _asked(shop: Workshop, contender: dict):
     how = {name: value for name, value in contender.items() if name != "make"}
     if contender["make"] in FROM_SPECIALISTS:
         return FROM_SPECIALISTS[contender["make"]](shop, **how)
-    place = shop.place(contender, contender["make"] in contenders.SEEDED)
-    return shop.asked(place, lambda: contenders.MAKERS[contender["make"]](shop, place, **how))
+    place = shop.place(contender, contender["make"] in study_contenders.SEEDED)
+    return shop.asked(place, lambda: study_contenders.MAKERS[contender["make"]](shop, place, **how))
 
 
 def _measured(shop: Workshop, asked, part: str, count: int | None) -> dict:
@@ -100,7 +100,7 @@ def _checked(shop: Workshop, asked, part: str, rows: list[dict]) -> tuple[list[d
 
 def check(*, contender: dict, questions: dict, materials: dict) -> None:
     """Checks that a contender is one that can be made, and parts are there."""
-    known = [*contenders.MAKERS, *FROM_SPECIALISTS]
+    known = [*study_contenders.MAKERS, *FROM_SPECIALISTS]
     if contender.get("make") not in known:
         raise ValueError(f"`make` is one of {known}, but is {contender.get('make')!r}.")
     if unknown := set(questions) - set(PARTS):

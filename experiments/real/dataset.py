@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from random import Random
 
-from experiments.real import arithmetic, coding, functions, instructions
+from experiments.real import coding, functions, instructions, worked_arithmetic
 from experiments.real.school import School
 from experiments.real.splitting import draw
 
@@ -44,10 +44,12 @@ def main() -> None:
 def mathematics(out: Path, cache: Path, seed: int) -> None:
     """Arithmetic with steps and questions of the Mathematics Dataset, to tune on and held out."""
     school = School(cache)
-    items = arithmetic.training_items(seed, ARITHMETIC) + school.training_items(seed, SCHOOL)
+    items = worked_arithmetic.training_items(seed, ARITHMETIC) + school.training_items(seed, SCHOOL)
     Random(seed).shuffle(items)
     write(out / "math.jsonl", [worked(item) for item in items])
-    write(out / "arithmetic-held-out.jsonl", [worked(item) for item in arithmetic.held_out_items(seed, HELD_OUT)])
+    write(
+        out / "arithmetic-held-out.jsonl", [worked(item) for item in worked_arithmetic.held_out_items(seed, HELD_OUT)]
+    )
     for part, held_out in school.held_out_items(seed, 20).items():
         write(out / f"school-{part.replace(' ', '-')}.jsonl", [worked(item) for item in held_out])
 
@@ -76,18 +78,18 @@ def mixed(out: Path, seed: int) -> None:
     """Answers of two domains: a word problem, a function that solves it, and the number worked out."""
     for name, wanted in (("mixed", False), ("mixed-held-out", True)):
         random = Random(f"mixed {seed} {wanted}")
-        items = [draw(arithmetic.word_problem, random, wanted) for _ in range(MIXED)]
+        items = [draw(worked_arithmetic.word_problem, random, wanted) for _ in range(MIXED)]
         write(out / f"{name}.jsonl", [programmed(item) for item in items])
 
 
 def for_gate(out: Path, seed: int) -> None:
     """Items of mathematics and code that no specialist was tuned on; prose questions get the base's answers later."""
-    items, tasks = arithmetic.training_items(seed + 1000, GATE), coding.training_tasks(seed + 1000, GATE)
+    items, tasks = worked_arithmetic.training_items(seed + 1000, GATE), coding.training_tasks(seed + 1000, GATE)
     write(out / "math-gate.jsonl", [worked(item) for item in items])
     write(out / "code-gate.jsonl", [written(task) for task in tasks])
 
 
-def worked(item: arithmetic.Item) -> dict:
+def worked(item: worked_arithmetic.Item) -> dict:
     """An item of mathematics as a row: what is said, and what checks it."""
     return row(item.kind, item.question, item.steps) | {"answer": item.answer}
 
@@ -97,10 +99,10 @@ def written(task: coding.Task) -> dict:
     return row(task.kind, task.question, f"```python\n{task.code}\n```") | {"tests": task.tests}
 
 
-def programmed(item: arithmetic.Item) -> dict:
+def programmed(item: worked_arithmetic.Item) -> dict:
     """A word problem as a row that asks for a program and then the number."""
     question = f"{item.question} First write a Python function `solve()` that returns the number, then work it out."
-    body = "\n".join(f"    {line}" for line in arithmetic.program_lines(item))
+    body = "\n".join(f"    {line}" for line in worked_arithmetic.program_lines(item))
     reply = f"```python\ndef solve():\n{body}\n```\n\n{item.steps}"
     tests = [f"assert solve() == {item.answer}"]
     return row("mixed", question, reply) | {"answer": item.answer, "tests": tests}

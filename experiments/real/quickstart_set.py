@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from random import Random
 
-from experiments.real import arithmetic, coding, instructions
+from experiments.real import coding, instructions, worked_arithmetic
 from experiments.real.dataset import programmed, row, worked, written
 from experiments.real.generating import answers
 from experiments.real.measuring import loaded
@@ -39,10 +39,10 @@ def main() -> None:
         return [row("prose", q, whole_sentences(a)) for q, a in zip(questions, replies, strict=True)]
 
     seed = options.seed + FRESH
-    items, tasks = arithmetic.training_items(seed, 60), coding.training_tasks(seed, 60)
+    items, tasks = worked_arithmetic.training_items(seed, 60), coding.training_tasks(seed, 60)
     rows = {"text": prose(60, False), "math": map(worked, items), "code": map(written, tasks)}
     write(GATE_ROWS, {**rows, "both": both(seed, 40, held_out=False)})
-    items, tasks = arithmetic.held_out_items(seed, 3), coding.held_out_tasks(seed, 18)
+    items, tasks = worked_arithmetic.held_out_items(seed, 3), coding.held_out_tasks(seed, 18)
     rows = {"text": prose(18, True), "math": map(worked, items), "code": map(written, tasks)}
     write(HELD_OUT_ROWS, {**rows, "both": both(seed, 18, held_out=True)})
 
@@ -57,7 +57,7 @@ def whole_sentences(reply: str) -> str:
 def both(seed: int, count: int, *, held_out: bool) -> list[dict]:
     """Word problems to solve with a program and in worked steps."""
     random = Random(f"mixed {seed} {held_out}")
-    return [programmed(draw(arithmetic.word_problem, random, held_out)) for _ in range(count)]
+    return [programmed(draw(worked_arithmetic.word_problem, random, held_out)) for _ in range(count)]
 
 
 def write(path: Path, rows: dict) -> None:

@@ -8,9 +8,9 @@ import random
 import sys
 from pathlib import Path
 
-from experiments.real.arithmetic import Item
 from experiments.real.splitting import held_out
 from experiments.real.unpacking import MATHEMATICS, unpacked
+from experiments.real.worked_arithmetic import Item
 
 
 TRAINED = [

@@ -2,14 +2,14 @@ import re
 
 import pytest
 
-from experiments.real import arithmetic, coding, functions, instructions, scoring
+from experiments.real import coding, functions, instructions, scoring, worked_arithmetic
 from experiments.real.dataset import programmed
 from experiments.real.parts import PARTS, first_of_each_kind
 from experiments.real.splitting import held_out
 
 
-ITEMS = arithmetic.training_items(0, 600)
-HELD_OUT = arithmetic.held_out_items(0, 30)
+ITEMS = worked_arithmetic.training_items(0, 600)
+HELD_OUT = worked_arithmetic.held_out_items(0, 30)
 TASKS = coding.training_tasks(0, 300)
 EQUATION = re.compile(r"^\d[\d+*/-]*(=[\d+*/-]+)+$")
 
@@ -33,19 +33,19 @@ def test_the_last_line_is_the_answer_and_follows_from_the_question():
 
 
 def test_the_carry_goes_into_the_next_digit():
-    assert arithmetic.addition_steps(958, 67) == ["8+7=15", "5+6+1=12", "9+0+1=10"]
-    assert arithmetic.subtraction_steps(5032, 1847) == ["12-7=5", "13-5=8", "10-9=1", "5-2=3"]
+    assert worked_arithmetic.addition_steps(958, 67) == ["8+7=15", "5+6+1=12", "9+0+1=10"]
+    assert worked_arithmetic.subtraction_steps(5032, 1847) == ["12-7=5", "13-5=8", "10-9=1", "5-2=3"]
 
 
 def test_no_held_out_product_is_trained_in_any_order_or_in_words():
     asked = {factors(item) for item in HELD_OUT if item.kind == "product"}
-    trained = {factors(item) for item in arithmetic.training_items(1, 4000) if len(factors(item)) == 2}
+    trained = {factors(item) for item in worked_arithmetic.training_items(1, 4000) if len(factors(item)) == 2}
     assert asked
     assert not asked & trained
 
 
 def test_the_same_seed_gives_the_same_items():
-    assert arithmetic.training_items(0, 600) == ITEMS != arithmetic.training_items(1, 600)
+    assert worked_arithmetic.training_items(0, 600) == ITEMS != worked_arithmetic.training_items(1, 600)
 
 
 def test_every_reference_function_passes_its_tests():
@@ -125,7 +125,7 @@ def test_the_program_of_a_word_problem_returns_its_answer():
     assert len({item.question.split()[0] for item in problems}) > 5
     for item in problems:
         space = {}
-        exec("\n".join(["def solve():", *(f"    {line}" for line in arithmetic.program_lines(item))]), space)
+        exec("\n".join(["def solve():", *(f"    {line}" for line in worked_arithmetic.program_lines(item))]), space)
         assert space["solve"]() == int(item.answer), item
 
 

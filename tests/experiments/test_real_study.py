@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from experiments import real_runs
-from experiments.real import contenders, kept_answers, parts, workshop
+from experiments.real import kept_answers, parts, workshop
 from experiments.real.kept_answers import Asked
 from tests.support import small_study
 from trainers import JointTrainer
@@ -90,7 +90,7 @@ def test_what_is_there_is_not_computed_again(work, results, monkeypatch):
 
     for module, name in ((kept_answers, "answers"), (kept_answers, "example_losses"), (workshop, "loaded")):
         monkeypatch.setattr(module, name, again)
-    monkeypatch.setattr(contenders, "_new", again)
+    monkeypatch.setattr(study_contenders, "_new", again)
     for name, contender in CONTENDERS.items():
         assert study(work, contender) == results[name]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from random import Random
 
-from experiments.real import arithmetic, coding, instructions
+from experiments.real import coding, instructions, worked_arithmetic
 from experiments.real.dataset import programmed, row, worked, write, written
 from experiments.real.splitting import draw
 from tests.support import adapted
@@ -31,7 +31,7 @@ def make(work: Path) -> Path:
     sums = [row("sums", f"{i}+{i}?", f"Answer: {2 * i}") | {"answer": str(2 * i)} for i in range(4)]
     for part in ("trained", "harder", "never-trained"):
         write(data / f"school-{part}.jsonl", sums)
-    write(data / "arithmetic-held-out.jsonl", list(map(worked, arithmetic.held_out_items(0, 3))))
+    write(data / "arithmetic-held-out.jsonl", list(map(worked, worked_arithmetic.held_out_items(0, 3))))
     write(data / "tasks-held-out.jsonl", list(map(written, coding.held_out_tasks(0, 4))))
     write(data / "functions-held-out.jsonl", list(map(written, coding.held_out_tasks(1, 4))))
     write(data / "instructions-held-out.jsonl", instructions.instructions(0, 6))
@@ -39,9 +39,12 @@ def make(work: Path) -> Path:
         write(data / f"{name}.jsonl", [{"question": q} for q in instructions.prose_questions(0, 4, wanted)])
     for name, wanted in (("mixed", False), ("mixed-held-out", True)):
         random = Random(name)
-        write(data / f"{name}.jsonl", [programmed(draw(arithmetic.word_problem, random, wanted)) for _ in range(4)])
+        write(
+            data / f"{name}.jsonl",
+            [programmed(draw(worked_arithmetic.word_problem, random, wanted)) for _ in range(4)],
+        )
     for name in ("math", "math-gate"):
-        write(data / f"{name}.jsonl", list(map(worked, arithmetic.training_items(0, 8))))
+        write(data / f"{name}.jsonl", list(map(worked, worked_arithmetic.training_items(0, 8))))
     for name in ("code", "code-gate"):
         write(data / f"{name}.jsonl", list(map(written, coding.training_tasks(0, 8))))
     return work
