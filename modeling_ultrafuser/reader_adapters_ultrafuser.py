@@ -147,12 +147,14 @@ class AdapterReader(Reader):
         outputs = self.read(Tokens(ids), None, use_cache=False)
         for k, name in enumerate(self.config.specialist_names):
             alone = self.one(k)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state.float()
-            difference = (outputs[k].last_hidden_state.float() - alone).abs().max()
-            if not difference <= tolerance * alone.abs().max().clamp(min=1e-6):
+            differences = outputs[k].last_hidden_state.float() - alone
+            # a typical token's: what rounds otherwise in merged weights can move a single one of a deep model far
+            share = (differences.norm(dim=-1) / alone.norm(dim=-1).clamp(min=1e-6)).median()
+            if not share <= 3 * tolerance:
                 raise ValueError(
                     f"Adapters of one base are rows of one batch, but {type(self.base).__name__} does more with a row than "
-                    f"to read it by itself: on a probe, hidden states of {name!r} differ by up to "
-                    f"{difference.item():.3g}. Instead {MERGE_FIRST}."
+                    f"to read it by itself: on a probe, hidden states of {name!r} differ by {share.item():.2%}. Instead "
+                    f"{MERGE_FIRST}."
                 )
 
 

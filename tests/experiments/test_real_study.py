@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from experiments import real_runs
-from experiments.real import kept_answers, parts, workshop
+from experiments.real import kept_answers, parts, study_contenders, workshop
 from experiments.real.kept_answers import Asked
 from tests.support import small_study
 from trainers import JointTrainer

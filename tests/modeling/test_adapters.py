@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     DynamicCache,
+    LlamaModel,
     StaticCache,
     TorchAoConfig,
     set_seed,
@@ -68,6 +69,31 @@ def test_every_specialist_says_what_peft_says_of_its_adapter(family, tmp_path):
         close(fused.specialist(name)(ids).logits, expected)
         assert all((expected - other).abs().max() > 0.1 for other in said.values())
         said[name] = expected
+
+
+@torch.no_grad()
+def test_a_base_whose_rows_see_each_other_is_refused_and_one_token_that_rounds_otherwise_is_not(sources, monkeypatch):
+    plain, seen = LlamaModel.forward, []
+
+    def forward(self, *args, **kwargs):
+        output = plain(self, *args, **kwargs)
+        seen.append(len(output.last_hidden_state))
+        change(output.last_hidden_state)
+        return output
+
+    def one_token(states):
+        states[0, 0] += 0.1 * len(states)
+
+    def every_row(states):
+        states += 0.1 * states.mean(0)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    change = one_token
+    UltraFuserForCausalLM.from_specialists(sources)
+    assert len({*seen}) > 1, "rows were not read together"
+    change = every_row
+    with pytest.raises(ValueError, match="LlamaModel does more with a row.*differ by .*%"):
+        UltraFuserForCausalLM.from_specialists(sources)
 
 
 @pytest.mark.grid
