@@ -1,5 +1,6 @@
 """Specialists that are LoRA adapters of one base say what they say merged, from one copy of the base."""
 
+import functools
 import json
 import os
 import subprocess
@@ -75,6 +76,7 @@ def test_every_specialist_says_what_peft_says_of_its_adapter(family, tmp_path):
 def test_a_base_whose_rows_see_each_other_is_refused_and_one_token_that_rounds_otherwise_is_not(sources, monkeypatch):
     plain, seen = LlamaModel.forward, []
 
+    @functools.wraps(plain)
     def forward(self, *args, **kwargs):
         output = plain(self, *args, **kwargs)
         seen.append(len(output.last_hidden_state))
