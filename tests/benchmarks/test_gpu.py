@@ -31,6 +31,7 @@ def _small(monkeypatch):
         monkeypatch.setattr(gpu, name, value)
 
 
+@pytest.mark.slow
 def test_decoding_is_measured_beside_its_floor(work, tmp_path):
     gpu.decoding(work, tmp_path / "decoding.json", "cpu", rounds=2)
     found = json.loads((tmp_path / "decoding.json").read_text())["batches"]
@@ -47,6 +48,7 @@ def test_decoding_is_measured_beside_its_floor(work, tmp_path):
     assert all(own["least"] <= own["milliseconds"] <= own["most"] for own in found["1"].values())
 
 
+@pytest.mark.slow
 def test_the_dense_model_has_about_three_times_the_weights_of_the_layers(work):
     shop = gpu.Workshop(work, 0, **small_study.MATERIALS)
     one = shop.plain_base()
@@ -57,6 +59,7 @@ def test_the_dense_model_has_about_three_times_the_weights_of_the_layers(work):
     assert 2.5 < layers(gpu.dense(one)) / layers(one) < 3.5
 
 
+@pytest.mark.slow
 def test_the_core_is_in_the_form_of_the_studys_results(work, tmp_path, capsys):
     gpu.core(work, tmp_path / "core", "cpu", time.monotonic() + 600, first=1)
     found = results(tmp_path / "core")

@@ -95,6 +95,7 @@ def test_what_is_there_is_not_computed_again(work, results, monkeypatch):
         assert study(work, contender) == results[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fused", "stage two", "tuned"])
 def test_a_run_that_is_killed_everywhere_ends_with_the_same_numbers(work, results, name, tmp_path, monkeypatch):
     other = tmp_path / "work"
@@ -117,6 +118,7 @@ def test_a_run_that_is_killed_everywhere_ends_with_the_same_numbers(work, result
     assert kills > 8
 
 
+@pytest.mark.slow
 def test_stage_two_that_is_killed_between_steps_goes_on_from_its_checkpoint(work, results, tmp_path, monkeypatch):
     other = tmp_path / "work"
     shutil.copytree(work, other, ignore=shutil.ignore_patterns(f"{small_study.FUSED['make']}-*"))
@@ -137,12 +139,14 @@ def test_stage_two_that_is_killed_between_steps_goes_on_from_its_checkpoint(work
     assert not list((other / "study").rglob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_another_seed_has_another_gate_and_the_same_specialists(work, results):
     found = study(work, small_study.FUSED, seed=1)
     assert found["losses"] != results["fused"]["losses"]
     assert study(work, CONTENDERS["math"], seed=1) == results["math"]
 
 
+@pytest.mark.slow
 def test_more_questions_keep_the_first_ones(work, results):
     more = study(work, CONTENDERS["base"], **{"school trained": 4})["parts"]["school trained"]
     few = results["base"]["parts"]["school trained"]

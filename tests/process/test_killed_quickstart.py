@@ -63,8 +63,8 @@ def outcome(folder):
     return found, read_json(folder / "out" / "answers.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.grid
 def test_killed_at_a_step_the_same_command_ends_as_if_it_had_not_been(moment, whole, commands, words, tmp_path):
     events, *expected = whole
     assert commands.run(*words(tmp_path), under=tmp_path / "out", kill_at=events.index(moment)).code is None
@@ -76,6 +76,7 @@ def test_killed_at_a_step_the_same_command_ends_as_if_it_had_not_been(moment, wh
     assert not {*finished} & {*done.events}
 
 
+@pytest.mark.slow
 def test_a_base_on_the_hub_is_read_at_the_commit_that_is_said(whole, commands, words, server, tmp_path):
     done = commands.run(*words(tmp_path, f"lab/base@{COMMIT}"), under=tmp_path / "out")
     assert done.code == 0, done.said

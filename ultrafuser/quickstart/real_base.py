@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_ultrafuser.architecture_ultrafuser import backbone_class, empty_model
 from modeling_ultrafuser.checkpoint_ultrafuser import empty_tensors
@@ -23,6 +23,7 @@ from modeling_ultrafuser.tokenizer_ultrafuser import load_tokenizer
 
 from ..atomic import new_folder
 from ..check.metadata import SMALL, Source, read
+from ..pretrained import load_model
 
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -110,7 +111,7 @@ def write_folder(file: str, folder: Path) -> None:
     place, gguf_file = gguf_arguments(file)
     with in_words("The base", file):
         tokenizer = gguf_tokenizer(file)
-        model = AutoModelForCausalLM.from_pretrained(place, **gguf_file, **dequantised(), dtype=torch.float32)
+        model = load_model(place, **gguf_file, **dequantised(), dtype=torch.float32)
     # plain weights from here on, which the file's quantisation says nothing about
     model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)
