@@ -50,7 +50,7 @@ language: en
 | licence | Apache-2.0, as the base |
 
 Made by `python -m experiments.real.dataset --out data --seed 0` and
-`python -m experiments.real.tuning --base base --data data/{kind}.jsonl --out {kind} --rank {rank} --steps {steps}`.
+`python -m experiments.real.tuning --base base --data data/{kind}.jsonl --out {kind} --rank {rank} --steps {steps} --compile`.
 
 It is a specialist for `ultrafuser quickstart --real`, of 135 million parameters: it is right more often than its base in its
 own domain, and nothing that it says may be relied on.
