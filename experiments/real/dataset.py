@@ -18,9 +18,14 @@ from experiments.real.splitting import draw
 
 
 ARITHMETIC, SCHOOL = 14_000, 2_000  # items to tune the mathematics specialist on
-TASKS, FUNCTIONS = 5_000, 1_500  # and the code specialist
+TASKS, FUNCTIONS, PROGRAMS = 5_000, 1_500, 800  # and the code specialist
 HELD_OUT = 200  # questions of each kind
 MIXED = 100
+ASK_PROGRAM = [
+    "Write a Python function `solve()` that returns the number.",
+    "Write a Python function `solve()` that returns the answer.",
+    "Implement `solve()` in Python. It returns the number.",
+]
 GATE = 300  # questions of each domain to train the gate on, drawn anew from the training part
 
 
@@ -55,12 +60,13 @@ def mathematics(out: Path, cache: Path, seed: int) -> None:
 
 
 def code(out: Path, seed: int) -> None:
-    """Small functions with tests and documented functions of packages, to tune on and held out."""
+    """Small functions with tests, documented functions of packages, programs for word problems, to tune on and held out."""
     found = functions.functions()
     packaged = functions.sample(functions.split(found, wanted=False), seed, FUNCTIONS)
     tasks = coding.training_tasks(seed, TASKS) + packaged
-    Random(seed).shuffle(tasks)
-    write(out / "code.jsonl", [written(task) for task in tasks])
+    rows = [written(task) for task in tasks] + programs(seed, PROGRAMS)
+    Random(seed).shuffle(rows)
+    write(out / "code.jsonl", rows)
     write(out / "tasks-held-out.jsonl", [written(task) for task in coding.held_out_tasks(seed, HELD_OUT)])
     rest = functions.sample(functions.split(found, wanted=True), seed, HELD_OUT)
     write(out / "functions-held-out.jsonl", [written(task) for task in rest])
@@ -99,13 +105,32 @@ def written(task: coding.Task) -> dict:
     return row(task.kind, task.question, f"```python\n{task.code}\n```") | {"tests": task.tests}
 
 
+def programs(seed: int, count: int) -> list[dict]:
+    """Word problems to write a program for, and no number."""
+    random = Random(f"programs {seed}")
+    items = [draw(worked_arithmetic.word_problem, random, wanted=False) for _ in range(count)]
+    return [
+        row("program", f"{item.question} {random.choice(ASK_PROGRAM)}", program(item)) | {"tests": tests_of(item)}
+        for item in items
+    ]
+
+
+def program(item: worked_arithmetic.Item) -> str:
+    """The function that returns a word problem's answer, as a block of code."""
+    body = "\n".join(f"    {line}" for line in worked_arithmetic.program_lines(item))
+    return f"```python\ndef solve():\n{body}\n```"
+
+
+def tests_of(item: worked_arithmetic.Item) -> list[str]:
+    """What checks a program for a word problem."""
+    return [f"assert solve() == {item.answer}"]
+
+
 def programmed(item: worked_arithmetic.Item) -> dict:
     """A word problem as a row that asks for a program and then the number."""
     question = f"{item.question} First write a Python function `solve()` that returns the number, then work it out."
-    body = "\n".join(f"    {line}" for line in worked_arithmetic.program_lines(item))
-    reply = f"```python\ndef solve():\n{body}\n```\n\n{item.steps}"
-    tests = [f"assert solve() == {item.answer}"]
-    return row("mixed", question, reply) | {"answer": item.answer, "tests": tests}
+    reply = f"{program(item)}\n\n{item.steps}"
+    return row("mixed", question, reply) | {"answer": item.answer, "tests": tests_of(item)}
 
 
 def row(kind: str, question: str, reply: str) -> dict:
