@@ -69,6 +69,8 @@ class Reads(Flag):
 class Gate(nn.Module):
     """Base of all gates: scores, divided by `gate_temperature`, made fewer by `gate_sparsifier`, normalised to weights.
 
+    While it trains, no specialist is left out: one without a weight has no gradient, and could not come back.
+
     With `gate_calibration` it also predicts temperatures, token by token (after Guo et al., 2017, arXiv 1706.04599, whose
     temperature is one number): how sure the fused model, or each specialist of a probability mixture, should be.
 
@@ -113,22 +115,29 @@ class Gate(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, hidden_states: list[Tensor], *evidence: Tensor) -> GateOutput:
+    def forward(self, hidden_states: list[Tensor], *evidence: Tensor, kept: Tensor | None = None) -> GateOutput:
         """Weighs the specialists at every token.
 
         Args:
             hidden_states: Each specialist's last hidden state, after its final norm. Shapes (batch, seq, hidden). If the
                 gate runs before the specialists, the token ids alone. Shape (batch, seq, 1).
             *evidence: As for `scores`.
+            kept: Specialists among which all of the weight is shared out. Default: all. Shape (specialists,).
         """
         with torch.autocast(device_type=hidden_states[0].device.type, enabled=False):
             states = [F.dropout(h.float(), self.dropout, self.training) for h in hidden_states]
             scores = self.scores(states, *evidence)
-            weights = self.normalised(self.sparsifier(scores[..., : self.num_specialists] / self.temperature))
+            weights = self.normalised(self._candidates(scores[..., : self.num_specialists] / self.temperature, kept))
             if self.num_outputs == self.num_specialists:
                 return GateOutput(weights)
             log_scales = scores[..., self.num_specialists :]
             return GateOutput(weights, log_scales.clamp(-LARGEST_LOG_SCALE, LARGEST_LOG_SCALE).exp())
+
+    def _candidates(self, scores: Tensor, kept: Tensor | None) -> Tensor:
+        """Gives a score of minus infinity to the specialists that get no weight."""
+        if kept is not None:
+            scores = scores.masked_fill(~kept, -math.inf)
+        return scores if self.training else self.sparsifier(scores)
 
     def normalised(self, scores: Tensor) -> Tensor:
         """Turns scores into weights: by a softmax over specialists. Shape (batch, seq, specialists)."""
@@ -185,9 +194,9 @@ class Gate(nn.Module):
         return state
 
 
-def run_before_specialists(gate: nn.Module, input_ids: Tensor) -> GateOutput | None:
+def run_before_specialists(gate: nn.Module, input_ids: Tensor, kept: Tensor | None = None) -> GateOutput | None:
     """Runs a gate that reads token ids or nothing; returns None for any other. Shape of `input_ids`: (batch, seq)."""
-    return None if gate.reads & (Reads.STATES | Reads.PAST) else gate([input_ids[..., None]])
+    return None if gate.reads & (Reads.STATES | Reads.PAST) else gate([input_ids[..., None]], kept=kept)
 
 
 def empty(*shape: int) -> nn.Parameter:

@@ -1,5 +1,6 @@
 """The "none" sparsifier: every specialist keeps its weight."""
 
+import torch
 from torch import Tensor
 
 from .sparsifier_base_ultrafuser import Sparsifier
@@ -10,3 +11,6 @@ class NoSparsifier(Sparsifier):
 
     def __call__(self, scores: Tensor) -> Tensor:
         return scores
+
+    def kept(self, weights: Tensor) -> Tensor:
+        return torch.ones_like(weights, dtype=torch.bool)

@@ -2,10 +2,18 @@
 
 from .sparsifier_base_ultrafuser import Sparsifier
 from .sparsifier_none_ultrafuser import NoSparsifier
+from .sparsifier_ratio_ultrafuser import RatioSparsifier
+from .sparsifier_threshold_ultrafuser import ThresholdSparsifier
+from .sparsifier_top_k_ultrafuser import TopKSparsifier
+from .sparsifier_top_p_ultrafuser import TopPSparsifier
 
 
 SPARSIFIERS: dict[str, type[Sparsifier]] = {
     "none": NoSparsifier,
+    "top_k": TopKSparsifier,
+    "top_p": TopPSparsifier,
+    "ratio": RatioSparsifier,
+    "threshold": ThresholdSparsifier,
 }
 NONE = "none"
 

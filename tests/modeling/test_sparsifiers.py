@@ -14,16 +14,6 @@ from modeling_ultrafuser.sparsifiers_ultrafuser import SPARSIFIERS, sparsifier
 from tests.support.mixes import fuse, prompt
 
 
-class TopK(Sparsifier):
-    """The k largest weights."""
-
-    def __init__(self, setting):
-        self.number = int(setting)
-
-    def kept(self, weights):
-        return weights >= weights.topk(self.number, -1).values[..., -1:]
-
-
 class Nobody(Sparsifier):
     """Leaves all out."""
 
@@ -31,14 +21,92 @@ class Nobody(Sparsifier):
         return torch.zeros_like(weights, dtype=torch.bool)
 
 
+def sparse(word, weights):
+    """The weights that a sparsifier leaves of these."""
+    return sparsifier(word)(torch.tensor(weights).log()).softmax(-1)
+
+
+WORDS = ("top_k:2", "top_p:0.7", "top_p:0.75", "ratio:0.45", "threshold:0.25")
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([0.5, 0.3, 0.2], 5 * [[0.625, 0.375, 0.0]]),
+        ([0.4, 0.4, 0.2], [*3 * [[0.5, 0.5, 0.0]], [0.4, 0.4, 0.2], [0.5, 0.5, 0.0]]),
+        ([0.98, 0.01, 0.01], [[98 / 99, 1 / 99, 0.0], *4 * [[1.0, 0.0, 0.0]]]),
+        ([1 / 3] * 3, [[0.5, 0.5, 0.0], *4 * [[1 / 3] * 3]]),
+    ],
+)
+def test_what_is_left_of_four_vectors(weights, expected):
+    for word, left in zip(WORDS, expected, strict=True):
+        torch.testing.assert_close(sparse(word, weights), torch.tensor(left), msg=word)
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.2, 0.1], [1.0, 1e-12, 1e-30]])
+def test_settings_that_keep_everything_change_nothing(weights):
+    for word in ("none", "top_k:3", "top_k:9", "top_p:1.0", "ratio:1e-40", "threshold:0"):
+        assert sparsifier(word).chosen(torch.tensor(weights)).all(), word
+
+
+def test_one_specialist_is_kept_and_of_equals_the_first():
+    for word in ("top_k:1", "top_p:1e-9", "ratio:1", "threshold:0.99"):
+        assert torch.equal(sparse(word, [0.2, 0.5, 0.3]), torch.tensor([0.0, 1.0, 0.0])), word
+    assert torch.equal(sparse("top_k:1", [0.25, 0.5, 0.25]), torch.tensor([0.0, 1.0, 0.0]))
+    assert torch.equal(sparse("top_k:1", [0.4, 0.4, 0.2]), torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_of_two_specialists_three_sparsifiers_say_the_same():
+    """w2 / w1 >= b, w1 < 1 / (1 + b) and w2 >= b / (1 + b) are one condition."""
+    weights = torch.rand(1_000, 1, dtype=torch.double)
+    weights = torch.cat([weights, 1 - weights], -1)
+    for part in (0.1, 0.5, 0.9):
+        words = (f"ratio:{part}", f"top_p:{1 / (1 + part)}", f"threshold:{part / (1 + part)}")
+        first, *others = [sparsifier(word).chosen(weights) for word in words]
+        assert 0 < first.sum() - len(weights) < len(weights)
+        assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("word", [*WORDS, "none"])
+def test_weights_sum_to_one_and_what_is_no_number_stays_none(word):
+    left = sparsifier(word)(torch.randn(500, 4)).softmax(-1)
+    torch.testing.assert_close(left.sum(-1), torch.ones(500))
+    assert sparsifier(word)(torch.tensor([1.0, float("nan"), 0.0])).softmax(-1).isnan().all()
+
+
+def test_a_gate_that_learns_leaves_nobody_out(specialists):
+    fused, ids = fuse(specialists, gate_sparsifier="top_k:1"), prompt()
+    assert (fused(ids).gate_weights == 0).sum(-1).eq(2).all()
+    fused.train()
+    assert (fused(ids, labels=ids).gate_weights > 0).all()
+
+
+def test_one_folder_is_read_with_any_sparsifier(specialists, tmp_path):
+    fuse(specialists).save_pretrained(tmp_path)
+    weights = UltraFuserForCausalLM.from_pretrained(tmp_path, gate_sparsifier="top_k:1")(prompt()).gate_weights
+    assert (weights == 0).sum(-1).eq(2).all()
+    with pytest.raises(ValueError, match="top_k keeps a number"):
+        UltraFuserForCausalLM.from_pretrained(tmp_path, gate_sparsifier="top_k:all")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [*(f"top_k{s}" for s in ("", ":", ":0", ":-1", ":1.5", ":two")), "top_p:0", "top_p:1.1", "top_p:nan"]
+    + [*("top_p", "ratio:0", "ratio:2", "ratio:-inf", "threshold:1", "threshold:-0.1", "threshold:nan", "threshold")],
+)
+def test_a_setting_out_of_range_is_refused_with_the_rule(word):
+    name = word.partition(":")[0]
+    with pytest.raises(ValueError, match=f"{name} keeps .* as in {name}:.* But got"):
+        UltraFuserConfig(gate_sparsifier=word)
+
+
 @pytest.fixture
 def more(monkeypatch):
-    monkeypatch.setitem(SPARSIFIERS, "top_k", TopK)
     monkeypatch.setitem(SPARSIFIERS, "nobody", Nobody)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_a_sparsifier_comes_after_the_temperature_and_what_it_leaves_sums_to_one(fusion, more, specialists):
+def test_a_sparsifier_comes_after_the_temperature_and_what_it_leaves_sums_to_one(fusion, specialists):
     dense, ids = fuse(specialists, fusion=fusion), prompt()
     sparse = fuse(specialists, fusion=fusion, gate_sparsifier="top_k:2")
     sparse.load_state_dict(dense.state_dict())
@@ -56,7 +124,7 @@ def test_the_largest_weight_is_never_left_out(more, specialists):
 
 
 @pytest.mark.e2e
-def test_a_sparsifier_is_saved_and_none_is_not_written(more, specialists, tmp_path):
+def test_a_sparsifier_is_saved_and_none_is_not_written(specialists, tmp_path):
     for word in ("none", "top_k:2"):
         model = fuse(specialists, gate_sparsifier=word)
         model.save_pretrained(tmp_path / word[:4])
