@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .adapters_ultrafuser import EMBEDDING_RANK, HEAD_RANK
 from .compat_ultrafuser import attention_of
 from .families_ultrafuser import (
     SCALE_FIELDS,
@@ -26,7 +27,7 @@ from .sparsifiers_ultrafuser import NONE, sparsifier
 
 
 # counts up when a saved folder changes in a way that older code would misread
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HOTTEST = 1_000_000  # temperature of a gate
 AUTO_MAP = {
     "AutoConfig": "configuration_ultrafuser.UltraFuserConfig",
@@ -55,10 +56,11 @@ class UltraFuserConfig(PreTrainedConfig):
             Default: what suits the fusion rule.
         fusion: What is mixed, a name in `FUSIONS`. "logits" is the paper's (Eq. 1).
         adapters: Where specialists are LoRA adapters of one base, whose configuration all then have: the highest `rank`
-            among them, and the names of the linear layers that any of them adapts, `target_modules`.
+            among them, and the names of the linear layers that any of them adapts, `target_modules`. If any is on the
+            token embedding or on the head, the highest `embedding_rank` or `head_rank`, too.
         vocab_size: Rows of the fused head. Default: the smallest vocabulary among the specialists.
         max_position_embeddings: Longest context, in tokens. Default: the shortest limit among the specialists.
-        format_version: Of the saved folder. A folder newer than this code is refused.
+        format_version: Of the saved folder, the first that knows all its fields. A folder newer than this code is refused.
 
     Raises:
         ValueError: If a choice is unknown or the specialists cannot be fused.
@@ -84,7 +86,7 @@ class UltraFuserConfig(PreTrainedConfig):
     vocab_size: int | None = None
     max_position_embeddings: int | None = None
     initializer_range: float = 0.02
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     use_cache: bool = True
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
@@ -181,7 +183,9 @@ class UltraFuserConfig(PreTrainedConfig):
             # one object, so that what changes it changes it for all
             self.specialists = self.backbones * len(self.specialists)
         configs, backbones = self.specialists, self.backbones
-        self.hidden_size = sum(c.hidden_size for c in backbones)
+        self.hidden_size = max(columns.stop for columns in reader_of(self).head_columns(self))
+        if self.adapters and self.adapters.keys() & {EMBEDDING_RANK, HEAD_RANK}:
+            self.format_version = 2
         self.num_hidden_layers = sum(c.num_hidden_layers for c in backbones)
         for field, values in zip(Heads._fields, zip(*map(heads_of, configs), strict=True), strict=True):
             # absent where specialists differ: readers then fail loudly instead of guessing from `hidden_size`

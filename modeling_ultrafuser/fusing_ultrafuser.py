@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .adapters_ultrafuser import adapted_state
+from .adapters_ultrafuser import HEAD, adapted_head, adapted_state
 from .architecture_ultrafuser import auto_class
 from .checkpoint_ultrafuser import refuse_other_tensors
 from .files_ultrafuser import in_words
@@ -132,7 +132,7 @@ def load_specialists(cls: type[PreTrainedModel], plan: FusionPlan) -> dict[str, 
             plan.dtype = model.dtype
         elif model.dtype != plan.dtype:
             raise unequal_dtypes({name: model.dtype, "the others": plan.dtype})
-        backbone_state, columns = probe_specialist(name, model, config, k, plan.texts[name])
+        backbone_state, columns, scale = probe_specialist(name, model, config, k, plan.texts[name])
         if head is None:
             head = torch.empty(config.vocab_size, config.hidden_size, dtype=plan.dtype)
         head[:, column : column + columns.shape[1]] = columns
@@ -141,6 +141,8 @@ def load_specialists(cls: type[PreTrainedModel], plan: FusionPlan) -> dict[str, 
             with torch.device("meta"):
                 adapted = cls(config).model.specialists[BASE]
             backbone_state = adapted_state(adapted, backbone_state, parts)
+            if hasattr(adapted, HEAD):
+                backbone_state[f"{HEAD}.lora_A"] = adapted_head(head, getattr(adapted, HEAD), parts, scale)
         # a model in memory stays its owner's: training the fused one must not change it
         copied = isinstance(source, PreTrainedModel)
         state |= {f"model.specialists.{name}.{key}": t.clone() if copied else t for key, t in backbone_state.items()}

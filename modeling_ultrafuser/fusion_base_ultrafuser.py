@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 
 from .families_ultrafuser import bounded, soft_cap
 from .outputs_ultrafuser import UltraFuserMixtureOutput
-from .readers_ultrafuser import reader_of
+from .readers_ultrafuser import reader_of, state_widths
 
 
 class Fusion(nn.Module):
@@ -124,5 +124,5 @@ class Fusion(nn.Module):
 
 def specialist_parts(states: Tensor, config) -> Iterator[tuple[Tensor, slice, float | None]]:
     """Yields, for each specialist, its states, its columns of the wide head, and what bounds its logits."""
-    own = states.split([c.hidden_size for c in config.specialists], -1)
+    own = states.split(state_widths(config), -1)
     yield from zip(own, reader_of(config).head_columns(config), map(soft_cap, config.specialists), strict=True)

@@ -101,6 +101,7 @@ class Gate(nn.Module):
         self.temperature = config.gate_temperature
         self.sparsifier = sparsifier(config.gate_sparsifier)
         self.num_specialists = len(config.specialists)
+        self.widths = [c.hidden_size for c in config.specialists]
         self.num_outputs = len(owners(config)[OUTPUTS])
 
     def scores(self, hidden_states: list[Tensor], *evidence: Tensor) -> Tensor:
@@ -119,13 +120,15 @@ class Gate(nn.Module):
         """Weighs the specialists at every token.
 
         Args:
-            hidden_states: Each specialist's last hidden state, after its final norm. Shapes (batch, seq, hidden). If the
-                gate runs before the specialists, the token ids alone. Shape (batch, seq, 1).
+            hidden_states: Each specialist's last hidden state, after its final norm. Shapes (batch, seq, hidden); what a
+                head with adapters reads behind it is left out. If the gate runs before the specialists, the token ids
+                alone. Shape (batch, seq, 1).
             *evidence: As for `scores`.
             kept: Specialists among which all of the weight is shared out. Default: all. Shape (specialists,).
         """
         with torch.autocast(device_type=hidden_states[0].device.type, enabled=False):
-            states = [F.dropout(h.float(), self.dropout, self.training) for h in hidden_states]
+            states = [h[..., :width] for h, width in zip(hidden_states, self.widths, strict=False)]
+            states = [F.dropout(h.float(), self.dropout, self.training) for h in states]
             scores = self.scores(states, *evidence)
             weights = self.normalised(self._candidates(scores[..., : self.num_specialists] / self.temperature, kept))
             if self.num_outputs == self.num_specialists:

@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 
-from .adapters_ultrafuser import LINEAR, MERGE_FIRST, linear_shape
+from .adapters_ultrafuser import EMBEDDING, HEAD, LINEAR, MERGE_FIRST, linear_shape, plain_embedding
 from .files_ultrafuser import file_or_none, in_words, is_number, read_json
 from .gguf_ultrafuser import is_gguf
 from .reader_base_ultrafuser import BASE
@@ -20,8 +21,22 @@ from .refusals_ultrafuser import Refusal, UnavailableError
 from .safetensors_ultrafuser import read_header
 
 
-# linear layers that can be adapted: name in the base's own model to name in its backbone, and shape
-Layers = dict[str, tuple[str, torch.Size]]
+class Layer(NamedTuple):
+    """A layer that can be adapted.
+
+    Attributes:
+        name: In the base's backbone; or `EMBEDDING` or `HEAD`.
+        shape: Numbers that its output and its input have; the input of an embedding is one of as many tokens.
+        key: How PEFT calls the matrices A and B of it.
+    """
+
+    name: str
+    shape: torch.Size
+    key: str = "lora_{}.weight"
+
+
+# by name in the base's own model
+Layers = dict[str, Layer]
 # an adapter's two matrices for each layer of the backbone
 Pairs = dict[str, tuple[Tensor, Tensor]]
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -221,28 +236,37 @@ def adapter_file(name: str, source: str, **hub) -> str:
 
 
 def adaptable(model: PreTrainedModel, backbone_type: type) -> Layers:
-    """Linear layers of a base's backbone: name in its own model to name in the backbone, and shape."""
+    """Linear layers of a base's backbone, its embedding if that is a plain table, and its head if that is linear."""
     prefix, backbone = next((n, m) for n, m in model.named_modules() if type(m) is backbone_type)
-    linear = ((n, torch.Size(linear_shape(m))) for n, m in backbone.named_modules() if isinstance(m, LINEAR))
-    return {f"{prefix}.{n}" if prefix else n: (n, shape) for n, shape in linear}
+    start = f"{prefix}." if prefix else ""
+    linear = {n: m for n, m in backbone.named_modules() if isinstance(m, LINEAR)}
+    layers = {f"{start}{n}": Layer(n, torch.Size(linear_shape(m))) for n, m in linear.items()}
+    if embedding := plain_embedding(backbone):
+        shape = torch.Size(reversed(backbone.get_submodule(embedding).weight.shape))
+        layers[f"{start}{embedding}"] = Layer(EMBEDDING, shape, "lora_embedding_{}")
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        name = next(n for n, m in model.named_modules() if m is head)
+        layers[name] = Layer(HEAD, torch.Size(linear_shape(head)))
+    return layers
 
 
-def read_parts(adapters: Adapters, specialists: dict, hub: dict[str, dict], linear: Layers) -> dict[str, Pairs]:
+def read_parts(adapters: Adapters, specialists: dict, hub: dict[str, dict], layers: Layers) -> dict[str, Pairs]:
     """Returns the output of `pairs` by specialist; empty for the base itself."""
     return {
-        name: {} if config is None else pairs(name, config, read_tensors(name, specialists[name], **hub[name]), linear)
+        name: {} if config is None else pairs(name, config, read_tensors(name, specialists[name], **hub[name]), layers)
         for name, config in adapters.configs.items()
     }
 
 
-def pairs(name: str, config: dict, tensors: dict[str, Tensor], linear: Layers) -> Pairs:
-    """An adapter's two matrices for each linear layer of the backbone, the scale in the second.
+def pairs(name: str, config: dict, tensors: dict[str, Tensor], layers: Layers) -> Pairs:
+    """An adapter's two matrices for each layer that it is on, the scale in the second.
 
     Args:
         name: Of the specialist.
         config: Of the adapter.
         tensors: By the names that PEFT gave them; on the meta device is enough to check them.
-        linear: What `adaptable` found in the base.
+        layers: What `adaptable` found in the base.
 
     Returns:
         Layer to A, (rank, in), and B, (rank, out), so that its change is x A^T B.
@@ -250,20 +274,16 @@ def pairs(name: str, config: dict, tensors: dict[str, Tensor], linear: Layers) -
     Raises:
         ValueError: If there is anything that is no part of such a pair.
     """
+    known = {f"base_model.model.{m}.{layer.key.format(p)}": (m, p) for m, layer in layers.items() for p in "AB"}
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        if match is None or match[1] not in linear:
-            raise Refusal(
-                f"{name!r} holds `{key}`",
-                "An adapter is fused if all of it is on linear layers of the base's backbone, because the head "
-                "is one for all specialists",
-                f"Train it without, or {MERGE_FIRST}.",
-            )
-        found.setdefault(match[1], {})[match[2]] = tensor
+        if key not in known:
+            raise _elsewhere(name, key)
+        module, part = known[key]
+        found.setdefault(module, {})[part] = tensor
     result = {}
     for module, two in found.items():
-        (layer, shape), a, b = linear[module], two.get("A"), two.get("B")
+        (layer, shape, _), a, b = layers[module], two.get("A"), two.get("B")
         ranks = {config["r"], *(config.get("rank_pattern") or {}).values()}
         shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
         rank = shapes[0][0] if shapes[0] else 0
@@ -290,6 +310,20 @@ def pairs(name: str, config: dict, tensors: dict[str, Tensor], linear: Layers) -
         wide = b.to(torch.promote_types(b.dtype, torch.float32))
         result[layer] = (a, (wide * _scale(config, module, rank)).T)
     return result
+
+
+def _elsewhere(name: str, key: str) -> Refusal:
+    way_out = f"Train it without, or {MERGE_FIRST}."
+    if key.endswith(".base_layer.weight"):
+        way_out = (
+            "Save it once more without the base's own tables: `save_pretrained(..., save_embedding_layers=False)`."
+        )
+    return Refusal(
+        f"{name!r} holds `{key}`",
+        "An adapter is fused if all of it is pairs of matrices on linear layers of its base, on the token embedding if "
+        "that is a plain table, or on the head",
+        way_out,
+    )
 
 
 def _check_target(name: str, config: dict, module: str) -> None:

@@ -318,7 +318,7 @@ class UltraFuserForCausalLM(FusedGeneration, UltraFuserPreTrainedModel, Generati
 
         Made anew at each call, for inference: as the draft model in assisted decoding, as a baseline, or as a way out
         with `.save_pretrained(...)`. Do not call `.to(...)` on it: that would move the fused model's tensors. An adapter
-        is merged into a copy of the base, which shares the head alone.
+        is merged into a copy of the base, which shares the head alone, if no adapter is on that.
 
         Raises:
             KeyError: If there is no specialist of that name.
@@ -329,12 +329,12 @@ class UltraFuserForCausalLM(FusedGeneration, UltraFuserPreTrainedModel, Generati
             raise KeyError(f"There is no specialist {name!r}. Choose one of {names}.")
         check_head(self.lm_head, f"`specialist({name!r})`")
         k = names.index(name)
-        backbone, columns = self.model.reader.one(k), self.head_columns()[k]
+        backbone, head = self.model.reader.one(k), self.model.reader.head_of(k, self.lm_head.weight.detach())
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(backbone.config))
         place = next(child for child, module in model.named_children() if type(module) is type(backbone))
         setattr(model, place, backbone)
-        model.get_output_embeddings().weight = nn.Parameter(self.lm_head.weight.detach()[:, columns], False)
+        model.get_output_embeddings().weight = nn.Parameter(head, False)
         model.generation_config = copy.deepcopy(self.generation_config)
         if getattr(self, "hf_quantizer", None) is not None and not all(is_plain(p) for p in backbone.parameters()):
             # who quantised the backbone knows how to save it, and what the folder must say to load again

@@ -124,7 +124,7 @@ def check_adapter_layers(plan: FusionPlan, name: str) -> None:
 
 
 def adaptable_layers(plan: FusionPlan) -> Layers:
-    """Linear layers of the base that adapters can be on, from its configuration."""
+    """Layers of the base that adapters can be on, from its configuration."""
     return adaptable(empty_model(BASE, plan.configs[BASE]), backbone_class(plan.texts[BASE]))
 
 

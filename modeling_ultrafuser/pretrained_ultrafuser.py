@@ -81,8 +81,7 @@ class UltraFuserPreTrainedModel(LoadingHooks, PreTrainedModel):
         """Resizes the embeddings of every specialist, and the head. Returns what `get_input_embeddings` does."""
         if new_num_tokens is None and pad_to_multiple_of is None:
             return self.get_input_embeddings()
-        for specialist in self.base_model.specialists.values():
-            specialist.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.base_model.reader.resize_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         rows = self.get_input_embeddings().weight.shape[0]
         head = self.get_output_embeddings()
         if isinstance(head, nn.Linear):

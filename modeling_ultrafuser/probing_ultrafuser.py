@@ -175,7 +175,7 @@ def _cache(kind: type[Cache], config, length: int) -> Cache:
 @torch.no_grad()
 def probe_specialist(
     name: str, model: PreTrainedModel, fused: UltraFuserConfig, k: int, text_config: PreTrainedConfig
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, Tensor], Tensor, float]:
     """Rebuilds a specialist from its configuration and checks that it speaks as before, with and without a cache.
 
     Some architectures do more between backbone and logits than multiplying by a head: whatever it is, it shows here.
@@ -188,8 +188,8 @@ def probe_specialist(
         text_config: The specialist's own configuration, with its own scale factors.
 
     Returns:
-        The backbone's tensors by name, and the specialist's columns of the wide head, scale folded in.
-        Shape (vocab, hidden).
+        The backbone's tensors by name; the specialist's columns of the wide head, scale folded in, of shape
+        (vocab, hidden); and that scale.
     """
     config = fused.specialists[k]
     rows = config.vocab_size
@@ -271,7 +271,7 @@ def probe_specialist(
                 "It cannot be fused.",
             )
     model.train(was_training)
-    return {k: t.cpu() for k, t in state.items()}, (columns if scale == 1.0 else columns * scale).cpu()
+    return {k: t.cpu() for k, t in state.items()}, (columns if scale == 1.0 else columns * scale).cpu(), scale
 
 
 def _is_finite(weight: Tensor) -> bool:

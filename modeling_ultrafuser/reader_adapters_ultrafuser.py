@@ -8,13 +8,23 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
-from .adapters_ultrafuser import MERGE_FIRST, adapter_parameters, add_adapters, merged_backbone
+from .adapters_ultrafuser import (
+    EMBEDDING_RANK,
+    HEAD,
+    HEAD_RANK,
+    MERGE_FIRST,
+    AdaptedEmbedding,
+    adapter_parameters,
+    add_adapters,
+    merged_backbone,
+)
 from .cache_ultrafuser import SpecialistCache
 from .causal_ultrafuser import masks_for_generate
 from .compat_ultrafuser import CACHE
 from .families_ultrafuser import CACHED_LAYERS, of_each, plain_dict, specialist_layer_types
 from .inputs_ultrafuser import Tokens, positions_of
 from .reader_base_ultrafuser import BASE, Reader, Specialists, run
+from .refusals_ultrafuser import Refusal
 
 
 # no specialist can have this name
@@ -30,8 +40,7 @@ class AdapterReader(Reader):
     @classmethod
     def check(cls, config) -> None:
         chosen, first = config.adapters, config.specialists[0]
-        rank, targets = (chosen.get(key) for key in ("rank", "target_modules")) if isinstance(chosen, dict) else (0, 0)
-        if not isinstance(rank, int) or rank < 1 or not isinstance(targets, list | tuple) or not targets:
+        if not _is_layout(chosen):
             raise ValueError(
                 f"`adapters` says which adapters specialists are, such as {{'rank': 16, 'target_modules': ['q_proj']}}, "
                 f"but it is {chosen!r}. Leave it out for specialists that are models of their own."
@@ -76,8 +85,9 @@ class AdapterReader(Reader):
 
     @classmethod
     def head_columns(cls, config) -> list[slice]:
-        """Returns all columns of the base's head for each specialist."""
-        return [slice(0, c.hidden_size) for c in config.specialists]
+        """Returns all columns of the head for each specialist: the base's, and those of all adapters of it."""
+        more = len(config.specialists) * config.adapters.get(HEAD_RANK, 0)
+        return [slice(0, c.hidden_size + more) for c in config.specialists]
 
     @classmethod
     def sizes(cls, config, sizes: dict, linear: dict[str, torch.Size]) -> dict:
@@ -85,13 +95,17 @@ class AdapterReader(Reader):
         targets = config.adapters["target_modules"]
         widths = [sum(shape) for layer, shape in linear.items() if layer.rpartition(".")[2] in targets]
         base = sizes[config.specialist_names[0]]
-        numbers = config.adapters["rank"] * sum(widths)
-        adapter = replace(base, backbone=numbers, embedding=0, head=0, adapter=0, tied=False)
+        of_table, of_head = (config.adapters.get(field, 0) for field in (EMBEDDING_RANK, HEAD_RANK))
+        rows, hidden = config.vocab_size, config.specialists[0].hidden_size
+        numbers = config.adapters["rank"] * sum(widths) + of_table * (rows + hidden)
+        adapter = replace(
+            base, backbone=numbers, embedding=of_table * rows, head=of_head * (rows + hidden), adapter=0, tied=False
+        )
         return {THEIR_BASE: base, **dict.fromkeys(sizes, adapter)}
 
     @classmethod
     def frozen(cls, sizes: dict) -> int:
-        return sizes[THEIR_BASE].backbone + sizes[THEIR_BASE].head
+        return sizes[THEIR_BASE].backbone + sum(size.head for size in sizes.values())
 
     @property
     def base(self) -> PreTrainedModel:
@@ -114,6 +128,8 @@ class AdapterReader(Reader):
             return tuple(v[k::number] for v in values) if isinstance(values, tuple) else values[k::number]
 
         returned = {key: output[key] for key in BaseModelOutput.__annotations__ if output.get(key) is not None}
+        if hasattr(self.base, HEAD):
+            returned["last_hidden_state"] = getattr(self.base, HEAD)(output.last_hidden_state)
         return [BaseModelOutput(**{key: part(v, k) for key, v in returned.items()}) for k in range(number)]
 
     def masks(self, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache, **kwargs):
@@ -121,19 +137,43 @@ class AdapterReader(Reader):
         return masks_for_generate(self.base, inputs_embeds, attention_mask, past_key_values, **kwargs)
 
     def input_embeddings(self) -> nn.Module:
-        return self.base.get_input_embeddings()
+        """As `Reader.input_embeddings`: the base's, without adapters that are on it."""
+        embedding = self.base.get_input_embeddings()
+        return embedding.base_layer if isinstance(embedding, AdaptedEmbedding) else embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.base.set_input_embeddings(value)
+        embedding = self.base.get_input_embeddings()
+        if isinstance(embedding, AdaptedEmbedding):
+            embedding.base_layer = value
+        else:
+            self.base.set_input_embeddings(value)
+
+    def resize_embeddings(self, *sizes) -> None:
+        if self.config.adapters.get(EMBEDDING_RANK):
+            raise Refusal(
+                f"the token embedding of {self.config.specialist_names} has adapters",
+                "Its table and the adapters' have a row for each token, and new tokens have none in the adapters",
+                "Resize the base and train adapters of that; or take each specialist out merged, "
+                "`model.specialist(name)`, and fuse those.",
+            )
+        super().resize_embeddings(*sizes)
 
     def one(self, k: int) -> PreTrainedModel:
         """As `Reader.one`: a copy of the base with the adapter merged into it."""
         return merged_backbone(self.base, k)
 
+    def head_of(self, k: int, head: Tensor) -> Tensor:
+        return getattr(self.base, HEAD).merged(k, head) if hasattr(self.base, HEAD) else head
+
     def shared_parts(self, chosen: list[bool]) -> dict[str, tuple[int, Tensor]]:
         index = torch.tensor(chosen).nonzero()[:, 0]
         names = (n for n, _ in self.specialists.named_parameters() if n.endswith((".lora_A", ".lora_B")))
-        return {f"model.specialists.{name}": (0, index) for name in names}
+        parts = {f"model.specialists.{name}": (0, index) for name in names}
+        if rank := self.config.adapters.get(HEAD_RANK):
+            of_base = torch.ones(self.config.specialists[0].hidden_size, dtype=torch.bool)
+            columns = torch.cat([of_base, torch.tensor(chosen).repeat_interleave(rank)])
+            parts["lm_head.weight"] = (1, columns.nonzero()[:, 0])
+        return parts
 
     def train_only(self, model: PreTrainedModel, names: list[str]) -> None:
         model.requires_grad_(False)
@@ -147,7 +187,7 @@ class AdapterReader(Reader):
         outputs = self.read(Tokens(ids), None, use_cache=False)
         for k, name in enumerate(self.config.specialist_names):
             alone = self.one(k)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state.float()
-            differences = outputs[k].last_hidden_state.float() - alone
+            differences = outputs[k].last_hidden_state[..., : alone.shape[-1]].float() - alone
             # a typical token's: what rounds otherwise in merged weights can move a single one of a deep model far
             share = (differences.norm(dim=-1) / alone.norm(dim=-1).clamp(min=1e-6)).median()
             if not share <= 3 * tolerance:
@@ -156,6 +196,16 @@ class AdapterReader(Reader):
                     f"to read it by itself: on a probe, hidden states of {name!r} differ by {share.item():.2%}. Instead "
                     f"{MERGE_FIRST}."
                 )
+
+
+def _is_layout(adapters) -> bool:
+    """Returns whether a configuration's `adapters` says which layers have adapters, and of which rank."""
+    if not isinstance(adapters, dict):
+        return False
+    ranks = [adapters.get("rank"), *(adapters[f] for f in (EMBEDDING_RANK, HEAD_RANK) if f in adapters)]
+    targets = adapters.get("target_modules")
+    named = isinstance(targets, list | tuple) and (targets or len(ranks) > 1)
+    return bool(named) and all(isinstance(rank, int) and rank >= 1 for rank in ranks)
 
 
 def as_rows(tokens: Tokens, specialists: int) -> Tokens:

@@ -104,9 +104,18 @@ class Reader:
         """Sets the token embeddings, from what `input_embeddings` returns."""
         raise NotImplementedError
 
+    def resize_embeddings(self, *sizes) -> None:
+        """Resizes every specialist's token embedding. `sizes` are arguments of `resize_token_embeddings`."""
+        for specialist in self.specialists.values():
+            specialist.resize_token_embeddings(*sizes)
+
     def one(self, k: int) -> PreTrainedModel:
         """Returns the backbone of specialist k as an ordinary model."""
         raise NotImplementedError
+
+    def head_of(self, k: int, head: Tensor) -> Tensor:
+        """Returns the head of specialist k from the wide head's weight. Shape (vocab, hidden)."""
+        return head[:, self.head_columns(self.config)[k]]
 
     def shared_parts(self, chosen: list[bool]) -> dict[str, tuple[int, Tensor]]:
         """Finds the parts of the chosen specialists in those tensors in which all specialists have a part.

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.log_ultrafuser import print_line
+from modeling_ultrafuser.readers_ultrafuser import state_widths
 
 from .compat import forget_metrics, on_device, without_unused_columns
 from .domains import DomainCollator
@@ -218,7 +219,7 @@ class CachedGateTrainer(GateTrainer):
 
     def _fields(self, dtype: torch.dtype) -> dict:
         gate, specialists = self.fused.model.fusion_gate, self.fused.config.specialists
-        fields = {"targets": ((), torch.int64), "states": ((sum(c.hidden_size for c in specialists),), dtype)}
+        fields = {"targets": ((), torch.int64), "states": ((sum(state_widths(self.fused.config)),), dtype)}
         if Reads.PAST in gate.reads:
             fields["evidence"] = ((len(specialists), sum(map(len, gate.evidence))), torch.float32)
         return fields | self.kept.fields()
@@ -267,7 +268,7 @@ class CachedGateTrainer(GateTrainer):
 
     def _scores(self, cached: Tensor, labels: Tensor) -> TokenScores:
         """Scores labels of tokens in the cache. `cached` holds their places. Shapes (1, tokens + 1)."""
-        arrays, widths = self.cache.arrays, [c.hidden_size for c in self.fused.config.specialists]
+        arrays, widths = self.cache.arrays, state_widths(self.fused.config)
         states, *evidence = (
             arrays[name][cached.cpu()].to(self.args.device) for name in ("states", "evidence") if name in arrays
         )

@@ -122,7 +122,8 @@ class JointTrainer(StageTrainer):
 def _kept_parts(model: PreTrainedModel, trained: list[bool]) -> list[tuple[nn.Parameter, int, Tensor]]:
     """Returns, of each parameter in which all specialists have a part, the dimension and the indices of frozen ones."""
     parts = model.model.reader.shared_parts([not t for t in trained])
-    return [(model.get_parameter(name), dim, index) for name, (dim, index) in parts.items()]
+    found = [(model.get_parameter(name), dim, index) for name, (dim, index) in parts.items()]
+    return [part for part in found if part[0].requires_grad]
 
 
 def _without(gradient: Tensor, dim: int, places: Tensor) -> Tensor:

@@ -39,8 +39,12 @@ BASES = {
 }
 
 
-def make(folder, family="llama"):
-    """A base and adapters of it, as PEFT saves them. Returns name to folder."""
+# the token embedding and the head, of ranks of their own; "code" has none on the embedding
+ENDS = {"text": ["embed_tokens", "lm_head"], "code": ["lm_head"], "math": ["embed_tokens", "lm_head"]}
+
+
+def make(folder, family="llama", ends=False):
+    """A base and adapters of it, as PEFT saves them; with `ends` on embedding and head, too. Returns name to folder."""
     set_seed(0)
     BASES[family]().save_pretrained(folder / "base")
     if family == "llama":
@@ -48,12 +52,23 @@ def make(folder, family="llama"):
     for name, fields in ADAPTERS.items():
         base = AutoModelForCausalLM.from_pretrained(folder / "base")
         # opinions of their own: PEFT's random start changes little
-        adapted = get_peft_model(base, LoraConfig(**fields, init_lora_weights=False))
+        adapted = get_peft_model(base, _lora(fields, ENDS[name] if ends else [], base))
         for key, parameter in adapted.named_parameters():
             if "lora_" in key:
                 nn.init.normal_(parameter, std=0.3)
-        adapted.save_pretrained(folder / name)
+        adapted.save_pretrained(folder / name, save_embedding_layers=False)
     return {name: str(folder / name) for name in ADAPTERS}
+
+
+def _lora(fields, more, base):
+    if type(base.get_input_embeddings()) is not nn.Embedding:
+        # Gemma scales it
+        more = [name for name in more if name != "embed_tokens"]
+    fields = fields | {"target_modules": [*fields["target_modules"], *more]}
+    if more:
+        fields.pop("layers_to_transform", None)
+        fields |= {"rank_pattern": fields.get("rank_pattern", {}) | {"embed_tokens": 3, "lm_head": 5}}
+    return LoraConfig(**fields, init_lora_weights=False)
 
 
 def pair(sources, **options):

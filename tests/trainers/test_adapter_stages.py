@@ -26,6 +26,11 @@ def models(sources):
     return pair(sources)
 
 
+@pytest.fixture(scope="module")
+def with_ends(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("ends"), ends=True)
+
+
 # ---------------------------------------------------------------------------------------------- training
 
 
@@ -95,6 +100,29 @@ def test_a_cache_gives_the_losses_of_stage_one(gate, fusion, keep, sources, tmp_
     # of a vocabulary as small as this the likeliest tokens are all tokens
     kept = trained(cached, tmp_path / "cached", kind=lambda *a, **k: CachedGateTrainer(*a, keep=keep, **k), cache=True)
     assert kept == pytest.approx(losses, rel=1e-2 if keep == "top" else 1e-4)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_stage_one_and_its_cache_read_a_head_with_adapters(fusion, with_ends, tmp_path):
+    adapted, merged = pair(with_ends, fusion=fusion)
+    cached = pair(with_ends, fusion=fusion)[0]
+    cached.load_state_dict(adapted.state_dict())
+    losses = [trained(model, tmp_path / str(i)) for i, model in enumerate((adapted, merged))]
+    kept = trained(cached, tmp_path / "cached", kind=CachedGateTrainer, cache=True)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert kept == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.e2e
+def test_stage_two_trains_the_adapters_on_an_embedding_and_leaves_those_on_the_head(with_ends, tmp_path):
+    fused = pair(with_ends)[0]
+    before = weights(fused)
+    trained(fused, tmp_path, JointTrainer, JointStageConfig, train_specialists=["math"], weight_decay=0.1)
+    moved = changed(fused, before)
+    assert moved == {n for n in before if "fusion_gate" in n or ("lora_" in n and "adapted_head" not in n)}
+    table = "model.specialists.base.embed_tokens.lora_A"
+    assert torch.equal(fused.state_dict()[table][:2], before[table][:2])
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

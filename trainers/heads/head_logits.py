@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from modeling_ultrafuser.families_ultrafuser import side_by_side, soft_cap
+from modeling_ultrafuser.readers_ultrafuser import state_widths
 
 from . import chunks
 from .head_base import Head, log_of
@@ -32,7 +33,7 @@ class LogitsHead(Head):
         return self.rule.factors(gate_weights, logit_scales)
 
     def score(self, states, gate_weights, head, targets, *, gate_only=False, chunk=None) -> tuple[Tensor, ...]:
-        log_weights, widths = log_of(gate_weights), [c.hidden_size for c in self.config.specialists]
+        log_weights, widths = log_of(gate_weights), state_widths(self.config)
         chunk, cap = chunk or chunks.chunk_size(states), soft_cap(self.config)
         if gate_only and states.shape[1] == sum(widths):
             return _GateOfLogits.apply(log_weights, states.detach(), head.detach(), targets, widths, cap, chunk)

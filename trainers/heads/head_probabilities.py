@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from modeling_ultrafuser.families_ultrafuser import side_by_side, soft_cap
+from modeling_ultrafuser.readers_ultrafuser import state_widths
 
 from . import chunks
 from .head_base import Head, log_of
@@ -27,8 +28,7 @@ class ProbabilitiesHead(Head):
     kept = {"log_probs": LogProbsKept, "hidden": Kept}
 
     def score(self, states, gate_weights, head, targets, *, gate_only=False, chunk=None) -> tuple[Tensor, ...]:
-        specialists = self.config.specialists
-        widths, caps = [c.hidden_size for c in specialists], [soft_cap(c) for c in specialists]
+        widths, caps = state_widths(self.config), [soft_cap(c) for c in self.config.specialists]
         chunk = chunk or chunks.chunk_size(states)
         return Mixture.apply(states, log_of(gate_weights), head, targets, widths, caps, chunk)
 

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from modeling_ultrafuser.readers_ultrafuser import state_widths
+
 
 class Kept:
     """Keeps nothing more: the hidden states, which the gate reads, are multiplied by the head again. Exact for all rules.
@@ -54,6 +56,6 @@ class Kept:
         Returns:
             As `Head.score`.
         """
-        own = states.split([c.hidden_size for c in self.config.specialists], -1)
+        own = states.split(state_widths(self.config), -1)
         mixed = head.rule(own, weights, scales)
         return head.score(mixed, head.factors(weights, scales), weight, targets, gate_only=True)

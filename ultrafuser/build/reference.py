@@ -245,7 +245,8 @@ def _check_untouched(model: UltraFuserForCausalLM, expected: dict[str, Tensor], 
     differing = {}
     for key, tensor in model.state_dict().items():
         if key == HEAD:
-            widths = [c.hidden_size for c in model.config.backbones]
+            # one part of all, where they share it
+            widths = list({c.start: c.stop - c.start for c in model.head_columns()}.values())
             pairs = zip(
                 model.model.specialists, tensor.split(widths, -1), expected[key].split(widths, -1), strict=True
             )

@@ -70,8 +70,8 @@ def part_sizes(config: UltraFuserConfig, model: PreTrainedModel, sizes: dict[str
         model: The first specialist, or the base; on the meta device is enough.
         sizes: What `size` returns for each specialist, or for the base, by the specialists' names.
     """
-    linear = adaptable(model, backbone_class(config.specialists[0])).values()
-    return reader_of(config).sizes(config, sizes, dict(linear))
+    layers = adaptable(model, backbone_class(config.specialists[0])).values()
+    return reader_of(config).sizes(config, sizes, {layer.name: layer.shape for layer in layers})
 
 
 def estimate(config: UltraFuserConfig, sizes: dict[str, Size], dtype: torch.dtype, download: int = 0) -> dict:
