@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from modeling_ultrafuser.compat_ultrafuser import CACHE
+from tests.fixtures.fused_v1.configuration_ultrafuser import UltraFuserConfig as OldConfig
 from tests.fixtures.make_fused_v1 import FOLDER as FUSED_V1
 from tests.fixtures.make_fused_v1 import TEMPLATE
+from tests.fixtures.make_fused_v2 import FOLDER as FUSED_V2
 from tests.support import clean_process
 from tests.support.tiny import specialist, stir_gate, tokenizer
 
@@ -123,17 +125,27 @@ def test_a_configuration_comes_back_as_it_was(folders, tmp_path):
     assert written[0] == written[1]
 
 
-def test_a_folder_of_format_1_loads_with_the_installed_code():
+FORMATS = {FUSED_V1: ["text", "code", "math"], FUSED_V2: ["text", "code"]}
+
+
+@pytest.mark.parametrize("folder", FORMATS, ids=lambda folder: folder.name)
+def test_a_folder_of_every_format_loads_with_the_installed_code(folder):
     """Never to be weakened: users have such folders. If it fails, the code must learn to read them."""
-    model, info = AutoModelForCausalLM.from_pretrained(FUSED_V1, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert type(model) is UltraFuserForCausalLM
     assert not any(info.values()), info
-    assert model.config.specialist_names == ["text", "code", "math"]
-    expected = load_file(FUSED_V1 / "expected.safetensors")
+    assert model.config.specialist_names == FORMATS[folder]
+    expected = load_file(folder / "expected.safetensors")
     with torch.no_grad():
         outputs = model(expected["input_ids"])
     torch.testing.assert_close(outputs.logits, expected["logits"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(outputs.gate_weights, expected["gate_weights"], rtol=1e-5, atol=1e-5)
+
+
+def test_code_that_knows_format_1_refuses_a_folder_of_format_2():
+    config = json.loads((FUSED_V2 / "config.json").read_text())
+    with pytest.raises(ValueError, match="up to format 1, but this one is in format 2"):
+        OldConfig(**config)
 
 
 def test_a_folder_says_which_format_it_is_in(folders):

@@ -107,7 +107,7 @@ def rewritten(folder, tmp_path, tensors=None, **fields):
     return str(copy)
 
 
-HEAD = "base_model.model.lm_head.lora_A.weight"
+NORM = "base_model.model.model.norm.lora_A.weight"
 
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -121,7 +121,7 @@ REFUSED = {
     "a base that its start changed": ({"init_lora_weights": "pissa"}, None, "init_lora_weights='pissa'"),
     "what is not known yet": ({"use_something_new": 1}, None, "use_something_new=1"),
     "no base": ({"base_model_name_or_path": None}, None, "`base_model_name_or_path` of .* is None"),
-    "a part on the head": ({}, lambda s: s | {HEAD: torch.zeros(4, 32)}, "lm_head.lora_A"),
+    "a part on a norm": ({}, lambda s: s | {NORM: torch.zeros(4, 32)}, "norm.lora_A"),
     "a part missing": ({}, lambda s: {k: t for k, t in s.items() if k != FIRST}, r"q_proj.*\[None, \(32, 4\)\]"),
     "another shape": ({}, lambda s: s | {FIRST: torch.zeros(4, 31)}, r"q_proj.*\(4, 31\)"),
 }
