@@ -24,9 +24,9 @@ from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES, gate_settings
 from trainers import CachedGateTrainer, GateStageConfig, JointStageConfig, JointTrainer
 from trainers.heads import head_of
-from ultrafuser.evaluation.comparison import MIXED, compare_models
+from ultrafuser.evaluation.comparison import compare_models
 from ultrafuser.evaluation.contenders import FUSED, Comparison, Measured, best_per_domain
-from ultrafuser.evaluation.measurement import HeldOut, held_out, score
+from ultrafuser.evaluation.measurement import MIXED, HeldOut, held_out, score
 from ultrafuser.evaluation.resampling import interval, per_example
 from ultrafuser.provenance import digest
 from ultrafuser.quickstart.corpora import DOMAINS, documents, splits

@@ -127,7 +127,7 @@ def load_specialists(cls: type[PreTrainedModel], plan: FusionPlan) -> dict[str, 
     if plan.adapters is not None:
         parts = read_parts(plan.adapters, plan.specialists, plan.hub, adaptable_layers(plan))
     for k, (name, source) in enumerate(plan.whole.items()):
-        model = _load(name, source, plan.configs[name], plan.dtype, **plan.places[name])
+        model = load_specialist(name, source, plan.configs[name], plan.dtype, **plan.places[name])
         if plan.dtype is None:
             plan.dtype = model.dtype
         elif model.dtype != plan.dtype:
@@ -187,7 +187,12 @@ def assemble(cls: type[PreTrainedModel], plan: FusionPlan, state: dict[str, Tens
     return model
 
 
-def _load(name: str, source, config: PreTrainedConfig, dtype: torch.dtype | None, **hub) -> PreTrainedModel:
+def load_specialist(name: str, source, config: PreTrainedConfig, dtype: torch.dtype | None, **hub) -> PreTrainedModel:
+    """Loads one specialist of a checked plan as a causal language model. The arguments are those of the plan.
+
+    Raises:
+        ValueError: If its weights cannot be read.
+    """
     if isinstance(source, PreTrainedModel):
         cast = any(b.is_floating_point() and b.element_size() < 4 for b in source.buffers())
         if dtype in (None, source.dtype) and not cast:

@@ -44,8 +44,12 @@ def commit() -> str | None:
 
 
 def weights_digest(folder: Path) -> str | None:
-    """A fingerprint of a folder's files of weights, None without any: one trained on, or saved anew, has another."""
-    found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))]
+    """A fingerprint of a folder's files of weights, None without any: one trained on, or saved anew, has another.
+
+    A file, such as a GGUF, stands for itself.
+    """
+    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+    found = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return digest(found) if found else None
 
 

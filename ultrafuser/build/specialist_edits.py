@@ -12,6 +12,7 @@ each specialist's predictions so far with those of all others.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.checkpoint_ultrafuser import refuse_other_tensors
+from modeling_ultrafuser.gate_base_ultrafuser import Gate
+from modeling_ultrafuser.gates_ultrafuser import GATES
 from modeling_ultrafuser.refusals_ultrafuser import Refusal
 from modeling_ultrafuser.specialist_config_ultrafuser import own_config
 
@@ -86,15 +89,47 @@ def remove_specialist(model: UltraFuserForCausalLM, name: str) -> UltraFuserForC
             f"Take that one by itself: `ultrafuser specialist FOLDER {left}`.",
             about="specialists",
         )
-    kept = [k for k, n in enumerate(names) if n != name]
-    config = _config(
-        model, [names[k] for k in kept], [model.config.specialists[k] for k in kept], model.generation_config
+    return keep_specialists(model, [n for n in names if n != name])
+
+
+def keep_specialists(model: UltraFuserForCausalLM, names: Sequence[str]) -> UltraFuserForCausalLM:
+    """A fused model without all but some of its specialists, as `remove_specialist` removes one after another.
+
+    Args:
+        model: A fused model. It is not changed.
+        names: Names of two specialists or more that are left, in its order.
+
+    Raises:
+        ValueError: If the gate cannot keep what it learned.
+    """
+    chosen = [name in names for name in model.config.specialist_names]
+    config, gate = keep_in_gate(model, names)
+    dropped = tuple(
+        f"{BACKBONE}{n}." for n, keep in zip(model.config.specialist_names, chosen, strict=True) if not keep
     )
-    state = {k: t for k, t in model.state_dict().items() if not k.startswith((f"{BACKBONE}{name}.", GATE))}
-    for key, (dim, index) in model.model.reader.shared_parts([n != name for n in names]).items():
+    state = {k: t for k, t in model.state_dict().items() if not k.startswith((*dropped, GATE))}
+    for key, (dim, index) in model.model.reader.shared_parts(chosen).items():
         state[key] = state[key].index_select(dim, index.to(state[key].device))
-    gate = model.model.fusion_gate.without(names.index(name), model.config)
-    return _built(model, config, state, gate)
+    return _built(model, config, state, gate.state_dict())
+
+
+def keep_in_gate(model: UltraFuserForCausalLM, names: Sequence[str]) -> tuple[UltraFuserConfig, Gate]:
+    """Returns the configuration and the gate that `keep_specialists` gives a model, and makes nothing else of it.
+
+    Raises:
+        ValueError: If the gate cannot keep what it learned.
+    """
+    config, gate = model.config, model.model.fusion_gate
+    for name in [n for n in config.specialist_names if n not in names]:
+        index = config.specialist_names.index(name)
+        state = gate.without(index, config)
+        others = [list(part) for part in (config.specialist_names, config.specialists)]
+        for part in others:
+            del part[index]
+        config = _config(config, *others, model.generation_config)
+        gate = GATES[config.gate](config)
+        gate.load_state_dict(state, assign=True)
+    return config, gate.eval()
 
 
 def add_specialist(
@@ -151,7 +186,7 @@ def add_specialist(
         revisions={name: revision} if revision else None,
     )
     newcomer = pair.config.specialists[1]
-    new_config = _config(model, [*names, name], [*config.specialists, newcomer], pair.generation_config)
+    new_config = _config(config, [*names, name], [*config.specialists, newcomer], pair.generation_config)
     state = {k: t for k, t in model.state_dict().items() if not k.startswith(GATE)}
     state |= {k: t for k, t in pair.state_dict().items() if k.startswith(f"{BACKBONE}{name}.")}
     state[HEAD] = torch.cat([state[HEAD], pair.lm_head.weight.detach()[:, -newcomer.hidden_size :]], dim=1)
@@ -166,9 +201,9 @@ def _check_name(config: UltraFuserConfig, name: str) -> None:
         )
 
 
-def _config(model: UltraFuserForCausalLM, names: list[str], specialists: list, generation_config) -> UltraFuserConfig:
-    """The model's configuration with other specialists. Whatever follows from them follows anew."""
-    fields = {**model.config.to_dict(), "specialist_names": names, "specialists": specialists}
+def _config(config: UltraFuserConfig, names: list[str], specialists: list, generation_config) -> UltraFuserConfig:
+    """A model's configuration with other specialists. Whatever follows from them follows anew."""
+    fields = {**config.to_dict(), "specialist_names": names, "specialists": specialists}
     # the longest context is that of the shortest
     del fields["max_position_embeddings"]
     ends = {f: getattr(generation_config, f) for f in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -15,6 +15,12 @@ Base = Annotated[str | None, Option(help="Base of the adapters, if it is not whe
 TrustRemoteCode = Annotated[
     bool, Option("--trust-remote-code", help="Run code that comes with the model's or tokenizer's folder.")
 ]
+HeldOutData = Annotated[list[str], Option(help="DOMAIN=FILE.jsonl or DOMAIN=HUB_ID:SPLIT, once per domain.")]
+Examples = Annotated[int, Option(min=1, help="Most examples of each domain.")]
+MaxLength = Annotated[int, Option(min=2, help="Longer examples are cut, in tokens.")]
+PromptTokens = Annotated[
+    int, Option(min=1, help="First tokens of plain text, which routers read and nobody is scored on.")
+]
 Json = Annotated[bool, Option("--json", help="Everything in JSON, for programs.")]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,19 @@ from typer import Argument, Option
 
 from ..plain import Console, echo
 from ..strategies import DEFAULT_GATE, FUSION_HELP, GATE_HELP, SPARSIFIER_HELP
-from .arguments import Base, Folder, Json, Out, SpecialistName, loading_code, named
+from .arguments import (
+    Base,
+    Examples,
+    Folder,
+    HeldOutData,
+    Json,
+    MaxLength,
+    Out,
+    PromptTokens,
+    SpecialistName,
+    loading_code,
+    named,
+)
 from .group import Group, hide_bars, hide_loading_bars, hide_trl_warning
 
 
@@ -173,6 +186,64 @@ def remove(folder: Folder, name: SpecialistName, out: Out) -> None:
 
     specialist_edits.remove(folder, name, out)
     echo(f"Wrote {str(out)!r}.")
+
+
+@group.command()
+def prune(
+    folder: Folder,
+    keep: Annotated[int, Option(help="Number of specialists to keep.")],
+    data: HeldOutData,
+    out: Out,
+    examples: Examples = 200,
+    max_length: MaxLength = 1024,
+    prompt_tokens: PromptTokens = 32,
+) -> None:
+    """Keep the specialists that predict held-out text best without the others: all subsets of this size are measured.
+
+    Example: ultrafuser prune fused --keep 2 --data text=text.jsonl --data code=code.jsonl --out fused-2
+    """
+    from ..build import pruning
+
+    hide_loading_bars()
+    limits = {"examples": examples, "max_length": max_length, "prompt_tokens": prompt_tokens}
+    subsets = pruning.prune(folder, keep, named(data, "--data"), out, **limits)
+    Console().print(pruning.table(subsets))
+    echo(
+        f"Wrote {str(out)!r}. A gate that reads all specialists side by side lost a part of its input: train it again."
+    )
+
+
+@group.command()
+def pick(
+    pool: Annotated[
+        list[str], Argument(help="Folders or ids on the Hub, each ID, ID@REVISION or NAME=...; as many as you like.")
+    ],
+    keep: Annotated[int, Option(help="Number of specialists to pick.")],
+    data: HeldOutData,
+    out: Annotated[Path, Option(help="Folder for what each specialist predicts. Run again, it goes on.")],
+    gate: Annotated[str, Option(help="Weights of the mixture that is measured: posterior or uniform.")] = "posterior",
+    dtype: Annotated[str, Option(help="dtype of the weights. Default: the one that all specialists share.")] = "auto",
+    examples: Examples = 200,
+    max_length: MaxLength = 1024,
+    prompt_tokens: PromptTokens = 32,
+) -> None:
+    """Pick the specialists to fuse from a pool of more than fit into memory: each is read once, one after another.
+
+    Example: ultrafuser pick pool/a pool/b pool/c --keep 2 --data text=text.jsonl --data code=code.jsonl --out picked
+    """
+    from ..build import picking
+    from ..check import metadata
+
+    hide_loading_bars()
+    settings = {"gate": gate, "dtype": dtype, "examples": examples}
+    limits = {"max_length": max_length, "prompt_tokens": prompt_tokens}
+    places = metadata.parse(pool)
+    picks = picking.pick(places, keep, named(data, "--data"), out, **settings, **limits, say=echo)
+    Console().print(picking.table(picks))
+    chosen = {one.name: places[one.name] for one in picks if one.picked}
+    words = [f"{name}={location}" for name, (location, _) in chosen.items()]
+    words += [f"--revision={name}={revision}" for name, (_, revision) in chosen.items() if revision]
+    echo(f"To fuse them:\n\nultrafuser fuse {shlex.join(words)} --out FOLDER")
 
 
 @group.command()

@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from ..plain import Console, echo
-from .arguments import Json, Model, named
+from .arguments import Examples, HeldOutData, Json, MaxLength, Model, PromptTokens, named
 from .group import Group, hide_loading_bars
 
 
@@ -19,7 +19,7 @@ group = Group("Evaluate", extra="eval")
 @group.command()
 def evaluate(
     model: Model,
-    data: Annotated[list[str], Option(help="DOMAIN=FILE.jsonl or DOMAIN=HUB_ID:SPLIT, once per domain.")],
+    data: HeldOutData,
     out: Annotated[Path, Option(help="Folder for the results. Run again, it goes on.")],
     tune: Annotated[list[str] | None, Option(help="DOMAIN=..., other data to tune baselines with.")] = None,
     also: Annotated[list[str] | None, Option(help="NAME=FOLDER of a further model to compare with.")] = None,
@@ -27,9 +27,9 @@ def evaluate(
         str | None, Option(help="Fused model from before stage two, whose specialists are untouched.")
     ] = None,
     base: Annotated[str | None, Option(help="Base model that the specialists were tuned from, for merges.")] = None,
-    examples: Annotated[int, Option(min=1, help="Most examples of each domain.")] = 200,
-    max_length: Annotated[int, Option(min=2, help="Longer examples are cut, in tokens.")] = 1024,
-    prompt_tokens: Annotated[int, Option(min=1, help="First tokens of plain text, which routers read.")] = 32,
+    examples: Examples = 200,
+    max_length: MaxLength = 1024,
+    prompt_tokens: PromptTokens = 32,
     seed: Annotated[int, Option(help="Seed of controls and resampling.")] = 0,
 ) -> None:
     """Is fusing worth it? A fused model against its specialists, averages, routers and merges: one table.

@@ -21,11 +21,10 @@ from ..atomic import write_json
 from ..merge.merged_model import NotMergeableError
 from ..provenance import digest
 from .contenders import FUSED, Comparison, Measured, UntunedError, best_per_domain, contenders
-from .measurement import HeldOut, Scores
+from .measurement import MIXED, HeldOut, Scores
 from .resampling import calibration_error, flips, interval, per_example, permutation_test
 
 
-MIXED = "mixed"  # items that need several domains at once: measured, but no part of the means
 SCORES = "scores"  # folder of what is finished
 BIN = 16  # tokens in each bin of the gate weights by position
 

@@ -1,7 +1,6 @@
 """One command, one table: what `ultrafuser evaluate` does."""
 
 import hashlib
-import itertools
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,17 +11,15 @@ from rich.table import Column, Table
 from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser.tokenizer_ultrafuser import TOKENIZER_PROBE, load_tokenizer
-from trainers.rows import CHAT, PAIR, TEXT, TOKENS, form_of_row
 
 from .. import pretrained
 from ..atomic import sole_writer, write_json
 from ..pretrained import fused_config
 from ..provenance import provenance, weights_digest
-from ..row_files import fault_of, load_set, parse
-from ..source_names import is_file, split_source
-from .comparison import MIXED, SCORES, compare_models
+from .comparison import SCORES, compare_models
 from .contenders import FUSED, Comparison
-from .measurement import HeldOut, held_out
+from .held_out_files import check_domains, read_domains
+from .measurement import MIXED
 
 
 WRITES = (SCORES, "results.json")
@@ -67,8 +64,7 @@ def evaluate(
             any is loaded.
         OSError: If data or a model cannot be read.
     """
-    if not set(data) - {MIXED}:
-        raise ValueError(f"The mean is over the domains that are not {MIXED!r}, but there is no other. Pass one more.")
+    check_domains(data)
     context = fused_config(model).max_position_embeddings
     if specialists_of:
         fused_config(specialists_of)
@@ -77,8 +73,7 @@ def evaluate(
     for path in others:
         _check_reads_alike(path, tokenizer)
     limits = {"max_length": min(max_length, context or max_length), "prompt_tokens": prompt_tokens}
-    read = partial(_read, tokenizer=tokenizer, examples=examples, **limits)
-    held, tuning = ({d: read(d, source) for d, source in (sources or {}).items()} for sources in (data, tune))
+    held, tuning = (read_domains(sources or {}, tokenizer, examples=examples, **limits) for sources in (data, tune))
     # one device only: a specialist's part of the head does not follow it to another
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load = partial(pretrained.load_model, dtype="auto", device_map=device)
@@ -112,31 +107,6 @@ def _check_reads_alike(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
             f"of a test sentence, the fused model {len(ours)}, and not the same ones. Leave it out, or compare both with "
             f"`ultrafuser bench`."
         )
-
-
-def _read(domain: str, source: str, *, tokenizer, examples: int, **limits) -> HeldOut:
-    whose = f"domain {domain!r}"
-    if is_file(source):
-        rows = _rows(source, whose, examples)
-    else:
-        name, split = split_source(source)
-        stream = load_set({"path": name, "split": split or "test", "streaming": True}, whose)
-        rows = list(stream.take(examples))
-    if not rows:
-        raise ValueError(f"{source}: no row is in it, but {whose} needs some. Look at how it was made.")
-    try:
-        return held_out(rows, tokenizer, **limits)
-    except ValueError as error:
-        raise ValueError(f"{domain}, {source}: {error}") from error
-
-
-def _rows(file: str, whose: str, limit: int) -> list[dict]:
-    rows, forms = [], (TEXT, TOKENS, CHAT, PAIR)
-    for place, row in itertools.islice(parse(file, whose), limit):
-        if fault := fault_of(row, form_of_row(row, forms), forms):
-            raise ValueError(f"{place}: this row of {whose} {fault}. Correct it or drop it.")
-        rows.append(row)
-    return rows
 
 
 def _digest(tensors: list[torch.Tensor]) -> str:

@@ -1,9 +1,9 @@
 """Scores held-out text with one model, token by token, and measures what it costs to run."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from trainers.prompt_views import render, split_conversation
 from ..pretrained import generating
 
 
+MIXED = "mixed"  # items that need several domains at once: measured, but no part of the means
 LOGITS = 2**28  # at most in a batch: 1 GiB in float32
 
 
@@ -43,6 +44,13 @@ class HeldOut:
     def prompt(self) -> Tensor:
         """Tokens that a router may read before it decides. Shape (examples, seq)."""
         return self.attention_mask.bool() & (self.scored.cumsum(-1) == 0)
+
+    @property
+    def follows(self) -> Tensor:
+        """Tokens that follow another one: all but the first and padding. Shape (examples, seq)."""
+        follows = self.attention_mask.bool().clone()
+        follows[:, 0] = False
+        return follows
 
     def __getitem__(self, rows: slice) -> "HeldOut":
         """Returns some of the examples only."""
@@ -134,7 +142,12 @@ class Scores(NamedTuple):
 
 @torch.inference_mode()
 def score(
-    model: PreTrainedModel, data: HeldOut, *, batch_size: int = 16, before: Callable[[slice], None] = lambda _: None
+    model: PreTrainedModel,
+    data: HeldOut,
+    *,
+    batch_size: int = 16,
+    before: Callable[[slice], None] = lambda _: None,
+    vocab_size: int | None = None,
 ) -> Scores:
     """Runs a model over a domain.
 
@@ -143,6 +156,7 @@ def score(
         data: What to measure on.
         batch_size: Examples at once; fewer where their logits would be more than `LOGITS`.
         before: Called with the rows of each batch before it is run.
+        vocab_size: Rows of the head that are read, as when it is fused with smaller ones. Default: all.
     """
     model.eval()
     logits_of_one = data.input_ids.shape[1] * model.config.get_text_config().vocab_size
@@ -152,8 +166,8 @@ def score(
         rows = slice(start, start + batch_size)
         before(rows)
         ids, mask = data.input_ids[rows].to(model.device), data.attention_mask[rows].to(model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True).logits[:, :-1].float()
-        log_probabilities = logits.log_softmax(-1)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True).logits
+        log_probabilities = logits[:, :-1, :vocab_size].float().log_softmax(-1)
         losses = -log_probabilities.gather(-1, ids[:, 1:, None]).squeeze(-1)
         confidence, guess = log_probabilities.max(-1)
         parts.append((losses, guess == ids[:, 1:], confidence.exp()))
@@ -164,6 +178,11 @@ def score(
 def mean_loss(model: PreTrainedModel, data: HeldOut) -> float:
     """Nats per token that is predicted."""
     return score(model, data).losses[data.scored].mean().item()
+
+
+def mean_over_domains(losses: Mapping[str, float]) -> float:
+    """Averages losses over domains. Those of mixed items are left out."""
+    return mean(loss for domain, loss in losses.items() if domain != MIXED)
 
 
 @torch.inference_mode()
