@@ -1,17 +1,18 @@
 """Picks specialists to fuse from a pool of more than fit into memory, by what each predicts alone.
 
-Under fusion="probabilities" a fused prediction follows from the probabilities that the specialists give the tokens that
-come: the mixture of them, with equal weights, or with the weights of the "posterior" gate. So each specialist is read once,
-one after another, and keeps one number per token. Specialists are then picked one by one, the best next (greedy forward
-selection; of ensembles Caruana et al., 2004).
+A mixture of probabilities with the weights of the "posterior" gate follows from the probabilities that the specialists give
+the tokens that come. So each specialist is read once, one after another, and keeps one number per token. Then the best
+next specialist is picked, again and again (greedy forward selection; of ensembles Caruana et al., 2004). The first one is
+the best alone, a generalist, which a set of specialists may not need: so picked ones are exchanged for others as long as
+that lowers the loss.
 """
 
 import gc
 import json
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -36,8 +37,9 @@ from ..evaluation.measurement import HeldOut, mean_over_domains, score
 from ..provenance import digest, provenance, weights_digest
 
 
-FUSION = "probabilities"
+GATE, FUSION = "posterior", "probabilities"
 SCORES, RESULTS = "scores", "results.json"
+LEAST_GAIN = 1e-6  # nats per token that an exchange must bring: rounding is no reason
 
 
 @dataclass
@@ -66,7 +68,6 @@ def pick(
     data: Mapping[str, str],
     out: Path,
     *,
-    gate: str = "posterior",
     dtype: str = "auto",
     examples: int = 200,
     max_length: int = 1024,
@@ -81,7 +82,6 @@ def pick(
         data: Held-out data by domain, see `read_domains`.
         out: Folder for what each specialist has predicted, and `results.json`. A run that was killed goes on there, and
             so does one with more specialists in the pool.
-        gate: A name in `WEIGHTS`.
         dtype: dtype of the specialists. Default: the one that all share.
         examples: Most examples of each domain.
         max_length: Longer examples are cut, in tokens; to the shortest context if that is shorter.
@@ -96,9 +96,9 @@ def pick(
             weight is loaded.
         OSError: If a specialist or data cannot be read.
     """
-    check_choice(list(pool), keep, gate)
+    check_number(list(pool), keep)
     check_domains(data)
-    plan = _checked(pool, gate, dtype)
+    plan = _checked(pool, dtype)
     revisions = {name: hub["revision"] for name, hub in plan.hub.items()}
     tokenizer = common_tokenizer(
         plan.specialists, chat_template=next(iter(pool)), revisions=revisions, vocab_size=plan.vocab_size
@@ -110,38 +110,31 @@ def pick(
         for k, name in enumerate(pool, 1):
             say(f"{name} ({k} of {len(pool)}): {pool[name][0]}")
             log_probs[name] = _log_probs(plan, name, held, out / SCORES)
-        picks = greedy(log_probs, held, keep, gate)
-        config = {"pool": dict(pool), "data": dict(data), "gate": gate, "prompt_tokens": prompt_tokens, **limits}
+        picks = choose(log_probs, held, keep)
+        config = {"pool": dict(pool), "data": dict(data), "prompt_tokens": prompt_tokens, **limits}
         write_json(out / RESULTS, {**provenance(), "config": config, "picks": [asdict(p) for p in picks]})
     return picks
 
 
-def check_choice(names: list[str], keep: int, gate: str) -> None:
-    """Rejects a number of specialists that cannot be picked, and a gate that weighs by more than predictions.
+def check_number(names: list[str], keep: int) -> None:
+    """Rejects a number of specialists that cannot be picked.
 
     Raises:
-        ValueError: Saying which.
+        ValueError: If it is less than 2, or more than there are.
     """
     if not 2 <= keep <= len(names):
         raise Refusal(
             f"{keep} of {names} is to be picked",
-            "A fused model has at least two specialists, all of the pool",
-            f"Pick 2 to {len(names)}; `ultrafuser evaluate` of a fused model shows each specialist alone.",
+            "A fused model has at least two specialists, at most all of the pool",
+            f"Pick 2 to {len(names)}, or put more into the pool.",
             about="specialists",
         )
-    if gate not in WEIGHTS:
-        raise Refusal(
-            f"the gate is {gate!r}",
-            "Specialists are read one after another, so that a gate can weigh them by their predictions alone",
-            f"Choose one of {list(WEIGHTS)}; train another gate when they are fused.",
-            about="gate",
-        )
 
 
-def _checked(pool: Mapping[str, tuple[str, str | None]], gate: str, dtype: str) -> FusionPlan:
+def _checked(pool: Mapping[str, tuple[str, str | None]], dtype: str) -> FusionPlan:
     """Returns the plan of fusing the whole pool, all of whose checks have passed without weights."""
     hub = {name: {"revision": revision} for name, (_, revision) in pool.items()}
-    choices = {**gate_settings(gate), "fusion": FUSION}
+    choices = {**gate_settings(GATE), "fusion": FUSION}
     places = {name: location for name, (location, _) in pool.items()}
     plan = FusionPlan(places, hub, choices, dtype=dtype, files=MetadataFiles())
     for _ in run_checks(plan):
@@ -180,61 +173,61 @@ def _fingerprint(data: HeldOut) -> str:
     return digest([data.input_ids.tolist(), data.attention_mask.sum(-1).tolist()])
 
 
-def greedy(
-    log_probs: Mapping[str, Mapping[str, Tensor]], data: Mapping[str, HeldOut], keep: int, gate: str
-) -> list[Pick]:
-    """Picks the specialist that lowers the mean loss most, again and again.
+def choose(log_probs: Mapping[str, Mapping[str, Tensor]], data: Mapping[str, HeldOut], keep: int) -> list[Pick]:
+    """Picks the specialist that lowers the mean loss most, again and again; then exchanges while that lowers it further.
 
     Args:
         log_probs: Log-probability of each token under each specialist, by specialist and domain. Shape (examples, seq).
         data: Held-out examples by domain.
         keep: Number of specialists to pick.
-        gate: A name in `WEIGHTS`.
 
     Returns:
-        The picked ones in their order, then the others, the best first. The first in the pool wins a tie.
+        The picked ones, each the best next one among them, then the others, the best first. The first in the pool wins a tie.
     """
-    picks: list[Pick] = []
+
+    @cache
+    def losses(names: frozenset[str]) -> dict[str, float]:
+        return {d: mixture_loss([log_probs[n][d] for n in log_probs if n in names], x) for d, x in data.items()}
+
+    def loss(names: Sequence[str]) -> float:
+        return mean_over_domains(losses(frozenset(names)))
+
+    def grown(names: list[str], pool: Sequence[str], number: int) -> list[str]:
+        while len(names) < number:
+            names = [*names, min((n for n in pool if n not in names), key=lambda n: loss([*names, n]))]
+        return names
+
+    picked = exchanged(grown([], list(log_probs), keep), list(log_probs), loss)
+    order = grown([], [n for n in log_probs if n in picked], keep)
+    left = sorted((n for n in log_probs if n not in picked), key=lambda n: loss([*picked, n]))
+    picks = [Pick(name, losses(frozenset(order[: k + 1]))) for k, name in enumerate(order)]
+    return picks + [Pick(name, losses(frozenset([*picked, name])), picked=False) for name in left]
+
+
+def exchanged(picked: list[str], pool: list[str], loss: Callable[[list[str]], float]) -> list[str]:
+    """Exchanges one name for another, the pair that lowers the loss most, until none does."""
     while True:
-        names = [p.name for p in picks]
-        left = [
-            Pick(name, {d: mixture_loss([log_probs[n][d] for n in (*names, name)], x, gate) for d, x in data.items()})
-            for name in log_probs
-            if name not in names
-        ]
-        left.sort(key=lambda candidate: candidate.mean)
-        if len(picks) == keep:
-            return picks + [Pick(p.name, p.losses, picked=False) for p in left]
-        picks.append(left[0])
+        pairs = [(out, new) for out in picked for new in pool if new not in picked]
+        sets = [[new if name == out else name for name in picked] for out, new in pairs]
+        best = min(sets, key=loss, default=picked)
+        if loss(best) >= loss(picked) - LEAST_GAIN:
+            return picked
+        picked = best
 
 
-def mixture_loss(log_probs: list[Tensor], data: HeldOut, gate: str) -> float:
-    """Returns the loss of the mixture of specialists' probabilities, in nats per token that is predicted.
+def mixture_loss(log_probs: list[Tensor], data: HeldOut) -> float:
+    """Returns the loss of the mixture of specialists' probabilities under the "posterior" gate, in nats per predicted token.
 
     Args:
         log_probs: Log-probability of each token under each specialist. Shapes (examples, seq).
         data: Held-out examples.
-        gate: A name in `WEIGHTS`.
     """
     own = torch.stack(log_probs, -1)
-    # the weights of a token's prediction are known one token earlier
-    mixed = (WEIGHTS[gate](own, data)[:, :-1] + own[:, 1:]).logsumexp(-1)
-    return -mixed[data.scored[:, 1:]].double().mean().item()
-
-
-def equal_weights(log_probs: Tensor, data: HeldOut) -> Tensor:
-    """Returns log weights of the "uniform" gate. Shape (examples, seq, specialists)."""
-    return torch.full_like(log_probs, -math.log(log_probs.shape[-1]))
-
-
-def posterior_weights(log_probs: Tensor, data: HeldOut) -> Tensor:
-    """Returns log weights of the "posterior" gate. Shape (examples, seq, specialists)."""
     wanted = Evidence(switches=(FUSIONS[FUSION].switch_probability,))
-    return accumulated(log_probs, data.follows, data.follows, wanted)[..., 0].log_softmax(-1)
-
-
-# the gates that read nothing of the specialists but how likely each held the tokens that came
-WEIGHTS: dict[str, Callable[[Tensor, HeldOut], Tensor]] = {"posterior": posterior_weights, "uniform": equal_weights}
+    weights = accumulated(own, data.follows, data.follows, wanted)[..., 0].log_softmax(-1)
+    # those of a token's prediction are known one token earlier
+    mixed = (weights[:, :-1] + own[:, 1:]).logsumexp(-1)
+    return -mixed[data.scored[:, 1:]].double().mean().item()
 
 
 def table(picks: list[Pick]) -> Table:

@@ -221,7 +221,6 @@ def pick(
     keep: Annotated[int, Option(help="Number of specialists to pick.")],
     data: HeldOutData,
     out: Annotated[Path, Option(help="Folder for what each specialist predicts. Run again, it goes on.")],
-    gate: Annotated[str, Option(help="Weights of the mixture that is measured: posterior or uniform.")] = "posterior",
     dtype: Annotated[str, Option(help="dtype of the weights. Default: the one that all specialists share.")] = "auto",
     examples: Examples = 200,
     max_length: MaxLength = 1024,
@@ -235,10 +234,9 @@ def pick(
     from ..check import metadata
 
     hide_loading_bars()
-    settings = {"gate": gate, "dtype": dtype, "examples": examples}
-    limits = {"max_length": max_length, "prompt_tokens": prompt_tokens}
+    settings = {"dtype": dtype, "examples": examples, "max_length": max_length, "prompt_tokens": prompt_tokens}
     places = metadata.parse(pool)
-    picks = picking.pick(places, keep, named(data, "--data"), out, **settings, **limits, say=echo)
+    picks = picking.pick(places, keep, named(data, "--data"), out, **settings, say=echo)
     Console().print(picking.table(picks))
     chosen = {one.name: places[one.name] for one in picks if one.picked}
     words = [f"{name}={location}" for name, (location, _) in chosen.items()]

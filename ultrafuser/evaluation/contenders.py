@@ -14,6 +14,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from trainers import CachedGateTrainer, GateStageConfig
 
+from ..build.specialist_edits import remove_specialist
 from ..merge import MERGES
 from ..merge.merged_model import merge
 from . import baselines
@@ -97,6 +98,8 @@ def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
     run, ingredients = comparison.run, comparison.ingredients
     plan = {f"{n} specialist": partial(run, s, "specialist") for n, s in comparison.specialists.items()}
     plan[FUSED] = partial(run, comparison.fused, "fused")
+    names = comparison.fused.config.specialist_names
+    plan |= {f"{FUSED} without {name}": partial(without, comparison, name) for name in names if len(names) > 2}
     for fusion in FUSIONS:
         plan[f"uniform {fusion}"] = partial(run, baselines.ensemble(ingredients, "uniform", fusion), "ensemble")
     random_gate = baselines.RandomGate(ingredients.config, comparison.seed)
@@ -118,6 +121,19 @@ def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
             name = f"merge: {method.replace('_', ' ')}{' + LiNeS' if by_depth else ''}"
             plan[name] = partial(merged, comparison, method, by_depth)
     return plan
+
+
+def without(comparison: Comparison, name: str) -> Measured:
+    """The fused model without one of its specialists, whose gate is not trained again.
+
+    Raises:
+        UntunedError: If the gate cannot keep what it learned.
+    """
+    try:
+        model = remove_specialist(comparison.fused, name)
+    except ValueError as error:
+        raise UntunedError(str(error)) from error
+    return comparison.run(model, "pruned")
 
 
 def shuffled(comparison: Comparison) -> Measured:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.support.tiny import VOCAB, specialist, stir_gate, tokenizer
+from ultrafuser.build.specialist_edits import remove_specialist
 from ultrafuser.cli.app import app
 from ultrafuser.evaluation import contenders, evaluation_run
 from ultrafuser.evaluation.baselines import (
@@ -55,6 +56,7 @@ def test_every_baseline_has_a_row_and_the_best_comes_first(comparison, tmp_path)
     assert {f"merge: {m}{d}" for m in ("average", "ties", "dare", "task arithmetic") for d in ("", " + LiNeS")} < {
         *names
     }
+    assert {f"fused without {name}" for name in ("text", "code", "math")} < set(names)
     means = [row["mean"] for row in results["rows"]]
     assert means == sorted(means)
     oracle = "best specialist per domain (oracle)"
@@ -242,3 +244,27 @@ def test_examples_are_cut_to_the_models_context(comparison, tmp_path, monkeypatc
 
 def test_vocabulary_of_the_fixtures_is_that_of_the_tokenizer():
     assert len(tokenizer()) == VOCAB
+
+
+def test_the_fused_model_without_one_is_measured_beside_it(comparison):
+    found = contenders.without(comparison, "code")
+    smaller = remove_specialist(comparison.fused, "code")
+    for domain, examples in comparison.data.items():
+        assert torch.equal(found.scores[domain].losses, score(smaller, examples).losses)
+    assert found.cost["parameters"] < comparison.run(comparison.fused, "fused").cost["parameters"]
+
+
+def test_a_model_of_two_is_not_measured_without_one():
+    specialists = {name: specialist("llama") for name in ("text", "code")}
+    model = UltraFuserForCausalLM.from_specialists(specialists)
+    data = {"text": held_out([{"text": LINES[0]}], tokenizer(), prompt_tokens=5)}
+    plan = contenders.contenders(Comparison(model, model, tokenizer(), data, {}))
+    assert not [name for name in plan if name.startswith("fused without")]
+
+
+def test_a_gate_that_cannot_keep_what_it_learned_is_left_out(comparison):
+    torch.manual_seed(0)
+    specialists = {name: specialist("llama", hidden_size=size) for name, size in {"a": 32, "b": 32, "c": 48}.items()}
+    comparison.fused = UltraFuserForCausalLM.from_specialists(specialists, gate="mlp:8")
+    with pytest.raises(contenders.UntunedError, match="train the gate"):
+        contenders.without(comparison, "c")
