@@ -15,7 +15,7 @@ from tests.support.tiny import specialist, tokenizer
 from trainers import GateStageConfig, GateTrainer
 from trainers.domains import by_domain
 from ultrafuser.cli.app import app
-from ultrafuser.evaluation.evaluation_run import _read
+from ultrafuser.evaluation.held_out_files import read_domains
 from ultrafuser.row_files import load
 from ultrafuser.source_names import load_arguments
 
@@ -330,7 +330,7 @@ def test_a_file_that_cannot_be_read_is_named_with_domain_and_line(case, tmp_path
 def test_evaluating_says_the_same_of_a_file(case, tmp_path):
     content, words = BROKEN[case]
     with pytest.raises((ValueError, OSError), match=rf"code\.jsonl.*{words}"):
-        _read("code", str(raw(tmp_path, content)), tokenizer=tokenizer(), examples=99)
+        read_domains({"code": str(raw(tmp_path, content))}, tokenizer(), examples=99)
 
 
 def test_a_row_of_a_file_without_a_domain_is_named(tmp_path):
