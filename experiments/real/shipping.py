@@ -22,8 +22,9 @@ ABOUT = {
     },
     "code": {
         "title": "Small Python functions",
-        "does": "Writes a short function from a sentence or a docstring: lists of numbers, strings, dictionaries.",
-        "data": "5,000 generated tasks with tests, and documented functions of the standard library and of installed "
+        "does": "Writes a short function from a sentence or a docstring: lists of numbers, strings, dictionaries; and a function "
+        "`solve()` for a word problem.",
+        "data": "5,000 generated tasks with tests, 800 word problems with a program, and documented functions of the standard library and of installed "
         "packages, as `experiments/real/dataset.py` draws them. A tenth of all contents, by hash, is held out.",
     },
 }
