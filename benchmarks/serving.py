@@ -102,7 +102,7 @@ def at_batch(ways: dict[str, Serve], prompts: Prompts, rounds: int) -> dict[str,
     return {name: found["tokens"] for name, found in compare_ways(timed, rounds).items()}
 
 
-def in_transformers(model: PreTrainedModel) -> Serve:
+def in_transformers(model: PreTrainedModel, **how) -> Serve:
     """A batch through `generate`, padded on the left."""
 
     def serve(prompts: Prompts, new: int) -> tuple[list[list[int]], float]:
@@ -110,7 +110,7 @@ def in_transformers(model: PreTrainedModel) -> Serve:
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         start = time.perf_counter()
-        tokens = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+        tokens = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **how)
         return tokens[:, width:].tolist(), time.perf_counter() - start
 
     return serve
