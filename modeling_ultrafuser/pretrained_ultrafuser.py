@@ -50,7 +50,13 @@ class UltraFuserPreTrainedModel(LoadingHooks, PreTrainedModel):
             # the caller's mistake and no file's, which the library tells
             return super().from_pretrained(source, *args, **kwargs)
         with in_words("The fused model", source or "in memory", kwargs):
-            return super().from_pretrained(source, *args, **kwargs)
+            loaded = super().from_pretrained(source, *args, **kwargs)
+        if kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) != "auto":
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            # the gate is not converted, and would keep all of its file in memory
+            for parameter in model.base_model.fusion_gate.parameters():
+                parameter.data = parameter.data.clone()
+        return loaded
 
     def check_loaded(self, loading_info) -> None:
         """Rejects a checkpoint of other specialists, and a quantised head."""

@@ -59,6 +59,13 @@ def test_specialists_that_are_fused_stay_in_their_files_and_only_head_and_gate_a
     }
 
 
+def test_in_another_dtype_the_file_does_not_stay_in_memory_for_the_gate(fused):
+    assert str(fused) not in Path("/proc/self/maps").read_text()
+    model = UltraFuserForCausalLM.from_pretrained(fused, dtype="float16")
+    assert {p.dtype for p in model.model.fusion_gate.parameters()} == {torch.float32}
+    assert str(fused) not in Path("/proc/self/maps").read_text()
+
+
 def test_a_pass_copies_nothing(fused):
     model = UltraFuserForCausalLM.from_pretrained(fused)
     before = {name: p.data_ptr() for name, p in model.named_parameters()}

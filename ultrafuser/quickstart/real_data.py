@@ -12,7 +12,7 @@ from ..evaluation.measurement import HeldOut, held_out
 HERE = Path(__file__).parent
 GATE_ROWS, HELD_OUT_ROWS = HERE / "conversations" / "gate.jsonl", HERE / "conversations" / "held_out.jsonl"
 PROMPTS = {
-    "text": "Tell me about the moon in three sentences.",
+    "text": "Explain in two sentences why we sleep.",
     "math": "What is 47*46?",
     "code": "Write a Python function `solve(numbers)` that returns the sum of the squares of the even numbers in a list.",
     "both": (
