@@ -19,13 +19,49 @@ class Sums:
     top1: np.ndarray
 
 
-class Statistics:
-    """Sums over training batches. Each process keeps its own; `since` adds up those of all processes."""
+class DomainSums:
+    """Sums by domain over training batches. Each process keeps its own; `new` adds up those of all processes."""
+
+    def __init__(self, domains: int, columns: int):
+        self.sums = torch.zeros(domains, columns, dtype=torch.float64)
+        self.read = {}  # sums when they were last read, by reader
+
+    def add_rows(self, domain: Tensor, values: Tensor) -> None:
+        """Adds values to the sums of their domains. Shapes (tokens,) and (tokens, columns)."""
+        # one sum after another, in an order that does not change from run to run
+        self.sums += torch.stack([values[domain == d].sum(0) for d in range(len(self.sums))]).cpu().double()
+
+    def new(self, reader: str, accelerator) -> np.ndarray:
+        """Returns the sums since this reader's last call, over all processes. Every process must call it."""
+        new = self.sums - self.read.get(reader, torch.zeros_like(self.sums))
+        self.read[reader] = self.sums.clone()
+        if accelerator.num_processes > 1:
+            new = accelerator.reduce(new.to(accelerator.device), "sum").cpu()
+        return new.numpy()
+
+    def state_dict(self, accelerator) -> dict:
+        """Returns the sums of every process, so that a run on as many continues exactly."""
+        readers = sorted(self.read)
+        sums = torch.stack([self.sums, *(self.read[r] for r in readers)])[None]
+        if accelerator.num_processes > 1:
+            sums = accelerator.gather(sums.to(accelerator.device))
+        return {"readers": readers, "sums": sums.tolist()}
+
+    def load_state_dict(self, state: dict, process: int, processes: int) -> None:
+        """Continues from `state_dict()`. If the number of processes has changed, the first takes all sums."""
+        saved = torch.tensor(state["sums"], dtype=torch.float64)
+        if len(saved) != processes:
+            saved = torch.cat([saved.sum(0)[None], torch.zeros(processes - 1, *saved.shape[1:], dtype=torch.float64)])
+        self.sums, *read = saved[process].unbind(0)
+        self.read = dict(zip(state["readers"], read, strict=True))
+
+
+class Statistics(DomainSums):
+    """Sums of a fused model's losses and gate weights."""
 
     def __init__(self, domains: int, specialists: int):
+        super().__init__(domains, 4 + 2 * specialists)
         self.specialists = specialists
-        self.sums = torch.zeros(domains, 4 + 2 * specialists, dtype=torch.float64)
-        self.read = {}  # sums when they were last read, by reader
         self.last_mean = torch.full((specialists,), 1 / specialists, dtype=torch.float64)
 
     @torch.no_grad()
@@ -36,33 +72,18 @@ class Statistics:
         top1 = nn.functional.one_hot(weights.argmax(-1), self.specialists).float()
         own = torch.zeros_like(entropy) if own is None else -own[mask].float()
         columns = [torch.ones_like(entropy), -log_probs[mask].float(), own, entropy]
-        values = torch.cat([torch.stack(columns, -1), weights, top1], -1)
-        # one sum after another, in an order that does not change from run to run
-        self.sums += torch.stack([values[domain == d].sum(0) for d in range(len(self.sums))]).cpu().double()
+        self.add_rows(domain, torch.cat([torch.stack(columns, -1), weights, top1], -1))
 
     def since(self, reader: str, accelerator) -> Sums:
         """Returns the sums since this reader's last call, over all processes. Every process must call it."""
-        new = self.sums - self.read.get(reader, torch.zeros_like(self.sums))
-        self.read[reader] = self.sums.clone()
-        if accelerator.num_processes > 1:
-            new = accelerator.reduce(new.to(accelerator.device), "sum").cpu()
-        new = new.numpy()
-        k = self.specialists
+        new, k = self.new(reader, accelerator), self.specialists
         return Sums(*new[:, :4].T, gate=new[:, 4 : 4 + k], top1=new[:, 4 + k :])
 
-    def state_dict(self, accelerator) -> list:
-        """Returns the sums of every process, so that a run on as many continues exactly."""
-        readers = sorted(self.read)
-        sums = torch.stack([self.sums, *(self.read[r] for r in readers)])[None]
-        if accelerator.num_processes > 1:
-            sums = accelerator.gather(sums.to(accelerator.device))
-        return {"readers": readers, "sums": sums.tolist(), "mean": self.last_mean.tolist()}
+    def state_dict(self, accelerator) -> dict:
+        """Returns the sums of every process, and the last mean gate weights."""
+        return {**super().state_dict(accelerator), "mean": self.last_mean.tolist()}
 
     def load_state_dict(self, state: dict, process: int, processes: int) -> None:
-        """Continues from `state_dict()`. If the number of processes has changed, the first takes all sums."""
-        saved = torch.tensor(state["sums"], dtype=torch.float64)
-        if len(saved) != processes:
-            saved = torch.cat([saved.sum(0)[None], torch.zeros(processes - 1, *saved.shape[1:], dtype=torch.float64)])
-        self.sums, *read = saved[process].unbind(0)
-        self.read = dict(zip(state["readers"], read, strict=True))
+        """Continues from `state_dict()`."""
+        super().load_state_dict(state, process, processes)
         self.last_mean = torch.tensor(state["mean"], dtype=torch.float64)

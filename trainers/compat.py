@@ -14,18 +14,37 @@ from trl import SFTConfig, SFTTrainer
 from modeling_ultrafuser.gate_base_ultrafuser import Reads
 
 
-class HookedSFTTrainer(SFTTrainer):
-    """`SFTTrainer` that calls methods with public names where a stage replaces or extends private ones.
+class HookedTrainer:
+    """Mixin for a `Trainer` that draws with a sampler of its own, and adds to checkpoints.
 
-    A subclass defines `prepare(dataset, whose, processing_class, args, packing, formatting_func)`, which turns rows into
-    tokens and labels, and `save_stage(folder)`, which writes its state into a checkpoint.
+    A subclass defines `save_stage(folder)`, which writes its state into a checkpoint.
 
     Attributes:
         sampler: Draws the training examples.
-        extra_columns: Columns that stay in the data beside those that the model reads.
     """
 
     sampler: Sampler
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+        # `Trainer` makes the training data loader with it, and shards what it draws over the processes
+        return self.sampler
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # every process runs it for every checkpoint, before `trainer_state.json` is written and old ones are deleted
+        super()._save_rng_state(output_dir)
+        self.save_stage(output_dir)
+
+
+class HookedSFTTrainer(HookedTrainer, SFTTrainer):
+    """`SFTTrainer` that calls methods with public names where a stage replaces or extends private ones.
+
+    A subclass defines `prepare(dataset, whose, processing_class, args, packing, formatting_func)`, which turns rows into
+    tokens and labels, and what `HookedTrainer` asks for.
+
+    Attributes:
+        extra_columns: Columns that stay in the data beside those that the model reads.
+    """
+
     extra_columns: tuple[str, ...] = ("domain",)
 
     def prepare_as_trl(self, dataset, whose: str, processing_class, args, packing, formatting_func) -> Any:
@@ -41,15 +60,6 @@ class HookedSFTTrainer(SFTTrainer):
         super()._set_signature_columns_if_needed()
         missing = [c for c in self.extra_columns if c not in self._signature_columns]
         self._signature_columns = [*self._signature_columns, *missing]
-
-    def _get_train_sampler(self, train_dataset=None) -> Sampler:
-        # `Trainer` makes the training data loader with it, and shards what it draws over the processes
-        return self.sampler
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        # every process runs it for every checkpoint, before `trainer_state.json` is written and old ones are deleted
-        super()._save_rng_state(output_dir)
-        self.save_stage(output_dir)
 
 
 def model_columns(trainer: Trainer) -> list[str]:

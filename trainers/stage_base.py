@@ -12,12 +12,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import TrainOutput
 
 from modeling_ultrafuser.gate_base_ultrafuser import Gate, Reads
 
 from .batch_statistics import Statistics
-from .compat import end_without_training, is_zero_3, keep_head_whole, remember_callback
+from .compat import is_zero_3, keep_head_whole, remember_callback
 from .domain_trainer import DomainTrainer, data_seed
 from .domains import DomainCollator, by_domain, split, together
 from .forward_hooks import capture, own_log_probs
@@ -28,14 +27,15 @@ from .mix.mixes import MIXES
 from .mix.probe import Probe
 from .mix.shares import importance_weights
 from .mixed import MIXED
+from .resumable import Resumable
 from .samplers import SAMPLERS
-from .stage_checkpoint import EndedError, checkpoint_to_resume, has_stopped, load_state, write_state
+from .stage_checkpoint import EndedError, has_stopped
 from .stage_checks import check_domains, check_quantised, check_terms, fused_model
 from .stage_config import GATE_DROPOUT, MIXED_SHARE, StageConfig, accumulate
 from .stage_metrics import domain_metrics
 
 
-class StageTrainer(DomainTrainer):
+class StageTrainer(Resumable, DomainTrainer):
     """Base of both stages. A stage defines `_choose_parameters` and `default_learning_rate`.
 
     Args:
@@ -199,30 +199,29 @@ class StageTrainer(DomainTrainer):
             logs |= domain_metrics(self)
         super().log(logs, start_time)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Trains as `Trainer.train` does. A stage resumes from its own complete checkpoints only.
+    def identity(self) -> dict:
+        """Returns what must be the same in a checkpoint for the stage to resume from it."""
+        names = ("sampler", "mix_reward", "mix_policy")
+        settings = {name: getattr(self.args, name) for name in names}
+        return {**super().identity(), "prior": self.prior.tolist(), **settings}
 
-        A stage that had ended is returned as it was when it ended: `Trainer` would take one more step.
+    def progress(self) -> dict:
+        """Returns the mixes so far, and the states of statistics, controller and early stopping."""
+        return {
+            "mixes": self.sampler.mixes,
+            "statistics": self.statistics.state_dict(self.accelerator),
+            "controller": self.controller and self.controller.state_dict(),
+            "unimproved": self.stopping and self.stopping.early_stopping_patience_counter,
+        }
 
-        Raises:
-            ValueError: If there is no checkpoint to resume from, or it is of another run.
-        """
-        if self.sampler.batches_drawn:
-            self._begin()
-        checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
-        if checkpoint:
-            load_state(self, checkpoint)
-        try:
-            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        except EndedError:
-            end_without_training(self)
-            return TrainOutput(self.state.global_step, 0.0, {})
-
-    def save_stage(self, folder: str) -> None:
-        """Writes the stage's state into a checkpoint, before `Trainer` deletes old checkpoints."""
-        write_state(self, folder)
-        # what every process wrote is there before the file that makes a checkpoint complete
-        self.accelerator.wait_for_everyone()
+    def restore(self, state: dict) -> None:
+        """Restores what `progress` returned."""
+        self.sampler.restore(state["mixes"])
+        self.statistics.load_state_dict(state["statistics"], self.args.process_index, self.args.world_size)
+        if self.stopping is not None:
+            self.stopping.early_stopping_patience_counter = state.get("unimproved") or 0
+        if self.controller is not None:
+            self.controller.load_state_dict(state["controller"])
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes no card: TRL's describes one base model. `ultrafuser card` and `ultrafuser push` write a fused model's."""

@@ -20,38 +20,8 @@ def has_stopped(stopping: EarlyStoppingCallback | None) -> bool:
     return stopping is not None and stopping.early_stopping_patience_counter >= stopping.early_stopping_patience
 
 
-def identity(trainer) -> dict:
-    """Returns what must be the same in a checkpoint for the stage to resume from it."""
-    return {
-        "stage": trainer.stage,
-        "domains": trainer.domains,
-        "sizes": trainer.sizes.tolist(),
-        "batch_size": trainer.sampler.batch_size,
-        "seed": trainer.args.seed,
-        "prior": trainer.prior.tolist(),
-        "mixed_share": trainer.args.mixed_share,
-        "sampler": trainer.args.sampler,
-        "mix_reward": trainer.args.mix_reward,
-        "mix_policy": trainer.args.mix_policy,
-    }
-
-
-def write_state(trainer, folder: str | os.PathLike) -> None:
-    """Writes a stage's state into a checkpoint. All processes must call it; one writes."""
-    statistics = trainer.statistics.state_dict(trainer.accelerator)
-    if trainer.args.should_save:
-        state = {
-            **identity(trainer),
-            "mixes": trainer.sampler.mixes,
-            "statistics": statistics,
-            "controller": trainer.controller and trainer.controller.state_dict(),
-            "unimproved": trainer.stopping and trainer.stopping.early_stopping_patience_counter,
-        }
-        (Path(folder) / STATE_FILE).write_text(json.dumps(state))
-
-
-def load_state(trainer, checkpoint: str | os.PathLike) -> None:
-    """Restores the state that `write_state` wrote.
+def saved_state(trainer, checkpoint: str | os.PathLike) -> dict:
+    """Returns the state that `Resumable.save_stage` wrote.
 
     Raises:
         ValueError: If it is another trainer's checkpoint, or another run's.
@@ -66,19 +36,14 @@ def load_state(trainer, checkpoint: str | os.PathLike) -> None:
         )
     # what checkpoints of before there were mixed examples and samplers do not have
     state = {"mixed_share": 0.0, "sampler": "stratified", **json.loads(path.read_text())}
-    for key, own in identity(trainer).items():
+    for key, own in trainer.identity().items():
         if state.get(key) != own:
             raise ValueError(
                 f"A stage resumes what it began, because optimizer, schedule and draws belong together, but {key} "
                 f"is {state[key]!r} in {str(checkpoint)!r} and {own!r} here. Start a new run from its model: "
                 f"{type(trainer).__name__}({str(checkpoint)!r}, ...)."
             )
-    trainer.sampler.restore(state["mixes"])
-    trainer.statistics.load_state_dict(state["statistics"], trainer.args.process_index, trainer.args.world_size)
-    if trainer.stopping is not None:
-        trainer.stopping.early_stopping_patience_counter = state.get("unimproved") or 0
-    if trainer.controller is not None:
-        trainer.controller.load_state_dict(state["controller"])
+    return state
 
 
 def checkpoint_to_resume(trainer, chosen: str | bool | None) -> str | None:

@@ -1,16 +1,12 @@
 """Settings of the two stages: TRL's, with the paper's defaults, and what a stage adds to them."""
 
 import re
-import sys
 from dataclasses import dataclass, field
-from typing import get_args
 
 import numpy as np
-import torch
-from transformers import get_scheduler
-from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
+from .checked_config import CheckedConfig
 from .compat import dict_settings, renew_deepspeed
 from .mix.mix_config import MixConfig, check_counts
 
@@ -21,12 +17,8 @@ EVAL_STEPS = 25  # between two measurements of held-out rows
 WHOLE_STEPS = re.compile(r"schedule_free|lomo|adalomo|.*layerwise")
 
 
-MOST_WORKERS = 1024
-WORDS = ("dataset_text_field", "hub_model_id", "resume_from_checkpoint", "run_name")  # or true or false
-
-
 @dataclass
-class StageConfig(MixConfig, SFTConfig):
+class StageConfig(CheckedConfig, MixConfig, SFTConfig):
     """Settings that both stages share: TRL's, those of the mix, and those here."""
 
     _VALID_DICT_FIELDS = dict_settings(SFTConfig) + ["mix_weights", "mix_policy_settings"]
@@ -83,57 +75,18 @@ class StageConfig(MixConfig, SFTConfig):
     )
     gate_domain_steps: int = field(default=100, metadata={"help": "Steps over which `gate_domain` falls to 0."})
 
-    def __getstate__(self):
-        """Returns what is pickled beside every checkpoint: everything but tokens."""
-        state = {k: None if k.endswith("_token") and isinstance(v, str) else v for k, v in self.__dict__.items()}
-        tokens = ("token", "use_auth_token")
-        return {
-            k: {name: x for name, x in v.items() if name not in tokens} if isinstance(v, dict) else v
-            for k, v in state.items()
-        }
-
     def __post_init__(self):
         if self.early_stopping is not None:
             self.eval_strategy = self.save_strategy = "steps"
             self.save_steps = self.eval_steps = self.eval_steps or EVAL_STEPS
             self.load_best_model_at_end, self.metric_for_best_model = True, "eval_loss"
         super().__post_init__()
-        self._check_types()
-        self._check_machine()
-        self._check_schedule()
+        self.check_types(MixConfig.__annotations__ | StageConfig.__annotations__)
+        self.check_machine()
+        self.check_schedule()
         self.check_mix()
         self._check_shares()
         check_counts(self, ("examples_per_domain", "early_stopping"))
-
-    def _check_types(self):
-        # a recipe's values come as they stand there
-        for name, kind in (MixConfig.__annotations__ | StageConfig.__annotations__).items():
-            kinds = get_args(kind) or (kind,)
-            if set(kinds) <= {str, int, float, bool, type(None)}:
-                _check_type(name, getattr(self, name), (*kinds, int) if float in kinds else kinds)
-        for name, value in vars(self).items():
-            if name in WORDS and not isinstance(value, str | bool | None):
-                raise ValueError(f"`{name}` must be a word, but is {str(value)[:100]!r}. Correct it.")
-            if isinstance(value, int) and abs(value) >= 1 << 63:
-                raise ValueError(f"`{name}` must be a number of 64 bits, but is {str(value)[:100]}... Correct it.")
-        for name in (name for name in dict_settings(self) if name.endswith("_kwargs")):
-            if not isinstance(getattr(self, name), dict | None):
-                raise ValueError(
-                    f"`{name}` holds `name: value`, but is {str(getattr(self, name))[:100]!r}. Correct it."
-                )
-
-    def _check_machine(self):
-        if self.dataloader_num_workers > MOST_WORKERS:
-            raise ValueError(
-                f"Each of `dataloader_num_workers` is a process, so there may be {MOST_WORKERS} of them, but it is "
-                f"{self.dataloader_num_workers}. Take about as many as the machine has cores."
-            )
-        installed = get_available_reporting_integrations()
-        if odd := [name for name in self.report_to if name not in installed]:
-            raise ValueError(
-                f"`report_to` names programs that are installed, here {installed}, but also {str(odd[0])[:100]!r}. Install "
-                f"it, or leave it out."
-            )
 
     def _check_shares(self):
         if not 0 <= (self.mixed_share or 0) < 1:
@@ -145,17 +98,6 @@ class StageConfig(MixConfig, SFTConfig):
             raise ValueError(f"`gate_dropout` is a probability below 1, but is {self.gate_dropout}.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"`held_out` is a share of each domain's rows, between 0 and 1, but is {self.held_out}.")
-
-    def _check_schedule(self):
-        # the trainer makes it after all else is loaded
-        optimizer = torch.optim.SGD([torch.zeros(1)])
-        try:
-            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)
-        except Exception as error:
-            raise ValueError(
-                f"`lr_scheduler_kwargs` must hold what the schedule {str(self.lr_scheduler_type)!r} takes, but is "
-                f"{str(self.lr_scheduler_kwargs)[:100]!r}: {' '.join(str(error).split())[:200]}. Correct it."
-            ) from error
 
 
 @dataclass
@@ -213,14 +155,6 @@ class JointStageConfig(StageConfig):
                 f"must see all gradients at once, but got { ({n: v for n, v in found.items() if v}) }. Use bf16 "
                 f"or optim='adamw_torch', say, or leave it out."
             )
-
-
-def _check_type(name: str, value, kinds: tuple[type, ...]) -> None:
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        what = " or ".join("nothing" if k is type(None) else k.__name__ for k in kinds)
-        raise ValueError(f"`{name}` must be {what}, but is {str(value)[:100]!r}. Correct it.")
-    if float in kinds and value is not None and not abs(value) <= sys.float_info.max:
-        raise ValueError(f"`{name}` must be a finite number, but is {str(value)[:100]!r}. Correct it.")
 
 
 def scaled_rate(parameters: float, at_a_million: float) -> float:

@@ -100,7 +100,7 @@ def test_a_recipe_trains_the_gate_and_flags_then_everything(fused, tmp_path):
     ids=lambda settings: str(settings)[:40],
 )
 def test_a_recipes_setting_of_another_kind_is_refused_by_name(settings, fused, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainers.stage_config.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("trainers.checked_config.get_available_reporting_integrations", lambda: ["tensorboard"])
     written = {"stage": "gate", "model_name_or_path": str(fused), "output_dir": str(tmp_path / "out"), **settings}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(written))
     done = run(tmp_path / "recipe.yaml")
