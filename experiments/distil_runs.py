@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from transformers import set_seed
 from transformers.utils import logging
@@ -25,7 +24,6 @@ from experiments.baseline_runs import (
     rows_of,
     specialists_of,
 )
-from trainers.distil_checks import student_of
 from trainers.distil_config import DistilConfig
 from trainers.distil_trainer import DistilTrainer
 from ultrafuser.evaluation.comparison import MIXED
@@ -83,3 +81,18 @@ def distil(
         shutil.rmtree(out)
     its = {d: loss_of(taught, x) for d, x in tests.items()}
     return {"nats_per_token": found, "before": before, "teacher": its}
+
+
+def check(*, teachers: dict[str, dict], teacher: str, student: str, stage: dict[str, Any], **_) -> None:
+    """Checks that teacher and student exist, with settings that the distillation takes."""
+    if teacher not in teachers or student not in ("base", *DOMAINS):
+        raise ValueError(
+            f"`teacher` is one of {list(teachers)}, `student` 'base' or a domain: {teacher!r}, {student!r}."
+        )
+    for how in teachers.values():
+        check_gate(**how)
+    DistilConfig("nowhere", **QUIET, **PLAIN, **stage)
+
+
+RUNS = {"distil": distil}
+CHECKS = {"distil": check}

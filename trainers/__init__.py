@@ -1,10 +1,12 @@
-"""TRL trainers for the two stages of a fused model: the gate alone, then everything."""
+"""TRL trainers for a fused model: its gate alone, then everything; and for one model that learns from it."""
 
 import importlib
 
 
 _MODULES = {
     "CachedGateTrainer": "gate_cache",
+    "DistilConfig": "distil_config",
+    "DistilTrainer": "distil_trainer",
     "GateStageConfig": "stage_config",
     "GateTrainer": "stage_gate",
     "JointStageConfig": "stage_config",

@@ -12,7 +12,10 @@ from .samplers import SAMPLERS
 
 @dataclass
 class DistilConfig(CheckedConfig, DistillationConfig):
-    """Settings of distillation: TRL's `DistillationConfig`, and those here."""
+    """Settings of distillation: TRL's `DistillationConfig`, and those here.
+
+    `by_label` is MOPD (Ma et al., 2026, arXiv 2606.30406), `balance_scale` DN-MOPD, see `Feedback`.
+    """
 
     _VALID_DICT_FIELDS = dict_settings(DistillationConfig)
 
@@ -61,7 +64,7 @@ class DistilConfig(CheckedConfig, DistillationConfig):
     )
     prompt_tokens: int = field(
         default=32,
-        metadata={"help": "Of plain text, and of token ids without labels, so many first tokens are the prompt."},
+        metadata={"help": "First tokens that are the prompt, of plain text and of token ids without labels."},
     )
     max_length: int | None = field(
         default=1024,

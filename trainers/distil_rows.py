@@ -15,6 +15,7 @@ from .rows import CHAT, FORMS, IGNORED, OLD_CHAT, PAIR, TEXT, TOKENS, form_of, p
 
 
 PROMPT = ("prompt",)
+ROLES = {"human": "user", "gpt": "assistant"}  # of `conversations`
 
 
 class RowReader:
@@ -129,7 +130,7 @@ class RowReader:
         columns = PAIR if self.args.off_policy else PROMPT
         if form in (PAIR, PROMPT):
             return {column: row[column] for column in columns}
-        messages = maybe_convert_to_chatml({form[0]: row[form[0]]})["messages"] if form == OLD_CHAT else row[CHAT[0]]
+        messages = row[CHAT[0]] if form == CHAT else _chat(row[form[0]])
         ends = messages[-1]["role"] == "assistant"
         prompt, completion = (messages[:-1], messages[-1:]) if ends else (messages, [])
         if not prompt or (self.args.off_policy and not completion):
@@ -158,3 +159,9 @@ class RowReader:
     def _end(self) -> list[int]:
         end = self.tokenizer.eos_token_id
         return [] if end is None else [end]
+
+
+def _chat(turns: list[dict]) -> list[dict]:
+    """Returns turns of {"from", "value"} as messages."""
+    messages = maybe_convert_to_chatml({OLD_CHAT[0]: turns})["messages"]
+    return [{**message, "role": ROLES.get(message["role"], message["role"])} for message in messages]

@@ -1,4 +1,4 @@
-"""How far a student's predictions are from a teacher's, token by token."""
+"""Divergences of a student's predictions from a teacher's, token by token."""
 
 import inspect
 import math
