@@ -88,8 +88,10 @@ def test_every_specialist_reads_every_text_once(data):
     assert len(calls) == 4 * len(data)
 
 
-def test_adapters_of_one_base_are_pruned_likewise(data, tmp_path):
-    model = UltraFuserForCausalLM.from_specialists(make(tmp_path), gate="cross:16")
+@pytest.mark.parametrize("gate", ["cross:16", "posterior"])
+@pytest.mark.parametrize("ends", [False, True])
+def test_adapters_of_one_base_are_pruned_likewise(ends, gate, data, tmp_path):
+    model = UltraFuserForCausalLM.from_specialists(make(tmp_path, ends=ends), gate=gate)
     stir_gate(model)
     assert_as_measured_alone(model, 2, data)
 

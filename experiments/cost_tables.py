@@ -1,0 +1,52 @@
+"""Tables of what fused specialists cost, and of the ways to pay less, from results of benchmarks and experiments."""
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+from experiments import ledger
+from experiments.averages import DOMAINS, files, numbers, spread
+from ultrafuser.reports.marked_tables import markdown
+
+
+WAYS = ("one specialist", "fused", "fused, stacked", "fused, stacked, compiled", "fused, self-drafting")
+
+
+def ways(path: Path) -> str:
+    """Tables the time of a token and the weights of each way against one specialist, in both shapes of `benchmarks.rivals`."""
+    found = files(path)[0]
+    small, large = found["small"], found["large"]
+    rows = []
+    for way in WAYS:
+        times = [_times(shape[way]["token"]) if way in shape else "" for shape in (small, large)]
+        rows.append([way, *times, f"{(large if way in large else small)[way]['weights']:.2f}"])
+    return markdown(["", "a token, bound by operations", "a token, bound by weights", "weights"], rows)
+
+
+def adapters(path: Path) -> str:
+    """Tables what adapters of one base cost against one specialist: `benchmarks.adapters`."""
+    found = files(path)[0]["ways"]
+    one = next(iter(found.values()))["bytes of weights"]
+    rows = [
+        [way, _times(row["step"]), _times(row["prompt"]), f"{row['bytes of weights'] / one:.2f}"]
+        for way, row in found.items()
+    ]
+    return markdown(["", "a token", "a prompt", "weights"], rows)
+
+
+def _times(row: dict) -> str:
+    return "{median:.2f} ({least:.2f} to {most:.2f})".format(**row)
+
+
+def pruning(path: Path) -> str:
+    """Tables the loss of six specialists, and of three that were kept or picked: mean ± standard deviation over seeds."""
+    rows = []
+    for results in ledger.results(path.name).values():
+        for model in results[0]["nats_per_token"]:
+            losses = [[one["nats_per_token"][model][d] for d in DOMAINS] for one in results]
+            by_domain = [mean(own) for own in zip(*losses, strict=True)]
+            rows.append([model, *numbers(by_domain), spread([mean(own) for own in losses])])
+    return markdown(["", *DOMAINS, "mean"], sorted(rows, key=lambda row: row[-1]))
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"ways": ways, "adapters": adapters, "pruning": pruning}
