@@ -9,6 +9,13 @@ from experiments.averages import DOMAINS, files, numbers, spread
 from ultrafuser.reports.marked_tables import markdown
 
 
+PRUNED = {
+    "six": "all six",
+    "by name": "the three that were made for the domains, fused",
+    "picked": "`pick`, then fused",
+    "pruned": "`prune`",
+    "pruned, trained again": "`prune`, and the gate trained again",
+}
 WAYS = ("one specialist", "fused", "fused, stacked", "fused, stacked, compiled", "fused, self-drafting")
 
 
@@ -45,7 +52,7 @@ def pruning(path: Path) -> str:
         for model in results[0]["nats_per_token"]:
             losses = [[one["nats_per_token"][model][d] for d in DOMAINS] for one in results]
             by_domain = [mean(own) for own in zip(*losses, strict=True)]
-            rows.append([model, *numbers(by_domain), spread([mean(own) for own in losses])])
+            rows.append([PRUNED[model], *numbers(by_domain), spread([mean(own) for own in losses])])
     return markdown(["", *DOMAINS, "mean"], sorted(rows, key=lambda row: row[-1]))
 
 

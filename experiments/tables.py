@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from experiments import ledger, paper_tables, real_tables, robustness_tables
+from experiments import cost_tables, ledger, paper_tables, real_tables, robustness_tables
 from experiments.averages import DOMAINS, files, losses_of, numbers, spread, vector, weights_of
 from ultrafuser.reports import marked_tables
 from ultrafuser.reports.marked_tables import markdown
@@ -24,6 +24,7 @@ DOCUMENTS = (
     "README.md",
     "MODEL_CARD.md",
     "EXPERIMENTS.md",
+    "docs/costs.md",
     "docs/families.md",
     "docs/security.md",
     "docs/when-not.md",
@@ -260,6 +261,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "verbatim": robustness_tables.verbatim,
     "servers": robustness_tables.servers,
     "durability": robustness_tables.durability,
+    **cost_tables.TABLES,
     **real_tables.TABLES,
 }
 
