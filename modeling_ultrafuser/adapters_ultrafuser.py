@@ -253,7 +253,8 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 def merged_backbone(base: PreTrainedModel, k: int) -> PreTrainedModel:
     """Specialist k's backbone with its adapter merged, a copy."""
     backbone = copy.deepcopy(base)
-    backbone._modules.pop(HEAD, None)
+    if hasattr(backbone, HEAD):
+        delattr(backbone, HEAD)
     for name, layer in base.named_modules():
         if isinstance(layer, AdaptedLinear | AdaptedEmbedding):
             _replace(backbone, name, layer.merged(k))

@@ -122,7 +122,7 @@ def program(item: worked_arithmetic.Item) -> str:
 
 
 def tests_of(item: worked_arithmetic.Item) -> list[str]:
-    """What checks a program for a word problem."""
+    """Lists the assertions that check a program for a word problem."""
     return [f"assert solve() == {item.answer}"]
 
 
