@@ -44,9 +44,9 @@ def _mathml(found: re.Match) -> str:
 def _table(name: str) -> str:
     """The fields that a configuration adds to its parent's, with the help that the command line shows."""
     # takes seconds, and one page alone needs it
-    from trainers import stage_config
+    from trainers import distil_config, stage_config
 
-    config = getattr(stage_config, name)
+    config = getattr(distil_config if name == "DistilConfig" else stage_config, name)
     own = [f for f in fields(config) if f.name in config.__annotations__ and f.init]
     rows = [f"| `{f.name}` | `{f.default!r}` | {f.metadata.get('help', '')} |" for f in own]
     return "\n".join(["| setting | default | what |", "|---|---|---|", *rows])

@@ -1,4 +1,4 @@
-"""Commands that train gates and fused models."""
+"""Commands that train gates and fused models, and one model from a fused one."""
 
 import os
 import re
@@ -44,9 +44,7 @@ def train(
     from ..train import stage_recipe
 
     fused, args, model_args = _stage(stage, words, model, data, out, max_steps)
-    if resume:
-        args.resume_from_checkpoint = stage_recipe.last_complete_checkpoint(args.output_dir)
-        echo(f"Going on from {args.resume_from_checkpoint or 'the beginning: there is no checkpoint'}.")
+    _resume(args, resume)
     stage_recipe.train(fused, args, model_args)
     echo(f"Wrote {args.output_dir!r}. Is it worth it? `ultrafuser evaluate {args.output_dir} --help`.")
 
@@ -77,22 +75,78 @@ def gates(
     echo(f"Wrote the model with the best one, {fits[0].gate!r}, to {str(out or args.output_dir)!r}.")
 
 
-def _stage(stage: str | None, words: list[str] | None, model, data: list[str] | None, out, max_steps):
-    """Parses what to train, and how, from a command line."""
-    from .. import source_names
-    from ..train import stage_recipe
+@group.command(context_settings={"ignore_unknown_options": True})
+def distil(
+    words: Annotated[
+        list[str] | None,
+        Argument(metavar="RECIPE --FIELD VALUE", help="YAML file; any field of `DistilConfig` as an option."),
+    ] = None,
+    model: Annotated[str | None, Option(help="Folder of the fused model that teaches, or its id on the Hub.")] = None,
+    student: Annotated[
+        str | None,
+        Option(help="Name of one of its specialists, or folder or Hub id of any model of the same tokenizer."),
+    ] = None,
+    data: Annotated[list[str] | None, Option(help="As for `ultrafuser train`. Rows may be prompts alone.")] = None,
+    out: Annotated[Path | None, Option(help="Folder to write.")] = None,
+    max_steps: Annotated[int | None, Option(help="Optimizer steps.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
+) -> None:
+    """Distil a fused model into one ordinary model, which any engine runs. The student writes its own answers.
 
+    With --off-policy true it learns on the answers in the rows.
+
+    Example: ultrafuser distil --model fused --student text --data text=text.jsonl --data code=code.jsonl --out small
+    """
+    from ..train import distil_recipe
+
+    words, recipe = _begun(words)
+    given = {"model_name_or_path": model, "student": student, "output_dir": out, "max_steps": max_steps}
+    chosen, args = distil_recipe.parse([*_options(given), *words], recipe)
+    _set_domains(chosen, data)
+    _resume(args, resume)
+    distil_recipe.distil(chosen, args)
+    echo(f"Wrote {args.output_dir!r}, a model that needs no code of this package. Its card says how it was made.")
+
+
+def _begun(words: list[str] | None) -> tuple[list[str], Path | None]:
+    """Prepares for training, and splits a recipe from the options that are not ours, which come as words, too."""
     # its loaders fork
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     hide_trl_warning()
-    given = {"model_name_or_path": model, "output_dir": out, "max_steps": max_steps}
-    arguments = [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
     words = list(words or [])
-    # options that are not ours come as words, too
     recipe = Path(words.pop(0)) if words and not words[0].startswith("-") else None
-    fused, args, model_args = stage_recipe.parse([*arguments, *words], stage=stage, recipe=recipe)
+    return words, recipe
+
+
+def _options(given: dict) -> list[str]:
+    return [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+
+
+def _set_domains(chosen, data: list[str] | None) -> None:
+    """Sets the domains' sources from --data."""
+    from .. import source_names
+
     if data and len(data) == 1 and "=" not in data[0] and re.search(r"/|\.jsonl?(\.gz)?$", data[0]):
-        fused.domains = source_names.load_arguments(data[0])
+        chosen.domains = source_names.load_arguments(data[0])
     elif data:
-        fused.domains = {d: source_names.load_arguments(source) for d, source in named(data, "--data").items()}
+        chosen.domains = {d: source_names.load_arguments(source) for d, source in named(data, "--data").items()}
+
+
+def _resume(args, resume: bool) -> None:
+    """Sets the checkpoint to go on from, and says which."""
+    from trainers.stage_checkpoint import last_complete_checkpoint
+
+    if resume:
+        args.resume_from_checkpoint = last_complete_checkpoint(args.output_dir)
+        echo(f"Going on from {args.resume_from_checkpoint or 'the beginning: there is no checkpoint'}.")
+
+
+def _stage(stage: str | None, words: list[str] | None, model, data: list[str] | None, out, max_steps):
+    """Parses what to train, and how, from a command line."""
+    from ..train import stage_recipe
+
+    words, recipe = _begun(words)
+    given = {"model_name_or_path": model, "output_dir": out, "max_steps": max_steps}
+    fused, args, model_args = stage_recipe.parse([*_options(given), *words], stage=stage, recipe=recipe)
+    _set_domains(fused, data)
     return fused, args, model_args

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
@@ -81,17 +81,47 @@ def parse(
         ValueError: If a field is unknown, or nobody says which stage.
         OSError: If the recipe cannot be read.
     """
+    stage = stage or read_recipe(recipe).get("stage")
+    if not isinstance(stage, str) or stage not in STAGES:
+        raise ValueError(f"A stage is one of {list(STAGES)}, but got {stage!r}. Say it: --stage gate, say.")
+    fused, args, model = parse_fields(arguments, (FusedArguments, STAGES[stage], ModelConfig), recipe)
+    fused.stage = stage
+    return fused, args, model
+
+
+def read_recipe(recipe: Path | None) -> dict[str, Any]:
+    """Reads a recipe's fields; none without a recipe.
+
+    Raises:
+        ValueError: If the file holds something else.
+        OSError: If it cannot be read.
+    """
     written = {} if recipe is None else read_yaml(recipe)
     if not isinstance(written, dict):
         raise ValueError(
             f"A recipe says `field: value` in YAML, but {str(recipe)!r} holds a {type(written).__name__}."
         )
-    stage = stage or written.get("stage")
-    if not isinstance(stage, str) or stage not in STAGES:
-        raise ValueError(f"A stage is one of {list(STAGES)}, but got {stage!r}. Say it: --stage gate, say.")
+    return written
+
+
+def parse_fields(arguments: list[str], kinds: tuple[type, ...], recipe: Path | None = None) -> list[Any]:
+    """Reads settings from a recipe, and from a command line, which goes before it.
+
+    Args:
+        arguments: Of the command line.
+        kinds: Dataclasses of the settings. One is of TRL, with `trust_remote_code`.
+        recipe: YAML file.
+
+    Returns:
+        One of each kind.
+
+    Raises:
+        ValueError: If a field is unknown, or of another kind.
+        OSError: If the recipe cannot be read.
+    """
+    written = read_recipe(recipe)
     trusted = any(word.startswith(("--trust_remote_code", "--trust-remote-code")) for word in arguments)
     _check_asks_for_nothing_more(recipe, arguments)
-    kinds = (FusedArguments, STAGES[stage], ModelConfig)
     _check_kinds(written, kinds)
     parser = TrlParser(kinds)
     # not with a usage of hundreds of lines
@@ -101,20 +131,19 @@ def parse(
         parser.set_defaults(use_cpu=True, bf16=False)
     config = [] if recipe is None else ["--config", str(recipe)]
     with in_words("The settings", recipe or "the command line"):
-        fused, args, model, unknown = parser.parse_args_and_config(
-            [*config, *arguments], return_remaining_strings=True
-        )
+        *parts, unknown = parser.parse_args_and_config([*config, *arguments], return_remaining_strings=True)
     if unknown:
-        known = [f"--{setting.name}" for part in (fused, args, model) for setting in fields(part)]
+        known = [f"--{setting.name}" for part in parts for setting in fields(part)]
         near = difflib.get_close_matches(unknown[0], known, n=3)
         raise ValueError(
             f"Options are fields of a stage's settings, but {unknown[0]!r} is none. "
             + (f"Near it: {', '.join(near)}." if near else "All are in the documentation of training.")
         )
-    fused.stage = stage
-    # a recipe may come from somebody else, and a fused model needs no code but this package's
-    args.trust_remote_code &= trusted
-    return fused, args, model
+    for part in parts:
+        if isinstance(part, TrainingArguments):
+            # a recipe may come from somebody else, and a fused model needs no code but this package's
+            part.trust_remote_code &= trusted
+    return parts
 
 
 def _refuse(message: str) -> NoReturn:
@@ -179,17 +208,25 @@ def train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model
         ValueError: If something given does not fit.
         OSError: If a model or data cannot be read.
     """
-    out, resume = Path(args.output_dir), args.resume_from_checkpoint
-    if not resume and (last_complete_checkpoint(out) or (out / "config.json").exists()):
+    with writing(args, "train"):
+        _train(fused, args, model_args)
+
+
+def writing(args: TrainingArguments, command: str) -> AbstractContextManager:
+    """Holds a run's output folder. Of several processes one writes.
+
+    Raises:
+        FileExistsError: If it holds a run already, and is not to be gone on with, or somebody else writes it.
+    """
+    out = Path(args.output_dir)
+    if not args.resume_from_checkpoint and (last_complete_checkpoint(out) or (out / "config.json").exists()):
         raise FileExistsError(
             f"Nothing is overwritten unasked, but {str(out)!r} holds another run's model or checkpoints. Go on from "
-            f"the last checkpoint: `ultrafuser train --resume`, or --resume_from_checkpoint True; or choose another "
+            f"the last checkpoint: `ultrafuser {command} --resume`, or --resume_from_checkpoint True; or choose another "
             f"output_dir."
         )
-    # of several processes one writes
     begun = [path.parent.name for path in out.glob(f"checkpoint-*/{STATE_FILE}")]
-    with sole_writer(out, "train", WRITES, begun=begun) if args.process_index == 0 else nullcontext():
-        _train(fused, args, model_args)
+    return sole_writer(out, command, WRITES, begun=begun) if args.process_index == 0 else nullcontext()
 
 
 def _train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, model_args: ModelConfig) -> None:
