@@ -159,6 +159,44 @@ def fuse(
 
 
 @group.command()
+def compress(
+    specialists: Annotated[
+        list[str], Argument(help="NAME=ID, NAME=ID@REVISION or NAME=FOLDER of each full model, tuned from one base.")
+    ],
+    base: Annotated[str, Option(help="Base that all were tuned from: ID, ID@REVISION or folder.")],
+    out: Annotated[Path, Option(help="Folder to write: the base, and an adapter for each. Run again, it goes on.")],
+    rank: Annotated[int | None, Option(help="Highest rank of a layer's change.")] = None,
+    error: Annotated[
+        float | None, Option(help="Largest relative error of a layer's change; the least rank that meets it is taken.")
+    ] = None,
+    shared: Annotated[str, Option(help="base or mean: the weights that adapters are added to.")] = "base",
+    data: Annotated[
+        list[str] | None, Option(help="NAME=FILE.jsonl or NAME=HUB_ID:SPLIT, held-out data of a specialist.")
+    ] = None,
+) -> None:
+    """Compress full models that were tuned from one base into LoRA specialists of it, to be fused in one base's memory.
+
+    Example: ultrafuser compress text=text-1.5b code=code-1.5b math=math-1.5b --base base-1.5b --rank 64 --out small
+    """
+    from ..compress.compression import Compression
+    from ..compress.factors import Limits
+    from ..compress.losses import losses, read_data, table, warning
+
+    hide_loading_bars()
+    compression = Compression(specialists, base, Limits(rank, error), shared)
+    held = read_data(compression, named(data, "--data"))
+    reports = compression.run(out, say=echo)
+    measured = losses(compression, out, held)
+    if (text := warning(measured)) is not None:
+        echo(text)
+    Console().print(table(reports, measured))
+    if error is not None and (above := compression.above(reports)):
+        echo(f"At rank {rank} the error of {above} layers is above {error}.")
+    pairs = " ".join(f"{name}={out / name}" for name in reports)
+    echo(f"Wrote {str(out)!r}. To fuse them: ultrafuser fuse {pairs} --out FOLDER")
+
+
+@group.command()
 def add(
     folder: Folder,
     newcomer: Annotated[str, Argument(help="NAME=ID or NAME=FOLDER.")],
