@@ -7,6 +7,7 @@ page stops at its first error. `<!-- slow: why -->` above a block keeps it for -
 """
 
 import argparse
+import copy
 import gc
 import json
 import os
@@ -273,10 +274,14 @@ def save_models(models: dict[str, Path], fused: Path) -> None:
 
     from modeling_ultrafuser import UltraFuserForCausalLM
     from tests.support.tiny import specialist, tokenizer
+    from tests.support.tuned import changed
 
     words = tokenizer(chat_template=TEMPLATE)
-    for folder in models.values():
-        specialist(layers=1, max_position_embeddings=1024).save_pretrained(folder)
+    base = specialist(layers=1, max_position_embeddings=1024)
+    for seed, (name, folder) in enumerate(models.items()):
+        # as if all were tuned from the base
+        model = base if name == BASE else changed(copy.deepcopy(base), seed)
+        model.save_pretrained(folder)
         words.save_pretrained(folder)
         (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     model = UltraFuserForCausalLM.from_specialists({d: models[m] for d, m in zip(DOMAINS, MODELS, strict=True)})
