@@ -27,7 +27,6 @@ from ultrafuser.evaluation.measurement import HeldOut, held_out
 from ultrafuser.provenance import provenance
 from ultrafuser.quickstart.corpora import DOMAINS, documents, splits
 from ultrafuser.quickstart.toy_models import pretrain, to_blocks
-from ultrafuser.reports.marked_tables import markdown
 
 
 RESULTS = Path(__file__).parent.parent / "results" / "compression.json"
@@ -118,28 +117,6 @@ def weight_bytes(specialists: dict[str, Path]) -> int:
     """Bytes of the weights of a fused model, with a gate that has none."""
     fused = UltraFuserForCausalLM.from_specialists(specialists, gate="uniform")
     return sum(p.numel() * p.element_size() for p in fused.parameters())
-
-
-def table(rows: list[dict]) -> str:
-    """Markdown of one base's rows."""
-    columns = [
-        "adapters of",
-        "rank",
-        *(f"gain kept, {d}" for d in DOMAINS),
-        "weights of three",
-        "of three as they are",
-    ]
-    cells = [
-        [
-            f"the {row['shared']}",
-            str(row["rank"]),
-            *(f"{100 * row['kept'][d]:.0f} %" for d in DOMAINS),
-            f"{row['memory against three fused']:.2f}",
-            f"{row['memory against three models']:.2f}",
-        ]
-        for row in rows
-    ]
-    return markdown(columns, cells)
 
 
 if __name__ == "__main__":

@@ -56,4 +56,22 @@ def pruning(path: Path) -> str:
     return markdown(["", *DOMAINS, "mean"], sorted(rows, key=lambda row: row[-1]))
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"ways": ways, "adapters": adapters, "pruning": pruning}
+def compression(path: Path) -> str:
+    """Tables the gain of tuning that compressed specialists keep, and their weights against three full models fused."""
+    rows = []
+    for name, result in files(path)[0].items():
+        millions = result["parameters"] / 1e6
+        for row in result["rows"]:
+            kept = [row["kept"][d] for d in DOMAINS]
+            shares = [f"{share:.1%}" for share in (*kept, mean(kept))]
+            what = f"{name}, {millions:.1f}M each, rank {row['rank']}, of the {row['shared']}"
+            rows.append([what, *shares, f"{row['memory against three fused']:.2f}"])
+    return markdown(["", *DOMAINS, "mean", "weights"], rows)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "ways": ways,
+    "adapters": adapters,
+    "pruning": pruning,
+    "compression": compression,
+}

@@ -73,7 +73,7 @@ def test_a_rank_that_loses_the_gain_is_warned_of_in_the_first_line(sources, pair
 
 def test_what_cannot_be_is_refused_in_a_sentence(sources, pairs, tmp_path):
     done = run("compress", *pairs, "--base", base_of(sources), "--out", tmp_path / "small")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "Neither a rank nor an error is given." in done.output
     told = run(
         "compress", *pairs, "--base", base_of(sources), "--rank", "2", "--out", tmp_path, "--data", "art=x.jsonl"

@@ -223,7 +223,7 @@ class Compression:
             if key in kept:
                 found = kept[key]
                 # one is read the other way round
-                yield layer, found and Factors(found.right.T.contiguous(), found.left.T.contiguous(), *found[2:])
+                yield layer, found and Factors(_turned(found.right), _turned(found.left), *found[2:])
                 continue
             change = specialist.weight(layer) - base.weight(layer)
             if not change.isfinite().all():
@@ -236,6 +236,11 @@ class Compression:
             if specialist.is_tied and self.base.is_tied:
                 kept[key] = found
             yield layer, found
+
+
+def _turned(matrix: Tensor) -> Tensor:
+    # a copy, which `contiguous` alone is not at rank 1
+    return matrix.T.clone(memory_format=torch.contiguous_format)
 
 
 def _config(ranks: dict[str, int], base: Path) -> LoraConfig:
