@@ -20,9 +20,9 @@ from transformers.utils import logging
 
 from experiments.baseline_runs import folder_of, specialists_of
 from modeling_ultrafuser import UltraFuserForCausalLM
-from ultrafuser.compress.compression import BASE, SHARED, Compression
+from ultrafuser.compress.compressing import BASE, SHARED, Compression
 from ultrafuser.compress.factors import Limits
-from ultrafuser.compress.losses import losses
+from ultrafuser.compress.gain import losses
 from ultrafuser.evaluation.measurement import HeldOut, held_out
 from ultrafuser.provenance import provenance
 from ultrafuser.quickstart.corpora import DOMAINS, documents, splits

@@ -1,24 +1,23 @@
 """Adapters on the token embedding and on the head of one base: the head stays one wide linear layer."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gates_ultrafuser import GATES
-from tests.modeling.test_adapters import CLEAN, close
-from tests.support.adapted import BASES, make, pair
+from tests.modeling.test_adapters import close
+from tests.support.adapted import BASES, check_where_nothing_is_installed, make, pair
 from tests.support.mixes import prompt
 from ultrafuser.build.specialist_edits import remove_specialist
+
+
+pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
@@ -104,18 +103,9 @@ def test_adapters_on_linear_layers_alone_are_saved_in_format_1(tmp_path):
     assert set(config["adapters"]) == {"rank", "target_modules"}
 
 
-@pytest.mark.process
 @torch.no_grad()
 def test_a_saved_folder_is_the_same_where_neither_our_packages_nor_peft_are(models, tmp_path):
-    fused, ids = models[0], prompt()
-    fused.save_pretrained(tmp_path / "fused")
-    text = fused.generate(ids, max_new_tokens=8, do_sample=False)
-    save_file({"ids": ids, "logits": fused(ids).logits, "text": text}, tmp_path / "fused" / "expected.safetensors")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "hf")}
-    command = [sys.executable, "-c", CLEAN, str(tmp_path / "fused")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    check_where_nothing_is_installed(models[0], prompt(), tmp_path)
 
 
 @torch.no_grad()

@@ -2,9 +2,6 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +20,7 @@ from transformers import (
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
-from tests.support.adapted import ADAPTERS, BASES, make, pair
+from tests.support.adapted import ADAPTERS, BASES, check_where_nothing_is_installed, make, pair
 from tests.support.mixes import prompt
 from tests.support.tiny import specialist
 from tests.support.versions import needs_peft_in_the_library
@@ -256,36 +253,10 @@ def test_drafts_change_no_token(how, models):
 # ---------------------------------------------------------------------------------------------- saved
 
 
-CLEAN = """
-import sys
-for name in ("modeling_ultrafuser", "trainers", "ultrafuser", "tests", "peft"):
-    sys.modules[name] = None
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
-assert type(model).__module__.startswith("transformers_modules."), type(model)
-assert not any(info.values()), info
-expected = load_file(sys.argv[1] + "/expected.safetensors")
-with torch.no_grad():
-    assert torch.equal(model(expected["ids"]).logits, expected["logits"])
-assert torch.equal(model.generate(expected["ids"], max_new_tokens=8, do_sample=False), expected["text"])
-"""
-
-
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_saved_folder_is_the_same_where_neither_our_packages_nor_peft_are(models, tmp_path):
-    fused, ids = models[0], prompt()
-    fused.save_pretrained(tmp_path / "fused")
-    text = fused.generate(ids, max_new_tokens=8, do_sample=False)
-    save_file({"ids": ids, "logits": fused(ids).logits, "text": text}, tmp_path / "fused" / "expected.safetensors")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "hf")}
-    command = [sys.executable, "-c", CLEAN, str(tmp_path / "fused")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    check_where_nothing_is_installed(models[0], prompt(), tmp_path)
 
 
 @torch.no_grad()

@@ -1,6 +1,11 @@
 """Adapters of one base, and the same specialists merged."""
 
+import os
+import subprocess
+import sys
+
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -82,3 +87,33 @@ def pair(sources, **options):
     for model in (adapted, merged):
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return adapted, merged
+
+
+CLEAN = """
+import sys
+for name in ("modeling_ultrafuser", "trainers", "ultrafuser", "tests", "peft"):
+    sys.modules[name] = None
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+assert not any(info.values()), info
+expected = load_file(sys.argv[1] + "/expected.safetensors")
+with torch.no_grad():
+    assert torch.equal(model(expected["ids"]).logits, expected["logits"])
+assert torch.equal(model.generate(expected["ids"], max_new_tokens=8, do_sample=False), expected["text"])
+"""
+
+
+def check_where_nothing_is_installed(fused, ids, folder):
+    """Saves the model, and compares it with itself in a process that can import neither our packages nor PEFT."""
+    fused.save_pretrained(folder / "fused")
+    text = fused.generate(ids, max_new_tokens=8, do_sample=False)
+    save_file({"ids": ids, "logits": fused(ids).logits, "text": text}, folder / "fused" / "expected.safetensors")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HOME": str(folder / "hf")}
+    command = [sys.executable, "-c", CLEAN, str(folder / "fused")]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -327,29 +327,6 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_training_short() -> None:
-    """Two steps on a few examples, on the CPU, whatever a recipe says."""
-    from trl import DistillationConfig, SFTConfig
-
-    for config in (DistillationConfig, SFTConfig):
-        _make_short(config)
-
-
-def _make_short(config: type) -> None:
-    finish = config.__post_init__
-
-    def short(args):
-        args.max_steps, args.per_device_train_batch_size = 2, 2
-        args.bf16, args.use_cpu, args.report_to, args.disable_tqdm = False, True, "none", True
-        if hasattr(args, "examples_per_domain"):
-            args.examples_per_domain, args.mix_every, args.mix_probe = 2, 1, 2
-        if hasattr(args, "max_completion_length"):
-            args.max_completion_length = 4
-        finish(args)
-
-    config.__post_init__ = short
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--slow", action="store_true")
@@ -370,6 +347,7 @@ def main() -> None:
             NO_PROXY="127.0.0.1,localhost",
         )
         from tests.support.judge_server import Server
+        from tests.support.short_training import make_training_short
         from tests.support.teacher_server import TeacherServer
 
         save_models(models, work / "fused")

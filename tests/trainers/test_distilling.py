@@ -22,6 +22,9 @@ from trainers.divergences import divergence, token_divergences
 from trainers.domain_scale import factors
 
 
+pytestmark = pytest.mark.e2e
+
+
 SMALL = {"max_steps": 2, "examples_per_domain": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False, "save_strategy": "no"}
 PLAIN = {"logging_steps": 1, "gradient_checkpointing": False, "max_completion_length": 5}

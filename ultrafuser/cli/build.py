@@ -178,9 +178,9 @@ def compress(
 
     Example: ultrafuser compress text=text-1.5b code=code-1.5b math=math-1.5b --base base-1.5b --rank 64 --out small
     """
-    from ..compress.compression import Compression
+    from ..compress.compressing import Compression
     from ..compress.factors import Limits
-    from ..compress.losses import losses, read_data, table, warning
+    from ..compress.gain import losses, read_data, table, warning
 
     hide_loading_bars()
     compression = Compression(specialists, base, Limits(rank, error), shared)

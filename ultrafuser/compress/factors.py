@@ -78,8 +78,9 @@ def factors(change: Tensor, limits: Limits) -> Factors | None:
         return None
     most = min(limits.rank or min(change.shape), *change.shape)
     if limits.rank is not None and min(change.shape) > WIDEST:
-        torch.manual_seed(0)
-        left, values, right = torch.svd_lowrank(change, min(most + OVERSAMPLING, *change.shape), ITERATIONS)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            left, values, right = torch.svd_lowrank(change, min(most + OVERSAMPLING, *change.shape), ITERATIONS)
         right = right.T
     else:
         left, values, right = torch.linalg.svd(change, full_matrices=False)

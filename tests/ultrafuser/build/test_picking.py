@@ -18,6 +18,9 @@ from ultrafuser.cli.app import app
 from ultrafuser.evaluation.measurement import HeldOut, held_out, mean_loss, score
 
 
+pytestmark = pytest.mark.e2e
+
+
 LINES = ["what is 2+2? it is 4", "def read(self): return 1", "the value of the expression", "x = 3 * y + 4"]
 
 

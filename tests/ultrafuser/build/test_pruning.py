@@ -21,6 +21,9 @@ from ultrafuser.evaluation import measurement
 from ultrafuser.evaluation.measurement import held_out, mean_loss
 
 
+pytestmark = pytest.mark.e2e
+
+
 LINES = ["what is 2+2? it is 4", "def read(self): return 1", "the value of the expression", "x = 3 * y + 4"]
 NAMES = ("text", "code", "math", "law")
 

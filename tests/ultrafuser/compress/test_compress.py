@@ -15,8 +15,11 @@ from modeling_ultrafuser.refusals_ultrafuser import Refusal
 from tests.support.mixes import prompt
 from tests.support.tiny import specialist
 from tests.support.tuned import NAMES, make
-from ultrafuser.compress.compression import Compression
+from ultrafuser.compress.compressing import Compression
 from ultrafuser.compress.factors import Limits, factors
+
+
+pytestmark = pytest.mark.e2e
 
 
 WHOLE = 1000

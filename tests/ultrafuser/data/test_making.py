@@ -120,6 +120,7 @@ class AsForeseen:
 
 
 @pytest.mark.grid
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "changes",
     [
@@ -167,6 +168,7 @@ def test_the_same_journal_gives_the_same_bytes_without_a_server(made, tmp_path):
     assert files(again) == files(out)
 
 
+@pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("fault", ["429", "500", "disconnect", "half a body", "no JSON"])
 def test_a_server_in_trouble_gives_the_same_data(fault, made, tmp_path, monkeypatch):
@@ -180,6 +182,7 @@ def test_a_server_in_trouble_gives_the_same_data(fault, made, tmp_path, monkeypa
     assert {**ours, "report.json": 0} == {**theirs, "report.json": 0}
 
 
+@pytest.mark.e2e
 @pytest.mark.e2e
 @pytest.mark.grid
 @pytest.mark.parametrize("fault", ["no list", "empty", "cut off"])
@@ -240,6 +243,7 @@ def test_a_teacher_that_stops_before_any_answer_leaves_an_earlier_set_alone(made
     }
 
 
+@pytest.mark.e2e
 def test_a_changed_prompt_asks_again_only_what_it_changes(made, tmp_path):
     out, own = tmp_path / "set", tmp_path / "own"
     shutil.copytree(made[0], out)

@@ -21,8 +21,8 @@ from trainers.progress import Progress
 from ..atomic import new_folder, sole_writer, write_json
 from ..check import metadata
 from ..provenance import digest
-from .checkpoints import Checkpoint, check_same, check_tuned
 from .factors import Factors, Limits, factors
+from .full_models import Checkpoint, check_same, check_tuned
 
 
 BASE, RECORD = "base", "compressed.json"

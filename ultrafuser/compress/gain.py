@@ -14,8 +14,8 @@ from modeling_ultrafuser.refusals_ultrafuser import Refusal
 from ..evaluation.held_out_files import read_domains
 from ..evaluation.measurement import HeldOut, mean_loss
 from ..pretrained import load_model
-from .checkpoints import Checkpoint
-from .compression import BASE, Compression
+from .compressing import BASE, Compression
+from .full_models import Checkpoint
 
 
 EXAMPLES, MAX_LENGTH, PROMPT_TOKENS = 200, 1024, 32
