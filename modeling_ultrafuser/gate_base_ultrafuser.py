@@ -116,7 +116,7 @@ class Gate(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, hidden_states: list[Tensor], *evidence: Tensor, kept: Tensor | None = None) -> GateOutput:
+    def forward(self, hidden_states: list[Tensor], *evidence: Tensor) -> GateOutput:
         """Weighs the specialists at every token.
 
         Args:
@@ -124,22 +124,19 @@ class Gate(nn.Module):
                 head with adapters reads behind it is left out. If the gate runs before the specialists, the token ids
                 alone. Shape (batch, seq, 1).
             *evidence: As for `scores`.
-            kept: Specialists among which all of the weight is shared out. Default: all. Shape (specialists,).
         """
         with torch.autocast(device_type=hidden_states[0].device.type, enabled=False):
             states = [h[..., :width] for h, width in zip(hidden_states, self.widths, strict=False)]
             states = [F.dropout(h.float(), self.dropout, self.training) for h in states]
             scores = self.scores(states, *evidence)
-            weights = self.normalised(self._candidates(scores[..., : self.num_specialists] / self.temperature, kept))
+            weights = self.normalised(self._candidates(scores[..., : self.num_specialists] / self.temperature))
             if self.num_outputs == self.num_specialists:
                 return GateOutput(weights)
             log_scales = scores[..., self.num_specialists :]
             return GateOutput(weights, log_scales.clamp(-LARGEST_LOG_SCALE, LARGEST_LOG_SCALE).exp())
 
-    def _candidates(self, scores: Tensor, kept: Tensor | None) -> Tensor:
+    def _candidates(self, scores: Tensor) -> Tensor:
         """Gives a score of minus infinity to the specialists that get no weight."""
-        if kept is not None:
-            scores = scores.masked_fill(~kept, -math.inf)
         return scores if self.training else self.sparsifier(scores)
 
     def normalised(self, scores: Tensor) -> Tensor:
@@ -197,9 +194,9 @@ class Gate(nn.Module):
         return state
 
 
-def run_before_specialists(gate: nn.Module, input_ids: Tensor, kept: Tensor | None = None) -> GateOutput | None:
+def run_before_specialists(gate: nn.Module, input_ids: Tensor) -> GateOutput | None:
     """Runs a gate that reads token ids or nothing; returns None for any other. Shape of `input_ids`: (batch, seq)."""
-    return None if gate.reads & (Reads.STATES | Reads.PAST) else gate([input_ids[..., None]], kept=kept)
+    return None if gate.reads & (Reads.STATES | Reads.PAST) else gate([input_ids[..., None]])
 
 
 def empty(*shape: int) -> nn.Parameter:
