@@ -75,9 +75,18 @@ def set_attention(config: PreTrainedConfig, names: dict[str, str | None]) -> Non
     config._attn_implementation = names
 
 
-def is_for_vllm(config: PreTrainedConfig) -> bool:
-    """Returns whether vLLM's Transformers backend builds the model: it gives its attention that name before."""
-    return config._attn_implementation == "vllm"
+VLLM = "vllm"
+
+
+def engine_of(config: PreTrainedConfig) -> str | None:
+    """Returns the name of the engine that builds the model, or None: "vllm", "sglang".
+
+    Before it builds a model an engine registers its attention under its name, and writes that name into the
+    configuration. Names of attention that is part of transformers, or a kernel of the Hub ("owner/name"), are no engine's.
+    """
+    name = config._attn_implementation
+    function = None if name is None or "/" in name else ALL_ATTENTION_FUNCTIONS.get(name)
+    return None if function is None or getattr(function, "__module__", "").startswith("transformers.") else name
 
 
 class CarrierLayer(nn.Module):
@@ -103,7 +112,7 @@ class CarrierLayer(nn.Module):
 
 
 def number_layers(module: nn.Module, start: int) -> None:
-    """Counts a specialist's layers from a number on: vLLM looks its attention up by `layer_idx`, among all layers."""
+    """Counts a specialist's layers from a number on: engines look their attention up by `layer_idx`, among all layers."""
     for part in module.modules():
         if isinstance(getattr(part, "layer_idx", None), int):
             part.layer_idx += start

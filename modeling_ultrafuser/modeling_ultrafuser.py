@@ -21,7 +21,7 @@ from transformers.utils import TransformersKwargs
 from .cache_ultrafuser import refuse_cache_of_one_shape
 from .carrying_ultrafuser import Carrier
 from .checkpoint_ultrafuser import is_plain
-from .compat_ultrafuser import CACHE, attention_of, is_for_vllm, set_attention, set_layers, takes_cache
+from .compat_ultrafuser import CACHE, attention_of, engine_of, set_attention, set_layers, takes_cache
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all
 from .evidence_ultrafuser import decoding_layer, last_logits, layer_of, read_evidence
 from .fusing_ultrafuser import fuse_specialists
@@ -41,7 +41,7 @@ from .peft_ultrafuser import check_head
 from .pretrained_ultrafuser import UltraFuserPreTrainedModel
 from .reader_base_ultrafuser import Reader
 from .readers_ultrafuser import reader_of
-from .serving_ultrafuser import check_servable_by_vllm, prepared_for_vllm
+from .serving_ultrafuser import check_servable, prepared_for_engine
 
 
 # a path that no fused model has
@@ -52,9 +52,13 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
     """The specialists' backbones and the gate.
 
     Building it loads nothing: weights come from `from_pretrained`, or from `UltraFuserForCausalLM.from_specialists`.
+
+    Args:
+        config: Of the fused model.
+        alone: Whether no model of ours is around it. Engines build it alone, and put a head of their own beside it.
     """
 
-    def __init__(self, config: UltraFuserConfig):
+    def __init__(self, config: UltraFuserConfig, alone: bool = True):
         super().__init__(config)
         if not config.specialists:
             raise ValueError(
@@ -62,15 +66,16 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
                 "`UltraFuserForCausalLM.from_specialists({'text': ..., 'code': ...})`."
             )
         refuse_router_loss(None, config)
-        if is_for_vllm(config):
-            check_servable_by_vllm(config)
+        self.engine = engine_of(config) if alone else None
+        if self.engine is not None:
+            check_servable(config, self.engine)
         self.reader_class = reader_of(config)
         self.specialists = self.reader_class.build(config)
         self.fusion_gate = GATES[config.gate](config)
         self.fusion_rule = FUSIONS[config.fusion](config)
         # set by the model that has a head, for gates that read the past; in a tuple, so that it is no part of the backbone
         self.wide_head: tuple[nn.Module, ...] = ()
-        self.carrier: Carrier | None = prepared_for_vllm(self) if is_for_vllm(config) else None
+        self.carrier: Carrier | None = None if self.engine is None else prepared_for_engine(self)
         self.resized = False
         self._tell_attention()
         self.post_init()
@@ -191,8 +196,15 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         """Returns a cache with layers for every specialist, and for what the gate reads of the past.
 
         Raises:
-            ValueError: If the one that is given has no room for them, or cannot be read on while training.
+            ValueError: If the one that is given has no room for them, or cannot be read on while training; or if an
+                engine built the model, which keeps keys and values itself.
         """
+        if self.engine is not None:
+            raise ValueError(
+                f"This backbone attends by {self.engine!r}, which transformers does not know: its layers are numbered for "
+                f"an engine that keeps keys and values itself, but a cache was asked for. Pass `use_cache=False`, or build "
+                f"the whole model, `AutoModelForCausalLM`, for attention of your own."
+            )
         if cache is None:
             cache = DynamicCache(config=self.config)
         elif not cache.layers and isinstance(cache, DynamicCache):
@@ -213,7 +225,7 @@ class UltraFuserForCausalLM(FusedGeneration, UltraFuserPreTrainedModel, Generati
 
     def __init__(self, config: UltraFuserConfig):
         super().__init__(config)
-        self.model = UltraFuserModel(config)
+        self.model = UltraFuserModel(config, alone=False)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -360,6 +372,6 @@ class UltraFuserForSequenceClassification(GenericForSequenceClassification, Ultr
                 f"alone, such as 'cross'."
             )
         self.num_labels = config.num_labels
-        self.model = UltraFuserModel(config)
+        self.model = UltraFuserModel(config, alone=False)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()

@@ -6,7 +6,7 @@ from torch import nn
 
 from .carrying_ultrafuser import Carrier, find_head
 from .causal_ultrafuser import switching_lengths
-from .compat_ultrafuser import attention_of, number_layers
+from .compat_ultrafuser import VLLM, attention_of, number_layers
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all
 from .families_ultrafuser import (
     Heads,
@@ -21,20 +21,27 @@ from .gates_ultrafuser import GATES
 from .readers_ultrafuser import reader_of
 
 
-def check_servable_by_vllm(config: UltraFuserConfig) -> None:
-    """Refuses what vLLM's Transformers backend would serve wrongly: it knows one attention geometry for all layers.
+def check_servable(config: UltraFuserConfig, engine: str = VLLM) -> None:
+    """Rejects what an engine's Transformers backend would serve wrongly: it knows one attention geometry for all layers.
+
+    Args:
+        config: Of the fused model.
+        engine: Name of the engine's attention, see `engine_of`.
 
     Raises:
         ValueError: Naming the property that differs and its value for each specialist.
     """
-    _check_texts_end_to_end(config, "vLLM's Transformers backend")
+    backend = "vLLM's Transformers backend" if engine == VLLM else f"The engine {engine!r}"
+    _check_texts_end_to_end(config, backend)
 
     def refuse(reason: str, values: dict) -> None:
         raise ValueError(
-            f"vLLM's Transformers backend {reason}, but it is {values}. Use transformers for this model: "
+            f"{backend} {reason}, but it is {values}. Use transformers for this model: "
             f"`AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
         )
 
+    if engine != VLLM and Reads.PAST in GATES[config.gate].reads:
+        refuse("keeps no state of a gate that reads the past", of_each(config, lambda _: config.gate))
     if not FUSIONS[config.fusion].one_head:
         rules = one_head_rules()
         refuse(f"computes logits with one linear head, which needs {rules}", of_each(config, lambda _: config.fusion))
@@ -84,8 +91,8 @@ def _check_texts_end_to_end(config: UltraFuserConfig, engine: str) -> None:
             )
 
 
-def prepared_for_vllm(backbone: nn.Module) -> Carrier | None:
-    """Numbers layers as vLLM looks them up, among those of all specialists; transformers counts each one's.
+def prepared_for_engine(backbone: nn.Module) -> Carrier | None:
+    """Numbers layers as engines look them up, among those of all specialists; transformers counts each one's.
 
     Returns:
         What hands on evidence from token to token, if the gate reads the past.

@@ -245,6 +245,13 @@ def test_attention_functions_are_looked_up_by_name_and_eager_is_the_default_give
     assert ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", default) is ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
+def test_attention_that_comes_with_transformers_is_of_a_module_of_transformers():
+    names = {"sdpa", "flash_attention_2", "flex_attention"}
+    assert names <= set(ALL_ATTENTION_FUNCTIONS.keys())
+    assert all(ALL_ATTENTION_FUNCTIONS.get(name).__module__.startswith("transformers.") for name in names)
+    assert ALL_ATTENTION_FUNCTIONS.get("eager") is None
+
+
 def test_llama_attends_eagerly_with_a_module_that_has_groups_and_training_alone():
     module = nn.Module().eval()
     module.num_key_value_groups = 2

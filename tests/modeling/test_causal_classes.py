@@ -18,7 +18,7 @@ from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from modeling_ultrafuser.causal_ultrafuser import HANDLED, PREPARED, check_causal_class, overridden
 from modeling_ultrafuser.compat_ultrafuser import CACHE
 from modeling_ultrafuser.plan_base_ultrafuser import BLOCKS
-from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
+from modeling_ultrafuser.serving_ultrafuser import check_servable
 from tests.support.tiny import VOCAB, specialist, stir_gate, tokenizer
 from tests.support.versions import TESTED
 from ultrafuser.check.checks import judge
@@ -303,7 +303,7 @@ def test_a_family_whose_layers_have_heads_of_two_widths_is_fused_and_saved(tmp_p
     fused.save_pretrained(tmp_path)
     assert torch.equal(generate(unending(UltraFuserForCausalLM.from_pretrained(tmp_path)), prompt()), expected)
     with pytest.raises(ValueError, match="one `head_dim` for all specialists"):
-        check_servable_by_vllm(fused.config)
+        check_servable(fused.config)
 
 
 UNBUILDABLE = {

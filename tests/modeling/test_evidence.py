@@ -16,7 +16,7 @@ from modeling_ultrafuser.forecasts_ultrafuser import accumulated
 from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gate_base_ultrafuser import Evidence, Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES
-from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
+from modeling_ultrafuser.serving_ultrafuser import check_servable
 from tests.support.adapted import BASES, make, pair
 from tests.support.mixes import MIXES, fuse, naive_gate_weights, prompt, textbook
 from tests.support.tiny import specialist
@@ -276,7 +276,7 @@ def test_others_columns_of_evidence_stay(specialists, tmp_path):
 def test_what_has_no_place_for_a_state_or_no_heads_refuses_in_words(gate, specialists, tmp_path):
     fused = fuse(specialists, gate=gate)
     alike = UltraFuserConfig(specialist_names=["a", "b"], specialists=[specialist().config] * 2, gate=gate)
-    check_servable_by_vllm(alike)
+    check_servable(alike)
     with pytest.raises(ValueError, match=f"Continuous batching keeps keys and values .* gate='{gate}'"):
         fused.generate_batch([[5, 6, 7]], max_new_tokens=2)
     offloaded = DynamicCache(config=fused.config)

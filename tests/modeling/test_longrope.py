@@ -7,7 +7,7 @@ from transformers import (
 )
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
+from modeling_ultrafuser.serving_ultrafuser import check_servable
 from tests.support.tiny import VOCAB, specialist, stir_gate
 from tests.support.versions import TESTED
 from ultrafuser.decoding.drafting import self_draft
@@ -147,7 +147,7 @@ def test_engines_that_compute_a_key_once_refuse_it():
     with pytest.raises(ValueError, match="Continuous batching computes each key once.*'code'.*24"):
         fused.generate_batch(inputs=[[3, 4, 5]], generation_config=GenerationConfig(max_new_tokens=2))
     with pytest.raises(ValueError, match="vLLM's Transformers backend computes each key once.*'code'.*24"):
-        check_servable_by_vllm(fused.config)
+        check_servable(fused.config)
     # what cannot become longer is served
     fused.config.max_position_embeddings = SWITCH
-    check_servable_by_vllm(fused.config)
+    check_servable(fused.config)

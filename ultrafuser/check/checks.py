@@ -13,7 +13,7 @@ from modeling_ultrafuser.plan_base_ultrafuser import BLOCKS, FITS, WARNING, Find
 from modeling_ultrafuser.plan_ultrafuser import each, refused, run_checks
 from modeling_ultrafuser.reader_adapters_ultrafuser import THEIR_BASE
 from modeling_ultrafuser.reader_base_ultrafuser import BASE
-from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
+from modeling_ultrafuser.serving_ultrafuser import check_servable
 
 from .. import licences
 from ..merge import MERGES
@@ -148,7 +148,7 @@ def _vllm(plan: FusionPlan, judgement: Judgement) -> Iterator[Finding]:
     if plan.config is None or len(plan.specialists) < len(plan.names):
         return
     try:
-        check_servable_by_vllm(plan.config)
+        check_servable(plan.config)
     except ValueError as error:
         yield Finding("vLLM", WARNING, str(error), "Or serve it with transformers: `ultrafuser serve`.")
     else:

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.files_ultrafuser import UnreadableFileError
-from modeling_ultrafuser.serving_ultrafuser import check_servable_by_vllm
+from modeling_ultrafuser.serving_ultrafuser import check_servable
 
 from .. import licences
 from ..atomic import write_whole
@@ -187,7 +187,7 @@ def _described(ingredient: licences.Ingredient, config) -> dict:
 
 def _vllm_refusal(config: UltraFuserConfig) -> str | None:
     try:
-        check_servable_by_vllm(config)
+        check_servable(config)
     except ValueError as error:
         return str(error)
     return None

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.adapters_ultrafuser import AdaptedLinear
-from modeling_ultrafuser.serving_ultrafuser import check_pageable, check_servable_by_vllm
+from modeling_ultrafuser.serving_ultrafuser import check_pageable, check_servable
 from tests.support.adapted import ALL, make, pair
 from tests.support.conversations import CHAT_TEMPLATE
 from tests.support.hub_server import COMMIT, HubServer, environment
@@ -164,7 +164,7 @@ def test_adapters_mixed_with_anything_else_are_refused_with_both_ways_out(kind, 
         UltraFuserForCausalLM.from_specialists(mixed)
 
 
-@pytest.mark.parametrize("check", [check_servable_by_vllm, check_pageable])
+@pytest.mark.parametrize("check", [check_servable, check_pageable])
 def test_engines_that_lay_texts_end_to_end_are_refused_before_anything_starts(check, models):
     with pytest.raises(ValueError, match="end to end.*adapters of one base.*model.specialist"):
         check(models[0].config)
