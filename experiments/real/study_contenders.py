@@ -18,8 +18,8 @@ from modeling_ultrafuser.gates_ultrafuser import GATES
 from trainers import CachedGateTrainer, GateStageConfig, JointStageConfig, JointTrainer
 from trainers.progress import ProgressOfTraining
 from ultrafuser.atomic import write_json
-from ultrafuser.merge import MERGES
-from ultrafuser.merge.merged_model import merge
+from ultrafuser.merge import merge_method
+from ultrafuser.merge.merged_model import lines_start, merge
 
 
 PLAIN = {"bf16": False, "gradient_checkpointing": False, "max_length": 512, "mixed_share": 0.0}
@@ -34,18 +34,21 @@ def tuned(shop: Workshop, place: Path, **how):
 
 
 def merged(shop: Workshop, place: Path, *, method: str, by_depth: bool = False):
-    """Merges the adapters, with the factor that predicts what gates are trained on best."""
+    """Merges the adapters, with the factor, or the slope of LiNeS, that predicts what gates are trained on best."""
     base = shop.plain_base()
     models = {name: shop.single(path).cpu() for name, path in shop.adapters.items()}
+    options = {"base": base, "seed": shop.seed}
+    if by_depth:
+        options["weight"] = lines_start(models, method, **options)
 
     def made(factor: float):
-        return merge(models, method, base=base, weight=factor, by_depth=by_depth, seed=shop.seed).to(shop.device)
+        varied = {"slope" if by_depth else "weight": factor}
+        return merge(models, method, **options, **varied).to(shop.device)
 
     file = place / "factor.json"
     if not file.exists():
         rows = [row for rows in shop.gate_data().values() for row in rows[:FEW]]
-        average = MERGES[method].averages and not by_depth and not MERGES[method].needs_base
-        factors = (1.0,) if average else (1 / len(models), 0.75, 1.0)
+        factors = (1.0,) if not (by_depth or merge_method(method).needs_base) else (1 / len(models), 0.75, 1.0)
         write_json(file, {"factor": min(factors, key=lambda f: _loss(made(f), shop, rows))})
     return made(json.loads(file.read_text())["factor"])
 

@@ -15,8 +15,8 @@ from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from trainers import CachedGateTrainer, GateStageConfig
 
 from ..build.specialist_edits import remove_specialist
-from ..merge import MERGES
-from ..merge.merged_model import merge
+from ..merge import MERGES, merge_method
+from ..merge.merged_model import lines_start, merge
 from . import baselines
 from .measurement import HeldOut, Scores, cost, mean_loss, score
 
@@ -117,9 +117,9 @@ def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
     plan["tuned constant weights"] = partial(tuned_constant, comparison)
     plan["router: trained"] = lambda: routed(comparison, trained_choice(comparison))
     for method in MERGES:
-        for by_depth in (False, True):
-            name = f"merge: {method.replace('_', ' ')}{' + LiNeS' if by_depth else ''}"
-            plan[name] = partial(merged, comparison, method, by_depth)
+        for lines in (False, True):
+            name = f"merge: {method.replace('_', ' ')}{' + LiNeS' if lines else ''}"
+            plan[name] = partial(merged, comparison, method, lines)
     return plan
 
 
@@ -280,18 +280,23 @@ def _tune(model: UltraFuserForCausalLM, comparison: Comparison, tune: Mapping[st
         ).train()
 
 
-def merged(comparison: Comparison, method: str, by_depth: bool) -> Measured:
-    """A weight merge; where there are tuning examples, with the best of three factors of the changes."""
+def merged(comparison: Comparison, method: str, lines: bool) -> Measured:
+    """A weight merge; where there are tuning examples, with the best of three factors of the changes, or slopes of LiNeS."""
     third = 1 / len(comparison.specialists)
+    chosen = merge_method(method)
     # what averages on its own needs no factor; sums of changes without a smaller one go far beyond any specialist
-    best = 1.0 if MERGES[method].averages else third
-    options = {"base": comparison.base, "by_depth": by_depth, "seed": comparison.seed}
+    best = 1.0 if chosen.averages and not lines else third
+    options = {"base": comparison.base, "seed": comparison.seed}
+    if lines:
+        options["weight"] = lines_start(comparison.specialists, method, **options)
+    varied = "slope" if lines else "weight"
     make = partial(merge, comparison.specialists, method, **options)
-    if comparison.tune and (MERGES[method].needs_base or by_depth):
+    if comparison.tune and (chosen.needs_base or lines):
         few = [examples[:16] for examples in comparison.tune.values()]
         # a merge is a copy of a specialist: one is held at a time, and the best is made again
-        best = min((third, 0.5, 1.0), key=lambda w: _loss(make(weight=w), few))
-    return comparison.run(make(weight=best), "merge", note=f"factor {best:.2g}")
+        best = min((third, 0.5, 1.0), key=lambda w: _loss(make(**{varied: w}), few))
+    factor = f"factor {options['weight']:.2g}, slope {best:.2g}" if lines else f"factor {best:.2g}"
+    return comparison.run(make(**{varied: best}), "merge", note=", ".join(filter(None, (factor, str(chosen)))))
 
 
 def _loss(model: PreTrainedModel, domains: list[HeldOut]) -> float:

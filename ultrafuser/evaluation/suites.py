@@ -171,10 +171,7 @@ def run_suite(
 
 
 def mmlu_means(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Returns the accuracy in each group of MMLU whose subjects are all there: the plain mean, as Wu et al. have it.
-
-    The subjects of medicine are those of MMLU-Medical (Chen et al., 2023, arXiv 2311.16079).
-    """
+    """Returns the accuracy in each group of MMLU whose subjects are all there: the plain mean, as Wu et al. have it."""
     means = {}
     for group, subjects in MMLU_GROUPS.items():
         if all(f"mmlu_{subject}" in results for subject in subjects):

@@ -6,7 +6,7 @@ import re
 import torch
 from transformers import PreTrainedModel
 
-from . import MERGES
+from . import merge_method
 
 
 class NotMergeableError(ValueError):
@@ -19,32 +19,28 @@ def merge(
     *,
     base: PreTrainedModel | None = None,
     weight: float = 1.0,
-    by_depth: bool = False,
+    slope: float = 0.0,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Merges specialists into one model of their shape.
 
-    With base weights b and specialists s_k, a merge works on the changes s_k - b.
+    With base weights b and specialists s_k, a merge works on the changes s_k - b. A slope makes the factor of layer l of L
+    `weight` + `slope` l / (L - 1), l from 0; all else keeps `weight`. That is LiNeS, as its authors compute it (Wang et al.,
+    2025, https://arxiv.org/abs/2410.17146), with `lines_start` as `weight`.
 
     Args:
         specialists: By name, all of one shape.
-        method: A name in `MERGES`.
+        method: A name in `MERGES`; a colon and its setting, if it has one, as in "ties:0.2".
         base: The model that all were tuned from. Only the plain average does without.
         weight: Factor of every change.
-        by_depth: Whether the factor rises linearly with depth, from `weight` over the number of specialists at the
-            embeddings to `weight` behind the last layer, as in LiNeS (Wang et al., 2025, arXiv 2410.17146).
+        slope: By how much the last layer's factor is above the first one's.
         seed: Of what DARE drops.
 
     Raises:
         NotMergeableError: If the shapes or positions differ, or a base is needed and missing.
     """
-    if method not in MERGES:
-        raise ValueError(f"Unknown merge {method!r}. Choose one of {sorted(MERGES)}.")
-    if base is None and (MERGES[method].needs_base or by_depth):
-        raise NotMergeableError(
-            "Merges other than the plain average work on what each specialist changed, but no base was given. Pass the "
-            "model that all specialists were tuned from."
-        )
+    chosen = merge_method(method)
+    _check_based(base, chosen.needs_base or slope != 0)
     models = {**specialists, **({"the base": base} if base is not None else {})}
     _check_mergeable(models)
     states = [m.state_dict() for m in specialists.values()]
@@ -58,20 +54,51 @@ def merge(
         # 16 bits are too coarse for small changes
         origin = origin.to(targets[key].device, torch.float32)
         changes = [s[key].float() - origin for s in states]
-        factor = weight * (_depth_factor(key, layers, len(states)) if by_depth else 1.0)
-        targets[key].copy_(
-            origin + MERGES[method].combined(changes, torch.full((len(changes),), factor, device=origin.device))
-        )
+        factor = weight + slope * _depth(key, layers)
+        weights = torch.full((len(changes),), factor, device=origin.device)
+        targets[key].copy_(origin + chosen.combined(changes, weights))
     return model.eval()
 
 
-def _depth_factor(key: str, layers: int, specialists: int) -> float:
+def lines_start(
+    specialists: dict[str, PreTrainedModel], method: str, *, base: PreTrainedModel | None, seed: int = 0
+) -> float:
+    """Returns the factor at which LiNeS starts: 1 over the number of specialists, times what the merge takes from the sum.
+
+    That is |sum of changes| / |merged change| / N in the 1-norm, as in its authors' code.
+
+    Args:
+        specialists: As for `merge`.
+        method: As for `merge`.
+        base: As for `merge`.
+        seed: As for `merge`.
+
+    Raises:
+        NotMergeableError: As `merge` does.
+    """
+    norms = [_distance(merge(specialists, how, base=base, seed=seed), base) for how in ("task_arithmetic", method)]
+    return norms[0] / max(norms[1], torch.finfo(torch.float32).tiny) / len(specialists)
+
+
+def _distance(model: PreTrainedModel, base: PreTrainedModel) -> float:
+    other = base.state_dict()
+    return sum(
+        (t.double() - other[key].to(t.device).double()).abs().sum().item() for key, t in model.state_dict().items()
+    )
+
+
+def _depth(key: str, layers: int) -> float:
+    """Returns where a parameter's layer lies between the first, 0, and the last, 1; 0 outside of the layers."""
     layer = re.search(r"\.layers?\.(\d+)\.|\.h\.(\d+)\.", key)
-    if layer:
-        depth = (int(layer[1] or layer[2]) + 1) / (layers + 1)
-    else:
-        depth = 0.0 if "embed" in key or ".wte." in key else 1.0
-    return 1 / specialists + (1 - 1 / specialists) * depth
+    return int(layer[1] or layer[2]) / max(layers - 1, 1) if layer else 0.0
+
+
+def _check_based(base: PreTrainedModel | None, needed: bool) -> None:
+    if base is None and needed:
+        raise NotMergeableError(
+            "Merges other than the plain average work on what each specialist changed, but no base was given. Pass the "
+            "model that all specialists were tuned from."
+        )
 
 
 def _check_mergeable(models: dict[str, PreTrainedModel]) -> None:

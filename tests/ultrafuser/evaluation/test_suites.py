@@ -80,6 +80,18 @@ def test_every_subject_of_mmlu_is_in_exactly_one_group(manager):
     }
 
 
+def test_the_groups_of_mmlu_are_those_of_mixture_of_skills():
+    # appendix B of the paper; MMLU-Medical has college and high-school biology in place of human aging and sexuality
+    assert MMLU_GROUPS["math"] == [
+        *("abstract_algebra", "college_mathematics", "elementary_mathematics"),
+        *("high_school_mathematics", "high_school_statistics"),
+    ]
+    assert MMLU_GROUPS["medicine"] == [
+        *("anatomy", "clinical_knowledge", "college_medicine", "human_aging", "human_sexuality"),
+        *("medical_genetics", "nutrition", "professional_medicine", "virology"),
+    ]
+
+
 def test_an_unknown_name_is_answered_with_those_close_to_it(lm_evals_own, tmp_path):
     with pytest.raises(ValueError, match="'gsm8' is neither. Close to it are .*'gsm8k'"):
         run_suite("no/such/model", ["paper", "gsm8"], tmp_path / "out", run_code=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.support.tiny import specialist
-from ultrafuser.merge import MERGES
-from ultrafuser.merge.merged_model import NotMergeableError, merge
+from ultrafuser.merge import MERGES, merge_method
+from ultrafuser.merge.merged_model import NotMergeableError, lines_start, merge
 
 
 @pytest.fixture
@@ -68,18 +68,44 @@ def test_dare_drops_half_of_the_numbers_and_doubles_the_rest(base, models):
     )
 
 
-def test_by_depth_the_factor_rises_from_the_embeddings_to_the_head(base, models):
-    merged = merge(models, "task_arithmetic", base=base, by_depth=True).state_dict()
-    keys = [
-        "model.embed_tokens.weight",
-        "model.layers.0.mlp.up_proj.weight",
-        "model.layers.1.mlp.up_proj.weight",
-        "lm_head.weight",
-    ]
-    for key, factor in zip(keys, (1 / 3, 1 / 3 + 2 / 9, 1 / 3 + 4 / 9, 1.0), strict=True):
+@pytest.mark.filterwarnings("ignore:The density 1.0")
+def test_a_density_is_a_setting(base, models):
+    key = "model.layers.0.mlp.up_proj.weight"
+    one = {"text": models["text"]}
+    change = models["text"].state_dict()[key] - base.state_dict()[key]
+    for method in ("ties:0.2", "dare:0.2"):
+        kept = merge(one, method, base=base).state_dict()[key] - base.state_dict()[key]
+        assert (kept.abs() > 1e-7).float().mean().item() == pytest.approx(0.2, abs=0.03)
+    for whole in ("ties:1", "dare:1.0"):
+        torch.testing.assert_close(merge(one, whole, base=base).state_dict()[key] - base.state_dict()[key], change)
+
+
+@pytest.mark.parametrize("word", ["ties:0", "dare:1.5", "ties:", "ties:half"])
+def test_what_is_no_density_is_rejected(word):
+    with pytest.raises(ValueError, match="share of each change that a merge keeps, above 0 and up to 1"):
+        merge_method(word)
+
+
+def test_lines_raises_the_factor_linearly_over_the_layers_alone():
+    deep = {name: specialist("llama", layers=4) for name in ("base", "text", "code", "math")}
+    base = deep.pop("base")
+    merged = merge(deep, "task_arithmetic", base=base, weight=1 / 3, slope=0.5).state_dict()
+    factors = {f"model.layers.{layer}.mlp.up_proj.weight": 1 / 3 + 0.5 * layer / 3 for layer in range(4)}
+    factors |= dict.fromkeys(("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"), 1 / 3)
+    for key, factor in factors.items():
         origin = base.state_dict()[key]
-        expected = origin + factor * sum(s[key] - origin for s in states(models))
+        expected = origin + factor * sum(s[key] - origin for s in states(deep))
         torch.testing.assert_close(merged[key], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_lines_starts_at_what_the_merge_takes_from_the_sum_of_changes(base, models):
+    assert lines_start(models, "task_arithmetic", base=base) == pytest.approx(1 / 3)
+    assert lines_start(models, "average", base=base) == pytest.approx(1, rel=1e-4)
+    merged, sums = merge(models, "ties", base=base).state_dict(), 0.0
+    for key, origin in base.state_dict().items():
+        sums += sum(s[key] - origin for s in states(models)).abs().sum().item()
+    size = sum((t - base.state_dict()[key]).abs().sum().item() for key, t in merged.items())
+    assert lines_start(models, "ties", base=base) == pytest.approx(sums / size / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", sorted(MERGES))
@@ -92,7 +118,7 @@ def test_specialists_equal_to_their_base_merge_to_it(method, base):
 @pytest.mark.parametrize("method", sorted(MERGES))
 def test_a_merge_is_made_where_the_specialists_are(method, base, models):
     away = {name: model.to("meta") for name, model in models.items()}
-    merged = merge(away, method, base=base.to("meta"), by_depth=True)
+    merged = merge(away, method, base=base.to("meta"), slope=0.5)
     assert {p.device.type for p in merged.parameters()} == {"meta"}
 
 
@@ -107,7 +133,7 @@ def test_small_changes_of_16_bit_weights_are_added_up_before_they_are_rounded(ba
 
 def test_the_specialists_stay_as_they_were(base, models):
     before = [{k: t.clone() for k, t in s.items()} for s in states(models)]
-    merge(models, "ties", base=base, by_depth=True)
+    merge(models, "ties", base=base, slope=0.5)
     for old, new in zip(before, states(models), strict=True):
         assert all(torch.equal(old[k], new[k]) for k in old)
 
