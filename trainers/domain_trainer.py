@@ -4,13 +4,13 @@ import copy
 
 import numpy as np
 from datasets import Dataset, IterableDataset, List, Value
-from trl import is_conversational
 
 from modeling_ultrafuser.log_ultrafuser import print_line
 
 from .compat import HookedSFTTrainer, model_columns
 from .domains import by_domain, check_kind, filled, lost_examples, readable, together
 from .mixed import MIXED, mixed_examples
+from .responses import conversation
 from .samplers import DomainSampler
 from .stage_config import StageConfig
 
@@ -27,6 +27,7 @@ class DomainTrainer(HookedSFTTrainer):
     domains: list[str]
     drawn: list[str]
     sampler: DomainSampler
+    _responses_by_default = False
     _stand_in: Dataset | None = None
 
     def _rows_for_trl(self, parts: dict[str, Dataset], dataset, args: StageConfig) -> Dataset:
@@ -37,8 +38,7 @@ class DomainTrainer(HookedSFTTrainer):
             return dataset if isinstance(dataset, Dataset) and not args.mixed_share else together(parts)
         # TRL looks at the first row for assistants
         self._parts, first = parts, next(iter(parts.values()))
-        conversations = (p for p in parts.values() if args.assistant_only_loss and is_conversational(p[0]))
-        self._stand_in = next(conversations, first).select([0])
+        self._stand_in = (conversation(parts) if args.assistant_only_loss else None) or first.select([0])
         return self._stand_in
 
     def prepare(self, dataset, whose: str, processing_class, args, packing, formatting_func):
@@ -76,6 +76,9 @@ class DomainTrainer(HookedSFTTrainer):
         # tokens first, as long as they are
         uncut = copy.copy(args)
         uncut.max_length, uncut.shuffle_dataset = None, False
+        if self._responses_by_default and {"prompt", "completion"} <= set(rows.column_names):
+            # learned as it would be beside domains of any other form
+            uncut.assistant_only_loss = False
         rows = self.prepare_as_trl(rows, whose, processing_class, uncut, False, formatting_func)
         max_length = None if packing and args.packing_strategy != "bfd" else args.max_length
         lost, all_lost = lost_examples(rows, max_length, args.truncation_mode == "keep_end")

@@ -27,6 +27,7 @@ from .mix.mixes import MIXES
 from .mix.probe import Probe
 from .mix.shares import importance_weights
 from .mixed import MIXED
+from .responses import learns_responses
 from .resumable import Resumable
 from .samplers import SAMPLERS
 from .stage_checkpoint import EndedError, has_stopped
@@ -65,6 +66,9 @@ class StageTrainer(Resumable, DomainTrainer):
         self.domains, specialists = sorted(parts), model.config.specialist_names
         self._fill_in(args, model)
         check_domains(args, self.domains, specialists)
+        if args.assistant_only_loss is None:
+            tokenizer = kwargs.get("processing_class") or model.name_or_path
+            args.assistant_only_loss = self._responses_by_default = learns_responses(parts, tokenizer)
         self.stopping = EarlyStoppingCallback(args.early_stopping) if args.early_stopping else None
         if self.stopping is not None:
             if kwargs.get("eval_dataset") is None:

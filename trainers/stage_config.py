@@ -31,6 +31,13 @@ class StageConfig(CheckedConfig, MixConfig, SFTConfig):
         },
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The paper's schedule (section 4.1)."})
+    assistant_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Learn what the assistant says alone, of rows with `messages`. Default: yes if the chat template marks "
+            "it with {% generation %}, or TRL knows the template. Rows with `prompt` and `completion` learn the latter."
+        },
+    )
     examples_per_domain: int = field(
         default=64,
         metadata={

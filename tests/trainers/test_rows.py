@@ -14,6 +14,7 @@ from tests.support.conversations import PAPER
 from tests.support.tiny import specialist, tokenizer
 from trainers import GateStageConfig, GateTrainer
 from trainers.domains import by_domain
+from trainers.responses import marks_responses
 from ultrafuser.cli.app import app
 from ultrafuser.evaluation.held_out_files import read_domains
 from ultrafuser.row_files import load
@@ -25,6 +26,11 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}:"
     "{% generation %}{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.arguments|tojson }}{% endfor %}"
     "{% endgeneration %}; {% endfor %}"
+)
+
+MARKED = (
+    "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}; {% endfor %}"
 )
 
 
@@ -55,6 +61,8 @@ FORMS = {
     "other columns": {"text": "more text", "id": 7, "meta": {"of": ["a"]}},
 }
 
+SOME = Dataset.from_list([FORMS["text"]] * 4)
+
 
 @pytest.fixture(scope="module")
 def fused():
@@ -63,10 +71,10 @@ def fused():
     return UltraFuserForCausalLM.from_specialists(parts)
 
 
-def stage(fused, data, folder, **settings):
+def stage(fused, data, folder, *, chat_template=TEMPLATE, **settings):
     quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_steps": 1, **PAPER}
     settings = {"examples_per_domain": 2, "per_device_train_batch_size": 2, **quiet, **settings}
-    words = tokenizer(chat_template=TEMPLATE)
+    words = tokenizer(chat_template=chat_template)
     return GateTrainer(fused, GateStageConfig(str(folder), **settings), data, processing_class=words)
 
 
@@ -121,6 +129,36 @@ def test_only_assistants_are_learned_in_a_mix_whose_first_domain_is_text(fused, 
     assert -100 not in labels["text"]
 
 
+@pytest.mark.parametrize("form", ["chat", "old chat"])
+def test_of_conversations_only_the_assistant_is_learned_where_the_template_marks_it(form, fused, tmp_path, lines):
+    data = {"text": SOME, "chat": Dataset.from_list([FORMS[form]] * 4)}
+    rows = {row["domain"]: row for row in stage(fused, data, tmp_path, chat_template=MARKED).train_dataset}
+    learned = [i for i in rows["chat"]["labels"] if i != -100]
+    assert tokenizer().decode(learned) == "yes"
+    assert rows["text"]["labels"] == rows["text"]["input_ids"]
+    assert not any("turns" in line for line in lines())
+    all_turns = stage(fused, data, tmp_path, chat_template=MARKED, assistant_only_loss=False).train_dataset
+    assert all(-100 not in row["labels"] for row in all_turns)
+
+
+def test_a_template_without_marks_is_named_once_and_all_turns_are_learned(fused, tmp_path, lines):
+    data = {"text": SOME, "chat": Dataset.from_list([FORMS["chat"]] * 4)}
+    plain = "{% for m in messages %}{{ m.role }}:{{ m.content }}; {% endfor %}"
+    rows = stage(fused, data, tmp_path, chat_template=plain).train_dataset
+    assert all(-100 not in row["labels"] for row in rows)
+    assert sum("All turns of the conversations are learned" in line for line in lines()) == 1
+    stage(fused, data, tmp_path, chat_template=plain, assistant_only_loss=False)
+    stage(fused, {"text": SOME}, tmp_path, chat_template=plain)
+    assert sum("All turns of the conversations are learned" in line for line in lines()) == 1
+
+
+def test_a_template_that_trl_knows_is_marked():
+    from trl.chat_template_utils import qwen2_5_chat_template
+
+    assert marks_responses(tokenizer(chat_template=qwen2_5_chat_template))
+    assert not marks_responses(tokenizer())
+
+
 def test_evaluating_on_a_domain_reads_that_domain_alone(fused, tmp_path):
     data = {name: Dataset.from_list([FORMS[name]] * 4) for name in ("text", "chat")}
     trainer = stage(fused, data, tmp_path)
@@ -131,7 +169,6 @@ def test_evaluating_on_a_domain_reads_that_domain_alone(fused, tmp_path):
 # ---------------------------------------------------------------------------------- what is no set of rows
 
 
-SOME = Dataset.from_list([FORMS["text"]] * 4)
 ODD = {
     "an empty domain": ({"text": SOME, "code": SOME.select([])}, "domain 'code' has no rows"),
     "nothing": ({}, "there are none"),
