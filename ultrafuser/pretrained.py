@@ -18,6 +18,7 @@ from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, tokeniz
 from modeling_ultrafuser.files_ultrafuser import UnreadableFileError, in_words, read_json
 from modeling_ultrafuser.folder_ultrafuser import check_folder
 from modeling_ultrafuser.refusals_ultrafuser import Refusal, UnavailableError
+from trainers.template_sandbox import RenderingError, render_chat
 
 
 INGREDIENTS = "specialists.json"
@@ -154,6 +155,24 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             about="tokenizer",
         )
     return tokenizer
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> torch.Tensor:
+    """Encodes a conversation, or without a chat template its last message as plain text. Shape (1, seq).
+
+    Raises:
+        ValueError: If the template cannot render it.
+    """
+    if tokenizer.chat_template is None:
+        return tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
+    try:
+        text = render_chat(tokenizer, messages)
+    except RenderingError as error:
+        raise ValueError(f"The model's chat template cannot render this conversation: {error}.") from error
+    read = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    if not read.shape[-1]:
+        raise ValueError("The model's chat template renders nothing of this conversation.")
+    return read
 
 
 def read_ingredients(folder: Path) -> dict[str, dict]:

@@ -63,6 +63,7 @@ def explain(
     model: Model,
     text: Annotated[str, Argument(help="Text to explain, or with --generate the prompt.")],
     generate: Annotated[int, Option(help="Tokens to continue the text by.", min=0)] = 0,
+    chat: Annotated[bool, Option("--chat", help="Ask through the chat template, with --generate.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show who speaks: a text coloured, token by token, by the specialist that leads.
@@ -73,7 +74,7 @@ def explain(
     from ..reports import explanation, terminal
 
     hide_loading_bars()
-    tokens = explanation.explain(*open_fused(model), text, generate=generate)
+    tokens = explanation.explain(*open_fused(model), text, generate=generate, chat=chat)
     if as_json:
         echo(json.dumps([asdict(token) for token in tokens], indent=1))
     else:
@@ -87,6 +88,7 @@ def report(
     out: Annotated[Path, Option(help="Folder for the page and the pictures.")] = Path("report"),
     training: Annotated[list[Path] | None, Option(help="Checkpoint of a stage, for its curves.")] = None,
     text: Annotated[list[str] | None, Option(help="Text to colour, instead of the examples.")] = None,
+    ask: Annotated[list[str] | None, Option(help="Question to answer and colour, instead of the examples.")] = None,
     seed: Annotated[int, Option(help="Seed of the held-out text, if there are no results.")] = 0,
 ) -> None:
     """Draw everything about a fused model into one web page, and each picture as SVG and PNG beside it.
@@ -103,7 +105,8 @@ def report(
         results=read_results(results) if results else None,
         fused=open_fused(model) if model else None,
         training=report_folder.read_training(training or []),
-        examples={f"Text {number}": given for number, given in enumerate(text, 1)} if text else None,
+        examples={f"Text {number}": given for number, given in enumerate(text or [], 1)} if text or ask else None,
+        questions=ask,
         seed=seed,
     )
     echo(f"Open {page}")

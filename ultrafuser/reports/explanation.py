@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 
-from ..pretrained import generating
+from ..pretrained import generating, prompt_ids
 
 
 FUSED = "fused"
@@ -64,6 +64,7 @@ def explain(
     *,
     generate: int = 0,
     candidates: int = 4,
+    chat: bool = False,
 ) -> list[Token]:
     """Runs a fused model and each of its specialists over a text.
 
@@ -73,15 +74,24 @@ def explain(
         text: What to explain, or with `generate` the prompt.
         generate: Tokens to continue the text by, greedily. Explained like the others.
         candidates: Likeliest tokens to keep of each specialist and of the fused model.
+        chat: Whether the prompt is a question, asked through the chat template if the tokenizer has one.
 
     Returns:
-        The tokens. Their texts joined are the text, up to what the tokenizer adds or drops.
+        The tokens. Their texts joined are the text, up to what the tokenizer adds or drops; of a chat they are question and
+        answer without what the template puts around them.
 
     Raises:
-        ValueError: If there is no token that was predicted from another one, or the text is too long for the model.
+        ValueError: If there is no token that was predicted from another one, the text is too long for the model, or a
+            question is not to be answered.
     """
-    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
-    prompt = ids.shape[-1]
+    if chat and not generate:
+        raise ValueError(
+            "A question of a chat is there to be answered: say with `generate` by how many tokens at most."
+        )
+    chat = chat and tokenizer.chat_template is not None
+    conversation = [{"role": "user", "content": text}]
+    ids = prompt_ids(tokenizer, conversation) if chat else tokenizer(text, return_tensors="pt")["input_ids"]
+    ids, prompt = ids.to(model.device), ids.shape[-1]
     _check_length(model, prompt, generate)
     model.eval()
     if generate:
@@ -105,7 +115,15 @@ def explain(
     for name in names:
         logits = model.specialist(name)(input_ids=ids, use_cache=False, return_dict=True).logits
         _add_predictions(tokens, name, logits, ids, tokenizer, candidates)
-    return tokens
+    return _conversation(tokens[prompt:], text, tokenizer) if chat else tokens
+
+
+def _conversation(answer: list[Token], question: str, tokenizer: PreTrainedTokenizerBase) -> list[Token]:
+    """Puts the question, without its template, before the answer, without the token that ends it."""
+    asked = tokenizer(f"{question}\n", add_special_tokens=False)["input_ids"]
+    if len(answer) > 1 and answer[-1].id in tokenizer.all_special_ids:
+        answer = answer[:-1]
+    return [*map(Token, text_pieces(asked, tokenizer), asked), *answer]
 
 
 def text_pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -29,8 +29,8 @@ EXAMPLES = {
         ("Code with words in it", "code.txt"),
     )
 }
-PROMPTS = {"What the model goes on to say": "Solve 3*x + 5 = 47 for x.\n"}
-NEW_TOKENS = 60
+QUESTION = "Solve 3*x + 5 = 47 for x."
+NEW_TOKENS = 160  # at most, of an answer
 PAGE = "index.html"
 # pictures have a name and an ending each
 WRITES = (
@@ -46,6 +46,7 @@ def report(
     fused: tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase] | None = None,
     training: Mapping[str, Mapping] | None = None,
     examples: Mapping[str, str] | None = None,
+    questions: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Path:
     """Draws every picture that the input allows, each into a file of its own, and all of them into one page.
@@ -56,7 +57,9 @@ def report(
         fused: A fused model and its tokenizer: for texts coloured by who speaks, and, if `results` has no statistics
             of its gate, to measure them on held-out text of `ultrafuser.quickstart.corpora`.
         training: What `read_training` gives.
-        examples: Texts to colour, by title. Default: `EXAMPLES`, and one continuation.
+        examples: Texts to colour, by title. Default: `EXAMPLES`.
+        questions: Questions whose answers are coloured, asked through the chat template if there is one. Default: one, if
+            `examples` has its default, too.
         seed: Of the held-out text.
 
     Returns:
@@ -85,7 +88,9 @@ def report(
     trained_on = [domain for run in (training or {}).values() for domain in run["domains"]]
     colours = assign([*specialists, *gate.get("mean_weights", ()), *trained_on])
 
-    texts = _texts(*fused, examples) if fused else {}
+    if examples is None and questions is None:
+        examples, questions = EXAMPLES, [QUESTION]
+    texts = _texts(*fused, examples or {}, questions or []) if fused else {}
     with sole_writer(out, "report", WRITES):
         found = [
             *_comparison_figures(out, rows, colours),
@@ -166,11 +171,11 @@ def _plain(value) -> str:
     return ", ".join(f"{key} {own}" for key, own in value.items()) if isinstance(value, dict) else str(value)
 
 
-def _texts(model, tokenizer, examples: Mapping[str, str] | None) -> dict[str, list[Token]]:
-    found = {title: explain(model, tokenizer, text) for title, text in (examples or EXAMPLES).items()}
-    if examples is None:
-        for title, prompt in PROMPTS.items():
-            found[title] = explain(model, tokenizer, prompt, generate=NEW_TOKENS)
+def _texts(model, tokenizer, examples: Mapping[str, str], questions: Sequence[str]) -> dict[str, list[Token]]:
+    found = {title: explain(model, tokenizer, text) for title, text in examples.items()}
+    ends = "" if tokenizer.chat_template else "\n"  # a text that is continued needs a line's end
+    for question in questions:
+        found[f"Asked: {question}"] = explain(model, tokenizer, question + ends, generate=NEW_TOKENS, chat=True)
     return found
 
 

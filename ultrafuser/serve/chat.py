@@ -15,10 +15,9 @@ from transformers.generation import BaseStreamer
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.gate_base_ultrafuser import GateOutput
-from trainers.template_sandbox import RenderingError, render_chat
 
 from ..plain import plain
-from ..pretrained import generating
+from ..pretrained import generating, prompt_ids
 from ..reports.colours import assign
 from ..reports.terminal import speaker_style
 
@@ -84,24 +83,6 @@ class Speech(BaseStreamer):
 
     def end(self) -> None:
         """Takes note that nothing more comes."""
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> torch.Tensor:
-    """Encodes a conversation, or without a chat template its last message as plain text. Shape (1, seq).
-
-    Raises:
-        ValueError: If the template cannot render it.
-    """
-    if tokenizer.chat_template is None:
-        return tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"]
-    try:
-        text = render_chat(tokenizer, messages)
-    except RenderingError as error:
-        raise ValueError(f"The model's chat template cannot render this conversation: {error}.") from error
-    read = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    if not read.shape[-1]:
-        raise ValueError("The model's chat template renders nothing of this conversation.")
-    return read
 
 
 @torch.inference_mode()

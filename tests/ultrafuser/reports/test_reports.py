@@ -13,12 +13,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from tests.support.conversations import CHAT_TEMPLATE
 from tests.support.report_rows import HARD, NAMES, TEXT, rows
 from tests.support.stages import trainer
 from tests.support.tiny import specialist, stir_gate, tokenizer
 from trainers import GateTrainer
 from ultrafuser.cli.app import app
-from ultrafuser.pretrained import open_fused
+from ultrafuser.pretrained import open_fused, prompt_ids
 from ultrafuser.quickstart.toy_models import train_tokenizer
 from ultrafuser.reports import charts
 from ultrafuser.reports.colours import INK, PALETTE, PAPER, assign, blend, contrast, strength, text_on
@@ -79,6 +80,28 @@ def test_a_continuation_is_what_generate_says_and_is_marked(fused):
     tokens = explain(fused, tokenizer(), "2+2=", generate=6)
     assert [token.id for token in tokens] == said[0].tolist()
     assert [token.generated for token in tokens] == [False] * 4 + [True] * (len(tokens) - 4)
+
+
+def test_a_chat_shows_question_and_answer_without_what_the_template_adds(fused):
+    words = tokenizer(chat_template=CHAT_TEMPLATE)
+    prompt = prompt_ids(words, [{"role": "user", "content": "2+2="}])
+    said = fused.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    tokens = explain(fused, words, "2+2=", generate=6, chat=True)
+    answer = [token for token in tokens if token.generated]
+    assert [token.id for token in answer] == said[0, prompt.shape[-1] :].tolist()[: len(answer)]
+    assert len(answer) >= 5
+    assert "".join(token.text for token in tokens if not token.generated) == "2+2=\n"
+    assert all(token.weights for token in answer)
+
+
+def test_a_chat_without_a_template_is_the_continued_text(fused):
+    same = explain(fused, tokenizer(), "2+2=", generate=4)
+    assert explain(fused, tokenizer(), "2+2=", generate=4, chat=True) == same
+
+
+def test_a_question_that_is_not_to_be_answered_is_refused(fused):
+    with pytest.raises(ValueError, match="there to be answered"):
+        explain(fused, tokenizer(), "2+2=", chat=True)
 
 
 def test_pieces_join_to_the_text_and_a_part_of_a_character_adds_nothing(byte_tokenizer):
