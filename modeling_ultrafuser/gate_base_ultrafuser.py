@@ -116,7 +116,7 @@ class Gate(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, hidden_states: list[Tensor], *evidence: Tensor) -> GateOutput:
+    def forward(self, hidden_states: list[Tensor], *evidence: Tensor, prior: Tensor | None = None) -> GateOutput:
         """Weighs the specialists at every token.
 
         Args:
@@ -124,12 +124,17 @@ class Gate(nn.Module):
                 head with adapters reads behind it is left out. If the gate runs before the specialists, the token ids
                 alone. Shape (batch, seq, 1).
             *evidence: As for `scores`.
+            prior: Weights for the whole text, which the gate's are multiplied by before they are made to sum to 1. Shape
+                (batch, specialists).
         """
         with torch.autocast(device_type=hidden_states[0].device.type, enabled=False):
             states = [h[..., :width] for h, width in zip(hidden_states, self.widths, strict=False)]
             states = [F.dropout(h.float(), self.dropout, self.training) for h in states]
             scores = self.scores(states, *evidence)
-            weights = self.normalised(self._candidates(scores[..., : self.num_specialists] / self.temperature))
+            own = scores[..., : self.num_specialists] / self.temperature
+            # in logarithms, so that a prior of ones changes no bit, and one for a single specialist leaves it alone
+            own = own if prior is None else own + prior.to(own).log()[:, None]
+            weights = self.normalised(self._candidates(own))
             if self.num_outputs == self.num_specialists:
                 return GateOutput(weights)
             log_scales = scores[..., self.num_specialists :]
@@ -194,9 +199,9 @@ class Gate(nn.Module):
         return state
 
 
-def run_before_specialists(gate: nn.Module, input_ids: Tensor) -> GateOutput | None:
+def run_before_specialists(gate: nn.Module, input_ids: Tensor, **prior: Tensor) -> GateOutput | None:
     """Runs a gate that reads token ids or nothing; returns None for any other. Shape of `input_ids`: (batch, seq)."""
-    return None if gate.reads & (Reads.STATES | Reads.PAST) else gate([input_ids[..., None]])
+    return None if gate.reads & (Reads.STATES | Reads.PAST) else gate([input_ids[..., None]], **prior)
 
 
 def empty(*shape: int) -> nn.Parameter:

@@ -89,8 +89,8 @@ class FusedGeneration(GenerationHooks):
 
     def arguments_of_drafts(self, model_kwargs: dict) -> dict:
         """Returns the ordinary input: a draft model of any kind reads that."""
-        views = {"specialist_input_ids", "specialist_attention_mask"}
-        return {key: value for key, value in model_kwargs.items() if key not in views}
+        ours = {"specialist_input_ids", "specialist_attention_mask", "gate_prior"}
+        return {key: value for key, value in model_kwargs.items() if key not in ours}
 
     def shorten_drafts(self, generator, model_kwargs: dict) -> None:
         """Ends drafts where a specialist's factors of rotation change."""
@@ -126,7 +126,13 @@ class FusedGeneration(GenerationHooks):
 
         Raises:
             RuntimeError: If a prompt has no whole answer, with the reason.
+            ValueError: If texts have a prior.
         """
+        if kwargs.get("gate_prior") is not None:
+            raise ValueError(
+                "Continuous batching makes one batch of all texts, in an order of its own, but got `gate_prior`, a row for each "
+                "text. Leave it out, or use `generate`."
+            )
         answers = super().generate_batch(inputs, *args, **kwargs)
         check_answered(len(inputs), answers)
         return answers

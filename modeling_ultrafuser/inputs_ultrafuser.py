@@ -70,6 +70,31 @@ def check_inputs(names: list[str], tokens: Tokens, inputs_embeds: Tensor | None)
         )
 
 
+def checked_prior(gate_prior: Tensor | None, names: list[str], input_ids: Tensor) -> dict[str, Tensor]:
+    """Returns a prior as the argument of a gate, or nothing.
+
+    Raises:
+        ValueError: If it cannot weigh the specialists.
+    """
+    if gate_prior is None:
+        return {}
+    shape = (input_ids.shape[0], len(names))
+    if not isinstance(gate_prior, Tensor) or tuple(gate_prior.shape) != shape:
+        given = tuple(gate_prior.shape) if isinstance(gate_prior, Tensor) else f"a {type(gate_prior).__name__}"
+        raise ValueError(
+            f"`gate_prior` is a tensor with one weight for each text and specialist, in the order {names}, so its shape must be "
+            f"{shape}, but it is {given}."
+        )
+    valid = (gate_prior >= 0) & gate_prior.isfinite()
+    # a compiled step cannot look at values: generating has looked before
+    if not torch.compiler.is_compiling() and not (valid.all() and gate_prior.sum(-1).all()):
+        raise ValueError(
+            f"`gate_prior` multiplies the gate's weights, so it must be finite, not negative, and positive for one specialist of "
+            f"each text, but it is {gate_prior.tolist()!s:.200}. A one for each specialist changes nothing."
+        )
+    return {"prior": gate_prior}
+
+
 def check_checkpointed(cache: Cache) -> None:
     """Rejects a cache where checkpointed layers in training mode would drop it.
 

@@ -29,7 +29,7 @@ from .fusions_ultrafuser import FUSIONS, one_head_rules
 from .gate_base_ultrafuser import GateOutput, Reads, run_before_specialists
 from .gates_ultrafuser import GATES
 from .generation_ultrafuser import FusedGeneration
-from .inputs_ultrafuser import Tokens, check_checkpointed, check_inputs, refuse_router_loss
+from .inputs_ultrafuser import Tokens, check_checkpointed, check_inputs, checked_prior, refuse_router_loss
 from .outputs_ultrafuser import (
     UltraFuserCausalLMOutput,
     UltraFuserMixtureOutput,
@@ -114,6 +114,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         use_cache: bool | None = None,
         specialist_input_ids: Tensor | None = None,
         specialist_attention_mask: Tensor | None = None,
+        gate_prior: Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -131,29 +132,33 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
             specialist_input_ids: The prompt in each specialist's own words, padded on the left to one length.
                 Shape (batch, specialists, seq).
             specialist_attention_mask: Its mask. Shape (batch, specialists, past + seq).
+            gate_prior: Weights of the specialists for each whole text, which the gate's are multiplied by and made to sum to 1
+                again. Ones change nothing; a single one that is not 0 leaves one specialist alone. Shape (batch, specialists).
             output_hidden_states: Whether to return every layer's hidden states, or indices of those to return.
             output_attentions: Whether to return attention weights.
             return_dict: Whether to return a named output instead of a tuple.
             **kwargs: Passed on to every specialist untouched.
 
         Raises:
-            ValueError: If `inputs_embeds` is given, or `input_ids` is not, or a per-specialist input has a wrong shape.
+            ValueError: If `inputs_embeds` is given, or `input_ids` is not, or a per-specialist input has a wrong shape, or a
+                prior cannot weigh the specialists.
         """
         tokens = Tokens(input_ids, attention_mask, position_ids, specialist_input_ids, specialist_attention_mask)
         check_inputs(self.config.specialist_names, tokens, inputs_embeds)
+        prior = checked_prior(gate_prior, self.config.specialist_names, input_ids)
         refuse_router_loss(kwargs.pop("output_router_logits", None), self.config, *self.config.backbones)
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         cache = self.shared_cache(past_key_values) if use_cache or past_key_values is not None else None
         for key, asked in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions)):
             if getattr(self.config, key) if asked is None else asked:
                 kwargs[key] = True
-        gate_output = run_before_specialists(self.fusion_gate, input_ids)
+        gate_output = run_before_specialists(self.fusion_gate, input_ids, **prior)
         outputs = self.reader.read(tokens, cache, use_cache=use_cache, **kwargs)
         # a device map may have put the specialists on several devices
         device = outputs[-1].last_hidden_state.device
         states = [o.last_hidden_state.to(device) for o in outputs]
         evidence = self._evidence(states, tokens, cache, kwargs.get("cu_seq_lens_q"))
-        fused, gate_output = self.weighed(states, *evidence, gate_output=gate_output)
+        fused, gate_output = self.weighed(states, *evidence, gate_output=gate_output, **prior)
 
         output = self.fusion_rule.output_class(
             fused,
@@ -174,7 +179,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         return read_evidence(self, states, tokens, cache, cu_seq_lens)
 
     def weighed(
-        self, hidden_states: list[Tensor], *evidence: Tensor, gate_output: GateOutput | None = None
+        self, hidden_states: list[Tensor], *evidence: Tensor, gate_output: GateOutput | None = None, **prior: Tensor
     ) -> tuple[Tensor, GateOutput]:
         """Runs the gate, unless it has run, and scales the last hidden states by its output: the input of the head.
 
@@ -182,12 +187,13 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
             hidden_states: Each specialist's, on one device. Shapes (batch, seq, hidden).
             *evidence: See `read_evidence`.
             gate_output: Output of a gate that has run before the specialists.
+            **prior: `prior` of the gate, if there is one.
 
         Returns:
             What the head reads, see `Fusion.forward`, and what the gate returned.
         """
         if gate_output is None:
-            gate_output = self.fusion_gate(hidden_states, *evidence)
+            gate_output = self.fusion_gate(hidden_states, *evidence, **prior)
         device = hidden_states[0].device
         gate_output = GateOutput(*(None if t is None else t.to(device) for t in gate_output))
         return self.fusion_rule(hidden_states, *gate_output), gate_output
@@ -261,6 +267,7 @@ class UltraFuserForCausalLM(FusedGeneration, UltraFuserPreTrainedModel, Generati
         logits_to_keep: int | Tensor = 0,
         specialist_input_ids: Tensor | None = None,
         specialist_attention_mask: Tensor | None = None,
+        gate_prior: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UltraFuserCausalLMOutput | tuple:
@@ -279,6 +286,7 @@ class UltraFuserForCausalLM(FusedGeneration, UltraFuserPreTrainedModel, Generati
             use_cache=use_cache,
             specialist_input_ids=specialist_input_ids,
             specialist_attention_mask=specialist_attention_mask,
+            gate_prior=gate_prior,
             return_dict=True,
             **kwargs,
         )

@@ -28,7 +28,7 @@ from modeling_ultrafuser.compat_ultrafuser import CACHE, is_stateful
 from modeling_ultrafuser.evidence_ultrafuser import MOST_KEPT, read_evidence
 from modeling_ultrafuser.families_ultrafuser import bounded, soft_cap
 from modeling_ultrafuser.gate_base_ultrafuser import Reads, run_before_specialists
-from modeling_ultrafuser.inputs_ultrafuser import Tokens
+from modeling_ultrafuser.inputs_ultrafuser import Tokens, checked_prior
 from modeling_ultrafuser.peft_ultrafuser import has_prefix
 
 
@@ -200,7 +200,7 @@ class _Reader:
 
     def __init__(self, model: UltraFuserForCausalLM, model_kwargs: dict):
         self.model, self.columns = model, model.head_columns()
-        self.count = len(self.columns)
+        self.count, self.gate_prior = len(self.columns), model_kwargs.get("gate_prior")
         self.switches = set().union(*map(switching_lengths, model.config.specialists))
         mask = model_kwargs.get("attention_mask")
         # without padding there is nothing to mask
@@ -226,9 +226,10 @@ class _Reader:
         backbone, mask = self.model.model, self._mask(input_ids.shape[1])
         read = Tokens(input_ids[:, -hidden_states[0].shape[1] :], mask)
         evidence = [e[:, -count:] for e in read_evidence(backbone, hidden_states, read, self.cache)]
-        ahead = run_before_specialists(backbone.fusion_gate, input_ids[:, -count:])
+        prior = checked_prior(self.gate_prior, self.model.config.specialist_names, input_ids)
+        ahead = run_before_specialists(backbone.fusion_gate, input_ids[:, -count:], **prior)
         states = [h[:, -count:] for h in hidden_states]
-        fused, gate_output = backbone.weighed(states, *evidence, gate_output=ahead)
+        fused, gate_output = backbone.weighed(states, *evidence, gate_output=ahead, **prior)
         return fused, gate_output.weights
 
     def start_over(self, length: int) -> int:
