@@ -14,7 +14,6 @@ from math import comb
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from rich.table import Column, Table
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -27,6 +26,7 @@ from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gate_base_ultrafuser import Gate, GateOutput, Reads, run_before_specialists
 from modeling_ultrafuser.inputs_ultrafuser import Tokens
 from modeling_ultrafuser.refusals_ultrafuser import Refusal
+from trainers.progress import Progress
 
 from ..atomic import new_folder
 from ..evaluation.held_out_files import check_domains, read_domains
@@ -200,8 +200,10 @@ def _losses(model: UltraFuserForCausalLM, parts: list[_Part], data: HeldOut, dom
     """Returns the loss of each part on a domain, in nats per token that is predicted."""
     sums = torch.zeros(len(parts), dtype=torch.float64)
     starts = range(0, len(data), ROWS)
-    for start in track(starts, f"Specialists read {domain}", transient=True):
-        sums += _summed_losses(model, parts, data[start : start + ROWS])
+    with Progress(f"specialists read {domain}", len(starts)) as progress:
+        for start in starts:
+            sums += _summed_losses(model, parts, data[start : start + ROWS])
+            progress.add()
     return (sums / data.scored.sum()).tolist()
 
 

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.files_ultrafuser import read_json
 from modeling_ultrafuser.safetensors_ultrafuser import read_header
+from trainers.progress import Progress
 
 from ..atomic import write_json
 from ..merge.merged_model import NotMergeableError
@@ -61,11 +61,13 @@ def compare_models(
         plan[name] = partial(_further, comparison, load)
     _check_identity(out, identity or {})
     files, left_out = _file_names(plan), {}
-    for name in track(plan, "Comparing", transient=True):
-        try:
-            comparison.found[name] = _kept(out / SCORES / f"{files[name]}.safetensors", plan[name])
-        except (NotMergeableError, UntunedError) as error:
-            left_out[name] = str(error)
+    with Progress("comparing", len(plan)) as progress:
+        for name, measure in plan.items():
+            try:
+                comparison.found[name] = _kept(out / SCORES / f"{files[name]}.safetensors", measure)
+            except (NotMergeableError, UntunedError) as error:
+                left_out[name] = str(error)
+            progress.add()
     return {
         "domains": list(comparison.data),
         "specialists": list(comparison.specialists),
