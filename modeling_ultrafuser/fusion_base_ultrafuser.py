@@ -1,6 +1,6 @@
 """Base of all fusion rules: from hidden states, gate weights and heads to one prediction."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -90,24 +90,31 @@ class Fusion(nn.Module):
         parts = specialist_parts(hidden_states, self.config)
         return self.fused((F.linear(own, head[:, columns]) for own, columns, _ in parts), gate_weights)
 
-    def fused(self, logits: Iterable[Tensor], gate_weights: Tensor, logit_scales: Tensor | None = None) -> Tensor:
+    def fused(
+        self,
+        logits: Iterable[Tensor],
+        gate_weights: Tensor,
+        logit_scales: Tensor | None = None,
+        kept: Sequence[int] | None = None,
+    ) -> Tensor:
         """Fuses the specialists' logits.
 
         Args:
             logits: Each specialist's, before its soft cap. Shapes (..., vocab).
             gate_weights: Shape (..., specialists).
             logit_scales: If the logits are not scaled yet. Shape (..., 1 or specialists).
+            kept: Indices of the specialists whose logits are given; the others have no weight. Default: all.
 
         Returns:
             In float32. Shape (..., vocab).
         """
-        return self.combined(self._bounded(logits, logit_scales), gate_weights)
+        kept = range(gate_weights.shape[-1]) if kept is None else kept
+        return self.combined(self._bounded(logits, logit_scales, kept), gate_weights[..., list(kept)])
 
-    def _bounded(self, logits: Iterable[Tensor], scales: Tensor | None) -> Iterable[Tensor]:
-        caps = map(soft_cap, self.config.specialists)
-        for k, (own, cap) in enumerate(zip(logits, caps, strict=True)):
+    def _bounded(self, logits: Iterable[Tensor], scales: Tensor | None, kept: Sequence[int]) -> Iterable[Tensor]:
+        for k, own in zip(kept, logits, strict=True):
             scaled = own if scales is None else own * scales[..., k, None].to(own.dtype)
-            yield bounded(scaled, cap).float()
+            yield bounded(scaled, soft_cap(self.config.specialists[k])).float()
 
     def combined(self, logits: Iterable[Tensor], gate_weights: Tensor) -> Tensor:
         """Makes one prediction of the specialists'.

@@ -1,6 +1,6 @@
 """The "logits" rule, the paper's: one wide linear head on the gate-scaled hidden states."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -56,10 +56,16 @@ class LogitsFusion(Fusion):
     def logits_of(self, head: Tensor, hidden_states: Tensor, gate_weights: Tensor) -> Tensor:
         return bounded(F.linear(hidden_states, head), soft_cap(self.config)).float()
 
-    def fused(self, logits: Iterable[Tensor], gate_weights: Tensor, logit_scales: Tensor | None = None) -> Tensor:
+    def fused(
+        self,
+        logits: Iterable[Tensor],
+        gate_weights: Tensor,
+        logit_scales: Tensor | None = None,
+        kept: Sequence[int] | None = None,
+    ) -> Tensor:
         factors = self.factors(gate_weights, logit_scales)
         fused = None
-        for k, own in enumerate(logits):
+        for k, own in zip(range(factors.shape[-1]) if kept is None else kept, logits, strict=True):
             part = own.float() * factors[..., k, None]
             fused = part if fused is None else fused + part
         return bounded(fused, soft_cap(self.config))

@@ -47,16 +47,17 @@ class SeparateReader(Reader):
 
     def tokens_read(self, k: int, past_key_values: Cache) -> int:
         """Counts the tokens that specialist k has read."""
-        return int(self._part(k, past_key_values).get_seq_length())
+        return int(self.part(k, past_key_values).get_seq_length())
 
-    def _part(self, k: int, past_key_values: Cache) -> SpecialistCache:
+    def part(self, k: int, past_key_values: Cache) -> SpecialistCache:
+        """Returns specialist k's part of the cache."""
         return SpecialistCache(past_key_values, *self.first_layers[k : k + 2])
 
     def masks(self, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache, **kwargs) -> dict:
         masks = {}
         for k, (name, specialist) in enumerate(self.specialists.items()):
             masks |= named_masks(
-                specialist, name, inputs_embeds, attention_mask, self._part(k, past_key_values), **kwargs
+                specialist, name, inputs_embeds, attention_mask, self.part(k, past_key_values), **kwargs
             )
         return masks
 

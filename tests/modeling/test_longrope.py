@@ -11,6 +11,7 @@ from modeling_ultrafuser.serving_ultrafuser import check_servable
 from tests.support.tiny import VOCAB, specialist, stir_gate
 from tests.support.versions import TESTED
 from ultrafuser.decoding.drafting import self_draft
+from ultrafuser.decoding.dropping import drop_specialists
 
 
 SWITCH, STEPS = 24, 12
@@ -76,6 +77,7 @@ WAYS = {
     "beams": {"num_beams": 3},
     "looking up": {"prompt_lookup_num_tokens": 4},
     "self-drafting": {"custom_generate": self_draft, "num_drafts": 4},
+    "dropping nobody": {"custom_generate": drop_specialists, "keep": "none", "every": 5},
 }
 
 

@@ -30,6 +30,7 @@ from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from tests.support.checkpoints import saying
 from tests.support.tiny import specialist, stir_gate, tokenizer
 from ultrafuser.decoding.drafting import self_draft
+from ultrafuser.decoding.dropping import drop_specialists
 
 
 IDS = torch.tensor([[5, 9, 7, 11]])
@@ -157,7 +158,11 @@ def test_prefix_tuning_beside_checkpointing_is_refused_in_words():
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"custom_generate": self_draft}, "prefix tuning"), ({"cache_implementation": "static"}, "Prefix tuning")],
+    [
+        ({"custom_generate": self_draft}, "prefix tuning"),
+        ({"custom_generate": drop_specialists}, "prefix tuning"),
+        ({"cache_implementation": "static"}, "Prefix tuning"),
+    ],
 )
 def test_what_would_leave_a_prefix_out_is_refused(options, named):
     tuned = get_peft_model(pair(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()

@@ -6,7 +6,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from ..decoding import EVERY, KEEP
 from ..plain import Console, echo
+from ..strategies import SPARSIFIER_HELP
 from .arguments import Model
 from .group import Group
 
@@ -21,6 +23,20 @@ AllowOrigin = Annotated[
 KeyVariable = Annotated[str, Option(help="Environment variable of the key that clients must send.")]
 WithoutKey = Annotated[bool, Option("--without-key", help="Let others than this machine ask without a key.")]
 KEY_VARIABLE = "ULTRAFUSER_KEY"
+Decoding = Annotated[
+    str, Option(help="plain; stacked; auto: what of these is faster, by measurement; or dropping, with other tokens.")
+]
+Keep = Annotated[
+    str,
+    Option(
+        help="Dropping: specialists that predict until the next decision, by the gate's mean weights. "
+        f"{SPARSIFIER_HELP}"
+    ),
+]
+Every = Annotated[
+    int,
+    Option(min=1, help="Dropping: tokens from one decision to the next. Fewer for texts that change their domain."),
+]
 
 group = Group("Use")
 
@@ -29,7 +45,9 @@ group = Group("Use")
 def chat(
     model: Model,
     max_new_tokens: Annotated[int, Option(min=1, help="Longest answer, in tokens.")] = 512,
-    decoding: Annotated[str, Option(help="plain; stacked; or auto: what is faster, by measurement.")] = "plain",
+    decoding: Decoding = "plain",
+    keep: Keep = KEEP,
+    every: Every = EVERY,
 ) -> None:
     """Chat in the terminal, every token coloured by the specialist that leads. Or pipe one prompt per line into it.
 
@@ -37,11 +55,12 @@ def chat(
     """
     from ..pretrained import open_fused
     from ..serve.chat import Chat, typed
-    from ..serve.decode_benchmark import for_chat
+    from ..serve.decode_benchmark import for_streaming
 
     console = Console()
     fused, tokenizer = open_fused(model)
-    conversation = Chat(for_chat(fused, tokenizer, decoding), tokenizer, console, max_new_tokens=max_new_tokens)
+    able, settings = for_streaming(fused, tokenizer, decoding, {"keep": keep, "every": every})
+    conversation = Chat(able, tokenizer, console, max_new_tokens=max_new_tokens, settings=settings)
     conversation.run(typed(console) if sys.stdin.isatty() else sys.stdin)
 
 
@@ -56,6 +75,8 @@ def speed(
         bool, Option("--compile", help="Also measure strategies that compile (takes minutes).")
     ] = False,
     assistant: Annotated[str | None, Option(help="Small model of the same tokenizer, to draft.")] = None,
+    keep: Keep = KEEP,
+    every: Every = EVERY,
 ) -> None:
     """Benchmark every decoding strategy on this machine, beside each specialist alone.
 
@@ -66,9 +87,8 @@ def speed(
 
     fused, tokenizer = open_fused(model)
     prompts = prompt or [decode_benchmark.PROMPT]
-    alone, found = decode_benchmark.measure_decoding(
-        fused, tokenizer, prompts, new_tokens=new_tokens, compile_steps=compile_steps, assistant=assistant
-    )
+    settings = {"compile_steps": compile_steps, "assistant": assistant, "dropping": {"keep": keep, "every": every}}
+    alone, found = decode_benchmark.measure_decoding(fused, tokenizer, prompts, new_tokens=new_tokens, **settings)
     Console().print(decode_benchmark.table(fused, alone, found))
     for way, reason in found.left_out.items():
         echo(f"Not {way}: {reason}")
@@ -93,6 +113,9 @@ def serve(
     continuous_batching: Annotated[
         bool, Option("--continuous-batching", help="One paged cache for all requests; sampling is the model's own.")
     ] = False,
+    decoding: Decoding = "plain",
+    keep: Keep = KEEP,
+    every: Every = EVERY,
     chat_template_kwargs: Annotated[
         str | None, Option(help="""JSON, variables of the chat template: '{"enable_thinking": false}'.""")
     ] = None,
@@ -104,9 +127,16 @@ def serve(
     from transformers.utils import logging
 
     from ..pretrained import open_fused
+    from ..serve.decode_benchmark import for_streaming
     from ..serve.guard import Access, host_names, key_for, run
     from ..serve.request_fields import template_variables
     from ..serve.server import application
+
+    if continuous_batching and decoding != "plain":
+        raise ValueError(
+            f"With --continuous-batching a paged cache is decoded by transformers' engine, but got --decoding {decoding}. "
+            f"Leave one of them out."
+        )
 
     key = key_for(host, key_variable, without_key)
     access = Access(host_names(host, allow_host or ()), allow_origin or (), key)
@@ -115,8 +145,10 @@ def serve(
     if attn_implementation is not None:
         loading["attn_implementation"] = attn_implementation
     logging.set_verbosity_error()
-    settings = {"continuous_batching": continuous_batching, "template_variables": variables}
-    run(application(*open_fused(folder, **loading), folder, access, **settings), host, port)
+    fused, tokenizer = open_fused(folder, **loading)
+    fused, options = for_streaming(fused, tokenizer, decoding, {"keep": keep, "every": every})
+    settings = {"continuous_batching": continuous_batching, "template_variables": variables, "decoding": options}
+    run(application(fused, tokenizer, folder, access, **settings), host, port)
 
 
 @group.command(extra="demo")

@@ -19,17 +19,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import DynamicCache
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMode, logits_process
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.causal_ultrafuser import starts_over, switching_lengths, tokens_before_switch
-from modeling_ultrafuser.compat_ultrafuser import CACHE, is_stateful
-from modeling_ultrafuser.evidence_ultrafuser import MOST_KEPT, read_evidence
+from modeling_ultrafuser.causal_ultrafuser import switching_lengths, tokens_before_switch
+from modeling_ultrafuser.compat_ultrafuser import CACHE
+from modeling_ultrafuser.evidence_ultrafuser import MOST_KEPT
 from modeling_ultrafuser.families_ultrafuser import bounded, soft_cap
-from modeling_ultrafuser.gate_base_ultrafuser import Reads, run_before_specialists
-from modeling_ultrafuser.inputs_ultrafuser import Tokens, checked_prior
-from modeling_ultrafuser.peft_ultrafuser import has_prefix
+from modeling_ultrafuser.gate_base_ultrafuser import Reads
+
+from .reading import PLAIN, TextReader, check_one_by_one, check_settings, choose, padding_token, processed
 
 
 # of the library's, those that only look at the text so far, so that what was drafted leaves no trace in them
@@ -81,21 +80,21 @@ def self_draft(
     """
     _check(model, generation_config, num_drafts, model_kwargs)
     _check_processors(logits_processor)
-    reader = _Reader(model, model_kwargs)
-    sample, padding = generation_config.do_sample, _padding(generation_config)
+    reader = TextReader(model, model_kwargs)
+    sample, padding = generation_config.do_sample, padding_token(generation_config)
 
     # the prompt, by all: the first token, and who is heard most
     hidden_states = [reader.read(k, input_ids) for k in range(reader.count)]
-    fused, gate_weights = reader.weighed(hidden_states, input_ids, 1)
-    scores = _scores(model.logits(fused, gate_weights), input_ids, 1, logits_processor)
-    input_ids = torch.cat([input_ids, _choose(scores[:, 0], sample)], dim=-1)
+    fused, (gate_weights, _), _ = reader.weighed(hidden_states, input_ids, 1)
+    scores = processed(model.logits(fused, gate_weights), input_ids, 1, logits_processor)
+    input_ids = torch.cat([input_ids, choose(scores[:, 0], sample)], dim=-1)
     live = ~stopping_criteria(input_ids, None)
     if streamer is not None:
         streamer.put(input_ids[:, -1].cpu())
 
     while live.any():
         length = input_ids.shape[1]
-        room = min(generation_config.max_length - length, reader.start_over(length))
+        room = min(generation_config.max_length - length, _room(reader, length))
         drafts = _said_before(input_ids, min(GUESSES, room - 1))
         if drafts.shape[1]:
             # all read all of it, so that a token comes with it
@@ -103,15 +102,15 @@ def self_draft(
             proposed = F.one_hot(drafts, model.config.vocab_size).log()
         else:
             favourite = int(gate_weights[live, -1].mean(0).argmax())
-            drafted, proposed, hidden = reader.draft(
-                favourite, input_ids, min(num_drafts, room, MOST_KEPT), logits_processor, sample
+            drafted, proposed, hidden = drafted_by(
+                reader, favourite, input_ids, min(num_drafts, room, MOST_KEPT), logits_processor, sample
             )
             # nobody reads the last draft before it is accepted
             drafts, block, own = drafted[:, length:], drafted[:, :-1], {favourite: hidden}
         count = block.shape[1] - length + 1
         hidden_states = [own[k] if k in own else reader.read(k, block) for k in range(reader.count)]
-        fused, gate_weights = reader.weighed(hidden_states, block, count)
-        target = _scores(model.logits(fused, gate_weights), block, count, logits_processor)
+        fused, (gate_weights, _), _ = reader.weighed(hidden_states, block, count)
+        target = processed(model.logits(fused, gate_weights), block, count, logits_processor)
         tokens, accepted = verified(drafts, proposed, target, sample, live)
         if own:
             num_drafts = count + 2 if accepted == count else max(2, (count + accepted + 1) // 2)
@@ -165,7 +164,7 @@ def verified(
         accepts = accepts | ~live[:, None]
     accepted = int(accepts.all(0).cumprod(0).sum())
     if accepted == number:
-        more = [_choose(target[:, number], sample)] if target.shape[1] > number else []
+        more = [choose(target[:, number], sample)] if target.shape[1] > number else []
         return torch.cat([drafts, *more], dim=-1), accepted
     # the first column that some text rejects is the last one kept
     tokens, rejects = drafts[:, : accepted + 1].clone(), ~accepts[:, accepted]
@@ -175,7 +174,7 @@ def verified(
         rest = (p - q).clamp(min=0)
         # of two distributions that differ by rounding alone nothing may be left
         end = torch.where(rest.any(-1, keepdim=True), rest, p).log()
-    tokens[rejects, -1] = _choose(end, sample)[:, 0]
+    tokens[rejects, -1] = choose(end, sample)[:, 0]
     return tokens, accepted
 
 
@@ -195,139 +194,45 @@ def _said_before(input_ids: Tensor, count: int) -> Tensor:
     return input_ids[:, start : start + count]
 
 
-class _Reader:
-    """The specialists one by one, each with its part of one cache, all of which hold the same tokens between rounds."""
+def drafted_by(
+    reader: TextReader, k: int, input_ids: Tensor, count: int, logits_processor: LogitsProcessorList, sample: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lets specialist k continue the texts by itself.
 
-    def __init__(self, model: UltraFuserForCausalLM, model_kwargs: dict):
-        self.model, self.columns = model, model.head_columns()
-        self.count, self.gate_prior = len(self.columns), model_kwargs.get("gate_prior")
-        self.switches = set().union(*map(switching_lengths, model.config.specialists))
-        mask = model_kwargs.get("attention_mask")
-        # without padding there is nothing to mask
-        self.mask = None if mask is None or mask.all() else mask
-        self.cache = model.model.shared_cache(model_kwargs.get(CACHE))
-        # or windows would drop what a rejected draft pushed out of them
-        self.cache.activate_past_recording()
-
-    def read(self, k: int, input_ids: Tensor) -> Tensor:
-        """One specialist's hidden states at the tokens it has not read yet. Shape (batch, new, hidden)."""
-        hidden_states = self.model.model.reader.read_rest(
-            k, Tokens(input_ids, self._mask(input_ids.shape[1])), self.cache
-        )
-        # a device map may have put the specialists on several devices
-        return hidden_states.to(self.model.lm_head.weight.device)
-
-    def _mask(self, length: int) -> Tensor | None:
-        """The mask of the text up to some length, None without padding. Shape (batch, length)."""
-        return None if self.mask is None else F.pad(self.mask, (0, length - self.mask.shape[1]), value=1)
-
-    def weighed(self, hidden_states: list[Tensor], input_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Returns the head's input and the gate weights at the last `count` tokens, once all specialists have read them."""
-        backbone, mask = self.model.model, self._mask(input_ids.shape[1])
-        read = Tokens(input_ids[:, -hidden_states[0].shape[1] :], mask)
-        evidence = [e[:, -count:] for e in read_evidence(backbone, hidden_states, read, self.cache)]
-        prior = checked_prior(self.gate_prior, self.model.config.specialist_names, input_ids)
-        ahead = run_before_specialists(backbone.fusion_gate, input_ids[:, -count:], **prior)
-        states = [h[:, -count:] for h in hidden_states]
-        fused, gate_output = backbone.weighed(states, *evidence, gate_output=ahead, **prior)
-        return fused, gate_output.weights
-
-    def start_over(self, length: int) -> int:
-        """Forgets everything where keys must be rotated anew. Returns how many tokens the text can grow by until then.
-
-        One pass over drafts has one set of factors of rotation (longrope), which change with the length of the text.
-        """
-        mask = self._mask(length)
-        longest = length if mask is None else int(mask.sum(-1).max())
-        if starts_over(self.switches, int(self.cache.get_seq_length()), mask, longest):
-            self.cache.reset()
-        room = tokens_before_switch(self.switches, longest)
-        return sys.maxsize if room is None else room + 1
-
-    def draft(
-        self, k: int, input_ids: Tensor, count: int, logits_processor: LogitsProcessorList, sample: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One specialist continues the texts by itself.
-
-        Returns:
-            The texts with the drafts, (batch, seq + drafts), the scores that they were drawn from,
-            (batch, drafts, vocab), and the hidden states that those were read off, (batch, drafts, hidden).
-        """
-        head, cap = self.model.lm_head.weight[:, self.columns[k]], soft_cap(self.model.config.specialists[k])
-        scores, hidden_states = [], []
-        for _ in range(count):
-            hidden = self.read(k, input_ids)[:, -1:]
-            own = _scores(bounded(F.linear(hidden, head), cap), input_ids, 1, logits_processor)
-            input_ids = torch.cat([input_ids, _choose(own[:, 0], sample)], dim=-1)
-            scores.append(own)
-            hidden_states.append(hidden)
-        return input_ids, torch.cat(scores, dim=1), torch.cat(hidden_states, dim=1)
-
-
-def _scores(logits: Tensor, input_ids: Tensor, count: int, logits_processor: LogitsProcessorList) -> Tensor:
-    """Logits after the last tokens, as `generate` is asked to change them, each for the text up to it.
-
-    Shape (batch, count, vocab).
+    Returns:
+        The texts with the drafts, (batch, seq + drafts), the scores that they were drawn from,
+        (batch, drafts, vocab), and the hidden states that those were read off, (batch, drafts, hidden).
     """
-    first = input_ids.shape[1] - count + 1
-    processed = [logits_processor(input_ids[:, : first + i], logits[:, i].float()) for i in range(count)]
-    return torch.stack(processed, dim=1)
+    head, cap = reader.model.lm_head.weight[:, reader.columns[k]], soft_cap(reader.model.config.specialists[k])
+    scores, hidden_states = [], []
+    for _ in range(count):
+        hidden = reader.read(k, input_ids)[:, -1:]
+        own = processed(bounded(F.linear(hidden, head), cap), input_ids, 1, logits_processor)
+        input_ids = torch.cat([input_ids, choose(own[:, 0], sample)], dim=-1)
+        scores.append(own)
+        hidden_states.append(hidden)
+    return input_ids, torch.cat(scores, dim=1), torch.cat(hidden_states, dim=1)
 
 
-def _choose(scores: Tensor, sample: bool) -> Tensor:
-    return torch.multinomial(scores.softmax(-1), 1) if sample else scores.argmax(-1, keepdim=True)
+def _room(reader: TextReader, length: int) -> int:
+    """Returns how many tokens the text can grow by until keys must be rotated anew, which is done where it is due.
 
-
-def _padding(config: GenerationConfig) -> int:
-    """Returns the padding token after the end of a text that others outlast, as in `generate`."""
-    ends = config.eos_token_id
-    if config.pad_token_id is not None or ends is None:
-        return config.pad_token_id or 0
-    return ends[0] if isinstance(ends, list) else ends
+    One pass over drafts has one set of factors of rotation (longrope), which change with the length of the text.
+    """
+    reader.start_over(length)
+    room = tokens_before_switch(reader.switches, reader.longest(length))
+    return sys.maxsize if room is None else room + 1
 
 
 def _check(model, config: GenerationConfig, num_drafts: int, model_kwargs: dict) -> None:
-    plain = "Decode without `custom_generate`."
-    if not model.model.reader_class.one_by_one:
-        kind = "these are adapters of one base" if model.config.adapters else f"this is a {type(model).__name__}"
-        raise ValueError(f"Drafting needs specialists that run one by one, but {kind}. {plain}")
-    if has_prefix(model):
-        raise ValueError(
-            f"Self-drafting reads the text alone, but prefix tuning of PEFT puts a prefix before it. {plain}"
-        )
-    if config.num_beams not in (None, 1):
-        raise ValueError(
-            f"Self-drafting follows one continuation of a text, but got num_beams={config.num_beams}. {plain}"
-        )
-    mode = config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION):
-        raise ValueError(
-            f"Self-drafting decodes greedily or by sampling, but the settings say {mode.value!r}. {plain}"
-        )
+    check_one_by_one("Self-drafting", model, recurrent="cannot go back to before a rejected draft")
+    check_settings("Self-drafting", config, model_kwargs, (GenerationMode.ASSISTED_GENERATION,))
     if not isinstance(num_drafts, int) or num_drafts < 1:
         raise ValueError(f"`num_drafts` counts tokens drafted in a round, at least 1, but it is {num_drafts!r}.")
-    if is_stateful(model):
-        raise ValueError(f"A recurrent specialist cannot go back to before a rejected draft. {plain}")
     if Reads.PAST in model.model.fusion_gate.reads and any(map(switching_lengths, model.config.specialists)):
         raise ValueError(
             f"Keys of a specialist are rotated by other factors once the text is longer (longrope), so that it is read anew, "
-            f"which a drafter does alone, but gate={model.config.gate!r} reads what all say of all of it. {plain}"
-        )
-    cache = model_kwargs.get(CACHE)
-    if cache is not None and not isinstance(cache, DynamicCache):
-        raise ValueError(
-            f"Drafts need a cache that can go back, but got a {type(cache).__name__}. Leave `cache_implementation` out."
-        )
-    views = [
-        key
-        for key in ("specialist_input_ids", "specialist_attention_mask", "inputs_embeds", "token_type_ids")
-        if model_kwargs.get(key) is not None
-    ]
-    extra = [f for f in ("scores", "logits", "attentions", "hidden_states") if getattr(config, f"output_{f}")]
-    if views or extra:
-        raise ValueError(
-            f"Self-drafting reads `input_ids` and returns tokens, but got {views + [f'output_{f}' for f in extra]}. "
-            f"{plain}"
+            f"which a drafter does alone, but gate={model.config.gate!r} reads what all say of all of it. {PLAIN}"
         )
 
 

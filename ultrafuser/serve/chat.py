@@ -117,6 +117,7 @@ class Chat:
         tokenizer: Its tokenizer, with a chat template or without: each line is continued as plain text then.
         console: Where to print.
         max_new_tokens: Of one answer.
+        settings: Of `generate`.
     """
 
     def __init__(
@@ -126,9 +127,10 @@ class Chat:
         console: Console,
         *,
         max_new_tokens: int = TURN_TOKENS,
+        settings: dict | None = None,
     ):
         self.model, self.tokenizer, self.console, self.max_new_tokens = model, tokenizer, console, max_new_tokens
-        self.names = model.config.specialist_names
+        self.names, self.settings = model.config.specialist_names, settings or {}
         self.messages: list[dict[str, str]] = []
         self.speech: Speech | None = None
 
@@ -157,7 +159,7 @@ class Chat:
         said = [*self.messages, {"role": "user", "content": prompt}]
         speech = self.speech = Speech(self.tokenizer, self._print)
         try:
-            speak(self.model, prompt_ids(self.tokenizer, said), speech, self.max_new_tokens)
+            speak(self.model, prompt_ids(self.tokenizer, said), speech, self.max_new_tokens, **self.settings)
         except ValueError as error:
             self.console.print(Text(f"{plain(error)} Begin anew with /reset."))
             return ""

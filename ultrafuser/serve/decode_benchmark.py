@@ -7,12 +7,12 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 
-from ..decoding.choosing import COMPILED, WAYS, Speeds, decoder, speeds, tokens_per_second
+from ..decoding.choosing import COMPILED, DROPPING, WAYS, Speeds, decoder, speeds, tokens_per_second
 from ..pretrained import load_model
 
 
 PROMPT = "def area(width, height):\n"
-STREAMED = ("plain", "stacked")  # one token at a time, as a chat shows them
+STREAMED = ("plain", "stacked", DROPPING)  # one token at a time, as a chat shows them
 
 
 def measure_decoding(
@@ -23,6 +23,7 @@ def measure_decoding(
     new_tokens: int,
     compile_steps: bool = False,
     assistant: str | None = None,
+    dropping: dict | None = None,
 ) -> tuple[dict[str, float], Speeds]:
     """Tokens per second of each specialist alone, and of every way in which the fused model decodes.
 
@@ -33,6 +34,7 @@ def measure_decoding(
         new_tokens: Of each prompt.
         compile_steps: Whether to measure the ways that compile, too.
         assistant: Folder or Hub id of a small model of the same tokenizer, to draft.
+        dropping: Settings of dropping, see `decoder`.
     """
     inputs = _inputs(model, tokenizer, prompts)
     drafter = assistant and load_model(assistant, dtype="auto").to(model.device)
@@ -41,7 +43,8 @@ def measure_decoding(
         name: tokens_per_second(model.specialist(name), inputs, new_tokens)[1]
         for name in model.config.specialist_names
     }
-    return alone, speeds(model, inputs, ways=ways, assistant=drafter, max_new_tokens=new_tokens)
+    settings = {"assistant": drafter, "dropping": dropping, "max_new_tokens": new_tokens}
+    return alone, speeds(model, inputs, ways=ways, **settings)
 
 
 def table(model: UltraFuserForCausalLM, alone: dict[str, float], found: Speeds) -> Table:
@@ -60,20 +63,31 @@ def table(model: UltraFuserForCausalLM, alone: dict[str, float], found: Speeds) 
         held = weights * 2 if way.startswith("stacked") else weights
         mark = " (fastest)" if way == found.fastest else ""
         shown.add_row(f"fused, {way}{mark}", f"{speed:.1f}", f"{best / speed:.2f}", decimal(held))
+    for way, speed in found.inexact.items():
+        shown.add_row(f"fused, {way} (other tokens)", f"{speed:.1f}", f"{best / speed:.2f}", decimal(weights))
     return shown
 
 
-def for_chat(model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, way: str):
-    """The model to chat with: itself, or stacked where that is asked for, or is found to be faster ("auto").
+def for_streaming(
+    model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, way: str, dropping: dict | None = None
+) -> tuple[UltraFuserForCausalLM, dict]:
+    """Returns the model to decode with token by token, and options of `generate`.
+
+    Args:
+        model: A fused model.
+        tokenizer: Its tokenizer.
+        way: One of `STREAMED`; or "auto" for what is faster of the exact ones.
+        dropping: Settings of dropping, see `decoder`.
 
     Raises:
-        ValueError: If there is no such way, or the model cannot be stacked.
+        ValueError: If there is no such way, or the model cannot go it.
     """
     if way == "auto":
-        way = speeds(model, _inputs(model, tokenizer, [PROMPT]), ways=STREAMED).fastest
+        exact = tuple(way for way in STREAMED if way != DROPPING)
+        way = speeds(model, _inputs(model, tokenizer, [PROMPT]), ways=exact).fastest
     if way not in STREAMED:
-        raise ValueError(f"A chat decodes in one of the ways {[*STREAMED, 'auto']}, but got {way!r}.")
-    return decoder(model, way)[0]
+        raise ValueError(f"Answers are decoded in one of the ways {[*STREAMED, 'auto']}, but got {way!r}.")
+    return decoder(model, way, dropping=dropping)
 
 
 def _inputs(model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, Tensor]:

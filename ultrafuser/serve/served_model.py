@@ -90,10 +90,16 @@ class ServedModel:
     """A model that generates for several requests at once, each with random numbers of its own, until it is over.
 
     Where layers are run, it is looked whether anybody still waits: a long prompt is not read to its end for nobody.
+
+    Args:
+        model: A fused model.
+        tokenizer: Its tokenizer.
+        decoding: Options of `generate`, for all requests.
     """
 
-    def __init__(self, model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, decoding: dict | None = None):
         self.model, self.tokenizer, self.turn = model, tokenizer, threading.Lock()
+        self.decoding = decoding or {}
         for module in model.model.specialists.modules():
             if isinstance(module, torch.nn.ModuleList):
                 for layer in module:
@@ -110,7 +116,7 @@ class ServedModel:
             FailedError: If the model fails.
         """
         asked = ASKED.get()
-        settings["tokenizer"] = self.tokenizer
+        settings |= {"tokenizer": self.tokenizer, **self.decoding}
         own = _OwnNumbers(self.turn, asked.seed, self.model.device)
         if settings["generation_config"].do_sample:
             settings |= {"logits_processor": [own.before], "stopping_criteria": [own.after]}

@@ -50,6 +50,7 @@ def application(
     *,
     continuous_batching: bool = False,
     template_variables: dict | None = None,
+    decoding: dict | None = None,
 ) -> ASGIApp:
     """A server of one model.
 
@@ -60,12 +61,13 @@ def application(
         access: Who may ask.
         continuous_batching: Whether one paged cache holds all requests. Sampling is the model's own then, for all.
         template_variables: Of the chat template, where a request does not set them.
+        decoding: Options of `generate`, for all requests.
 
     Raises:
         ValueError: If the model cannot be batched so.
     """
     state = State(model, continuous_batching)
-    served = OneModel(name, ServedModel(model, tokenizer), ServedTokenizer(tokenizer))
+    served = OneModel(name, ServedModel(model, tokenizer, decoding), ServedTokenizer(tokenizer))
     limit = model.config.max_position_embeddings
     routes = [
         Route(path, Answering(kind, served, state, limit, template_variables or {}), methods=["POST"])

@@ -24,6 +24,7 @@ from tests.support.mixes import prompt
 from tests.support.tiny import specialist
 from ultrafuser.cli.app import app
 from ultrafuser.decoding.drafting import self_draft
+from ultrafuser.decoding.dropping import drop_specialists
 from ultrafuser.decoding.stacking import stack
 
 
@@ -175,6 +176,8 @@ def test_what_runs_specialists_one_by_one_is_refused(models):
         stack(models[0])
     with pytest.raises(ValueError, match="adapters of one base"):
         models[0].generate(prompt(batch=1), custom_generate=self_draft, max_new_tokens=2)
+    with pytest.raises(ValueError, match="reads a token once for all of them. Leaving some out saves little"):
+        models[0].generate(prompt(batch=1), custom_generate=drop_specialists, max_new_tokens=2)
     with pytest.raises(ValueError, match="rows of one batch.*cu_seq_lens_q"):
         models[0](prompt(), cu_seq_lens_q=torch.tensor([0, 9]))
 

@@ -1,4 +1,4 @@
-"""Ways of decoding: all give the plain way's tokens, one is found to be fastest, and those that cannot say why."""
+"""Ways of decoding: exact ones give the plain way's tokens, the fastest of them is found, and those that cannot say why."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.support.mixes import MIXES, fuse, prompt
 from tests.support.tiny import specialist, tokenizer
 from ultrafuser.cli.app import app
 from ultrafuser.decoding import choosing
-from ultrafuser.decoding.choosing import COMPILED, WAYS, Speeds, decoder, speeds
+from ultrafuser.decoding.choosing import COMPILED, EXACT, Speeds, decoder, speeds
 from ultrafuser.decoding.stacking import StackedForCausalLM
 
 
@@ -26,16 +26,16 @@ def inputs(batch=1):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("way", [w for w in WAYS if w not in COMPILED])
+@pytest.mark.parametrize("way", [w for w in EXACT if w not in COMPILED])
 def test_every_way_says_what_the_plain_one_says(fused, way):
     given = inputs() | {"max_new_tokens": NEW, "do_sample": False}
     model, options = decoder(fused, way, assistant=specialist(layers=1))
     assert torch.equal(model.generate(**given, **options), fused.generate(**given))
 
 
-def test_all_ways_but_those_that_compile_are_measured(fused):
+def test_all_exact_ways_but_those_that_compile_are_measured(fused):
     found = speeds(fused, inputs(), assistant=specialist(layers=1), max_new_tokens=NEW)
-    assert list(found.tokens_per_second) == [w for w in WAYS if w not in COMPILED]
+    assert list(found.tokens_per_second) == [w for w in EXACT if w not in COMPILED]
     assert min(found.tokens_per_second.values()) > 0
     assert not found.left_out
 
@@ -52,6 +52,27 @@ def test_a_way_that_says_something_else_is_never_chosen(fused, monkeypatch):
     found = speeds(fused, inputs(), ways=("plain", "self-drafting"), max_new_tokens=NEW)
     assert found.fastest == "plain"
     assert "not those of the plain way" in found.left_out["self-drafting"]
+
+
+def test_dropping_is_measured_where_it_is_asked_for_and_never_chosen(fused, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        choosing, "drop_specialists", lambda _, input_ids, *__, **given: calls.append(given) or input_ids
+    )
+    found = speeds(fused, inputs(), ways=("plain", "dropping"), dropping={"every": 4}, max_new_tokens=NEW)
+    assert (list(found.inexact), list(found.tokens_per_second), found.fastest) == (["dropping"], ["plain"], "plain")
+    assert set(calls) == {4}
+    with pytest.raises(ValueError, match="`every` is the number of tokens"):
+        decoder(fused, "dropping", dropping={"every": 0})
+    with pytest.raises(ValueError, match="Unknown sparsifier"):
+        decoder(fused, "dropping", dropping={"keep": "some"})
+
+
+def test_dropping_is_a_way_with_settings(fused):
+    given = inputs() | {"max_new_tokens": NEW, "do_sample": False}
+    for keep, equal in (("none", True), ("top_k:1", False)):
+        model, options = decoder(fused, "dropping", dropping={"keep": keep, "every": 100})
+        assert torch.equal(model.generate(**given, **options), fused.generate(**given)) == equal
 
 
 def test_the_fastest_is_taken_unless_one_is_asked_for(fused, monkeypatch):
@@ -88,7 +109,13 @@ def run(*words, **kwargs):
 def test_speed_shows_specialists_and_ways_and_how_to_go_the_fastest(folder):
     done = run("speed", folder, "--new-tokens", 8, "--prompt", "one two", "--prompt", "one two three")
     assert done.exit_code == 0, done.output
-    for row in ("text alone (llama)", "code alone (llama)", "fused, plain", "fused, stacked"):
+    for row in (
+        "text alone (llama)",
+        "code alone (llama)",
+        "fused, plain",
+        "fused, stacked",
+        "fused, dropping (other tokens)",
+    ):
         assert row in done.output
     assert "Not prompt lookup: assisted generate is only supported for batch_size = 1" in done.output
     assert "decoder(model, '" in done.output
@@ -106,4 +133,20 @@ def test_a_chat_decodes_as_it_is_told(folder, decoding):
 def test_a_chat_refuses_what_it_cannot_show_word_by_word(folder):
     refused = run("chat", folder, "--decoding", "self-drafting", input="one\n")
     assert refused.exit_code == 2
-    assert "one of the ways ['plain', 'stacked', 'auto']" in refused.output
+    assert "one of the ways ['plain', 'stacked', 'dropping', 'auto']" in refused.output
+
+
+@pytest.mark.e2e
+def test_a_chat_drops_specialists_as_it_is_told(folder):
+    plain = run("chat", folder, "--max-new-tokens", 9, input="one two\n").output
+    drop = ("chat", folder, "--max-new-tokens", 9, "--decoding", "dropping", "--every", 100)
+    assert run(*drop, "--keep", "none", input="one two\n").output == plain
+    said = run(*drop, "--keep", "top_k:1", input="one two\n/who\n")
+    assert (said.exit_code, said.output) != (0, plain), said.output
+    assert "Unknown sparsifier" in run(*drop, "--keep", "some", input="one two\n").output
+
+
+def test_a_server_cannot_have_two_engines(folder):
+    refused = run("serve", folder, "--continuous-batching", "--decoding", "dropping")
+    assert refused.exit_code == 2
+    assert "Leave one of them out" in refused.output

@@ -9,7 +9,8 @@ from transformers.generation import BaseStreamer, logits_process
 from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from tests.support.mixes import MIXES, fuse, prefer, prompt
 from tests.support.tiny import specialist, tokenizer
-from ultrafuser.decoding.drafting import STATELESS, _Reader, _said_before, self_draft, verified
+from ultrafuser.decoding import drafting
+from ultrafuser.decoding.drafting import STATELESS, _said_before, self_draft, verified
 from ultrafuser.decoding.stacking import stack
 
 
@@ -120,9 +121,11 @@ def test_the_drafter_is_the_specialist_that_the_gate_prefers_at_the_last_token(m
     fused, ids = fuse(MIXES["one family"](), gate_temperature=0.1), prompt(batch=1)
     text = generate(fused, ids)
     favourites = fused.gate_weights(text)[0].argmax(-1)
-    rounds, plain = [], _Reader.draft
+    rounds, plain = [], drafting.drafted_by
     monkeypatch.setattr(
-        _Reader, "draft", lambda self, k, text, *more: rounds.append((k, text)) or plain(self, k, text, *more)
+        drafting,
+        "drafted_by",
+        lambda reader, k, text, *more: rounds.append((k, text)) or plain(reader, k, text, *more),
     )
     assert torch.equal(draft(fused, ids), text)
     # the gate's last word before the text's last token

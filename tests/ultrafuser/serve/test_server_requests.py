@@ -19,6 +19,7 @@ from tests.support.http_clients import (
 )
 from tests.support.tiny import specialist, stir_gate, tokenizer
 from ultrafuser.cli.app import app as command_line  # noqa: E402
+from ultrafuser.decoding.dropping import drop_specialists
 from ultrafuser.serve import guard, server  # noqa: E402
 from ultrafuser.serve.request_fields import template_variables  # noqa: E402
 
@@ -191,3 +192,19 @@ def test_an_answer_ends_where_the_model_s_context_does_and_says_so(length, port)
     _, streamed = ask(port, COMPLETIONS, {"prompt": "9" * (LIMIT - 7), "stream": True, **length})
     last = json.loads(streamed.strip().splitlines()[-1].removeprefix("data: "))
     assert (last["choices"][0]["finish_reason"], last["usage"]["total_tokens"]) == ("length", LIMIT)
+
+
+def test_requests_are_decoded_as_the_server_is_told(model):
+    body = {"prompt": "2+2", "max_tokens": 12, "temperature": 0}
+
+    def answer(**decoding):
+        with running(app(model, decoding=decoding)) as port:
+            return [
+                ask(port, body={**body, **more})[1]["choices"][0]["text"]
+                for more in ({}, {"temperature": 1, "seed": 3})
+            ]
+
+    plain = answer()
+    dropping = {"custom_generate": drop_specialists, "every": 100}
+    assert answer(**dropping, keep="none") == plain
+    assert answer(**dropping, keep="top_k:1") != plain

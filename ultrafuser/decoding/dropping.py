@@ -1,0 +1,210 @@
+"""Dropping: every few tokens all specialists are asked, and in between those alone to whom the gate listens.
+
+After a prompt, and then at every n-th new token, all specialists have read the text. The gate's mean weights of the last n
+tokens go through a sparsifier (strategies of `SPARSIFIERS`), and the specialists that it keeps predict the next n - 1
+tokens by themselves. The others read nothing meanwhile. At the next decision they read what they have missed in one pass,
+which costs little more than one token does, because a pass is bound by reading the weights: with S of N kept, a token
+costs S + (N - S) / n passes of one specialist instead of N. Caches are then exactly those of the plain way; what was said
+meanwhile is not. (Expert skipping, Lu et al., 2024, arXiv 2402.14800, leaves out experts of one layer; here it is whole models.)
+
+In between, the gate shares out all of the weight among those that are kept. Gates that score each specialist by itself
+("mlp", "constant", "uniform") make this exactly the fused model without the others. For gates that compare specialists,
+the hidden states of those that are out are held at their mean over the last n tokens of all, and evidence of the past at
+its last value. Held means do better than held weights, in `results/dropping.json`.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
+
+from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.compat_ultrafuser import CACHE
+from modeling_ultrafuser.evidence_ultrafuser import decoding_layer, last_logits
+from modeling_ultrafuser.gate_base_ultrafuser import run_before_specialists
+from modeling_ultrafuser.peft_ultrafuser import check_head
+from modeling_ultrafuser.sparsifier_base_ultrafuser import Sparsifier
+from modeling_ultrafuser.sparsifiers_ultrafuser import sparsifier
+
+from . import EVERY, KEEP
+from .reading import TextReader, check_one_by_one, check_settings, choose, padding_token, processed
+
+
+@torch.no_grad()
+def drop_specialists(
+    model: UltraFuserForCausalLM,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    keep: str = KEEP,
+    every: int = EVERY,
+    streamer: BaseStreamer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **model_kwargs,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Decodes greedily or by sampling, with few specialists at most tokens. Not the tokens of the plain way.
+
+    A decoding method for `generate`, which prepares all arguments but the first, `keep` and `every`:
+
+        model.generate(**inputs, custom_generate=drop_specialists, keep="top_p:0.8", every=8)
+
+    With `keep="top_p:1.0"` nobody is left out, and the tokens are those of the plain way. Several texts have one set of
+    kept specialists, all that any of them keeps; each has weights of its own.
+
+    Args:
+        keep: A sparsifier for the gate's mean weights, see `SPARSIFIERS`.
+        every: Number of tokens from one decision to the next, n. The fewer, the sooner a text that changes its domain is
+            followed; the more, the fewer passes.
+        streamer: Hears every token.
+        tokenizer: Unused: `generate` makes criteria for stop strings with it.
+
+    Returns:
+        The prompts and their continuations, (batch, seq), or as `return_dict_in_generate` says, with the cache. It holds
+        the text as far as all specialists have read it.
+
+    Raises:
+        ValueError: If there are beams, or the specialists or the cache cannot lag behind, or a setting is unknown.
+    """
+    check_droppable(model, keep, every)
+    check_settings("Dropping", generation_config, model_kwargs)
+    asked = _Asked(TextReader(model, model_kwargs), sparsifier(keep), every)
+    padding = padding_token(generation_config)
+    live = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    while live.any():
+        logits = asked.logits(input_ids, live)
+        scores = processed(logits, input_ids, 1, logits_processor)
+        column = torch.where(live, choose(scores[:, 0], generation_config.do_sample)[:, 0], padding)
+        input_ids = torch.cat([input_ids, column[:, None]], dim=-1)
+        if streamer is not None:
+            streamer.put(column.cpu())
+        live = live & ~stopping_criteria(input_ids, None)
+    asked.reader.even_out()
+    if streamer is not None:
+        streamer.end()
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE: asked.reader.cache})
+    return input_ids
+
+
+class _Asked:
+    """The specialists that are asked, token by token.
+
+    Attributes:
+        kept: Which specialists predict by themselves until the next decision. Shape (specialists,).
+        read_by_all: Number of tokens that all specialists have read.
+        states: Each specialist's hidden states at the last tokens that it has read. Shapes (batch, tokens, hidden).
+        weights: The gate's, at the last tokens that all have read. Shape (batch, tokens, specialists).
+        stand_ins: What the gate reads for specialists that are out. Shapes (batch, 1, hidden).
+        evidence: What it reads of the past, as of the last token that all have read.
+    """
+
+    def __init__(self, reader: TextReader, chooser: Sparsifier, every: int):
+        self.reader, self.chooser, self.every = reader, chooser, every
+        self.backbone, self.head = reader.model.model, reader.model.lm_head.weight
+        self.kept = torch.ones(reader.count, dtype=torch.bool, device=self.head.device)
+        self.since_decision, self.read_by_all = every, reader.tokens_read()[0]
+        self.states: list[Tensor | None] = [None] * reader.count
+        self.weights: Tensor | None = None
+        self.stand_ins: list[Tensor] = []
+        self.evidence: tuple[Tensor, ...] = ()
+
+    def logits(self, input_ids: Tensor, live: Tensor) -> Tensor:
+        """Predicts the next token, and decides who is kept where that is due. Shape (batch, 1, vocab).
+
+        Args:
+            input_ids: The texts so far. Shape (batch, seq).
+            live: Which texts go on. Shape (batch,).
+        """
+        due, anew = self.since_decision >= self.every, self.reader.start_over(input_ids.shape[1])
+        if anew:
+            self.read_by_all, self.states = 0, [None] * self.reader.count
+        by_all = due or anew or self.kept.all()
+        logits = self._by_all(input_ids) if by_all else self._by_kept(input_ids)
+        if due:
+            self._decide(live)
+        self.since_decision = 1 if due else self.since_decision + 1
+        return logits
+
+    def _by_all(self, input_ids: Tensor) -> Tensor:
+        """Lets those that lag behind catch up, and predicts as the plain way does."""
+        reader, new = self.reader, input_ids.shape[1] - self.read_by_all
+        for k in range(reader.count):
+            self._read(k, input_ids)
+        # windows need not go back further
+        reader.cache.crop(0)
+        states = [s[:, -new:] for s in self.states]
+        fused, output, evidence = reader.weighed(states, input_ids, min(self.every, new))
+        self.read_by_all, self.evidence = input_ids.shape[1], tuple(e[:, -1:] for e in evidence)
+        self.states = [s[:, -self.every :] for s in self.states]
+        self.weights = _appended(self.weights, output.weights)[:, -self.every :]
+        layer = decoding_layer(self.backbone, reader.cache, 1)
+        if layer is not None:
+            return last_logits(self.backbone.fusion_rule, self.head, layer, *output)
+        return reader.model.logits(fused[:, -1:], output.weights[:, -1:])
+
+    def _by_kept(self, input_ids: Tensor) -> Tensor:
+        """Predicts without those that are out, which read nothing."""
+        kept, states, gate = self.kept.nonzero()[:, 0].tolist(), list(self.stand_ins), self.backbone.fusion_gate
+        for k in kept:
+            states[k] = self._read(k, input_ids)
+        prior = self._prior(input_ids.shape[0])
+        output = run_before_specialists(gate, input_ids[:, -1:], prior=prior)
+        output = gate(states, *self.evidence, prior=prior) if output is None else output
+        weights, scales = (None if t is None else t.to(self.head.device) for t in output)
+        columns = self.reader.columns
+        logits = (F.linear(states[k].to(self.head.dtype), self.head[:, columns[k]]) for k in kept)
+        return self.backbone.fusion_rule.fused(logits, weights, scales, kept).to(states[kept[0]].dtype)
+
+    def _prior(self, texts: int) -> Tensor:
+        """Shares out all weight among those that are kept, by the prior on the gate if there is one."""
+        kept, given = self.kept.expand(texts, -1).float(), self.reader.gate_prior
+        prior = kept if given is None else kept * given
+        # of a text that has ended it may want others
+        return torch.where(prior.sum(-1, keepdim=True) > 0, prior, kept)
+
+    def _read(self, k: int, input_ids: Tensor) -> Tensor:
+        new = self.reader.read(k, input_ids)
+        self.states[k] = _appended(self.states[k], new)
+        return new
+
+    def _decide(self, live: Tensor) -> None:
+        """Keeps what the mean weights of any text that goes on keep. All specialists have read the text."""
+        self.kept = self.chooser.chosen(self._mean(self.weights)[:, 0])[live].any(0)
+        self.stand_ins = [self._mean(s) for s in self.states]
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Averages over the last tokens, without padding. Shape (batch, 1, size), of (batch, tokens, size)."""
+        mask = self.reader.mask(self.read_by_all)
+        if mask is None:
+            return values.mean(1, keepdim=True)
+        real = mask[:, -values.shape[1] :, None].to(values)
+        return (values * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+
+
+def _appended(earlier: Tensor | None, new: Tensor) -> Tensor:
+    return new if earlier is None else torch.cat([earlier, new], dim=1)
+
+
+def check_droppable(model: UltraFuserForCausalLM, keep: str = KEEP, every: int = EVERY) -> None:
+    """Rejects a model whose specialists cannot lag behind, and unknown settings. See `drop_specialists`.
+
+    Raises:
+        ValueError: With the reason, and the way out.
+    """
+    if model.config.adapters:
+        raise ValueError(
+            f"{model.config.specialist_names} are adapters of one base, which reads a token once for all of them. Leaving "
+            f"some out saves little. Decode without dropping."
+        )
+    # Mamba, Mamba 2 and Bamba begin such a block from an empty state, without a word
+    recurrent = "cannot catch up: several families read a block of tokens as if nothing were before it"
+    check_one_by_one("Dropping", model, recurrent)
+    check_head(model.lm_head, "Dropping")
+    sparsifier(keep)
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(
+            f"`every` is the number of tokens from one decision to the next, at least 1, but it is {every!r:.100}. "
+            f"{EVERY} is the default."
+        )
