@@ -56,9 +56,12 @@ def test_a_way_that_says_something_else_is_never_chosen(fused, monkeypatch):
 
 def test_dropping_is_measured_where_it_is_asked_for_and_never_chosen(fused, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        choosing, "drop_specialists", lambda _, input_ids, *__, **given: calls.append(given) or input_ids
-    )
+
+    def drop(model, input_ids, *args, every=None, **kwargs):
+        calls.append(every)
+        return input_ids
+
+    monkeypatch.setattr(choosing, "drop_specialists", drop)
     found = speeds(fused, inputs(), ways=("plain", "dropping"), dropping={"every": 4}, max_new_tokens=NEW)
     assert (list(found.inexact), list(found.tokens_per_second), found.fastest) == (["dropping"], ["plain"], "plain")
     assert set(calls) == {4}
