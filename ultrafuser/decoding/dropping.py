@@ -1,11 +1,12 @@
 """Dropping: every few tokens all specialists are asked, and in between those alone to whom the gate listens.
 
 After a prompt, and then at every n-th new token, all specialists have read the text. The gate's mean weights of the last n
-tokens go through a sparsifier (strategies of `SPARSIFIERS`), and the specialists that it keeps predict the next n - 1
-tokens by themselves. The others read nothing meanwhile. At the next decision they read what they have missed in one pass,
-which costs little more than one token does, because a pass is bound by reading the weights: with S of N kept, a token
-costs S + (N - S) / n passes of one specialist instead of N. Caches are then exactly those of the plain way; what was said
-meanwhile is not. (Expert skipping, Lu et al., 2024, arXiv 2402.14800, leaves out experts of one layer; here it is whole models.)
+new tokens, after the prompt those of its last token, go through a sparsifier (strategies of `SPARSIFIERS`), and the
+specialists that it keeps predict the next n - 1 tokens by themselves. The others read nothing meanwhile. At the next
+decision they read what they have missed in one pass, which costs little more than one token does, because a pass is bound
+by reading the weights: with S of N kept, a token costs S + (N - S) / n passes of one specialist instead of N. Caches are
+then exactly those of the plain way; what was said meanwhile is not. (Expert skipping, Lu et al., 2024, arXiv 2402.14800,
+leaves out experts of one layer; here it is whole models.)
 
 In between, the gate shares out all of the weight among those that are kept. Gates that score each specialist by itself
 ("mlp", "constant", "uniform") make this exactly the fused model without the others. For gates that compare specialists,
@@ -138,7 +139,9 @@ class _Asked:
         fused, output, evidence = reader.weighed(states, input_ids, min(self.every, new))
         self.read_by_all, self.evidence = input_ids.shape[1], tuple(e[:, -1:] for e in evidence)
         self.states = [s[:, -self.every :] for s in self.states]
-        self.weights = _appended(self.weights, output.weights)[:, -self.every :]
+        # of a prompt, only the last token's: a gate is not trained on the others
+        weights = output.weights[:, -1:] if self.weights is None else output.weights
+        self.weights = _appended(self.weights, weights)[:, -self.every :]
         layer = decoding_layer(self.backbone, reader.cache, 1)
         if layer is not None:
             return last_logits(self.backbone.fusion_rule, self.head, layer, *output)
