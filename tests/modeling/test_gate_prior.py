@@ -11,6 +11,7 @@ from tests.support.adapted import pair as adapters
 from tests.support.mixes import fuse, prompt
 from tests.support.tiny import specialist
 from ultrafuser.decoding.drafting import self_draft
+from ultrafuser.decoding.dropping import drop_specialists
 from ultrafuser.decoding.stacking import stack
 
 
@@ -88,6 +89,7 @@ def test_every_way_of_decoding_follows_a_prior(pair):
     settings = {"gate_prior": PRIOR, **LENGTH}
     assert torch.equal(model.generate(ids, cache_implementation="static", **settings), expected)
     assert torch.equal(model.generate(ids, custom_generate=self_draft, **settings), expected)
+    assert torch.equal(model.generate(ids, custom_generate=drop_specialists, keep="none", **settings), expected)
     assert torch.equal(stack(model).generate(ids, **settings), expected)
     drafted = model.generate(ids[:1], assistant_model=model.specialist("code"), gate_prior=PRIOR[:1], **LENGTH)
     assert torch.equal(drafted, expected[:1])
@@ -107,7 +109,7 @@ def test_every_way_of_decoding_follows_a_prior(pair):
 )
 def test_what_weighs_no_specialists_is_refused(prior, told, pair):
     model = fuse(pair)
-    for options in ({}, {"custom_generate": self_draft}):
+    for options in ({}, {"custom_generate": self_draft}, {"custom_generate": drop_specialists}):
         with pytest.raises(ValueError, match=f"`gate_prior`.*{told}"):
             model.generate(prompt(), gate_prior=prior, **LENGTH, **options)
 

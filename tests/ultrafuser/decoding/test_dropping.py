@@ -227,6 +227,26 @@ def test_a_text_that_has_ended_keeps_nobody():
         assert asked.kept.tolist() == kept
 
 
+# ---------------------------------------------------------------------------------------------- a prior on the gate
+
+
+@pytest.mark.parametrize("keep", ["top_k:1", "top_k:2"])
+def test_a_prior_counts_where_it_is_decided_and_in_between(keep):
+    fused, ids, prior = fuse(MIXES["one family"](), gate="constant"), prompt(batch=1), torch.tensor([[4.0, 1.0, 9.0]])
+    given = drop(fused, ids, keep, gate_prior=prior)
+    assert not torch.equal(given, drop(fused, ids, keep))
+    # scores are divided by the temperature, a prior is not
+    fused.model.fusion_gate.logits.data += fused.config.gate_temperature * prior[0].log()
+    assert torch.equal(given, drop(fused, ids, keep))
+
+
+def test_a_text_that_has_ended_has_weights_though_its_prior_wants_others():
+    reader = TextReader(fuse(MIXES["one family"]()), {"gate_prior": torch.tensor([[1.0, 0, 0], [0, 3.0, 5.0]])})
+    asked = _Asked(reader, sparsifier("top_k:1"), 4)
+    asked.kept = torch.tensor([False, True, False])
+    assert asked._prior(2).tolist() == [[0, 1, 0], [0, 3, 0]]
+
+
 # ---------------------------------------------------------------------------------------------- beside options
 
 
