@@ -101,6 +101,15 @@ def test_gradient_cosine_rewards_the_training_gradient_that_agrees_with_held_out
     np.testing.assert_allclose(found, [1 / 3, 1 / np.sqrt(3), -1 / 3])
 
 
+def test_gradients_towards_a_target_are_rewarded_by_their_cosine_to_the_targets():
+    orthogonal = np.diag([1.0, 2.0, 3.0])
+    assert measured("gradient", 2, gradients=[orthogonal, orthogonal].__getitem__).tolist() == [0, 0, 1]
+    leaning = np.array([[1.0, 0, 1], [0, 1, 0], [0, 0, 5]])
+    np.testing.assert_allclose(
+        measured("gradient", 2, gradients=[orthogonal, leaning].__getitem__), [np.sqrt(0.5), 0, 1]
+    )
+
+
 def test_a_target_is_rewarded_twice_and_the_others_as_before():
     def loss(rewards, target):
         return measured("loss", target, batch_losses=lambda: (rewards, None))

@@ -142,6 +142,7 @@ def take_in(
     config: Annotated[str | None, Option(help="Configuration of a Hub set.")] = None,
     split: Annotated[str | None, Option(help="Split of a Hub set.")] = None,
     revision: Annotated[str | None, Option(help="Branch, tag or commit of a Hub set.")] = None,
+    per_subset: Annotated[int | None, Option(help="Take so many rows of each configuration of a set.")] = None,
     limit: Annotated[int | None, Option(help="Take so many records only.")] = None,
     skip_malformed: Annotated[bool, Option("--skip-malformed", help="Leave such rows out, with a word.")] = False,
     overwrite: Overwrite = False,
@@ -159,6 +160,7 @@ def take_in(
     from ..data import sources
 
     options = {"domain": domain, "licence": licence, "config": config, "split": split, "revision": revision}
+    options["per_subset"] = per_subset
     columns = named(column, "--column") or None
 
     def report(message: str) -> None:

@@ -118,7 +118,8 @@ def bench(
     tasks: Annotated[
         list[str],
         Argument(
-            help="Suites (paper, code, instructions, mmlu_math, mmlu_medicine, mmlu_others, local) or tasks of lm-eval."
+            help="Suites (paper, code, instructions, math_cot, skills_math, mmlu_math, mmlu_medicine, mmlu_others, local) "
+            "or tasks of lm-eval."
         ),
     ],
     out: Annotated[Path, Option(help="Folder for one result file per task; what is in it is not run again.")],
@@ -127,6 +128,9 @@ def bench(
     chat: Annotated[bool, Option("--chat", help="Ask through the chat template.")] = False,
     server: Annotated[str | None, Option(help="Address of an OpenAI server of the model, such as vLLM's.")] = None,
     include: Annotated[Path | None, Option(help="Folder of further tasks, as lm-eval's --include_path.")] = None,
+    mt_bench: Annotated[
+        Path | None, Option(help="results.json of `judge --questions mt_bench`: prints the mean of it and MMLU.")
+    ] = None,
     batch_size: Annotated[int, Option(help="Questions at a time.")] = 8,
     dtype: Annotated[str, Option(help="dtype of the weights.")] = "auto",
     seed: Annotated[int, Option(help="Seed of everything random, and of the quickstart that made the model.")] = 0,
@@ -141,6 +145,7 @@ def bench(
     from ..atomic import sole_writer
     from ..evaluation import local_tasks, suites
 
+    grade = None if mt_bench is None else suites.read_mt_bench(mt_bench, tasks)
     if "local" in tasks and include is None:
         include = out / "tasks"
         with sole_writer(include, "bench", ["*"]):
@@ -161,6 +166,9 @@ def bench(
                 echo(f"{task:40} {metric:30} {score['value']:.4f}{stderr}")
     for group, mean in suites.mmlu_means(results).items():
         echo(f"{'MMLU, ' + group:40} {'mean over subjects':30} {mean:.4f}")
+    if grade is not None:
+        both = suites.skills_mean(results, grade)
+        echo(f"{'MMLU and MT-Bench':40} {'(100 MMLU + 10 MT-Bench) / 2':30} {both:.2f}")
 
 
 @group.command()

@@ -68,6 +68,7 @@ def look(
 def _statistics(records, out: Path, name: str, tokenizer, samples: int, points: int, rng: random.Random):
     counts = {key: Counter() for key in ("domain", "source", "licence")}
     topics, lengths, repeats = defaultdict(Counter), defaultdict(Counter), Counter()
+    turns = defaultdict(Turns)
     shown, mapped, number = defaultdict(list), [], 0
     with (
         tempfile.TemporaryDirectory(dir=out, prefix=".index-") as folder,
@@ -78,7 +79,9 @@ def _statistics(records, out: Path, name: str, tokenizer, samples: int, points: 
             for key, counter in counts.items():
                 counter[record[key]] += 1
             topics[domain][record["topic"] or "(none)"] += 1
-            lengths[domain][_length(record, tokenizer)] += 1
+            each = _lengths(record, tokenizer)
+            lengths[domain][sum(each)] += 1
+            turns[domain].add(record, each)
             kind, _ = index.repeats(number, fingerprint(record)) or ("none", "")
             repeats[kind] += 1
             _keep_some(shown[domain], record, counts["domain"][domain], samples, rng)
@@ -92,16 +95,40 @@ def _statistics(records, out: Path, name: str, tokenizer, samples: int, points: 
         **{f"{key}s": dict(counter.most_common()) for key, counter in counts.items()},
         "topics": {domain: dict(counter.most_common()) for domain, counter in topics.items()},
         "lengths": {domain: _summary(counter) for domain, counter in lengths.items()},
+        "turns": {domain: found.means(counts["domain"][domain]) for domain, found in turns.items()},
         "duplicates": {"exact": repeats["duplicate"], "near": repeats["near_duplicate"]},
     }
     return statistics, dict(shown), mapped
 
 
-def _length(record: dict, tokenizer: Callable | None) -> int:
+class Turns:
+    """Sums up a domain's conversations, for the columns of table 1 of Mixture-of-Skills (Wu et al., 2024)."""
+
+    def __init__(self):
+        self.lengths, self.numbers = Counter(), Counter()
+
+    def add(self, record: dict, lengths: list[int]) -> None:
+        """Counts a record, whose messages have these lengths."""
+        for message, length in zip(record["messages"], lengths, strict=True):
+            self.lengths[message["role"]] += length
+            self.numbers[message["role"]] += 1
+
+    def means(self, records: int) -> dict:
+        """Returns the length of all messages, the mean instruction's and response's, and responses per record."""
+        means = {role: self.lengths[role] / max(self.numbers[role], 1) for role in ("user", "assistant")}
+        return {
+            "all": self.lengths.total(),
+            "instruction": round(means["user"], 1),
+            "response": round(means["assistant"], 1),
+            "turns": round(self.numbers["assistant"] / records, 1),
+        }
+
+
+def _lengths(record: dict, tokenizer: Callable | None) -> list[int]:
     texts = [message["content"] for message in record["messages"]]
     if tokenizer is None:
-        return sum(len(re.findall(r"\w+", text)) for text in texts)
-    return sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        return [len(re.findall(r"\w+", text)) for text in texts]
+    return list(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
 
 def _keep_some(kept: list, record: dict, number: int, most: int, rng: random.Random) -> None:

@@ -37,6 +37,7 @@ class Source(NamedTuple):
     split: str = "train"
     revision: str | None = None
     files: str | None = None
+    per_subset: int | None = None
 
 
 SOURCES = {
@@ -59,6 +60,7 @@ def take_in(
     config: str | None = None,
     split: str | None = None,
     revision: str | None = None,
+    per_subset: int | None = None,
     on_malformed: Callable[[str], Any] | None = None,
 ) -> Iterator[dict]:
     """Streams a set as records: nothing is held but the row at hand.
@@ -72,6 +74,7 @@ def take_in(
         config: The set's configuration, where it has several.
         split: The part of the set. Default: the source's, or "train".
         revision: Branch, tag or commit on the Hub.
+        per_subset: Take so many first rows of each of the set's configurations, one after the other.
         on_malformed: Is told about every malformed row, which is then left out. Default: the first one is an error.
 
     Raises:
@@ -79,6 +82,12 @@ def take_in(
     """
     source = SOURCES.get(name) or Source(name, None, None, columns or {key: key for key in (*KEYS, *MORE)})
     given = {"columns": columns, "files": files, "config": config, "split": split, "revision": revision}
+    given["per_subset"] = per_subset
+    if per_subset is not None and (per_subset < 1 or files or config):
+        raise ValueError(
+            f"Rows per subset are a number of at least 1 from each configuration of a set, but got {per_subset} with "
+            f"files={files} and config={config!r}. Leave out files and config, or the number."
+        )
     source = source._replace(**{key: value for key, value in given.items() if value})
     domain, licence = domain or source.domain, licence or source.licence
     if unknown := set(source.columns) - set(TAKEN):
@@ -133,10 +142,21 @@ def _rows(source: Source, local: bool) -> Iterator[tuple[str, Any]]:
         # the second is of a folder that `ultrafuser data make` wrote
         rows = load_from_disk(saved[0])
     else:
-        of = {"data_files": source.files, "split": source.split, "revision": source.revision}
-        rows = load_dataset(source.path, source.config, **of, streaming=True)
+        rows = _set_rows(source)
     for number, row in enumerate(rows, start=1):
         yield f"{', '.join(paths) if local else source.path}, row {number}", row
+
+
+def _set_rows(source: Source) -> Iterable:
+    """Streams a set, or so many rows of each of its configurations."""
+    from datasets import get_dataset_config_names, load_dataset
+
+    of = {"split": source.split, "revision": source.revision, "streaming": True}
+    if source.per_subset is None:
+        return load_dataset(source.path, source.config, data_files=source.files, **of)
+    configs = get_dataset_config_names(source.path, revision=source.revision)
+    parts = (load_dataset(source.path, config, **of).take(source.per_subset) for config in configs)
+    return (row for part in tqdm(parts, total=len(configs), unit=" subsets", disable=None) for row in part)
 
 
 def raw_rows(path: str, *, config: str | None = None, split: str = "train") -> Iterator[Any]:

@@ -19,7 +19,7 @@ thought, and so does the suite. Its scores are still not the paper's, because
   that a model that explains itself scores near zero;
 - SAT-Math, AQuA-RAT: the most probable option counts here; nothing is written.
 
-`ifeval` needs more packages: `pip install "lm_eval[ifeval]"`.
+`ifeval` and "math_cot" need more packages: `pip install "lm_eval[ifeval]"`, `pip install "lm_eval[math]"`.
 """
 
 import difflib
@@ -29,9 +29,10 @@ import os
 import re
 import shlex
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import lm_eval.utils
@@ -47,6 +48,7 @@ from ..atomic import sole_writer, write_whole
 from ..keys import check_address
 from ..pretrained import load_config, load_tokenizer, refusing_code
 from ..provenance import digest, provenance
+from ..result_files import read_results
 from ..yaml_files import read_yaml
 from . import local_tasks, sandbox
 from .comparison import slug
@@ -54,23 +56,41 @@ from .foreign_tasks import LM_EVAL_JINJA, Elsewhere, are_strange, names_task, sa
 
 
 class Suite(NamedTuple):
-    """Tasks by lm-eval's names, and how many examples come before a question; None for each task's own number."""
+    """Tasks by lm-eval's names, and how many examples come before a question; None for each task's own number.
+
+    Attributes:
+        tasks: Names.
+        shots: Of all tasks.
+        few: Of tasks that differ, by name.
+    """
 
     tasks: tuple[str, ...]
     shots: int | None = None
+    few: Mapping[str, int] = MappingProxyType({})
+
+    def by_task(self) -> dict[str, int | None]:
+        """Returns how many examples come before a question of each task."""
+        return dict.fromkeys(self.tasks, self.shots) | self.few
 
 
 # 5, 9 and 43 subjects
 MMLU_GROUPS: dict[str, list[str]] = read_yaml(Path(__file__).with_name("mmlu_groups.yaml"))
 
+MATH = ("algebra", "counting_and_prob", "geometry", "intermediate_algebra", "num_theory", "prealgebra", "precalc")
 PAPER = ("truthfulqa_mc2", "humaneval", "gsm8k", "hendrycks_math", "agieval_sat_math", "agieval_aqua_rat")
 SUITES = {
     "paper": Suite(PAPER, shots=0),
     "code": Suite(("humaneval", "mbpp")),
     "instructions": Suite(("ifeval",)),
     "local": Suite(local_tasks.NAMES),
+    # with chains of thought, which the paper's table 10 adds; SAT-Math and AQuA-RAT have no such task in lm-eval
+    "math_cot": Suite(("gsm8k_cot", *(f"minerva_math_{subject}" for subject in MATH))),
     **{f"mmlu_{g}": Suite(tuple(f"mmlu_{s}" for s in subjects), shots=0) for g, subjects in MMLU_GROUPS.items()},
 }
+# table 5 of Wu et al.: five examples for the first two, none for MMLU
+SUITES["skills_math"] = Suite(
+    ("gsm8k", "hendrycks_math", *SUITES["mmlu_math"].tasks), shots=0, few={"gsm8k": 5, "hendrycks_math": 5}
+)
 
 
 def run_suite(
@@ -123,7 +143,7 @@ def run_suite(
     shots = {}
     for name in names:
         suite = SUITES.get(name, Suite((name,)))
-        shots |= dict.fromkeys(suite.tasks, suite.shots)
+        shots |= suite.by_task()
     with names_task(include, strange):
         manager = _task_manager(shots, include)
     _check_names(shots, manager)
@@ -171,12 +191,50 @@ def run_suite(
 
 
 def mmlu_means(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Returns the accuracy in each group of MMLU whose subjects are all there: the plain mean, as Wu et al. have it."""
+    """Returns the accuracy in each group of MMLU whose subjects are all there: the plain mean, as Wu et al. have it.
+
+    With all subjects there, "all" is the mean over the 57.
+    """
     means = {}
-    for group, subjects in MMLU_GROUPS.items():
+    for group, subjects in (MMLU_GROUPS | {"all": sorted(sum(MMLU_GROUPS.values(), []))}).items():
         if all(f"mmlu_{subject}" in results for subject in subjects):
             means[group] = fmean(results[f"mmlu_{s}"]["scores"][f"mmlu_{s}"]["acc,none"]["value"] for s in subjects)
     return means
+
+
+def skills_mean(results: dict[str, dict[str, Any]], mt_bench: float) -> float:
+    """Returns the summary of Mixture-of-Skills (Wu et al., 2024): the mean of MMLU in per cent and ten times MT-Bench.
+
+    Args:
+        results: As `run_suite` returns them, with all subjects of MMLU.
+        mt_bench: Mean grade, between 1 and 10.
+    """
+    return (100 * mmlu_means(results)["all"] + 10 * mt_bench) / 2
+
+
+def read_mt_bench(path: Path, names: Iterable[str]) -> float:
+    """Reads a mean grade to summarise with MMLU.
+
+    Args:
+        path: `results.json` of `ultrafuser judge`.
+        names: Of the suites that are to be run.
+
+    Raises:
+        ValueError: If the file holds no grade, or not all subjects of MMLU are to be run.
+    """
+    needed = [f"mmlu_{group}" for group in MMLU_GROUPS]
+    if missing := set(needed) - set(names):
+        raise ValueError(
+            f"The mean of MMLU and MT-Bench needs all subjects of MMLU, but {sorted(missing)} are not among the suites. "
+            f"Name {' '.join(needed)}: what is finished in the output folder is not run again."
+        )
+    score = read_results(path).get("score")
+    if score is None:
+        raise ValueError(
+            f"MT-Bench grades answers, but {str(path)!r} holds no mean grade. Pass what `ultrafuser judge --questions "
+            f"mt_bench` wrote."
+        )
+    return score
 
 
 def _task_manager(tasks: Iterable[str], include: str | Path | None) -> TaskManager:

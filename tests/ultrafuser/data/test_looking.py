@@ -54,6 +54,16 @@ def test_the_numbers_are_those_one_counts(looked):
     assert found["length_in"] == "words"
 
 
+def test_instructions_responses_and_turns_are_counted_as_in_table_1_of_mixture_of_skills(tmp_path):
+    longer = says("one")
+    longer["messages"] = [*longer["messages"], *says("two words and more")["messages"]]
+    longer["messages"].insert(0, {"role": "system", "content": "be nice"})
+    found = look([says("a b c"), longer], tmp_path, points=0)
+    # instructions of two words; responses of 3, 1 and 4
+    assert found["turns"] == {"text": {"all": 5 + 2 + 3 + 6, "instruction": 2.0, "response": 2.7, "turns": 1.5}}
+    assert "<td>16</td><td>2.0</td><td>2.7</td><td>1.5</td>" in (tmp_path / PAGE).read_text()
+
+
 def test_lengths_are_counted_in_the_tokenizers_tokens(tmp_path):
     def letters(texts, add_special_tokens):
         assert not add_special_tokens
@@ -112,7 +122,7 @@ def test_the_card_has_the_hubs_metadata_and_no_text_breaks_out_of_it(looked):
     card = DatasetCard.load(looked[1] / CARD)
     assert card.data.license == ["apache-2.0", "mit"]
     assert card.data.size_categories == ["n<1K"]
-    assert "| text | 5 | 1 | 6.0 |" in card.text
+    assert "| text | 5 | 1 | 6.0 | 2.0 | 4.0 | 1.0 |" in card.text
     fence = re.search(r"^(`{3,})json$", card.text, re.M)[1]
     inside = card.text.split(f"{fence}json\n")[1].split(f"\n{fence}\n")[0]
     assert json.loads(inside) in RECORDS

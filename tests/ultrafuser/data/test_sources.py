@@ -263,3 +263,17 @@ def test_the_command_cleans_against_an_evaluation_set(tmp_path):
     assert run("clean", path, *options, "--overwrite", "--style-share", 0.5).exit_code == 0
     assert len((out / "kept.jsonl").read_text().splitlines()) == 1
     assert "together" in run("clean", path, *options, "--ifd-share", 0.5).output
+
+
+def test_so_many_rows_of_each_configuration_are_taken(tmp_path):
+    for name, words in (("birds", ("wren", "crow", "kite")), ("fish", ("cod",))):
+        write(tmp_path / name / "train.jsonl", [{"q": "Which?", "a": word} for word in words])
+    configs = "".join(f"- config_name: {n}\n  data_files: {n}/train.jsonl\n" for n in ("birds", "fish"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    options = {"domain": "text", "licence": "mit", "columns": {"prompt": "q", "answer": "a"}}
+    records = take_in(str(tmp_path), per_subset=2, **options)
+    assert [record["messages"][1]["content"] for record in records] == ["wren", "crow", "cod"]
+    with pytest.raises(ValueError, match="at least 1 from each configuration"):
+        take_in(str(tmp_path), per_subset=0, **options)
+    with pytest.raises(ValueError, match="config='fish'"):
+        take_in(str(tmp_path), per_subset=1, config="fish", **options)

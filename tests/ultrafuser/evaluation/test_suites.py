@@ -24,7 +24,7 @@ SUMS = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a, b in ((1, 2), (3,
 
 
 # where in lm-eval the suites' tasks are; its whole index takes many seconds to build
-FOLDERS = ("agieval", "gsm8k", "hendrycks_math", "humaneval", "ifeval", "mbpp", "mmlu", "truthfulqa")
+FOLDERS = ("agieval", "gsm8k", "hendrycks_math", "minerva_math", "humaneval", "ifeval", "mbpp", "mmlu", "truthfulqa")
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +175,38 @@ def test_the_mean_of_a_group_is_the_plain_mean_of_its_subjects():
     names = [f"mmlu_{subject}" for subject in MMLU_GROUPS["math"]]
     results = {n: {"scores": {n: {"acc,none": {"value": i / 10, "stderr": 0.0}}}} for i, n in enumerate(names)}
     assert mmlu_means(results) == {"math": pytest.approx(0.2)}
+
+
+def test_mmlu_and_mt_bench_are_summarised_as_mixture_of_skills_does(tmp_path):
+    names = [f"mmlu_{subject}" for subjects in MMLU_GROUPS.values() for subject in subjects]
+    results = {n: {"scores": {n: {"acc,none": {"value": 0.25 if "math" in n else 0.5, "stderr": 0.0}}}} for n in names}
+    of_math = sum("math" in n for n in names)
+    mean = (0.25 * of_math + 0.5 * (57 - of_math)) / 57
+    assert mmlu_means(results)["all"] == pytest.approx(mean)
+    file = tmp_path / "results.json"
+    judged = {
+        "method": "grading",
+        "questions": "mt_bench",
+        "judge": "x",
+        "score": 6.5,
+        "interval": None,
+        "unjudged": 0,
+    }
+    file.write_text(json.dumps(judged))
+    grade = suites.read_mt_bench(file, ["mmlu_math", "mmlu_medicine", "mmlu_others", "gsm8k"])
+    assert suites.skills_mean(results, grade) == pytest.approx((100 * mean + 65) / 2)
+    with pytest.raises(ValueError, match=r"\['mmlu_medicine', 'mmlu_others'\] are not among the suites"):
+        suites.read_mt_bench(file, ["mmlu_math"])
+    file.write_text(json.dumps(judged | {"score": None}))
+    with pytest.raises(ValueError, match="holds no mean grade"):
+        suites.read_mt_bench(file, ["mmlu_math", "mmlu_medicine", "mmlu_others"])
+
+
+def test_few_shot_suites_have_shots_by_task():
+    shots = SUITES["skills_math"].by_task()
+    assert (shots["gsm8k"], shots["hendrycks_math"], shots["mmlu_abstract_algebra"]) == (5, 5, 0)
+    assert len(shots) == 2 + 5
+    assert set(SUITES["math_cot"].by_task().values()) == {None}
 
 
 def test_the_command_line_says_what_is_wrong_in_a_sentence(lm_evals_own, tmp_path):

@@ -10,7 +10,8 @@ from .reward_similarity import cosines
 class GradientReward(Reward):
     """Cosines of gradients on two halves of the pool: how well a step on each domain serves all domains.
 
-    Of a domain's gradient on one half, the mean cosine to all domains' on the other: between -1 and 1.
+    Of a domain's gradient on one half, the mean cosine to all domains' on the other: between -1 and 1. With a target, the
+    cosine to the target's alone, which FLAD rewards (Albalak et al., 2023, https://arxiv.org/abs/2302.00674).
     """
 
     def __init__(self, args, probe: Probe):
@@ -23,6 +24,7 @@ class GradientReward(Reward):
         if args.mix_probe < 2:
             raise ValueError("mix_reward='gradient' compares two halves of the pool. Take mix_probe=2 or more.")
 
-    def by_domain(self) -> ndarray:
+    def measure(self) -> ndarray:
         held_out, train = (self.probe.gradients(half) for half in (0, 1))
-        return cosines(train, held_out).mean(1)
+        found = cosines(train, held_out)
+        return found.mean(1) if self.target is None else found[:, self.target]
