@@ -10,17 +10,25 @@ Check = Callable[[object], bool]
 MOST_ROWS = 1000
 
 
-def read_results(path: Path) -> dict:
+def read_results(path: Path, *, benchmarks: bool = False) -> dict:
     """Reads `results.json`, as `ultrafuser evaluate` and `ultrafuser judge` write it; later versions may have more fields.
+
+    Args:
+        path: Of the file.
+        benchmarks: Accept what `ultrafuser bench` writes for a task, too.
 
     Raises:
         UnreadableFileError: Naming the file, and the first field that is missing or of another kind.
         OSError: If it is not there.
     """
     found = read_json(path)
+    if benchmarks and "scores" in found:
+        check_fields(path, found, _BENCHMARK, needed=tuple(_BENCHMARK))
+        return found
     if "rows" not in found and "judge" not in found:
         fact = f"{str(path)!r} holds {str(sorted(found))[:300]}"
-        rule = "Results come from `ultrafuser evaluate` or `ultrafuser judge`"
+        bench = ", `ultrafuser bench`" if benchmarks else ""
+        rule = f"Results come from `ultrafuser evaluate`{bench} or `ultrafuser judge`"
         raise UnreadableFileError(fact, rule, "Pass what one of those wrote.")
     if "rows" in found:
         check_fields(path, found, _COMPARISON, needed=("specialists",))
@@ -126,6 +134,12 @@ _JUDGEMENT = {
     **dict.fromkeys(("win_rate", "score"), number),
     "interval": _pair,
     "unjudged": whole,
+}
+_BENCHMARK = {
+    "task": word,
+    "scores": by_name(by_name(lambda value: isinstance(value, dict) and number(value.get("value")))),
+    "settings": lambda value: isinstance(value, dict),
+    "versions": lambda value: isinstance(value, dict),
 }
 
 

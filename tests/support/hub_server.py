@@ -107,14 +107,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(200, json.dumps([as_node(about) for about in files]).encode(), {}, body)
         elif repository in self.hub.gated and not known:
             self.refuse(401, "GatedRepo", body)
-        # repositories here have no folders
+        # repositories here have no folders but that of scores
         elif subfolder or not (folder / file[3]).is_file():
             self.refuse(404, "EntryNotFound", body)
         else:
             self.send_file(folder / file[3], commit, body)
 
     def listing(self, repository, commit, folder):
-        files = [describe(path) for path in sorted(folder.iterdir()) if path.is_file()]
+        paths = sorted([*folder.iterdir(), *folder.glob(".eval_results/*")])
+        files = [describe(p) | {"rfilename": p.relative_to(folder).as_posix()} for p in paths if p.is_file()]
         gated = "manual" if repository in self.hub.gated else False
         private = repository in self.hub.private
         about = {"id": repository, "modelId": repository, "sha": commit, "gated": gated, "private": private}
@@ -248,6 +249,7 @@ class _Uploads(_Handler):
         for line in lines:
             kind, value = line["key"], line["value"]
             if kind == "file":
+                (after / value["path"]).parent.mkdir(exist_ok=True)
                 (after / value["path"]).write_bytes(base64.b64decode(value["content"]))
             elif kind == "lfsFile":
                 shutil.copyfile(self.object(value["oid"]), after / value["path"])

@@ -43,6 +43,7 @@ NOT_RUN = {
     "pytest": "this is it",
     "mkdocs": "test_docs.py builds the site",
     "vllm": "an environment of its own: tests/vllm",
+    "inspect": "an environment of its own",
     "accelerate": "several GPUs: test_processes.py has two processes",
     "python tests/families.py": "an hour: test_families.py has a few families",
     "python -m benchmarks.rivals": "minutes: test_benchmarks.py has the smallest sizes",
@@ -163,6 +164,8 @@ def parse(words: list[str]) -> None:
     elif program == "vllm":
         known = (ROOT / "tests/vllm/check_vllm.py").read_text()
         assert all(f'"{word}"' in known for word in rest if word.startswith("-")), rest
+    elif program == "inspect":
+        assert (rest[0], rest[2]) == ("eval", "--model"), rest
 
 
 class Reader:

@@ -19,7 +19,8 @@ group = Group("Share")
 def card(
     folder: Folder,
     results: Annotated[
-        list[Path] | None, Option(help="results.json of evaluate or judge; may be given again.")
+        list[Path] | None,
+        Option(help="results.json of evaluate or judge, or a task's file of bench; may be given again."),
     ] = None,
     specialists: Annotated[list[str] | None, Option(help="NAME=ID or NAME=FOLDER; may be given again.")] = None,
     data: Annotated[list[str] | None, Option(help="Data set that it was trained on; may be given again.")] = None,
@@ -74,4 +75,5 @@ def push(
     if commit is None:
         echo("Nothing was sent.")
         raise typer.Exit(1)
-    echo(f"{commit}\nTo load it:\n\n{loading_code(repo, revision)}")
+    # what was pushed, whatever is pushed there later
+    echo(f"{commit}\nTo load it:\n\n{loading_code(repo, commit.rsplit('/', 1)[-1])}")

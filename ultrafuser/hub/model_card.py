@@ -16,6 +16,7 @@ from ..plain import markdown, plain
 from ..pretrained import fused_config, read_ingredients
 from ..provenance import digest
 from ..result_files import check_fields, read_results
+from . import benchmark_results
 
 
 TEMPLATE = Path(__file__).parent / "model_card.jinja"
@@ -34,10 +35,12 @@ def write_card(
 ) -> list[str]:
     """Writes `README.md` into the folder of a fused model, with metadata in the Hub's form.
 
+    Scores of benchmarks that have a leaderboard on the Hub are written beside it, see `write_eval_results`.
+
     Args:
         folder: Of the fused model.
         results: `results.json` of comparisons and judgements of this model, as `ultrafuser evaluate` and
-            `ultrafuser judge` write them.
+            `ultrafuser judge` write them, and the files of tasks that `ultrafuser bench` writes.
         specialists: Name to Hub id or folder of each specialist. Their licences are read from their own cards.
             Default: what the folder says of them, if `ultrafuser fuse` wrote it.
         data: What the gate and the specialists were trained on: Hub ids, or words.
@@ -64,7 +67,10 @@ def write_card(
         raise ValueError(f"The specialists in {str(folder)!r} are {config.specialist_names}, but got {unknown}.")
     ingredients = read_licences(folder, config.specialist_names, sources)
     loaded = [_load(file, config) for file in results]
-    comparisons, judgements = ([r for r in loaded if key in r] for key in ("rows", "judge"))
+    comparisons, judgements, benchmarks = ([r for r in loaded if key in r] for key in ("rows", "judge", "scores"))
+    for benchmark in benchmarks:
+        benchmark_results.check_same_model(benchmark, folder)
+    benchmark_results.write_eval_results(folder, benchmarks)
     repo = repo or folder.resolve().name
     warnings = licences.warnings(ingredients)
     metadata = ModelCardData(
@@ -75,7 +81,7 @@ def write_card(
         base_model=[i.model for i in ingredients if i.model] or None,
         base_model_relation="merge" if any(i.model for i in ingredients) else None,
         datasets=[d for d in data if re.fullmatch(r"[\w.-]+/[\w.-]+", d)] or None,
-        eval_results=[*_compared(comparisons), *_judged(judgements)] or None,
+        eval_results=[*_compared(comparisons), *_judged(judgements), *benchmark_results.measured(benchmarks)] or None,
         **licences.common_licence(ingredients),
     )
     card = ModelCard.from_template(
@@ -93,6 +99,7 @@ def write_card(
         data=data,
         comparisons=[_comparison(r) for r in comparisons],
         judgements=[_judgement(r) for r in judgements],
+        benchmarks=benchmark_results.rows(benchmarks),
         warnings=[markdown(warning) for warning in warnings],
         licence=metadata.license,
     )
@@ -136,7 +143,7 @@ def _as_recorded(name: str, record: dict[str, str | None]) -> licences.Ingredien
 
 
 def _load(path: Path, config: UltraFuserConfig) -> dict:
-    results = read_results(path)
+    results = read_results(path, benchmarks=True)
     if "rows" in results and results["specialists"] != config.specialist_names:
         raise ValueError(
             f"Results must be those of this model, whose specialists are {config.specialist_names}, but those in "

@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, metadata_load
+from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 from rich.filesize import decimal
@@ -29,7 +30,9 @@ READ = (
     *("chat_template.jinja", "additional_chat_templates/*.jinja", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model"),
 )
-FOR_PEOPLE = (CARD, "LICENSE*", "NOTICE*")
+# what the Hub says of an earlier model's scores must not stay, either
+SCORES = (f"{EVAL_RESULTS_FOLDER}/*.yaml",)
+FOR_PEOPLE = (CARD, "LICENSE*", "NOTICE*", *SCORES)
 ASK_ABOVE = 1e9  # bytes
 
 
@@ -87,7 +90,7 @@ def push(
     for warning in licences.warnings(model_card.read_licences(folder, fused_config(folder).specialist_names)):
         say(f"Warning: {warning}")
     old = [f.rfilename for f in there.siblings] if there else []
-    stale = [f for f in old if _matches(f, (*READ, "*.safetensors", INDEX)) and f not in files]
+    stale = [f for f in old if _matches(f, (*READ, *SCORES, "*.safetensors", INDEX)) and f not in files]
     size = sum((folder / file).stat().st_size for file in files)
     hidden = there.private if there else private is not False
     seen = "private" if hidden else "public"

@@ -69,13 +69,17 @@ def test_what_is_pushed_is_what_was_there_and_nothing_else_goes(folder, commands
         (folder / junk).write_text("mine")
     (folder / "checkpoint-2").mkdir()
     (folder / "checkpoint-2" / "tokenizer.json").write_text("{}")
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results" / "gsm8k.yaml").write_text("- value: 1\n")
     done = commands.run("push", folder, "lab/whole")
     assert done.code == 0, done.said
     assert "had no card, so one was written" in done.said
     assert "The licence of `text` is unknown" in done.said
     kept = {f.name for f in folder.iterdir()} & {f.name for f in server.tree("lab/whole")[1].iterdir()}
-    sizes = sum((folder / name).stat().st_size for name in kept)
-    assert re.search(rf"{len(kept)} files, {upload.decimal(sizes)}, to the private model 'lab/whole'", done.said)
+    assert ".eval_results" in kept
+    sent = [f for name in kept for f in (folder / name, *(folder / name).glob("*")) if f.is_file()]
+    sizes = sum(f.stat().st_size for f in sent)
+    assert re.search(rf"{len(sent)} files, {upload.decimal(sizes)}, to the private model 'lab/whole'", done.said)
     missing = {f.name for f in folder.iterdir()} - kept
     assert missing == {
         *("training_args.bin", ".env", "model.safetensors.part", "notes.txt", "credentials.json", "checkpoint-2")
@@ -84,7 +88,8 @@ def test_what_is_pushed_is_what_was_there_and_nothing_else_goes(folder, commands
     assert {"modeling_ultrafuser.py", "gates_ultrafuser.py", "README.md", "chat_template.jinja"} <= kept
     assert metadata_load(server.tree("lab/whole")[1] / "README.md")["library_name"] == "transformers"
     lines = done.said.split("To load it:")[1].strip().splitlines()
-    assert lines[0] == 'model = AutoModelForCausalLM.from_pretrained("lab/whole", trust_remote_code=True)'
+    pinned = f'"lab/whole", revision="{server.tree("lab/whole")[0]}"'
+    assert lines[0] == f"model = AutoModelForCausalLM.from_pretrained({pinned}, trust_remote_code=True)"
     assert seen("lab/whole") == seen(folder)
 
 
@@ -123,7 +128,8 @@ def test_a_branch_of_its_own_leaves_main_as_it_is(models, folder, commands, serv
     assert commands.run("push", folder, "lab/branch").code == 0
     done = commands.run("push", models / "second", "lab/branch", "--revision", "v2", "--yes")
     assert done.code == 0, done.said
-    assert 'from_pretrained("lab/branch", revision="v2", trust_remote_code=True)' in done.said
+    commit = server.tree("lab/branch", "v2")[0]
+    assert f'from_pretrained("lab/branch", revision="{commit}", trust_remote_code=True)' in done.said
     assert seen("lab/branch") == seen(folder)
     assert seen("lab/branch", "v2") == seen(models / "second")
 
