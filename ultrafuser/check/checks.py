@@ -16,8 +16,9 @@ from modeling_ultrafuser.reader_base_ultrafuser import BASE
 from modeling_ultrafuser.serving_ultrafuser import check_servable
 
 from .. import licences
-from ..merge import MERGES
-from ..merge.merged_model import NotMergeableError, merge
+from ..merge import fitting_merges
+from ..merge.merge_base import NotMergeableError
+from ..merge.merged_model import merge
 from .estimates import estimate, part_sizes, size
 from .metadata import Source
 from .plan_files import MetadataFiles, compare_templates
@@ -187,4 +188,5 @@ def _note_merges(judgement: Judgement, models: dict[str, PreTrainedModel]) -> No
     except NotMergeableError as error:
         judgement.no_merge = str(error)
     else:
-        judgement.merges = list(MERGES)
+        layers = next(iter(models.values())).config.get_text_config(decoder=True).num_hidden_layers
+        judgement.merges = fitting_merges(list(models), layers)

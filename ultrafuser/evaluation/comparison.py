@@ -18,7 +18,7 @@ from modeling_ultrafuser.safetensors_ultrafuser import read_header
 from trainers.progress import Progress
 
 from ..atomic import write_json
-from ..merge.merged_model import NotMergeableError
+from ..merge.merge_base import NotMergeableError
 from ..provenance import digest
 from .contenders import FUSED, Comparison, Measured, UntunedError, best_per_domain, contenders
 from .measurement import MIXED, HeldOut, Scores

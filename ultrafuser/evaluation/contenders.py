@@ -16,6 +16,7 @@ from trainers import CachedGateTrainer, GateStageConfig
 
 from ..build.specialist_edits import remove_specialist
 from ..merge import MERGES, merge_method
+from ..merge.layer_inputs import inner_products
 from ..merge.merged_model import lines_start, merge
 from . import baselines
 from .measurement import HeldOut, Scores, cost, mean_loss, score
@@ -116,8 +117,8 @@ def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
     plan["prompt perplexity weights (PackLLM)"] = partial(weighted_by_perplexity, comparison)
     plan["tuned constant weights"] = partial(tuned_constant, comparison)
     plan["router: trained"] = lambda: routed(comparison, trained_choice(comparison))
-    for method in MERGES:
-        for lines in (False, True):
+    for method, kind in MERGES.items():
+        for lines in (False, True) if kind.scales else (False,):
             name = f"merge: {method.replace('_', ' ')}{' + LiNeS' if lines else ''}"
             plan[name] = partial(merged, comparison, method, lines)
     return plan
@@ -285,8 +286,10 @@ def merged(comparison: Comparison, method: str, lines: bool) -> Measured:
     third = 1 / len(comparison.specialists)
     chosen = merge_method(method)
     # what averages on its own needs no factor; sums of changes without a smaller one go far beyond any specialist
-    best = 1.0 if chosen.averages and not lines else third
+    best = third if lines else chosen.default(len(comparison.specialists))
     options = {"base": comparison.base, "seed": comparison.seed}
+    if chosen.reads_inputs:
+        options["inputs"] = _layer_inputs(comparison)
     if lines:
         options["weight"] = lines_start(comparison.specialists, method, **options)
     varied = "slope" if lines else "weight"
@@ -295,8 +298,22 @@ def merged(comparison: Comparison, method: str, lines: bool) -> Measured:
         few = [examples[:16] for examples in comparison.tune.values()]
         # a merge is a copy of a specialist: one is held at a time, and the best is made again
         best = min((third, 0.5, 1.0), key=lambda w: _loss(make(**{varied: w}), few))
-    factor = f"factor {options['weight']:.2g}, slope {best:.2g}" if lines else f"factor {best:.2g}"
+    factor = f"factor {options['weight']:.2g}, slope {best:.2g}" if lines else f"factor {best:.2g}" * chosen.scales
     return comparison.run(make(**{varied: best}), "merge", note=", ".join(filter(None, (factor, str(chosen)))))
+
+
+def _layer_inputs(comparison: Comparison) -> dict[str, dict[str, Tensor]]:
+    """Reads each specialist's layers' inputs on the tuning examples of the domain that is called after it.
+
+    Raises:
+        UntunedError: If there are none of one.
+    """
+    _check_tunable(comparison)
+    if missing := sorted(set(comparison.specialists) - set(comparison.tune)):
+        raise UntunedError(
+            f"It reads rows of each specialist's own domain, but --tune has no domain called {missing}."
+        )
+    return {name: inner_products(model, comparison.tune[name]) for name, model in comparison.specialists.items()}
 
 
 def _loss(model: PreTrainedModel, domains: list[HeldOut]) -> float:

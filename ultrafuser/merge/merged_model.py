@@ -1,16 +1,16 @@
 """Merges specialists into one model, by PEFT's merge utilities."""
 
 import copy
-import re
+import zlib
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import merge_method
-
-
-class NotMergeableError(ValueError):
-    """These specialists cannot be merged that way; the message says why."""
+from .coefficients import Coefficients, check_layers
+from .merge_base import Merge, NotMergeableError
 
 
 def merge(
@@ -20,6 +20,8 @@ def merge(
     base: PreTrainedModel | None = None,
     weight: float = 1.0,
     slope: float = 0.0,
+    coefficients: Coefficients | None = None,
+    inputs: Mapping[str, Mapping[str, Tensor]] | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Merges specialists into one model of their shape.
@@ -31,33 +33,63 @@ def merge(
     Args:
         specialists: By name, all of one shape.
         method: A name in `MERGES`; a colon and its setting, if it has one, as in "ties:0.2".
-        base: The model that all were tuned from. Only the plain average does without.
+        base: The model that all were tuned from. "average", "regmean" and "layer_swap" do without.
         weight: Factor of every change.
         slope: By how much the last layer's factor is above the first one's.
+        coefficients: Factors by row and specialist, in place of `weight` and `slope`.
+        inputs: By specialist and linear layer, `inner_products` of its inputs, for a merge that reads them.
         seed: Of what DARE drops.
 
     Raises:
-        NotMergeableError: If the shapes or positions differ, or a base is needed and missing.
+        NotMergeableError: If the shapes or positions differ, a base or inputs are needed and missing, or the merge does not
+            fit these specialists.
     """
     chosen = merge_method(method)
     _check_based(base, chosen.needs_base or slope != 0)
     models = {**specialists, **({"the base": base} if base is not None else {})}
     _check_mergeable(models)
     states = [m.state_dict() for m in specialists.values()]
-    # the average needs no base: any would do
+    # a merge that needs no base gives the same from any
     start = states[0] if base is None else base.state_dict()
     layers = next(iter(specialists.values())).config.get_text_config(decoder=True).num_hidden_layers
-    torch.manual_seed(seed)
+    names = list(specialists)
+    table = chosen.table(names, layers) or coefficients or Coefficients.lines(names, layers, weight, slope)
+    if not table.is_even:
+        check_layers(start, layers)
     model = copy.deepcopy(next(iter(specialists.values())))
-    targets = model.state_dict()
-    for key, origin in start.items():
-        # 16 bits are too coarse for small changes
-        origin = origin.to(targets[key].device, torch.float32)
-        changes = [s[key].float() - origin for s in states]
-        factor = weight + slope * _depth(key, layers)
-        weights = torch.full((len(changes),), factor, device=origin.device)
-        targets[key].copy_(origin + chosen.combined(changes, weights))
+    # tied tensors have one name here
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    for key, target in model.state_dict().items():
+        if key not in once:
+            continue
+        torch.manual_seed(seed_of(seed, key))
+        tensors = [s[key].to(target.device) for s in states]
+        own = inputs_of(chosen, names, key, inputs)
+        target.copy_(chosen.merged(start[key].to(target.device), tensors, table.of(key), own))
     return model.eval()
+
+
+def seed_of(seed: int, key: str) -> int:
+    """Returns the seed of what is random of one parameter, whatever the order in which they are merged."""
+    return zlib.crc32(f"{seed} {key}".encode())
+
+
+def inputs_of(
+    chosen: Merge, names: list[str], key: str, inputs: Mapping[str, Mapping[str, Tensor]] | None
+) -> list[Tensor] | None:
+    """Returns the inner products of a linear layer's inputs under each specialist; None of any other parameter.
+
+    Raises:
+        NotMergeableError: If the merge reads them, and there are none.
+    """
+    if not chosen.reads_inputs:
+        return None
+    if inputs is None:
+        raise NotMergeableError(
+            "RegMean fits layers to what they return on rows of each specialist's domain, but there are no rows. Pass some."
+        )
+    layer = key.removesuffix(".weight")
+    return [inputs[name][layer] for name in names] if layer in inputs[names[0]] else None
 
 
 def lines_start(
@@ -85,12 +117,6 @@ def _distance(model: PreTrainedModel, base: PreTrainedModel) -> float:
     return sum(
         (t.double() - other[key].to(t.device).double()).abs().sum().item() for key, t in model.state_dict().items()
     )
-
-
-def _depth(key: str, layers: int) -> float:
-    """Returns where a parameter's layer lies between the first, 0, and the last, 1; 0 outside of the layers."""
-    layer = re.search(r"\.layers?\.(\d+)\.|\.h\.(\d+)\.", key)
-    return int(layer[1] or layer[2]) / max(layers - 1, 1) if layer else 0.0
 
 
 def _check_based(base: PreTrainedModel | None, needed: bool) -> None:

@@ -53,15 +53,15 @@ def test_every_baseline_has_a_row_and_the_best_comes_first(comparison, tmp_path)
     names = [row["name"] for row in results["rows"]]
     assert {"fused", "uniform logits", "uniform probabilities", "random gate", "shuffled gate", "another"} < set(names)
     assert {"router: prompt perplexity", "prompt perplexity weights (PackLLM)", "text specialist"} < set(names)
-    assert {f"merge: {m}{d}" for m in ("average", "ties", "dare", "task arithmetic") for d in ("", " + LiNeS")} < {
-        *names
-    }
+    anyhow = ("average", "ties", "dare", "task arithmetic", "breadcrumbs", "pcb", "model stock")
+    assert {f"merge: {m}{d}" for m in anyhow for d in ("", " + LiNeS")} < {*names}
     assert {f"fused without {name}" for name in ("text", "code", "math")} < set(names)
     means = [row["mean"] for row in results["rows"]]
     assert means == sorted(means)
     oracle = "best specialist per domain (oracle)"
     tuned = {f"{oracle}, one temperature", f"{oracle}, a temperature per token"}
-    assert set(results["left_out"]) == {"tuned constant weights", "router: trained", *tuned}
+    unfit = {"merge: regmean", "merge: layer swap"}  # without tuning examples, and for two specialists
+    assert set(results["left_out"]) == {"tuned constant weights", "router: trained", *tuned, *unfit}
     assert "fixed-share forecaster" in names
     by_name = {row["name"]: row for row in results["rows"]}
     for row in results["rows"]:
@@ -127,6 +127,15 @@ def test_a_merge_has_the_best_factor_and_one_copy_is_held_at_a_time(tunable, mon
 
 
 @pytest.mark.e2e
+def test_regmean_reads_tuning_rows_of_each_specialists_domain(tunable):
+    found = merged(tunable, "regmean", False)
+    assert (found.kind, found.note) == ("merge", "off-diagonals 0.9")
+    tunable.tune = {"text": tunable.tune["text"]}
+    with pytest.raises(contenders.UntunedError, match=r"has no domain called \['code', 'math'\]"):
+        merged(tunable, "regmean", False)
+
+
+@pytest.mark.e2e
 def test_a_second_run_measures_only_what_is_missing_and_takes_up_no_scores_of_another(
     comparison, tmp_path, monkeypatch
 ):
@@ -148,14 +157,14 @@ def test_a_second_run_measures_only_what_is_missing_and_takes_up_no_scores_of_an
 @pytest.mark.slow
 def test_merges_that_do_not_apply_are_left_out_with_the_reason(fused, data, tmp_path):
     results = compare_models(Comparison(fused, fused, tokenizer(), {"text": data}, {}), tmp_path)
-    assert len(results["left_out"]) == 4 + 8
+    assert len(results["left_out"]) == 4 + 2 * 7 + 2
     said = left_out(results)
     assert len(said) == 3
     assert "no base was given" in " ".join(said)
     assert "must have one shape" in " ".join(said)
     assert said[0].startswith(
         "Left out: best specialist per domain (oracle), one temperature, best specialist per domain (oracle), a temperature "
-        "per token, tuned constant weights, router: trained. It is tuned, but there are no"
+        "per token, tuned constant weights, router: trained, merge: regmean. It is tuned, but there are no"
     )
 
 
