@@ -6,10 +6,11 @@ from pathlib import Path
 
 
 MODELLING = Path(find_spec("modeling_ultrafuser").origin).parent
+MERGING = Path(__file__).parent / "merge"
 
 
-def _tree(module: str) -> ast.Module:
-    return ast.parse((MODELLING / f"{module}.py").read_text(encoding="utf-8"))
+def _tree(module: str, folder: Path = MODELLING) -> ast.Module:
+    return ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
 
 
 def _assigned(tree: ast.Module, name: str) -> ast.expr:
@@ -45,3 +46,5 @@ GATE_HELP = (
 )
 FUSION_HELP = f"What is mixed. {_listed('fusions_ultrafuser', 'FUSIONS')}"
 SPARSIFIER_HELP = f"Which specialists keep a weight at a token. {_listed('sparsifiers_ultrafuser', 'SPARSIFIERS')}"
+METHODS = [key.value for key in _assigned(_tree("__init__", MERGING), "MERGES").keys]
+METHOD_HELP = f"Method: {', '.join(METHODS)}. Some take a setting, as in ties:0.2, dare:0.2 or layer_swap:5,4."

@@ -8,13 +8,14 @@ import threading
 import typer
 
 from ..plain import echo
-from . import build, data, evaluate, hub, serve, train
+from . import build, data, evaluate, hub, merge, serve, train
 
 
 INTERRUPTED = 130  # the status of what Ctrl-C ended
 # panels of `ultrafuser --help`, in the order in which one needs them
 GROUPS = (
     build.group,
+    merge.group,
     train.group,
     evaluate.group,
     serve.group,

@@ -75,7 +75,7 @@ class Compression:
         self.specialists = {name: Checkpoint(name, *place) for name, place in places.items()}
         for specialist in self.specialists.values():
             check_same(self.base, specialist)
-        self.tokenizer = _tokenizer([*self.specialists.values(), self.base])
+        self.tokenizer = one_tokenizer([*self.specialists.values(), self.base])
 
     @property
     def identity(self) -> str:
@@ -259,7 +259,7 @@ def _config(ranks: dict[str, int], base: Path) -> LoraConfig:
     )
 
 
-def _tokenizer(checkpoints: list[Checkpoint]):
+def one_tokenizer(checkpoints: list[Checkpoint]):
     """Returns the one tokenizer of all, with the chat template of the first that has any; None if there is none."""
     found = {c.name: load_tokenizer(c.source, None, **c.hub) for c in checkpoints}
     found = {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}

@@ -126,26 +126,41 @@ def _renamed(model: nn.Module, header: Header) -> dict[str, str]:
     return {key: names[0] for key, names in found.items() if len(names) == 1}
 
 
-def check_same(base: Checkpoint, other: Checkpoint) -> None:
+RULE = "A change is a model's weights minus its base's, so both have one architecture and one shape"
+WAY_OUT = "Pass the base that it was tuned from with --base, or leave it out."
+
+
+def check_same(base: Checkpoint, other: Checkpoint, rule: str = RULE, way_out: str = WAY_OUT) -> None:
     """Refuses a model that cannot have been tuned from a base, as far as that shows without numbers.
+
+    Args:
+        base: The base, or the model to compare with.
+        other: The model to check.
+        rule: Of the refusal.
+        way_out: Of the refusal.
 
     Raises:
         ValueError: Naming the tensor or the field of the configuration that differs.
     """
-    rule = "A change is a model's weights minus its base's, so both have one architecture and one shape"
-    way_out = "Pass the base that it was tuned from with --base, or leave it out."
+    where = "the base" if base.name == "base" else repr(base.name)
     # of one that is tied the head is not there
     keys = sorted({*base.header, *other.header} - {base.file_key(base.head)})
     shapes = {key: [c.header.get(key, (None, None))[1] for c in (base, other)] for key in keys}
     odd = next((key for key, (ours, theirs) in shapes.items() if ours != theirs), None)
     if odd is not None:
-        raise Refusal(f"`{odd}` is {shapes[odd][0]} in the base and {shapes[odd][1]} in {other.name!r}", rule, way_out)
+        raise Refusal(f"`{odd}` is {shapes[odd][0]} in {where} and {shapes[odd][1]} in {other.name!r}", rule, way_out)
     ours, theirs = (c.config.to_dict() for c in (base, other))
     fields = sorted(key for key in ours.keys() | theirs.keys() if not _FREE.fullmatch(key))
     odd = next((field for field in fields if ours.get(field) != theirs.get(field)), None)
     if odd is not None:
-        said = f"`{odd}` is {str(ours.get(odd))[:100]} in the base and {str(theirs.get(odd))[:100]} in {other.name!r}"
+        said = f"`{odd}` is {str(ours.get(odd))[:100]} in {where} and {str(theirs.get(odd))[:100]} in {other.name!r}"
         raise Refusal(said, rule, way_out)
+
+
+def cosine_of_a_layer(one: Checkpoint, other: Checkpoint) -> tuple[str, float]:
+    """Returns a layer, and the cosine between its weights in two models: near 1 if both have one start."""
+    layer = next(n for n in one.layers if n not in (one.embedding, one.head))
+    return layer, torch.cosine_similarity(one.weight(layer).flatten(), other.weight(layer).flatten(), dim=0).item()
 
 
 def check_tuned(base: Checkpoint, other: Checkpoint) -> None:
@@ -154,9 +169,7 @@ def check_tuned(base: Checkpoint, other: Checkpoint) -> None:
     Raises:
         ValueError: Naming both.
     """
-    layer = next(n for n in base.layers if n not in (base.embedding, base.head))
-    own, theirs = base.weight(layer), other.weight(layer)
-    cosine = torch.cosine_similarity(own.flatten(), theirs.flatten(), dim=0).item()
+    layer, cosine = cosine_of_a_layer(base, other)
     if not cosine > LEAST_COSINE:
         raise Refusal(
             f"`{layer}` of {other.name!r} has nothing to do with that of the base, {os.fspath(base.source)!r}: a cosine of "

@@ -157,8 +157,9 @@ def test_a_second_run_measures_only_what_is_missing_and_takes_up_no_scores_of_an
 @pytest.mark.slow
 def test_merges_that_do_not_apply_are_left_out_with_the_reason(fused, data, tmp_path):
     results = compare_models(Comparison(fused, fused, tokenizer(), {"text": data}, {}), tmp_path)
-    assert len(results["left_out"]) == 4 + 2 * 7 + 2
-    said = left_out(results)
+    fitting = [name for name in results["left_out"] if not name.startswith("fused without")]
+    assert len(fitting) == 4 + 2 * 7 + 2
+    said = [line for line in left_out(results) if not line.startswith("Left out: fused without")]
     assert len(said) == 3
     assert "no base was given" in " ".join(said)
     assert "must have one shape" in " ".join(said)
