@@ -1,4 +1,4 @@
-"""How far the changes of specialists agree, layer by layer: whether a merge is worth a try."""
+"""Measures how far the changes of specialists agree, layer by layer, which tells whether a merge is worth a try."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What is merged: folders of specialists, or those in a fused folder, and the model that all were tuned from."""
+"""Reads the models of a merge: folders of specialists, or those in a fused folder, and what all were tuned from."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ class Sources:
 
     @property
     def names(self) -> list[str]:
-        """Of the specialists."""
+        """Names of the specialists."""
         return list(self.specialists)
 
     @property
