@@ -77,3 +77,24 @@ def push(
         raise typer.Exit(1)
     # what was pushed, whatever is pushed there later
     echo(f"{commit}\nTo load it:\n\n{loading_code(repo, commit.rsplit('/', 1)[-1])}")
+
+
+@group.command()
+def skill(
+    folder: Annotated[Path, Argument(help="Folder of skills that an agent reads: .claude/skills, .agents/skills.")],
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace another version.")] = False,
+) -> None:
+    """Write instructions for coding agents, which come with this package: SKILL.md.
+
+    Example: ultrafuser skill .claude/skills
+    """
+    from .. import skills
+    from ..atomic import write_whole
+
+    path = folder / "ultrafuser" / "SKILL.md"
+    text = skills.text()
+    if path.exists() and path.read_text(encoding="utf-8") != text and not overwrite:
+        raise FileExistsError(f"{str(path)!r} is another version, or has been changed. Replace it with --overwrite.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+    echo(f"Wrote {path}.")
