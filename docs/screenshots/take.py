@@ -1,6 +1,6 @@
 """Takes the screenshots in this folder: `python docs/screenshots/take.py QUICKSTART`.
 
-QUICKSTART is the folder that `ultrafuser quickstart` wrote. Commands run in a terminal of 100 columns, and what they
+QUICKSTART is the folder that `ultrafuser quickstart --real` wrote. Commands run in a terminal of 100 columns, and what they
 print is drawn by a browser, as is the demo's page.
 """
 
@@ -14,28 +14,23 @@ import sys
 import termios
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from playwright.sync_api import sync_playwright
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
+from ultrafuser.quickstart.real_data import PROMPTS, Materials
+
 
 HERE, COLUMNS, PORT = Path(__file__).parent, 100, 7861
 ULTRAFUSER = [sys.executable, "-c", "from ultrafuser.cli import main; main()"]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
-MIXED = """The value is computed once, and is then returned to the caller.
-
-def area(self, width, height):
-    return width * height
-
-What is 47 * 36?
-47 * 36 = 47 * 30 + 47 * 6 = 1410 + 282 = 1692
-"""
 COMMANDS = {
-    "check": (["check", "text", "code", "math"], []),
-    "explain": (["explain", "fused", MIXED], []),
-    "chat": (["chat", "fused", "--max-new-tokens", "40"], ["Solve 3*x + 5 = 47 for x.", "/who", "/quit"]),
+    "check": (["check", "text=base", "math", "code", "--base", "base"], []),
+    "explain": (["explain", "fused", PROMPTS["code"], "--chat", "--generate", "128"], []),
+    "chat": (["chat", "fused", "--max-new-tokens", "128"], [PROMPTS["text"], PROMPTS["math"], "/who", "/quit"]),
 }
 # the reports' ink and paper, and the eight colours and eight bright ones of a terminal on dark ground
 EIGHT = [(72, 79, 88), (255, 123, 114), (63, 185, 80), (210, 153, 34), (88, 166, 255), (188, 140, 255), (57, 197, 207)]
@@ -68,6 +63,15 @@ def typed(words: list[str], lines: list[str], folder: Path) -> str:
 
 def main(folder: Path) -> None:
     """Takes all of them."""
+    with TemporaryDirectory() as short:
+        # what is shown has short names
+        for name, path in {"base": folder / "base", "fused": folder / "fused", **Materials().adapters}.items():
+            Path(short, name).symlink_to(path.resolve())
+        take(Path(short))
+
+
+def take(folder: Path) -> None:
+    """Takes all of them, in a folder with base, adapters and the fused model."""
     command = [*ULTRAFUSER, "demo", str(folder / "fused"), "--port", str(PORT)]
     served = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     with sync_playwright() as playwright:
@@ -85,13 +89,12 @@ def main(folder: Path) -> None:
             page = browser.new_page(viewport={"width": 1200, "height": 760}, color_scheme=scheme)
             page.set_default_timeout(120_000)
             page.goto(f"http://127.0.0.1:{PORT}")
-            page.get_by_label("number input for Tokens at most").fill("60")
-            for number in range(2):
-                page.locator("#prompt textarea").fill("Solve 3*x + 5 = 47 for x.")
+            page.get_by_label("number input for Tokens at most").fill("128")
+            for number, domain in enumerate(("text", "math")):
+                page.locator("#prompt textarea").fill(PROMPTS[domain])
                 page.locator("#prompt textarea").press("Enter")
-                page.wait_for_function(f"document.querySelectorAll('.assistant')[{number}]?.children.length > 50")
-                page.wait_for_timeout(2000)
-                page.get_by_label("range slider for Bias of code").press("End")
+                page.wait_for_function(f"document.querySelectorAll('.assistant')[{number}]?.children.length > 20")
+                page.wait_for_timeout(20_000)
             page.screenshot(path=HERE / f"demo.{scheme}.png")
         served.terminate()
 
