@@ -1,4 +1,4 @@
-"""Whether all turns of conversations are learned, or what the assistant says alone."""
+"""Decides whether all turns of conversations are learned, or what the assistant says alone."""
 
 import re
 from collections.abc import Mapping
