@@ -23,6 +23,7 @@ from .fusions_ultrafuser import FUSIONS
 from .gates_ultrafuser import GATES, WIDEST
 from .names_ultrafuser import validate_specialist_names
 from .readers_ultrafuser import reader_of
+from .signed_ultrafuser import check_signed
 from .sparsifiers_ultrafuser import NONE, sparsifier
 
 
@@ -51,6 +52,8 @@ class UltraFuserConfig(PreTrainedConfig):
         gate_hidden_size: Width of the hidden layer of a gate that has one. 512 in the paper (section 4.1).
         gate_temperature: Gate scores are divided by it before the softmax. Above 1 is softer, below 1 is sharper.
         gate_sparsifier: Which specialists keep a weight at a token: a name in `SPARSIFIERS`, a colon and its setting.
+        signed_weights: A number of either sign for each specialist, which the gate's scores are added to in place of the
+            softmax. Default: none, see `signed_ultrafuser.py`.
         gate_calibration: Whether the gate also predicts temperatures, see `Gate`.
         gate_switch_probability: How likely the "posterior" gate holds it that the best specialist changes after a token.
             Default: what suits the fusion rule.
@@ -79,6 +82,7 @@ class UltraFuserConfig(PreTrainedConfig):
     gate_hidden_size: int = 512
     gate_temperature: float = 1.0
     gate_sparsifier: str = NONE
+    signed_weights: list[float] | None = None
     gate_calibration: bool = False
     gate_switch_probability: float | None = None
     fusion: str = "logits"
@@ -202,6 +206,9 @@ class UltraFuserConfig(PreTrainedConfig):
                 setattr(self, field, sizes[0])
         fusion = FUSIONS[self.fusion]
         fusion.check(self)
+        if self.signed_weights is not None:
+            check_signed(self)
+            self.signed_weights, self.format_version = [float(n) for n in self.signed_weights], 2
         if fusion.fused_cap(self) is not None:
             self.final_logit_softcapping = fusion.fused_cap(self)
         if self.vocab_size is None:
@@ -273,6 +280,8 @@ class UltraFuserConfig(PreTrainedConfig):
         output["auto_map"] = AUTO_MAP
         if self.gate_sparsifier == NONE:
             del output["gate_sparsifier"]
+        if self.signed_weights is None:
+            del output["signed_weights"]
         return output
 
 

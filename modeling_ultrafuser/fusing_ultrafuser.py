@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from .plan_ultrafuser import FusionPlan, adaptable_layers, run_checks, unequal_d
 from .probing_ultrafuser import probe_specialist, tolerance
 from .reader_base_ultrafuser import BASE
 from .refusals_ultrafuser import Refusal
+from .signed_ultrafuser import in_order
 from .sparsifiers_ultrafuser import NONE
 
 
@@ -32,6 +34,7 @@ def fuse_specialists(
     gate_hidden_size: int | None = None,
     gate_temperature: float = 1.0,
     gate_sparsifier: str = NONE,
+    signed_weights: Mapping[str, float] | Sequence[float] | None = None,
     gate_calibration: bool | None = None,
     gate_switch_probability: float | None = None,
     revisions: dict[str, str] | None = None,
@@ -57,6 +60,8 @@ def fuse_specialists(
         gate_hidden_size: Width of the hidden layer of a gate that has one. Default: what `gate` says, or else 512.
         gate_temperature: Divides the gate's scores before the softmax.
         gate_sparsifier: Which specialists keep a weight at a token, see `UltraFuserConfig`.
+        signed_weights: A number of either sign for each specialist, by name or in their order, which the gate's scores are
+            added to: {"large": 1, "tuned": 1, "base": -1} with gate="uniform" is proxy-tuning.
         gate_calibration: Whether the gate also predicts temperatures, token by token. Default: what `gate` says.
         gate_switch_probability: Of the "posterior" gate, see `UltraFuserConfig`.
         revisions: Name to branch, tag or commit of its Hub repository. Pin commits for results to be repeatable.
@@ -84,6 +89,7 @@ def fuse_specialists(
         **{field: value for field, value in given.items() if value is not None},
         "gate_temperature": gate_temperature,
         "gate_sparsifier": gate_sparsifier,
+        "signed_weights": in_order(signed_weights, list(specialists)),
         "gate_switch_probability": gate_switch_probability,
         "fusion": fusion,
     }

@@ -27,8 +27,8 @@ class GateOutput(NamedTuple):
     """Output of a gate.
 
     Attributes:
-        weights: Share of each specialist in each token in float32: non-negative, summing to 1 over the last axis. Shape
-            (batch, seq, specialists).
+        weights: Share of each specialist in each token in float32: non-negative, summing to 1 over the last axis, unless
+            weights are signed. Shape (batch, seq, specialists).
         scales: Factors on the logits of each token in float32, or None without `gate_calibration`. One for the fused
             logits, shape (batch, seq, 1), or one for the logits of each specialist, shape (batch, seq, specialists), as
             the fusion rule has it: see `Fusion.scale_for_each`.
@@ -69,6 +69,8 @@ class Reads(Flag):
 class Gate(nn.Module):
     """Base of all gates: scores, divided by `gate_temperature`, made fewer by `gate_sparsifier`, normalised to weights.
 
+    With `signed_weights` scores are added to those instead, see `signed_ultrafuser.py`.
+
     While it trains, no specialist is left out: one without a weight has no gradient, and could not come back.
 
     With `gate_calibration` it also predicts temperatures, token by token (after Guo et al., 2017, arXiv 1706.04599, whose
@@ -80,6 +82,7 @@ class Gate(nn.Module):
     Attributes:
         has_width: Whether it has a hidden layer, `gate_hidden_size` wide.
         can_calibrate: Whether it can also predict temperatures.
+        can_be_signed: Whether its scores begin at 0, so that they can be added to signed weights.
         learning_rate: Peak learning rate of stage one that suits it beside specialists of a million parameters.
         dropout: Probability with which training hides each number of the hidden states: the trainers set it.
         reads: What it reads. One that reads neither states nor the past runs before the specialists.
@@ -90,6 +93,7 @@ class Gate(nn.Module):
 
     has_width = False
     can_calibrate = False
+    can_be_signed = True
     learning_rate = 1e-2
     dropout = 0.0
     reads = Reads.STATES
@@ -100,6 +104,7 @@ class Gate(nn.Module):
         super().__init__()
         self.temperature = config.gate_temperature
         self.sparsifier = sparsifier(config.gate_sparsifier)
+        self.signed: list[float] | None = config.signed_weights
         self.num_specialists = len(config.specialists)
         self.widths = [c.hidden_size for c in config.specialists]
         self.num_outputs = len(owners(config)[OUTPUTS])
@@ -126,7 +131,14 @@ class Gate(nn.Module):
             *evidence: As for `scores`.
             prior: Weights for the whole text, which the gate's are multiplied by before they are made to sum to 1. Shape
                 (batch, specialists).
+
+        Raises:
+            ValueError: If there is a prior, and weights are signed.
         """
+        if prior is not None and self.signed is not None:
+            raise ValueError(
+                "`gate_prior` multiplies shares that sum to 1, but this model's weights are signed. Leave it out."
+            )
         with torch.autocast(device_type=hidden_states[0].device.type, enabled=False):
             states = [h[..., :width] for h, width in zip(hidden_states, self.widths, strict=False)]
             states = [F.dropout(h.float(), self.dropout, self.training) for h in states]
@@ -145,8 +157,11 @@ class Gate(nn.Module):
         return scores if self.training else self.sparsifier(scores)
 
     def normalised(self, scores: Tensor) -> Tensor:
-        """Turns scores into weights: by a softmax over specialists. Shape (batch, seq, specialists)."""
-        return scores.softmax(-1)
+        """Turns scores into weights: by a softmax over specialists, or added to signed ones. Shape (batch, seq, specialists)."""
+        if self.signed is None:
+            return scores.softmax(-1)
+        # one by one: a tensor made of them would be copied to the device, which a CUDA graph cannot record
+        return torch.stack([scores[..., k] + number for k, number in enumerate(self.signed)], dim=-1)
 
     def init_weights(self) -> None:
         """Starts uniform and with scales of 1: an untrained fused model is the plain average of its specialists."""
@@ -176,7 +191,7 @@ class Gate(nn.Module):
     def with_one_more(self, name: str, config) -> dict[str, Tensor]:
         """Adds one specialist, the last. The scores of the others stay as they are.
 
-        Its score is a bias: an equal share if the others' biases were all they had.
+        Its score is a bias: an equal share if the others' biases were all they had, or 0 beside signed weights.
 
         Args:
             name: Name of the new specialist.
@@ -193,7 +208,7 @@ class Gate(nn.Module):
                     old = state[key]
                     shape = [*old.shape[:dim], len(sizes[axis]), *old.shape[dim + 1 :]]
                     state[key] = old.new_zeros(shape).index_copy(dim, others[axis].to(old.device), old)
-            if axes == (OUTPUTS,):
+            if axes == (OUTPUTS,) and self.signed is None:
                 scores = state[key][:new] / config.gate_temperature
                 state[key][new] = config.gate_temperature * (scores.logsumexp(0) - math.log(new))
         return state

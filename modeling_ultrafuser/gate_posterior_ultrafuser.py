@@ -15,6 +15,7 @@ class PosteriorGate(Gate):
     specialist; with switching also at most that behind the best sequence of specialists, plus a price for each change.
     """
 
+    can_be_signed = False
     reads = Reads.PAST
 
     def __init__(self, config):

@@ -139,6 +139,16 @@ def configure(plan: FusionPlan) -> None:
         plan.config = UltraFuserConfig(specialist_names=names, specialists=configs, **choices)
 
 
+def weigh_signs(plan: FusionPlan) -> Iterator[Finding]:
+    """Tells what signed weights sum to if that is not 1."""
+    total = sum(plan.config.signed_weights or [1.0])
+    if abs(total - 1) > 1e-6:
+        line = (
+            f"`signed_weights` sum to {total:g}: the fused model is as sure as if its logits were multiplied by that."
+        )
+        yield Finding("gate", WARNING, line, "Nothing to do, or give numbers that sum to 1.", (line,))
+
+
 def check_saving(plan: FusionPlan) -> None:
     """Refuses specialists whose configuration does not survive being saved as a part of the fused model's.
 
@@ -291,6 +301,7 @@ CHECKS = [
     Check(cut_vocabulary, needs="texts"),
     Check(check_adapter_layers, each="specialists", needs="texts"),
     Check(configure, needs="texts"),
+    Check(weigh_signs, needs="config"),
     Check(check_saving, needs="config"),
     Check(check_cache_steps, needs="config"),
     Check(check_names, needs="config"),

@@ -57,19 +57,20 @@ class DomainSums:
 
 
 class Statistics(DomainSums):
-    """Sums of a fused model's losses and gate weights."""
+    """Sums of a fused model's losses and gate weights. Of signed ones entropy and the largest are those of their sizes."""
 
-    def __init__(self, domains: int, specialists: int):
+    def __init__(self, domains: int, specialists: int, signed: bool = False):
         super().__init__(domains, 4 + 2 * specialists)
-        self.specialists = specialists
+        self.specialists, self.signed = specialists, signed
         self.last_mean = torch.full((specialists,), 1 / specialists, dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, domain: Tensor, mask: Tensor, log_probs: Tensor, gate_weights: Tensor, own: Tensor | None) -> None:
         """Adds one micro-batch. Shapes (batch, seq - 1); of `gate_weights`, (batch, seq - 1, specialists)."""
         weights, domain = gate_weights[mask].float(), domain[mask]
-        entropy = torch.special.entr(weights).sum(-1)
-        top1 = nn.functional.one_hot(weights.argmax(-1), self.specialists).float()
+        shares = nn.functional.normalize(weights, p=1, dim=-1).abs() if self.signed else weights
+        entropy = torch.special.entr(shares).sum(-1)
+        top1 = nn.functional.one_hot(shares.argmax(-1), self.specialists).float()
         own = torch.zeros_like(entropy) if own is None else -own[mask].float()
         columns = [torch.ones_like(entropy), -log_probs[mask].float(), own, entropy]
         self.add_rows(domain, torch.cat([torch.stack(columns, -1), weights, top1], -1))

@@ -189,6 +189,7 @@ class CachedGateTrainer(GateTrainer):
         config, world = self.fused.config, self.args.world_size
         if self.keep not in kinds:
             calibrated = " and a calibrated gate" if config.gate_calibration else ""
+            calibrated += " and signed weights" if config.signed_weights is not None else ""
             raise ValueError(
                 f"For fusion={config.fusion!r}{calibrated} a cache keeps one of {list(kinds)}, but `keep` is "
                 f"{self.keep!r}."

@@ -140,7 +140,8 @@ class StageTrainer(Resumable, DomainTrainer):
         args, names = self.args, self.train_dataset["domain"]
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.sampler = SAMPLERS[args.sampler](names, batch_size, self.in_examples(self.prior), args.seed, self.drawn)
-        self.statistics = Statistics(len(self.drawn), len(self.fused.config.specialist_names))
+        config = self.fused.config
+        self.statistics = Statistics(len(self.drawn), len(config.specialist_names), config.signed_weights is not None)
         self.controller = None
         if args.mix_reward is not None:
             self.controller = MixController(args, Probe(self), self.sampler, self.prior, self.in_examples)

@@ -81,6 +81,12 @@ def check_terms(args: StageConfig, model: PreTrainedModel, kwargs: Mapping) -> N
             f"{terms} are added to TRL's own loss, token by token, but `label_smoothing_factor` or `compute_loss_func` "
             f"puts another in its place. Leave one of them out."
         )
+    of_shares = [term for term in terms if term != "mix_importance"]
+    if of_shares and model.config.signed_weights is not None:
+        raise ValueError(
+            f"{of_shares} are terms on shares that sum to 1, but `signed_weights` of this model are "
+            f"{model.config.signed_weights}. Leave them out."
+        )
     if args.mix_importance and args.loss_type != "nll":
         raise ValueError(f"`mix_importance` weighs log-likelihoods, but loss_type={args.loss_type!r}. Use 'nll'.")
     if args.push_to_hub:

@@ -43,6 +43,9 @@ def _warn(trainer, sums: Sums, mix: np.ndarray) -> None:
             f"{[trainer.drawn[d] for d in silent]} held none: all its labels are -100. Look at its rows, at the chat "
             f"template's generation marks, and at `max_length`."
         )
+    if trainer.fused.config.signed_weights is not None:
+        # such weights are no shares: one may have all of it, and they need not move far
+        return
     shares = sums.gate.sum(0) / max(sums.tokens.sum(), 1)
     names, number = trainer.fused.config.specialist_names, len(shares)
     if number > 1 and shares.max() > 0.98 and "collapse" not in trainer.warned:

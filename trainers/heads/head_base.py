@@ -59,8 +59,9 @@ class Head:
         self.config, self.rule = config, FUSIONS[config.fusion](config)
 
     def kinds(self) -> dict[str, type[Kept]]:
-        """Lists what a gate's cache can keep: temperatures are learned from whole logits."""
-        return {"hidden": Kept} if self.config.gate_calibration else self.kept
+        """Lists what a gate's cache can keep: temperatures and signed weights are learned from whole logits."""
+        whole = self.config.gate_calibration or self.config.signed_weights is not None
+        return {"hidden": Kept} if whole else self.kept
 
     def factors(self, gate_weights: Tensor, logit_scales: Tensor | None) -> Tensor:
         """Returns what `score` reads of a gate's output. Shape (..., specialists)."""

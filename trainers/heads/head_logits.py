@@ -35,7 +35,8 @@ class LogitsHead(Head):
     def score(self, states, gate_weights, head, targets, *, gate_only=False, chunk=None) -> tuple[Tensor, ...]:
         log_weights, widths = log_of(gate_weights), state_widths(self.config)
         chunk, cap = chunk or chunks.chunk_size(states), soft_cap(self.config)
-        if gate_only and states.shape[1] == sum(widths):
+        # signed weights have no logarithms
+        if gate_only and self.config.signed_weights is None and states.shape[1] == sum(widths):
             return _GateOfLogits.apply(log_weights, states.detach(), head.detach(), targets, widths, cap, chunk)
         alone = log_weights.new_zeros(len(states), 1)
         return Mixture.apply(states, alone, head, targets, [head.shape[1]], [cap], chunk)

@@ -14,6 +14,7 @@ from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE, gate_settings
 from modeling_ultrafuser.plan_base_ultrafuser import BLOCKS
 from modeling_ultrafuser.refusals_ultrafuser import Refusal
+from modeling_ultrafuser.signed_ultrafuser import in_order
 from modeling_ultrafuser.sparsifiers_ultrafuser import NONE
 
 from .. import licences
@@ -42,6 +43,9 @@ class FusionSettings:
     base: str | None = field(
         default=None, metadata={"help": "Where the base of specialists that are adapters is, if not where they say."}
     )
+    signed_weights: dict[str, float] | None = field(
+        default=None, metadata={"help": "Name to a number of either sign, which the gate's scores are added to."}
+    )
 
     def __post_init__(self):
         for name in ("specialists", "specialist_revisions"):
@@ -54,8 +58,10 @@ class FusionSettings:
                 )
 
     def choices(self) -> dict:
-        """Gate, sparsifier and fusion rule, as fields of the configuration."""
-        return {**gate_settings(self.gate), "gate_sparsifier": self.gate_sparsifier, "fusion": self.fusion}
+        """Gate, sparsifier, signed weights and fusion rule, as fields of the configuration."""
+        signed = in_order(self.signed_weights, list(self.specialists or {}))
+        weights = {"gate_sparsifier": self.gate_sparsifier, "signed_weights": signed}
+        return {**gate_settings(self.gate), **weights, "fusion": self.fusion}
 
 
 def check_words(field: str, value) -> None:

@@ -212,6 +212,8 @@ def _recipe(reference: Reference, config: UltraFuserConfig) -> FusionRecipe:
     width = f":{config.gate_hidden_size}" if GATES[config.gate].has_width else ""
     gate = f"{config.gate}{width}{CALIBRATION * config.gate_calibration}"
     fusion = FusionSettings(*sources, template, gate, config.fusion, config.gate_sparsifier, reference.base)
+    if config.signed_weights is not None:
+        fusion.signed_weights = dict(zip(config.specialist_names, config.signed_weights, strict=True))
     return FusionRecipe(fusion, _dtype(config))
 
 

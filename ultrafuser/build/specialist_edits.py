@@ -9,6 +9,8 @@ long as the scores of the others stay, their shares stay in proportion:
 Both hold exactly, at every token, except for taking a specialist out of a gate that reads the hidden states of all side
 by side ("linear", "cross"), see `remove_specialist`; and for gates that look back ("posterior", "evidence"), which compare
 each specialist's predictions so far with those of all others.
+
+Signed weights are no shares: the others' stay as they are, and a newcomer's begins at 0.
 """
 
 import os
@@ -206,6 +208,9 @@ def _config(config: UltraFuserConfig, names: list[str], specialists: list, gener
     fields = {**config.to_dict(), "specialist_names": names, "specialists": specialists}
     # the longest context is that of the shortest
     del fields["max_position_embeddings"]
+    if config.signed_weights is not None:
+        signed = dict(zip(config.specialist_names, config.signed_weights, strict=True))
+        fields["signed_weights"] = [signed.get(name, 0.0) for name in names]
     ends = {f: getattr(generation_config, f) for f in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return UltraFuserConfig.from_dict({**fields, **ends})
 

@@ -68,7 +68,7 @@ def judge(
         dtype: Of the fused model; "auto" takes what all share.
         gate: See `gate_settings`.
         base: Where the base of specialists that are adapters is, if it is not where they say.
-        choices: Other fields of the configuration: `fusion`, `gate_sparsifier`.
+        choices: Other fields of the configuration: `fusion`, `gate_sparsifier`, `signed_weights`.
     """
     files = MetadataFiles()
     places = {name: location for name, (location, _) in specialists.items()}

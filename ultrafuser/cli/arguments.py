@@ -12,6 +12,10 @@ Model = Annotated[str, Argument(help="Folder of a fused model, or its id on the 
 SpecialistName = Annotated[str, Argument(help="Name of the specialist.")]
 Out = Annotated[Path, Option(help="Folder to write; it must be empty or not exist.")]
 Base = Annotated[str | None, Option(help="Base of the adapters, if it is not where they say.")]
+SignedWeights = Annotated[
+    str | None,
+    Option(help="NAME=NUMBER,NAME=NUMBER, of either sign: the gate's scores are added to them, not made shares."),
+]
 TrustRemoteCode = Annotated[
     bool, Option("--trust-remote-code", help="Run code that comes with the model's or tokenizer's folder.")
 ]
@@ -42,6 +46,21 @@ def named(texts: list[str] | None, what: str) -> dict[str, str]:
     if len(set(names)) < len(names):
         raise typer.BadParameter(f"{what} must have a name each, but the names are {names}.")
     return {name: value for name, _, value in pairs}
+
+
+def numbers(text: str | None, what: str) -> dict[str, float] | None:
+    """Reads NAME=NUMBER,NAME=NUMBER into a dict.
+
+    Raises:
+        typer.BadParameter: As `named`, or if one is no number.
+    """
+    if text is None:
+        return None
+    found = named(text.split(","), what)
+    try:
+        return {name: float(value) for name, value in found.items()}
+    except ValueError:
+        raise typer.BadParameter(f"{what} must be NAME=NUMBER,NAME=NUMBER, but got {text!r}.") from None
 
 
 def loading_code(out: Path | str, revision: str | None = None) -> str:

@@ -21,9 +21,11 @@ from .arguments import (
     MaxLength,
     Out,
     PromptTokens,
+    SignedWeights,
     SpecialistName,
     loading_code,
     named,
+    numbers,
 )
 from .group import Group, hide_bars, hide_loading_bars, hide_trl_warning
 
@@ -93,6 +95,7 @@ def check(
     fusion: Annotated[str, Option(help=FUSION_HELP)] = "logits",
     gate: Annotated[str, Option(help=GATE_HELP)] = DEFAULT_GATE,
     gate_sparsifier: Annotated[str, Option(help=SPARSIFIER_HELP)] = "none",
+    signed_weights: SignedWeights = None,
     base: Base = None,
     as_json: Json = False,
 ) -> None:
@@ -100,11 +103,15 @@ def check(
 
     Example: ultrafuser check Qwen/Qwen2.5-7B-Instruct Qwen/Qwen2.5-Coder-7B-Instruct Qwen/Qwen2.5-Math-7B-Instruct
     """
+    from modeling_ultrafuser.signed_ultrafuser import in_order
+
     from ..check import checks, metadata, render
 
     hide_bars()
-    choices = {"fusion": fusion, "gate": gate, "gate_sparsifier": gate_sparsifier}
-    judgement = checks.judge(metadata.parse(specialists), dtype=dtype, base=base, **choices)
+    found = metadata.parse(specialists)
+    signed = in_order(numbers(signed_weights, "--signed-weights"), list(found))
+    choices = {"fusion": fusion, "gate": gate, "gate_sparsifier": gate_sparsifier, "signed_weights": signed}
+    judgement = checks.judge(found, dtype=dtype, base=base, **choices)
     if as_json:
         echo(json.dumps(render.as_dict(judgement), indent=1))
     else:
@@ -120,6 +127,7 @@ def fuse(
     gate: Annotated[str | None, Option(help=f"{GATE_HELP} Default: {DEFAULT_GATE}.")] = None,
     fusion: Annotated[str | None, Option(help=f"{FUSION_HELP} Default: logits.")] = None,
     gate_sparsifier: Annotated[str | None, Option(help=f"{SPARSIFIER_HELP} Default: none.")] = None,
+    signed_weights: SignedWeights = None,
     dtype: Annotated[
         str | None, Option(help="dtype of the weights, such as bfloat16. Default: the one that all specialists share.")
     ] = None,
@@ -141,6 +149,7 @@ def fuse(
         "gate": gate,
         "fusion": fusion,
         "gate_sparsifier": gate_sparsifier,
+        "signed_weights": numbers(signed_weights, "--signed-weights"),
     }
     choices = {key: value for key, value in choices.items() if value is not None}
     by_name = len(what) > 1 or "=" in what[0]

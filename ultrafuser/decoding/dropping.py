@@ -201,6 +201,11 @@ def check_droppable(model: UltraFuserForCausalLM, keep: str = KEEP, every: int =
             f"{model.config.specialist_names} are adapters of one base, which reads a token once for all of them. Leaving "
             f"some out saves little. Decode without dropping."
         )
+    if model.config.signed_weights is not None:
+        raise ValueError(
+            f"Dropping keeps the specialists with the largest shares, but `signed_weights` are "
+            f"{model.config.signed_weights}. Decode without dropping."
+        )
     # Mamba, Mamba 2 and Bamba begin such a block from an empty state, without a word
     recurrent = "cannot catch up: several families read a block of tokens as if nothing were before it"
     check_one_by_one("Dropping", model, recurrent)

@@ -35,6 +35,7 @@ def ensemble(
     config.fusion = fusion
     if isinstance(gate, str):
         config.gate, config.gate_calibration, config.gate_sparsifier = gate, False, NONE
+        config.signed_weights = None
     if calibrated is not None:
         config.gate_calibration = calibrated
     with torch.device("meta"):

@@ -17,8 +17,8 @@ def assign(names: Iterable[str]) -> dict[str, str]:
 
 def strength(weight: float, specialists: int) -> float:
     """Returns the strength of a specialist's colour: from 0.1, when weights are equal, to 0.5, when it has all of it."""
-    even = 1 / specialists
-    return 0.1 + 0.4 * max(0.0, weight - even) / (1 - even)
+    even, size = 1 / specialists, min(abs(weight), 1.0)
+    return 0.1 + 0.4 * max(0.0, size - even) / (1 - even)
 
 
 def css(colour: str, weight: float, specialists: int) -> str:

@@ -52,8 +52,8 @@ class Token:
 
     @property
     def leader(self) -> str | None:
-        """The specialist with the largest weight, or None for the first token."""
-        return max(self.weights, key=self.weights.get, default=None)
+        """The specialist with the largest weight, of either sign, or None for the first token."""
+        return max(self.weights, key=lambda name: abs(self.weights[name]), default=None)
 
 
 @torch.inference_mode()
@@ -160,6 +160,11 @@ def mean_weights(tokens: list[Token]) -> dict[str, float]:
     """Mean gate weight of each specialist, over the tokens at which somebody leads."""
     weights = [token.weights for token, leader in zip(tokens, leaders(tokens), strict=True) if leader]
     return {name: sum(w[name] for w in weights) / len(weights) for name in weights[0]}
+
+
+def are_signed(weights: dict[str, float]) -> bool:
+    """Returns whether weights are no shares: one is below 0, or they do not sum to 1."""
+    return min(weights.values()) < 0 or abs(sum(weights.values()) - 1) > 0.01
 
 
 def _add_predictions(

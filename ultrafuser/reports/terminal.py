@@ -6,7 +6,7 @@ from rich.text import Text
 
 from ..plain import Console, plain
 from .colours import assign, blend, strength, text_on
-from .explanation import FUSED, Token, leaders, mean_weights
+from .explanation import FUSED, Token, are_signed, leaders, mean_weights
 
 
 def print_tokens(tokens: list[Token], console: Console | None = None) -> None:
@@ -21,11 +21,14 @@ def print_tokens(tokens: list[Token], console: Console | None = None) -> None:
     colours = assign(names)
     console.print(_coloured(tokens, colours))
     legend = Text("\n")
-    for name, weight in mean_weights(tokens).items():
+    means = mean_weights(tokens)
+    for name, weight in means.items():
         legend.append(f" {name} ", speaker_style(colours[name], 1.0, len(names)))
         legend.append(f" {weight:.0%}   ")
     console.print(legend)
-    console.print("Mean gate weights. A stronger colour is a larger weight of the specialist that leads.", style="dim")
+    signed = "Weights are signed: they are no shares. " if are_signed(means) else ""
+    told = f"Mean gate weights. {signed}A stronger colour is a larger weight of the specialist that leads."
+    console.print(told, style="dim")
 
 
 def token_table(tokens: list[Token]) -> Table:

@@ -188,7 +188,7 @@ def print_piece(console: Console, names: list[str], piece: str, weights: list[fl
         piece: What a token adds to the text.
         weights: Gate weights of the token.
     """
-    leader = max(range(len(names)), key=weights.__getitem__)
+    leader = max(range(len(names)), key=lambda k: abs(weights[k]))
     style = speaker_style(assign(names)[names[leader]], weights[leader], len(names))
     text = Text()
     for line in plain(piece).splitlines(keepends=True):

@@ -59,6 +59,10 @@ def steered(gate: nn.Module, temperature: float = 1.0, bias: Sequence[float] = (
     if temperature == 1 and not any(bias):
         yield
         return
+    if gate.signed is not None:
+        raise ValueError(
+            "Shares are steered, but this model's weights are signed. Leave temperature and bias as they are."
+        )
 
     def steer(gate, inputs, output: GateOutput) -> GateOutput:
         weights = output.weights
