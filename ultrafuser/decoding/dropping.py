@@ -23,7 +23,7 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.compat_ultrafuser import CACHE
 from modeling_ultrafuser.evidence_ultrafuser import decoding_layer, last_logits
-from modeling_ultrafuser.gate_base_ultrafuser import run_before_specialists
+from modeling_ultrafuser.gate_base_ultrafuser import GateOutput, run_before_specialists
 from modeling_ultrafuser.peft_ultrafuser import check_head
 from modeling_ultrafuser.sparsifier_base_ultrafuser import Sparsifier
 from modeling_ultrafuser.sparsifiers_ultrafuser import sparsifier
@@ -70,7 +70,7 @@ def drop_specialists(
     """
     check_droppable(model, keep, every)
     check_settings("Dropping", generation_config, model_kwargs)
-    asked = _Asked(TextReader(model, model_kwargs), sparsifier(keep), every)
+    asked = Asked(TextReader(model, model_kwargs), sparsifier(keep), every)
     padding = padding_token(generation_config)
     live = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     while live.any():
@@ -89,8 +89,13 @@ def drop_specialists(
     return input_ids
 
 
-class _Asked:
+class Asked:
     """The specialists that are asked, token by token.
+
+    Args:
+        reader: All specialists.
+        chooser: From mean weights to those that are kept.
+        every: Number of tokens from one decision to the next.
 
     Attributes:
         kept: Which specialists predict by themselves until the next decision. Shape (specialists,).
@@ -142,10 +147,14 @@ class _Asked:
         # of a prompt, only the last token's: a gate is not trained on the others
         weights = output.weights[:, -1:] if self.weights is None else output.weights
         self.weights = _appended(self.weights, weights)[:, -self.every :]
-        layer = decoding_layer(self.backbone, reader.cache, 1)
+        return self.predicted_by_all(fused[:, -1:], GateOutput(*(None if t is None else t[:, -1:] for t in output)))
+
+    def predicted_by_all(self, fused: Tensor, output: GateOutput) -> Tensor:
+        """Predicts from the head's input and what the gate returned at the last token."""
+        layer = decoding_layer(self.backbone, self.reader.cache, 1)
         if layer is not None:
             return last_logits(self.backbone.fusion_rule, self.head, layer, *output)
-        return reader.model.logits(fused[:, -1:], output.weights[:, -1:])
+        return self.reader.model.logits(fused, output.weights)
 
     def _by_kept(self, input_ids: Tensor) -> Tensor:
         """Predicts without those that are out, which read nothing."""
@@ -155,10 +164,13 @@ class _Asked:
         prior = self._prior(input_ids.shape[0])
         output = run_before_specialists(gate, input_ids[:, -1:], prior=prior)
         output = gate(states, *self.evidence, prior=prior) if output is None else output
+        return self.predicted_by_kept({k: states[k] for k in kept}, output)
+
+    def predicted_by_kept(self, states: dict[int, Tensor], output: GateOutput) -> Tensor:
+        """Predicts from the hidden states of those that are kept, by index, and what the gate returned."""
         weights, scales = (None if t is None else t.to(self.head.device) for t in output)
-        columns = self.reader.columns
-        logits = (F.linear(states[k].to(self.head.dtype), self.head[:, columns[k]]) for k in kept)
-        return self.backbone.fusion_rule.fused(logits, weights, scales, kept).to(states[kept[0]].dtype)
+        logits = [F.linear(own.to(self.head.dtype), self.head[:, self.reader.columns[k]]) for k, own in states.items()]
+        return self.backbone.fusion_rule.fused(logits, weights, scales, list(states)).to(logits[0].dtype)
 
     def _prior(self, texts: int) -> Tensor:
         """Shares out all weight among those that are kept, by the prior on the gate if there is one."""

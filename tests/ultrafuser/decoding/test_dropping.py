@@ -16,7 +16,7 @@ from tests.support.mixes import MIXES, fuse, prefer, prompt
 from tests.support.tiny import specialist, tokenizer
 from tests.ultrafuser.decoding.test_drafting import Heard, passes
 from ultrafuser.build.specialist_edits import remove_specialist
-from ultrafuser.decoding.dropping import _Asked, drop_specialists
+from ultrafuser.decoding.dropping import Asked, drop_specialists
 from ultrafuser.decoding.reading import TextReader
 from ultrafuser.decoding.stacking import stack
 
@@ -220,7 +220,7 @@ def test_texts_share_those_that_any_of_them_keeps_and_have_weights_of_their_own(
 
 
 def test_a_text_that_has_ended_keeps_nobody():
-    asked = _Asked(TextReader(fuse(MIXES["one family"]()), {}), sparsifier("top_k:1"), 4)
+    asked = Asked(TextReader(fuse(MIXES["one family"]()), {}), sparsifier("top_k:1"), 4)
     asked.weights, asked.states = torch.eye(3)[:2, None], [torch.zeros(2, 1, 8)] * 3
     for live, kept in {(True, True): [True, True, False], (False, True): [False, True, False]}.items():
         asked._decide(torch.tensor(live))
@@ -242,7 +242,7 @@ def test_a_prior_counts_where_it_is_decided_and_in_between(keep):
 
 def test_a_text_that_has_ended_has_weights_though_its_prior_wants_others():
     reader = TextReader(fuse(MIXES["one family"]()), {"gate_prior": torch.tensor([[1.0, 0, 0], [0, 3.0, 5.0]])})
-    asked = _Asked(reader, sparsifier("top_k:1"), 4)
+    asked = Asked(reader, sparsifier("top_k:1"), 4)
     asked.kept = torch.tensor([False, True, False])
     assert asked._prior(2).tolist() == [[0, 1, 0], [0, 3, 0]]
 
