@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from experiments.real.parts import said
 from experiments.real.workshop import Workshop, conversation
-from ultrafuser.evaluation.baselines import train_router
+from ultrafuser.route.router_words import WordsRouter, fitted, probabilities
 
 
 # from a workshop and questions to the specialist of each
@@ -22,8 +22,9 @@ def trained(shop: Workshop, name: str, questions: list[str]) -> list[str]:
     """Lets a classifier choose that learned from the gates' data which domain a question is of; "both" is left out."""
     data = {domain: rows for domain, rows in shop.gate_data().items() if domain in shop.names}
     texts = [said(row) for rows in data.values() for row in rows]
-    router = train_router(texts, [shop.names.index(domain) for domain, rows in data.items() for _ in rows])
-    return [shop.names[i] for i in router.predict(questions)]
+    labels = [shop.names.index(domain) for domain, rows in data.items() for _ in rows]
+    router = WordsRouter(*fitted(texts, labels, len(shop.names)))
+    return [shop.names[i] for i in probabilities(router, questions).argmax(-1).tolist()]
 
 
 CHOOSERS: dict[str, Chooser] = {"prompt perplexity": least_perplexed, "trained": trained}

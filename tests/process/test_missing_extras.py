@@ -12,7 +12,7 @@ import pytest
 @pytest.mark.parametrize(
     ("module", "line", "extra"),
     [
-        pytest.param("sklearn.dummy", "evaluate fused --data text=x.jsonl --out out", "eval", marks=pytest.mark.slow),
+        pytest.param("sklearn", "evaluate fused --data text=x.jsonl --out out", "eval", marks=pytest.mark.slow),
         ("datasketch", "data clean x.jsonl --out out", "data"),
         ("fastapi", "serve fused", "serve"),
         ("gradio", "demo fused", "demo"),

@@ -4,18 +4,14 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from sklearn.dummy import DummyClassifier
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.gate_base_ultrafuser import Gate, GateOutput
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from modeling_ultrafuser.sparsifiers_ultrafuser import NONE
 
+from ..route import router_perplexity
 from .measurement import HeldOut, Scores
 
 
@@ -84,16 +80,6 @@ class ShuffledGate(Gate):
         return GateOutput(weights.gather(1, places[..., None].expand_as(weights)), scales)
 
 
-class RequestGate(Gate):
-    """One weight per specialist for a whole request. `weights`, of shape (batch, specialists), is set from outside."""
-
-    weights: Tensor
-
-    def forward(self, hidden_states: list[Tensor]) -> GateOutput:
-        weights = self.weights.to(hidden_states[0].device, torch.float32)
-        return GateOutput(weights[:, None].expand(-1, hidden_states[0].shape[1], -1))
-
-
 class LoneGate(Gate):
     """All weight on one specialist, with the temperatures that another gate predicts: calibration without fusion.
 
@@ -140,7 +126,7 @@ def perplexity_weights(specialists: Mapping[str, Scores], data: HeldOut, tempera
     Returns:
         Weights for whole requests. Shape (examples, specialists).
     """
-    return (-prompt_losses(specialists, data) / temperature).softmax(-1)
+    return router_perplexity.weights(prompt_losses(specialists, data), temperature)
 
 
 def response_losses(specialists: Mapping[str, Scores], data: HeldOut) -> Tensor:
@@ -157,26 +143,3 @@ def select(specialists: Mapping[str, Scores], chosen: Tensor) -> Scores:
     """
     rows = torch.arange(len(chosen))
     return Scores(*(torch.stack(own)[chosen, rows] for own in zip(*specialists.values(), strict=True)))
-
-
-def train_router(prompts: list[str], best: list[int]):
-    """A classifier of prompts, as request-level routers are: logistic regression on character n-grams.
-
-    Where one specialist is always best, it is always chosen.
-
-    Args:
-        prompts: Text that a router reads.
-        best: The specialist that answered each one best.
-
-    Returns:
-        A scikit-learn classifier with `predict(prompts)`.
-    """
-    if len(set(best)) == 1:
-        return DummyClassifier(strategy="most_frequent").fit(prompts, best)
-    features = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), max_features=20_000, sublinear_tf=True)
-    return make_pipeline(features, LogisticRegression(C=10.0, max_iter=1000)).fit(prompts, best)
-
-
-def prompt_texts(data: HeldOut, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The prompts as text, for a router."""
-    return [tokenizer.decode(ids[kept]) for ids, kept in zip(data.input_ids, data.prompt, strict=True)]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from tempfile import TemporaryDirectory
 
+import sklearn  # noqa: F401  the router needs it after an hour, and it may not be installed
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -18,6 +19,8 @@ from ..build.specialist_edits import remove_specialist
 from ..merge import MERGES, merge_method
 from ..merge.layer_inputs import inner_products
 from ..merge.merged_model import lines_start, merge
+from ..route.router_training import measured, prompts_of
+from ..route.router_words import WordsRouter
 from . import baselines
 from .measurement import HeldOut, Scores, cost, mean_loss, score
 
@@ -73,14 +76,19 @@ class Comparison:
         self.specialists = {name: self.ingredients.specialist(name) for name in names}
 
     def run(
-        self, model: PreTrainedModel, kind: str, before: Callable[[str, slice], None] = lambda *_: None, note: str = ""
+        self,
+        model: PreTrainedModel,
+        kind: str,
+        before: Callable[[str, slice], dict | None] = lambda *_: None,
+        note: str = "",
     ) -> Measured:
         """Measures a model on every domain, and what it costs.
 
         Args:
             model: Any causal language model.
             kind: What it is, for the table.
-            before: Called with the domain and the rows of each batch before it is run.
+            before: Called with the domain and the rows of each batch before it is run. Returns further inputs of the model, if
+                any.
             note: How it was made.
         """
         scores = {d: score(model, examples, before=partial(before, d)) for d, examples in self.data.items()}
@@ -114,7 +122,9 @@ def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
     forecaster = baselines.ensemble(ingredients, "posterior", "probabilities")
     plan["fixed-share forecaster"] = partial(run, forecaster, "ensemble")
     plan["router: prompt perplexity"] = partial(routed, comparison, least_perplexed)
-    plan["prompt perplexity weights (PackLLM)"] = partial(weighted_by_perplexity, comparison)
+    alike = baselines.ensemble(ingredients, "uniform")
+    plan["prompt perplexity weights (PackLLM)"] = partial(weighted_by_perplexity, comparison, alike)
+    plan[f"{FUSED}, prompt perplexity as prior"] = partial(weighted_by_perplexity, comparison, comparison.fused)
     plan["tuned constant weights"] = partial(tuned_constant, comparison)
     plan["router: trained"] = lambda: routed(comparison, trained_choice(comparison))
     for method, kind in MERGES.items():
@@ -188,26 +198,26 @@ def trained_choice(comparison: Comparison) -> Callable[[dict[str, Scores], HeldO
         UntunedError: If there are none.
     """
     _check_tunable(comparison)
-    prompts, best = [], []
-    for examples in comparison.tune.values():
-        scores = {name: score(model, examples) for name, model in comparison.specialists.items()}
-        prompts += baselines.prompt_texts(examples, comparison.tokenizer)
-        best += best_per_request(scores, examples).tolist()
-    router = baselines.train_router(prompts, best)
-    return lambda _, examples: torch.tensor(router.predict(baselines.prompt_texts(examples, comparison.tokenizer)))
+    found = measured(comparison.ingredients, comparison.tokenizer, comparison.tune)
+    router = WordsRouter.trained(found, {})
+
+    def choose(_: dict[str, Scores], examples: HeldOut) -> Tensor:
+        prompts = prompts_of(comparison.ingredients, comparison.tokenizer, examples)
+        return torch.cat([router.prior(batch).argmax(-1) for batch in prompts])
+
+    return choose
 
 
-def weighted_by_perplexity(comparison: Comparison) -> Measured:
-    """All specialists, weighed for the whole request by how well each predicts its prompt."""
-    gate = baselines.RequestGate(comparison.ingredients.config)
+def weighted_by_perplexity(comparison: Comparison, model: UltraFuserForCausalLM) -> Measured:
+    """A model whose specialists are weighed for the whole request by how well each predicts its prompt."""
     weights = {
         d: baselines.perplexity_weights(comparison.alone(d), examples) for d, examples in comparison.data.items()
     }
 
-    def set_weights(domain: str, rows: slice) -> None:
-        gate.weights = weights[domain][rows]
+    def prior(domain: str, rows: slice) -> dict[str, Tensor]:
+        return {"gate_prior": weights[domain][rows].to(model.device)}
 
-    return comparison.run(baselines.ensemble(comparison.ingredients, gate), "router", set_weights)
+    return comparison.run(model, "router", prior)
 
 
 def tuned_constant(comparison: Comparison) -> Measured:

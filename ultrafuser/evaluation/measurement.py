@@ -146,7 +146,7 @@ def score(
     data: HeldOut,
     *,
     batch_size: int = 16,
-    before: Callable[[slice], None] = lambda _: None,
+    before: Callable[[slice], dict | None] = lambda _: None,
     vocab_size: int | None = None,
 ) -> Scores:
     """Runs a model over a domain.
@@ -155,7 +155,7 @@ def score(
         model: Any causal language model.
         data: What to measure on.
         batch_size: Examples at once; fewer where their logits would be more than `LOGITS`.
-        before: Called with the rows of each batch before it is run.
+        before: Called with the rows of each batch before it is run. Returns further inputs of the model, if any.
         vocab_size: Rows of the head that are read, as when it is fused with smaller ones. Default: all.
     """
     model.eval()
@@ -164,9 +164,9 @@ def score(
     parts = []
     for start in range(0, len(data), batch_size):
         rows = slice(start, start + batch_size)
-        before(rows)
+        more = before(rows) or {}
         ids, mask = data.input_ids[rows].to(model.device), data.attention_mask[rows].to(model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True).logits
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True, **more).logits
         log_probabilities = logits[:, :-1, :vocab_size].float().log_softmax(-1)
         losses = -log_probabilities.gather(-1, ids[:, 1:, None]).squeeze(-1)
         confidence, guess = log_probabilities.max(-1)

@@ -8,14 +8,12 @@ from tests.support.tiny import VOCAB, specialist, stir_gate, tokenizer
 from ultrafuser.evaluation import contenders
 from ultrafuser.evaluation.baselines import (
     RandomGate,
-    RequestGate,
     ShuffledGate,
     ensemble,
     perplexity_weights,
     prompt_losses,
     select,
     tempered,
-    train_router,
 )
 from ultrafuser.evaluation.contenders import Comparison
 from ultrafuser.evaluation.measurement import HeldOut, held_out, score
@@ -79,17 +77,6 @@ def test_a_shuffled_gate_gives_no_token_the_weights_of_padding(fused, data):
         torch.testing.assert_close(own[row, :length].sort(0).values, shuffled[row, :length].sort(0).values)
 
 
-def test_one_hot_weights_for_a_request_are_that_specialist(fused):
-    gate = RequestGate(fused.config)
-    gate.weights = torch.eye(3)
-    ids = torch.arange(3, 40).expand(3, -1)
-    with torch.no_grad():
-        logits = ensemble(fused, gate)(input_ids=ids).logits
-        for row, name in enumerate(fused.config.specialist_names):
-            expected = fused.specialist(name)(input_ids=ids[:1]).logits[0]
-            torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
-
-
 def test_perplexity_of_the_prompt_alone_decides(fused, data):
     scores = by_specialist(fused, data)
     losses = prompt_losses(scores, data)
@@ -105,16 +92,6 @@ def test_selecting_takes_each_examples_chosen_specialist(fused, data):
     picked = select(scores, chosen)
     for row, k in enumerate(chosen.tolist()):
         assert torch.equal(picked.losses[row], list(scores.values())[k].losses[row])
-
-
-def test_a_router_learns_who_answers_what():
-    prompts = [f"def f{i}(self): return" for i in range(20)] + [f"What is {i} * {i + 1}?" for i in range(20)]
-    router = train_router(prompts, [0] * 20 + [1] * 20)
-    assert router.predict(["def read(self, size):", "What is 99 * 12?"]).tolist() == [0, 1]
-
-
-def test_a_router_that_saw_one_specialist_win_everywhere_chooses_it():
-    assert train_router(["one prompt", "another"], [2, 2]).predict(["a third"]).tolist() == [2]
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ def test_every_baseline_has_a_row_and_the_best_comes_first(comparison, tmp_path)
     names = [row["name"] for row in results["rows"]]
     assert {"fused", "uniform logits", "uniform probabilities", "random gate", "shuffled gate", "another"} < set(names)
     assert {"router: prompt perplexity", "prompt perplexity weights (PackLLM)", "text specialist"} < set(names)
+    assert "fused, prompt perplexity as prior" in names
     anyhow = ("average", "ties", "dare", "task arithmetic", "breadcrumbs", "pcb", "model stock")
     assert {f"merge: {m}{d}" for m in anyhow for d in ("", " + LiNeS")} < {*names}
     assert {f"fused without {name}" for name in ("text", "code", "math")} < set(names)
