@@ -1,4 +1,4 @@
-"""Help texts about gates, fusion rules and sparsifiers. Importing them takes seconds, so that their source is read."""
+"""Help texts about strategies. Importing them takes seconds, so that their source is read."""
 
 import ast
 from importlib.util import find_spec
@@ -7,6 +7,7 @@ from pathlib import Path
 
 MODELLING = Path(find_spec("modeling_ultrafuser").origin).parent
 MERGING = Path(__file__).parent / "merge"
+ROUTING = Path(__file__).parent / "route"
 
 
 def _tree(module: str, folder: Path = MODELLING) -> ast.Module:
@@ -20,21 +21,21 @@ def _assigned(tree: ast.Module, name: str) -> ast.expr:
     )
 
 
-def summaries(module: str, table: str) -> dict[str, str]:
+def summaries(module: str, table: str, folder: Path = MODELLING) -> dict[str, str]:
     """Reads the first line of each strategy's docstring, by its name in a dict such as GATES of "gates_ultrafuser"."""
-    tree = _tree(module)
+    tree = _tree(module, folder)
     files = {a.name: n.module for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
     entries = _assigned(tree, table)
-    return {k.value: _summary(files[v.id], v.id) for k, v in zip(entries.keys, entries.values, strict=True)}
+    return {k.value: _summary(files[v.id], v.id, folder) for k, v in zip(entries.keys, entries.values, strict=True)}
 
 
-def _summary(module: str, name: str) -> str:
-    docstring = ast.get_docstring(next(n for n in _tree(module).body if getattr(n, "name", None) == name))
+def _summary(module: str, name: str, folder: Path) -> str:
+    docstring = ast.get_docstring(next(n for n in _tree(module, folder).body if getattr(n, "name", None) == name))
     return (docstring or "").partition("\n")[0]
 
 
-def _listed(module: str, table: str) -> str:
-    return " ".join(f"{name}: {summary}" for name, summary in summaries(module, table).items())
+def _listed(module: str, table: str, folder: Path = MODELLING) -> str:
+    return " ".join(f"{name}: {summary}" for name, summary in summaries(module, table, folder).items())
 
 
 DEFAULT_GATE: str = ast.literal_eval(_assigned(_tree("gates_ultrafuser"), "DEFAULT_GATE"))
@@ -48,3 +49,4 @@ FUSION_HELP = f"What is mixed. {_listed('fusions_ultrafuser', 'FUSIONS')}"
 SPARSIFIER_HELP = f"Which specialists keep a weight at a token. {_listed('sparsifiers_ultrafuser', 'SPARSIFIERS')}"
 METHODS = [key.value for key in _assigned(_tree("__init__", MERGING), "MERGES").keys]
 METHOD_HELP = f"Method: {', '.join(METHODS)}. Some take a setting, as in ties:0.2, dare:0.2 or layer_swap:5,4."
+ROUTER_HELP = f"How a router weighs the specialists for a whole request. {_listed('__init__', 'ROUTERS', ROUTING)}"

@@ -38,6 +38,15 @@ Every = Annotated[
     Option(min=1, help="Dropping: tokens from one decision to the next. Fewer for texts that change their domain."),
 ]
 
+Router = Annotated[
+    str | None,
+    Option(
+        help="Weighs the specialists for a whole request: a folder that `ultrafuser route` wrote, or perplexity:1.0, by how well "
+        "each predicts the prompt."
+    ),
+]
+Alone = Annotated[bool, Option("--alone", help="The specialist that the router weighs most answers alone.")]
+
 group = Group("Use")
 
 
@@ -48,19 +57,24 @@ def chat(
     decoding: Decoding = "plain",
     keep: Keep = KEEP,
     every: Every = EVERY,
+    router: Router = None,
+    alone: Alone = False,
 ) -> None:
     """Chat in the terminal, every token coloured by the specialist that leads. Or pipe one prompt per line into it.
 
     Example: ultrafuser chat fused
     """
     from ..pretrained import open_fused
+    from ..route.prompt_route import PromptRoute
     from ..serve.chat import Chat, typed
     from ..serve.decode_benchmark import for_streaming
 
+    _check_alone(router, alone, decoding)
     console = Console()
     fused, tokenizer = open_fused(model)
     able, settings = for_streaming(fused, tokenizer, decoding, {"keep": keep, "every": every})
-    conversation = Chat(able, tokenizer, console, max_new_tokens=max_new_tokens, settings=settings)
+    route = PromptRoute(able, tokenizer, router, alone=alone)
+    conversation = Chat(able, tokenizer, console, max_new_tokens=max_new_tokens, route=route, settings=settings)
     conversation.run(typed(console) if sys.stdin.isatty() else sys.stdin)
 
 
@@ -116,6 +130,8 @@ def serve(
     decoding: Decoding = "plain",
     keep: Keep = KEEP,
     every: Every = EVERY,
+    router: Router = None,
+    alone: Alone = False,
     chat_template_kwargs: Annotated[
         str | None, Option(help="""JSON, variables of the chat template: '{"enable_thinking": false}'.""")
     ] = None,
@@ -127,17 +143,19 @@ def serve(
     from transformers.utils import logging
 
     from ..pretrained import open_fused
+    from ..route.prompt_route import PromptRoute
     from ..serve.decode_benchmark import for_streaming
     from ..serve.guard import Access, host_names, key_for, run
     from ..serve.request_fields import template_variables
     from ..serve.server import application
 
-    if continuous_batching and decoding != "plain":
+    if continuous_batching and (decoding != "plain" or router):
+        other = f"--router {router}" if router else f"--decoding {decoding}"
         raise ValueError(
-            f"With --continuous-batching a paged cache is decoded by transformers' engine, but got --decoding {decoding}. "
-            f"Leave one of them out."
+            f"With --continuous-batching a paged cache is decoded by transformers' engine, but got {other}. Leave one of them "
+            f"out."
         )
-
+    _check_alone(router, alone, decoding)
     key = key_for(host, key_variable, without_key)
     access = Access(host_names(host, allow_host or ()), allow_origin or (), key)
     variables = template_variables(chat_template_kwargs)
@@ -148,7 +166,18 @@ def serve(
     fused, tokenizer = open_fused(folder, **loading)
     fused, options = for_streaming(fused, tokenizer, decoding, {"keep": keep, "every": every})
     settings = {"continuous_batching": continuous_batching, "template_variables": variables, "decoding": options}
+    settings["route"] = PromptRoute(fused, tokenizer, router, alone=alone)
     run(application(fused, tokenizer, folder, access, **settings), host, port)
+
+
+def _check_alone(router: str | None, alone: bool, decoding: str) -> None:
+    """Rejects one specialist that answers alone where nobody chooses it, or where it is to be decoded like several."""
+    if alone and (router is None or decoding != "plain"):
+        other = "no --router" if router is None else f"--decoding {decoding}"
+        raise ValueError(
+            f"With --alone the specialist that a router chooses is decoded as any model, but got {other}. Name a router, and "
+            f"leave --decoding out."
+        )
 
 
 @group.command(extra="demo")

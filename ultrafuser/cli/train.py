@@ -8,8 +8,8 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..plain import Console, echo
-from ..strategies import CANDIDATES, GATE_HELP
-from .arguments import named
+from ..strategies import CANDIDATES, GATE_HELP, ROUTER_HELP
+from .arguments import Examples, HeldOutData, MaxLength, Model, Out, PromptTokens, named
 from .group import Group, hide_trl_warning
 
 
@@ -106,6 +106,30 @@ def distil(
     _resume(args, resume)
     distil_recipe.distil(chosen, args)
     echo(f"Wrote {args.output_dir!r}, a model that needs no code of this package. Its card says how it was made.")
+
+
+@group.command(extra="eval")
+def route(
+    model: Model,
+    data: HeldOutData,
+    out: Out,
+    kind: Annotated[str, Option(help=f"{ROUTER_HELP} That by perplexity needs no training.")] = "words",
+    examples: Examples = 200,
+    max_length: MaxLength = 1024,
+    prompt_tokens: PromptTokens = 32,
+) -> None:
+    """Train a router: from a prompt to weights of the specialists, by which of them answers such prompts best.
+
+    Example: ultrafuser route fused --data text=text.jsonl --data code=code.jsonl --out router
+    """
+    from ..route import router_training
+
+    limits = {"examples": examples, "max_length": max_length, "prompt_tokens": prompt_tokens}
+    share = router_training.train(model, named(data, "--data"), out, kind, **limits)
+    echo(
+        f"Wrote {str(out)!r}, which chooses the best specialist for {share:.0%} of these prompts. To use it: `ultrafuser chat "
+        f"{model} --router {out}`, and with --alone only that specialist answers."
+    )
 
 
 def _begun(words: list[str] | None) -> tuple[list[str], Path | None]:

@@ -30,10 +30,10 @@ class Routed(NamedTuple):
     prior: Tensor | None = None
 
 
-class Route:
+class PromptRoute:
     """Chooses who answers, request by request.
 
-        route = Route(model, tokenizer, "perplexity")
+        route = PromptRoute(model, tokenizer, "perplexity")
         answering, options, _ = route(**inputs)
         answering.generate(**inputs, **options)
 

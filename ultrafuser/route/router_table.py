@@ -5,11 +5,11 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from .prompt_reading import Prompts
-from .router_base import Examples, Router
-from .router_words import fitted, probabilities
+from .router_base import Examples
+from .router_words import TextRouter, fitted, probabilities
 
 
-class TableRouter(Router):
+class TableRouter(TextRouter):
     """Predicts the prompt's category, and looks up which specialist has the least loss there: it gets all of the weight.
 
     The two steps of Composition of Experts (2024): a classifier of categories, and a table of category and expert. Categories are the domains of the data; they need not be named as specialists are. An unsure

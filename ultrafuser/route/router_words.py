@@ -11,7 +11,17 @@ FEATURES = {"analyzer": "char_wb", "ngram_range": (1, 4), "sublinear_tf": True}
 MOST_FEATURES = 20_000
 
 
-class WordsRouter(Router):
+class TextRouter(Router):
+    """Base of routers that classify the prompt's text."""
+
+    def __init__(self, settings: dict, tensors: dict[str, Tensor] | None = None):
+        # missing, it is missed now, and not at the first request
+        import sklearn  # noqa: F401
+
+        super().__init__(settings, tensors)
+
+
+class WordsRouter(TextRouter):
     """Predicts from the prompt's text which specialist answers best: logistic regression on character n-grams.
 
     The classifier of prompts that mixtures of whole models have before them, such as MoDEM, in its smallest form. It costs no

@@ -20,6 +20,7 @@ from ..plain import plain
 from ..pretrained import generating, prompt_ids
 from ..reports.colours import assign
 from ..reports.terminal import speaker_style
+from ..route.prompt_route import PromptRoute
 
 
 COMMANDS = "/who: who spoke   /reset: begin anew   /quit: leave"
@@ -86,7 +87,15 @@ class Speech(BaseStreamer):
 
 
 @torch.inference_mode()
-def speak(model: UltraFuserForCausalLM, ids: torch.Tensor, speech: Speech, max_new_tokens: int, **settings) -> None:
+def speak(
+    model: UltraFuserForCausalLM,
+    ids: torch.Tensor,
+    speech: Speech,
+    max_new_tokens: int,
+    *,
+    route: PromptRoute | None = None,
+    **settings,
+) -> None:
     """Generates an answer, which `speech` follows.
 
     Args:
@@ -94,6 +103,7 @@ def speak(model: UltraFuserForCausalLM, ids: torch.Tensor, speech: Speech, max_n
         ids: What it reads, from `prompt_ids`. Shape (1, seq).
         speech: Told about every token.
         max_new_tokens: Of the answer; fewer if the model reads no more.
+        route: Chooses who answers. Default: the gate, token by token.
         settings: Of `generate`.
 
     Raises:
@@ -106,7 +116,11 @@ def speak(model: UltraFuserForCausalLM, ids: torch.Tensor, speech: Speech, max_n
     ids = ids.to(model.device)
     settings = {"max_new_tokens": room, "tokenizer": speech.tokenizer, **settings}
     with followed(model.model.fusion_gate, speech.watch), generating(model):
-        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=speech, **settings)
+        answering, options, prior = (route or PromptRoute(model, speech.tokenizer))(ids)
+        if answering is not model:
+            # its gate says nothing
+            speech.weights.append(prior[0].cpu())
+        answering.generate(ids, attention_mask=torch.ones_like(ids), streamer=speech, **options, **settings)
 
 
 class Chat:
@@ -117,6 +131,7 @@ class Chat:
         tokenizer: Its tokenizer, with a chat template or without: each line is continued as plain text then.
         console: Where to print.
         max_new_tokens: Of one answer.
+        route: Chooses who answers. Default: the gate, token by token.
         settings: Of `generate`.
     """
 
@@ -127,10 +142,11 @@ class Chat:
         console: Console,
         *,
         max_new_tokens: int = TURN_TOKENS,
+        route: PromptRoute | None = None,
         settings: dict | None = None,
     ):
         self.model, self.tokenizer, self.console, self.max_new_tokens = model, tokenizer, console, max_new_tokens
-        self.names, self.settings = model.config.specialist_names, settings or {}
+        self.names, self.settings = model.config.specialist_names, {"route": route, **(settings or {})}
         self.messages: list[dict[str, str]] = []
         self.speech: Speech | None = None
 

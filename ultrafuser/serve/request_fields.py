@@ -61,6 +61,8 @@ class _Fields(BaseModel):
     frequency_penalty: Annotated[float, Field(gt=-1, le=2)] | None = None
     stop: Short | Annotated[list[Short], Field(min_length=1, max_length=4)] | None = None
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)] | None = None
+    # ours: weights of the specialists by name
+    gate_prior: Annotated[dict[str, Annotated[float, Field(ge=0, le=1e6)]], Field(max_length=1000)] | None = None
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     max_output_tokens: Tokens | None = None
@@ -111,7 +113,7 @@ KINDS = {
     "/v1/responses": Kind(_Response, ResponseHandler, "max_output_tokens"),
 }
 # which continuous batching has once for all requests
-SHARED = ("temperature", "top_p", "seed", "frequency_penalty", "stop", "logit_bias")
+SHARED = ("temperature", "top_p", "seed", "frequency_penalty", "stop", "logit_bias", "gate_prior")
 
 
 def first_fault(error: ValidationError) -> str:

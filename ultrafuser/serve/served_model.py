@@ -15,6 +15,7 @@ from transformers.cli.serving import utils
 from modeling_ultrafuser import UltraFuserForCausalLM
 
 from ..compat import cancel
+from ..route.prompt_route import PromptRoute
 
 
 AT_ONCE = 8  # requests that are answered at once
@@ -26,12 +27,14 @@ class Asked:
     Attributes:
         ids: Of its prompt.
         seed: Of its random numbers.
+        prior: Weights of the specialists that it asks for. Shape (1, specialists).
         over: Set when nobody waits for the answer any more.
     """
 
     def __init__(self):
         self.ids: list[int] = []
         self.seed = 0
+        self.prior: torch.Tensor | None = None
         self.over = threading.Event()
 
 
@@ -95,11 +98,18 @@ class ServedModel:
         model: A fused model.
         tokenizer: Its tokenizer.
         decoding: Options of `generate`, for all requests.
+        route: Chooses who answers. Default: the gate, token by token.
     """
 
-    def __init__(self, model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, decoding: dict | None = None):
+    def __init__(
+        self,
+        model: UltraFuserForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        decoding: dict | None = None,
+        route: PromptRoute | None = None,
+    ):
         self.model, self.tokenizer, self.turn = model, tokenizer, threading.Lock()
-        self.decoding = decoding or {}
+        self.decoding, self.route = decoding or {}, route or PromptRoute(model, tokenizer)
         for module in model.model.specialists.modules():
             if isinstance(module, torch.nn.ModuleList):
                 for layer in module:
@@ -109,7 +119,7 @@ class ServedModel:
         return getattr(self.model, name)
 
     def generate(self, **settings):
-        """As the model does.
+        """As the model does, or the specialist that is to answer alone.
 
         Raises:
             AbandonedError: If the request is over.
@@ -122,7 +132,8 @@ class ServedModel:
             settings |= {"logits_processor": [own.before], "stopping_criteria": [own.after]}
         try:
             _go_on()
-            return self.model.generate(**settings)
+            routed = self.route(settings["input_ids"], settings.get("attention_mask"), asked.prior)
+            return routed.model.generate(**settings, **routed.options)
         except AbandonedError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:

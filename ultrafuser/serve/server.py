@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import anyio
+import torch
 from openai.types import Model
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -30,6 +31,7 @@ from modeling_ultrafuser import UltraFuserForCausalLM
 from trainers.template_sandbox import RenderingError, render_chat
 
 from ..compat import messages_and_tools
+from ..route.prompt_route import PromptRoute
 from . import served_model
 from .guard import LEAST_BYTES, Access, Guard, refusal
 from .request_fields import KINDS, SHARED, Kind, first_fault
@@ -51,6 +53,7 @@ def application(
     continuous_batching: bool = False,
     template_variables: dict | None = None,
     decoding: dict | None = None,
+    route: PromptRoute | None = None,
 ) -> ASGIApp:
     """A server of one model.
 
@@ -62,12 +65,13 @@ def application(
         continuous_batching: Whether one paged cache holds all requests. Sampling is the model's own then, for all.
         template_variables: Of the chat template, where a request does not set them.
         decoding: Options of `generate`, for all requests.
+        route: Chooses who answers. Default: the gate, token by token, times the prior of a request.
 
     Raises:
         ValueError: If the model cannot be batched so.
     """
     state = State(model, continuous_batching)
-    served = OneModel(name, ServedModel(model, tokenizer, decoding), ServedTokenizer(tokenizer))
+    served = OneModel(name, ServedModel(model, tokenizer, decoding, route), ServedTokenizer(tokenizer))
     limit = model.config.max_position_embeddings
     routes = [
         Route(path, Answering(kind, served, state, limit, template_variables or {}), methods=["POST"])
@@ -144,13 +148,13 @@ class Answering:
     async def _handled(self, data: bytes, asked: Asked) -> Response:
         """Returns the answer of the handler to a request."""
         reading = anyio.to_thread.run_sync(self._read, data, abandon_on_cancel=True, limiter=self.state.readers)
-        body, asked.ids, seed = await reading
+        body, asked.ids, seed, asked.prior = await reading
         asked.seed = secrets.randbits(63) if seed is None else seed
         # a name that the client chose could be another request's
         return await self.handler.handle_request(body, str(uuid.uuid4()))
 
-    def _read(self, data: bytes) -> tuple[dict, list[int], int | None]:
-        """A request's fields for the handler, its prompt, and its seed.
+    def _read(self, data: bytes) -> tuple[dict, list[int], int | None, torch.Tensor | None]:
+        """A request's fields for the handler, its prompt, its seed, and its prior on the gate.
 
         Raises:
             HTTPException: If it cannot be answered.
@@ -167,11 +171,12 @@ class Answering:
         own = [field for field in SHARED if field in body]
         if own and self.state.use_continuous_batching(self.served.model, Modality.LLM):
             raise HTTPException(
-                400, f"With continuous batching all requests share the model's sampling, but this sets {own}."
+                400, f"With continuous batching all requests share the model's sampling and gate, but this sets {own}."
             )
         vocabulary = self.served.model.config.vocab_size
         if any(not (_TOKEN.fullmatch(t) and int(t) < vocabulary) for t in body.get("logit_bias", ())):
             raise HTTPException(400, f"`logit_bias` is by token, a number below {vocabulary}.")
+        prior = self._prior(body.pop("gate_prior", None))
         ids = self._prompt(body)
         if not ids:
             raise HTTPException(400, "The prompt has no tokens, and there is nothing to continue.")
@@ -184,7 +189,19 @@ class Answering:
                 f"The prompt has {len(ids)} tokens, but the model reads {self.limit}, its answer included. Shorten it.",
             )
         body[self.kind.length] = asked if self.limit is None else min(asked, self.limit - len(ids))
-        return body, ids, body.pop("seed", None)
+        return body, ids, body.pop("seed", None), prior
+
+    def _prior(self, weights: dict[str, float] | None) -> torch.Tensor | None:
+        """Returns a request's weights of specialists, none of those that it does not name. Shape (1, specialists)."""
+        if weights is None:
+            return None
+        names = self.served.model.config.specialist_names
+        if set(weights) - set(names) or not any(weights.values()):
+            raise HTTPException(
+                400,
+                f"`gate_prior` weighs specialists by name, {names}, one of them above 0, but it is {weights!s:.200}.",
+            )
+        return torch.tensor([[weights.get(name, 0.0) for name in names]])
 
     def _prompt(self, body: dict) -> list[int]:
         handler = self.kind.handler

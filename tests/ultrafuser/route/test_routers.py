@@ -141,10 +141,11 @@ def test_words_predict_what_scikit_learn_predicts(classes):
     assert not found[:, classes:].any()
 
 
-def test_rows_of_evaluate_are_these_routers(fused):
+def test_rows_of_evaluate_are_these_routers(fused, monkeypatch):
     """A uniform gate with this prior, and the trained one's choice, are what `evaluate` measures."""
     rows = [{"text": line} for line in ("what is 2+2? it is 4", "def read(self): return 1")]
     data = held_out(rows, tokenizer(), prompt_tokens=8)
+    monkeypatch.setattr(contenders, "cost", lambda *_: {})
     comparison = Comparison(fused, fused, tokenizer(), {"text": data}, {"text": data})
     scores = {name: score(model, data) for name, model in comparison.specialists.items()}
     prompts = prompts_of(fused, tokenizer(), data)[0]

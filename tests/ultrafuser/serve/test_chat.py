@@ -3,6 +3,7 @@
 import io
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -13,12 +14,14 @@ from trainers import template_sandbox
 from ultrafuser.cli.app import app
 from ultrafuser.reports.colours import assign
 from ultrafuser.reports.terminal import speaker_style
+from ultrafuser.route.prompt_route import PromptRoute
+from ultrafuser.route.router_base import Router
 from ultrafuser.serve.chat import Chat
 
 
-def chat(model, template=CHAT_TEMPLATE, *, max_new_tokens=12, **settings):
+def chat(model, template=CHAT_TEMPLATE, *, max_new_tokens=12, route=None, **settings):
     console = Console(file=io.StringIO(), width=200, highlight=False, **settings)
-    return Chat(model, tokenizer(chat_template=template), console, max_new_tokens=max_new_tokens)
+    return Chat(model, tokenizer(chat_template=template), console, max_new_tokens=max_new_tokens, route=route)
 
 
 def said(conversation):
@@ -152,3 +155,42 @@ def test_a_folder_of_another_model_is_refused(specialists, tmp_path):
     result = CliRunner().invoke(app, ["chat", str(tmp_path)], input="2+2?\n")
     assert result.exit_code == 2
     assert "of type 'llama'" in result.output
+
+
+def routed(model, *weights, alone=False):
+    """A route that weighs every prompt alike."""
+    router = Router({})
+    router.prior = lambda prompts: torch.tensor([weights])
+    return PromptRoute(model, tokenizer(), router, alone=alone)
+
+
+def test_a_specialist_that_answers_alone_has_its_colour_and_its_own_tokens(fused):
+    conversation = chat(fused, route=routed(fused, 0.2, 0.7, 0.1, alone=True))
+    conversation.run(["2+2?", "/who"])
+    prompt = tokenizer()("<user>2+2?\n<assistant>", return_tensors="pt")["input_ids"]
+    expected = fused.specialist("code").generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
+    answer, who, _ = said(conversation).split("\n")
+    assert answer == decoded(expected)
+    assert who.split() == ["text", "0%", "code", "100%", "math", "0%"]
+
+
+def test_a_router_of_the_chat_is_a_prior_on_the_gate(fused):
+    conversation = chat(fused, route=routed(fused, 0.0, 0.0, 1.0))
+    conversation.run(["2+2?", "/who"])
+    assert said(conversation).splitlines()[1].split() == ["text", "0%", "code", "0%", "math", "100%"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--router", "no/such"], "no such router: 'no/such'"),
+        (["--alone"], "but got no --router"),
+        (["--alone", "--router", "perplexity", "--decoding", "dropping"], "but got --decoding dropping"),
+    ],
+)
+def test_routes_of_the_command_line_that_cannot_be_are_refused(options, told, fused, tmp_path):
+    fused.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["chat", str(tmp_path), *options], input="2+2?\n")
+    assert result.exit_code == 2
+    assert told in " ".join(result.output.split())

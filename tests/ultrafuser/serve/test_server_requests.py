@@ -20,6 +20,8 @@ from tests.support.http_clients import (
 from tests.support.tiny import specialist, stir_gate, tokenizer
 from ultrafuser.cli.app import app as command_line  # noqa: E402
 from ultrafuser.decoding.dropping import drop_specialists
+from ultrafuser.route.prompt_route import PromptRoute  # noqa: E402
+from ultrafuser.route.router_base import Router  # noqa: E402
 from ultrafuser.serve import guard, server  # noqa: E402
 from ultrafuser.serve.request_fields import template_variables  # noqa: E402
 
@@ -148,6 +150,10 @@ ODD_FIELDS = [
     *({"tools": value} for value in ({}, [1], "x")),
     *({"model": value} for value in (1, ["fused"], {})),
     *({"generation_config": value} for value in ("{}", {}, '{"num_beams": 100000}')),
+    *(
+        {"gate_prior": value}
+        for value in ({"law": 1}, {}, {"code": 0}, {"code": -1}, {"code": "x"}, {"code": 1e9}, [1, 1])
+    ),
     {"custom_generate": "owner/code"},
     {"trust_remote_code": True},
 ]
@@ -208,3 +214,40 @@ def test_requests_are_decoded_as_the_server_is_told(model):
     dropping = {"custom_generate": drop_specialists, "every": 100}
     assert answer(**dropping, keep="none") == plain
     assert answer(**dropping, keep="top_k:1") != plain
+
+
+# ------------------------------------------------------------------------------------------------- who answers
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_request_chooses_its_specialist(path, port, model):
+    asked = {CHAT: conversation(), COMPLETIONS: {"prompt": "2+2?", "max_tokens": 4}}[path]
+    prompt = tokenizer()("<user>2+2?\n<assistant>" if path == CHAT else "2+2?", return_tensors="pt")["input_ids"]
+    for name in ("text", "code"):
+        alone = model.specialist(name).generate(prompt, max_new_tokens=4, do_sample=False)[0, prompt.shape[1] :]
+        choice = ask(port, path, {**asked, "gate_prior": {name: 2}})[1]["choices"][0]
+        assert (choice["message"]["content"] if path == CHAT else choice["text"]) == tokenizer().decode(alone)
+    plain, even = (ask(port, path, {**asked, **more})[1] for more in ({}, {"gate_prior": {"text": 1, "code": 1}}))
+    assert plain["choices"] == even["choices"]
+
+
+def test_a_server_with_a_router_answers_as_it_chooses_and_a_request_has_the_last_word(model):
+    router = Router({})
+    router.prior = lambda prompts: torch.tensor([[0.3, 0.7]])
+    route = PromptRoute(model, tokenizer(), router, alone=True)
+    prompt = tokenizer()("2+2?", return_tensors="pt")["input_ids"]
+    with running(app(model, route=route)) as port:
+        for name, more in (("code", {}), ("text", {"gate_prior": {"text": 1}})):
+            alone = model.specialist(name).generate(prompt, max_new_tokens=4, do_sample=False)[0, prompt.shape[1] :]
+            _, answer = ask(port, body={"prompt": "2+2?", "max_tokens": 4, **more})
+            assert answer["choices"][0]["text"] == tokenizer().decode(alone)
+            _, streamed = ask(port, body={"prompt": "2+2?", "max_tokens": 4, "stream": True, **more})
+            pieces = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+            assert "".join(p["choices"][0]["text"] for p in pieces if p["choices"]) == tokenizer().decode(alone)
+
+
+def test_continuous_batching_goes_without_a_router():
+    line = ["serve", "no/such/model", "--continuous-batching", "--router", "perplexity"]
+    done = CliRunner().invoke(command_line, line)
+    assert done.exit_code == 2
+    assert "but got --router perplexity" in done.output
