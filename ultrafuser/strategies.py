@@ -6,8 +6,7 @@ from pathlib import Path
 
 
 MODELLING = Path(find_spec("modeling_ultrafuser").origin).parent
-MERGING = Path(__file__).parent / "merge"
-ROUTING = Path(__file__).parent / "route"
+ROOMS = Path(__file__).parent
 
 
 def _tree(module: str, folder: Path = MODELLING) -> ast.Module:
@@ -47,6 +46,9 @@ GATE_HELP = (
 )
 FUSION_HELP = f"What is mixed. {_listed('fusions_ultrafuser', 'FUSIONS')}"
 SPARSIFIER_HELP = f"Which specialists keep a weight at a token. {_listed('sparsifiers_ultrafuser', 'SPARSIFIERS')}"
-METHODS = [key.value for key in _assigned(_tree("__init__", MERGING), "MERGES").keys]
+METHODS = list(summaries("__init__", "MERGES", ROOMS / "merge"))
 METHOD_HELP = f"Method: {', '.join(METHODS)}. Some take a setting, as in ties:0.2, dare:0.2 or layer_swap:5,4."
-ROUTER_HELP = f"How a router weighs the specialists for a whole request. {_listed('__init__', 'ROUTERS', ROUTING)}"
+LAYOUT_HELP = f"Layout. {_listed('__init__', 'LAYOUTS', ROOMS / 'export')}"
+ROUTER_HELP = (
+    f"How a router weighs the specialists for a whole request. {_listed('__init__', 'ROUTERS', ROOMS / 'route')}"
+)

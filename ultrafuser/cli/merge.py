@@ -8,8 +8,8 @@ import typer
 from typer import Argument, Option
 
 from ..plain import Console, echo
-from ..strategies import METHOD_HELP
-from .arguments import named
+from ..strategies import LAYOUT_HELP, METHOD_HELP
+from .arguments import Out, named
 from .group import Group, hide_loading_bars
 
 
@@ -69,3 +69,34 @@ def _show(what: list[str], base: str | None) -> None:
     with TemporaryDirectory() as work:
         sources = read_sources(what, base, Path(work))
         Console().print(table(agreement(sources), sources.names))
+
+
+@group.command()
+def export(
+    what: Annotated[
+        list[str], Argument(help="A fused folder; or NAME=ID, NAME=ID@REVISION or NAME=FOLDER of each specialist.")
+    ],
+    to: Annotated[str, Option(help=LAYOUT_HELP)],
+    data: Annotated[
+        list[str], Option(help="NAME=FILE.jsonl or NAME=HUB_ID:SPLIT, rows of each specialist: half make routers.")
+    ],
+    out: Out,
+    method: Annotated[str, Option(help=f"How what experts share is merged. {METHOD_HELP}")] = "average",
+    base: Annotated[str | None, Option(help="Model that all were tuned from: ID, ID@REVISION or folder.")] = None,
+    donor: Annotated[
+        str | None, Option(help="Name of the specialist whose attention, norms and ends to take, in place of merging.")
+    ] = None,
+) -> None:
+    """Write specialists as a stock mixture of experts: another model than the fused one, to be trained on.
+
+    Example: ultrafuser export fused --to qwen2_moe --data text=text.jsonl --data code=code.jsonl --out experts
+    """
+    hide_loading_bars()
+    from ..export import moe_folder
+
+    losses = moe_folder.export(what, to, out, named(data, "--data"), method=method, base=base, donor=donor)
+    Console().print(moe_folder.table(losses))
+    echo(
+        f"Wrote {str(out)!r}, which needs no code of this package. It is not the fused model: experts are mixed in every layer, "
+        f"by routers that are not trained yet. Its README.md has the code that trains them."
+    )

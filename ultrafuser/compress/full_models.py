@@ -110,6 +110,10 @@ class Checkpoint:
         with safe_open(self._files[key], "pt") as file:
             return file.get_tensor(key)
 
+    def read(self, key: str) -> Tensor:
+        """Reads a tensor; for the head of one that is tied, the embedding."""
+        return self.tensor(key if key in self.header else self.key(self.head))
+
     def weight(self, layer: str) -> Tensor:
         """Reads a layer's weight in float32. Shape (out, in); of an embedding (hidden, vocab)."""
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -76,9 +76,9 @@ class FolderMerge:
         """Merges one tensor, in the type that the first specialist has it in."""
         models = self.sources.specialists.values()
         torch.manual_seed(seed_of(self.seed, key))
-        tensors = [_read(model, key) for model in models]
+        tensors = [model.read(key) for model in models]
         merged = self.chosen.merged(
-            _read(self.sources.start, key), tensors, self.coefficients.of(key), self._inputs(key)
+            self.sources.start.read(key), tensors, self.coefficients.of(key), self._inputs(key)
         )
         if not merged.isfinite().all():
             raise Refusal(
@@ -112,11 +112,6 @@ class FolderMerge:
             self.sources.tokenizer.save_pretrained(folder)
         about = {"method": self.method, "seed": self.seed, "sources": self.sources.origins}
         write_whole(folder / RECORD, dump(self.coefficients, **provenance(), **about))
-
-
-def _read(model: Checkpoint, key: str) -> Tensor:
-    # of one that is tied the embedding is the head
-    return model.tensor(key if key in model.header else model.key(model.head))
 
 
 def merge_folders(

@@ -95,7 +95,7 @@ def read_sources(what: list[str], base: str | None, work: Path) -> Sources:
         OSError: If one cannot be read.
     """
     fused = Path(what[0])
-    if len(what) == 1 and _is_fused(fused):
+    if len(what) == 1 and is_fused(fused):
         places = _written(fused, work)
         recorded = read_ingredients(fused)
         origins = {name: recorded.get(name, {}).get("source") for name in places}
@@ -118,7 +118,8 @@ def read_sources(what: list[str], base: str | None, work: Path) -> Sources:
     return Sources(models, root, origins, ingredients)
 
 
-def _is_fused(folder: Path) -> bool:
+def is_fused(folder: Path) -> bool:
+    """Returns whether a folder holds a fused model."""
     config = folder / "config.json"
     return config.exists() and read_json(config).get("model_type") == "ultrafuser"
 
