@@ -33,6 +33,9 @@ def capture(fused: PreTrainedModel, *, own: bool = False, hidden: bool = False) 
 
     def gate_of(_, inputs, output):
         seen["gate_weights"], seen["evidence"] = output[0], inputs[1:]
+        if own:
+            # from a cache no rule mixes states; where one does, it comes after this
+            seen["hidden_states"] = list(inputs[0])
 
     def states_of(_, inputs, output):
         if own:
@@ -81,3 +84,24 @@ def own_log_probs(stage, seen: dict, labels: Tensor, domain: Tensor) -> Tensor:
         states, targets = seen["hidden_states"][k][:, :-1][chosen], labels[:, 1:][chosen]
         log_probs[chosen] = specialist_log_probs(states, head, targets, cap).to(log_probs.dtype)
     return log_probs
+
+
+@torch.no_grad()
+def best_specialists(stage, seen: dict, labels: Tensor) -> Tensor:
+    """Returns which specialist holds each label likeliest, from the specialists' last hidden states.
+
+    Args:
+        stage: The trainer. Its fused model is read.
+        seen: As `capture` collected it, with `hidden_states`.
+        labels: As the model takes them. Shape (batch, seq).
+
+    Returns:
+        Index of the specialist, the first of several, 0 where nothing is supervised. Shape (batch, seq - 1).
+    """
+    weight, mask = whole_head(stage.fused), seen["scores"].label_mask
+    targets, found = labels[:, 1:][mask].to(weight.device), []
+    parts = zip(seen["hidden_states"], stage.fused.head_columns(), stage.fused.config.specialists, strict=True)
+    for states, columns, config in parts:
+        found.append(specialist_log_probs(states[:, :-1][mask], weight[:, columns], targets, soft_cap(config)))
+    best = torch.stack(found).argmax(0)
+    return torch.zeros(mask.shape, dtype=best.dtype, device=best.device).masked_scatter(mask, best)

@@ -19,9 +19,9 @@ from .batch_statistics import Statistics
 from .compat import is_zero_3, keep_head_whole, remember_callback
 from .domain_trainer import DomainTrainer, data_seed
 from .domains import DomainCollator, by_domain, split, together
-from .forward_hooks import capture, own_log_probs
+from .forward_hooks import best_specialists, capture, own_log_probs
 from .label_scorer import LabelScorer
-from .losses import gate_terms
+from .losses import gate_terms, group_factors
 from .mix.mix_controller import MixController
 from .mix.mixes import MIXES
 from .mix.probe import Probe
@@ -142,6 +142,7 @@ class StageTrainer(Resumable, DomainTrainer):
         self.sampler = SAMPLERS[args.sampler](names, batch_size, self.in_examples(self.prior), args.seed, self.drawn)
         config = self.fused.config
         self.statistics = Statistics(len(self.drawn), len(config.specialist_names), config.signed_weights is not None)
+        self.gate_factors = group_factors(args, self.drawn, config.specialist_names)
         self.controller = None
         if args.mix_reward is not None:
             self.controller = MixController(args, Probe(self), self.sampler, self.prior, self.in_examples)
@@ -166,27 +167,30 @@ class StageTrainer(Resumable, DomainTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
         own = self.controller is not None and self.controller.reward.watches_specialists
-        with capture(self.fused, own=own) as seen:
+        to_best = bool(self.args.gate_domain) and self.args.gate_domain_target == "best"
+        to_best = to_best and self.state.global_step < self.args.gate_domain_steps
+        with capture(self.fused, own=own or to_best) as seen:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, *outputs = result if return_outputs else (result,)
         scores, gate_weights, domain = seen["scores"], seen["gate_weights"][:, :-1], domain[:, 1:]
         mask = scores.label_mask
         own_log_p = own_log_probs(self, seen, labels, domain) if own else None
         self.statistics.add(domain, mask, scores.log_probs, gate_weights, own_log_p)
-        terms = self._terms(scores.log_probs, gate_weights, domain)
+        best = best_specialists(self, seen, labels) if to_best else None
+        terms = self._terms(scores.log_probs, gate_weights, domain, best)
         if isinstance(terms, Tensor):
             loss = loss + self._normalised((terms * mask).sum(), mask, num_items_in_batch, loss.device)
         return (loss, *outputs) if return_outputs else loss
 
-    def _terms(self, log_probs: Tensor, gate_weights: Tensor, domain: Tensor) -> Tensor | float:
+    def _terms(self, log_probs: Tensor, gate_weights: Tensor, domain: Tensor, best: Tensor | None) -> Tensor | float:
         """Returns what is added to the loss of each token, shape (batch, seq - 1), or 0.0."""
         terms, step = 0.0, self.state.global_step
         if self.args.mix_importance:
             weights = importance_weights(self.controller.mix_at(step) if self.controller else self.prior)
             weights = torch.tensor([*weights, 1.0], device=domain.device, dtype=log_probs.dtype)
             terms = terms - (weights[domain] - 1) * log_probs
-        mean = self.statistics.last_mean
-        return terms + gate_terms(self.args, gate_weights, domain, self.own_specialists, mean, step)
+        seen = (gate_weights, domain, self.own_specialists, self.statistics.last_mean, step)
+        return terms + gate_terms(self.args, *seen, factors=self.gate_factors, best=best)
 
     def _normalised(self, total: Tensor, mask: Tensor, num_items_in_batch, device: torch.device) -> Tensor:
         """Divides a sum over tokens as `SFTTrainer` divides the loss."""
@@ -255,7 +259,9 @@ class _StageCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if args.gate_balance:
             sums = self.trainer.statistics.since("balance", self.trainer.accelerator)
-            self.trainer.statistics.last_mean = torch.tensor(sums.gate.sum(0) / max(sums.tokens.sum(), 1))
+            factors = self.trainer.gate_factors
+            gate = sums.gate if factors is None else sums.gate * factors.numpy()
+            self.trainer.statistics.last_mean = torch.tensor(gate.sum(0) / max(sums.tokens.sum(), 1))
         if self.trainer.controller is not None and state.global_step % args.mix_every == 0:
             self.trainer.controller.update(state.global_step)
 

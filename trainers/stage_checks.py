@@ -51,10 +51,22 @@ def check_domains(args: StageConfig, domains: Sequence[str], specialists: Sequen
     if set(args.mix_weights or {}) - set(domains):
         raise ValueError(f"`mix_weights` names {sorted(args.mix_weights)}, but the domains are {domains}.")
     compared = args.mix_reward is not None and REWARDS[args.mix_reward].needs_specialists
-    if not set(domains) <= set(specialists) and (compared or args.gate_domain):
+    of_own = args.gate_domain and args.gate_domain_target == "domain"
+    if args.gate_groups:
+        _check_groups(args.gate_groups, {*domains, *specialists})
+    if not set(domains) <= set(specialists) and (compared or of_own):
         raise ValueError(
             f"`mix_reward={args.mix_reward!r}` and `gate_domain` compare each domain with its own specialist, so domains must "
             f"be named as specialists are, but domains are {domains} and specialists are {specialists}."
+        )
+
+
+def _check_groups(groups: Mapping[str, Sequence[str]], names: set[str]) -> None:
+    grouped = [name for members in groups.values() for name in members]
+    if sorted(grouped) != sorted(names):
+        raise ValueError(
+            f"`gate_groups` has each specialist and each domain in one group, so that it holds {sorted(names)} once each, but "
+            f"it holds {sorted(grouped)}."
         )
 
 

@@ -21,7 +21,7 @@ WHOLE_STEPS = re.compile(r"schedule_free|lomo|adalomo|.*layerwise")
 class StageConfig(CheckedConfig, MixConfig, SFTConfig):
     """Settings that both stages share: TRL's, those of the mix, and those here."""
 
-    _VALID_DICT_FIELDS = dict_settings(SFTConfig) + ["mix_weights", "mix_policy_settings"]
+    _VALID_DICT_FIELDS = dict_settings(SFTConfig) + ["mix_weights", "mix_policy_settings", "gate_groups"]
 
     learning_rate: float | None = field(
         default=None,
@@ -81,6 +81,26 @@ class StageConfig(CheckedConfig, MixConfig, SFTConfig):
         default=0.0, metadata={"help": "Times the gate's cross-entropy to the domain's specialist: a warm start."}
     )
     gate_domain_steps: int = field(default=100, metadata={"help": "Steps over which `gate_domain` falls to 0."})
+    gate_domain_target: str = field(
+        default="domain",
+        metadata={
+            "help": "Whom `gate_domain` goes by: `domain` for the domain's own specialist, or `best` for the one that predicts "
+            "each token best, which needs no names of domains, and one pass of every specialist's head."
+        },
+    )
+    gate_groups: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of specialists and domains by group, {world: [text], task: [code, math]}: `gate_balance` then "
+            "balances specialists within groups more than between them."
+        },
+    )
+    gate_groups_strength: float = field(
+        default=0.1,
+        metadata={
+            "help": "How much more a specialist counts in domains of its group, and less in others. LoRAMoE's 0.1."
+        },
+    )
 
     def __post_init__(self):
         if self.early_stopping is not None:
@@ -103,6 +123,21 @@ class StageConfig(CheckedConfig, MixConfig, SFTConfig):
             )
         if not 0 <= (self.gate_dropout or 0) < 1:
             raise ValueError(f"`gate_dropout` is a probability below 1, but is {self.gate_dropout}.")
+        if self.gate_domain_target not in ("domain", "best"):
+            raise ValueError(f"`gate_domain_target` is 'domain' or 'best', but is {self.gate_domain_target!r}.")
+        if not 0 <= self.gate_groups_strength < 1:
+            raise ValueError(
+                f"`gate_groups_strength` is taken from 1 for domains of other groups, so it is at least 0 and below 1, but is "
+                f"{self.gate_groups_strength}."
+            )
+        groups = self.gate_groups or {}
+        lists = isinstance(groups, dict) and all(isinstance(own, list | tuple) for own in groups.values())
+        if not lists or not all(isinstance(name, str) for own in groups.values() for name in own):
+            raise ValueError(f"`gate_groups` holds a list of names by group, but is {str(groups)[:200]!r}.")
+        if self.gate_groups and not self.gate_balance:
+            raise ValueError(
+                "`gate_groups` say how `gate_balance` balances, but that is 0. Set it, or leave them out."
+            )
         if not 0 < self.held_out < 1:
             raise ValueError(f"`held_out` is a share of each domain's rows, between 0 and 1, but is {self.held_out}.")
 

@@ -12,7 +12,7 @@ from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, configu
 from modeling_ultrafuser.refusals_ultrafuser import Refusal
 from tests.support.mixes import prompt
 from tests.support.stages import build
-from tests.support.tiny import specialist, stir_gate
+from tests.support.tiny import specialist, stir_gate, tokenizer
 from trainers import GateTrainer, JointTrainer
 from trainers.gate_cache import CachedGateTrainer
 from ultrafuser.build.fusion_recipe import FusionRecipe, FusionSettings
@@ -21,7 +21,9 @@ from ultrafuser.decoding.drafting import self_draft
 from ultrafuser.decoding.dropping import check_droppable
 from ultrafuser.decoding.stacking import stack
 from ultrafuser.evaluation.baselines import ensemble
+from ultrafuser.evaluation.contenders import UntunedError, weighted_by_perplexity
 from ultrafuser.reports.explanation import Token, are_signed
+from ultrafuser.route.prompt_route import PromptRoute
 from ultrafuser.serve.demo import steered
 
 
@@ -210,3 +212,12 @@ def test_the_leader_has_the_largest_weight_of_either_sign():
     assert Token("a", 1, weights=weights).leader == "base"
     assert are_signed(weights)
     assert not are_signed({"large": 0.25, "tuned": 0.5, "base": 0.25})
+
+
+def test_a_router_and_a_row_of_priors_are_refused(models):
+    model = fuse(models)
+    with pytest.raises(ValueError, match="weights are signed. Let the chosen specialist answer alone"):
+        PromptRoute(model, tokenizer(), "perplexity")
+    assert PromptRoute(model, tokenizer(), "perplexity", alone=True).alone
+    with pytest.raises(UntunedError, match="weights are signed"):
+        weighted_by_perplexity(None, model)

@@ -34,7 +34,7 @@ TEMPERATURES = {
 
 
 class UntunedError(ValueError):
-    """A contender that has to be tuned, and there is nothing to tune it with."""
+    """A contender that cannot be made of this model, or that has to be tuned, and there is nothing to tune it with."""
 
 
 @dataclass
@@ -209,7 +209,13 @@ def trained_choice(comparison: Comparison) -> Callable[[dict[str, Scores], HeldO
 
 
 def weighted_by_perplexity(comparison: Comparison, model: UltraFuserForCausalLM) -> Measured:
-    """A model whose specialists are weighed for the whole request by how well each predicts its prompt."""
+    """A model whose specialists are weighed for the whole request by how well each predicts its prompt.
+
+    Raises:
+        UntunedError: If its weights are signed.
+    """
+    if model.config.signed_weights is not None:
+        raise UntunedError("A prior multiplies shares that sum to 1, but this model's weights are signed.")
     weights = {
         d: baselines.perplexity_weights(comparison.alone(d), examples) for d, examples in comparison.data.items()
     }

@@ -63,6 +63,11 @@ class PromptRoute:
     ):
         if alone and router is None:
             raise ValueError("One specialist answers alone if a router chooses it, but there is none. Name a router.")
+        if router is not None and not alone and model.config.signed_weights is not None:
+            raise ValueError(
+                "A router's weights multiply shares that sum to 1, but this model's weights are signed. Let the chosen specialist "
+                "answer alone."
+            )
         self.model, self.tokenizer, self.alone = model, tokenizer, alone
         names = model.config.specialist_names
         self.router = load_router(router, names) if isinstance(router, str) else router

@@ -196,6 +196,10 @@ class Answering:
         if weights is None:
             return None
         names = self.served.model.config.specialist_names
+        if self.served.model.config.signed_weights is not None:
+            raise HTTPException(
+                400, "`gate_prior` multiplies shares that sum to 1, but this model's weights are signed."
+            )
         if set(weights) - set(names) or not any(weights.values()):
             raise HTTPException(
                 400,
