@@ -1,5 +1,6 @@
 """Commands that make one ordinary model of specialists' weights."""
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -34,7 +35,13 @@ def merge(
         str | None, Option(help="START,SLOPE of LiNeS, in place of coefficients: factors that rise with depth.")
     ] = None,
     data: Annotated[
-        list[str] | None, Option(help="NAME=FILE.jsonl or NAME=HUB_ID:SPLIT, rows of each specialist, for regmean.")
+        list[str] | None,
+        Option(
+            help="NAME=FILE.jsonl or NAME=HUB_ID:SPLIT, rows of each specialist for regmean, of any domain for --search."
+        ),
+    ] = None,
+    search: Annotated[
+        str | None, Option(help="map: search a factor of each specialist by a quadratic fit, and show the trade-off.")
     ] = None,
     seed: Annotated[int, Option(help="Seed of what dare drops.")] = 0,
     show: Annotated[
@@ -54,12 +61,22 @@ def merge(
     from ..merge.merged_folder import merge_folders
 
     options = {"coefficients": coefficients, "lines": lines, "data": named(data, "--data"), "seed": seed}
+    if search is not None:
+        options["search"] = partial(_search, search, coefficients is None and lines is None)
     table = merge_folders(what, out, method=method, base=base, **options)
     factors = table.as_dict()
     shown = factors if not table.is_even else {"all layers": next(iter(factors.values()))}
     for row, own in shown.items():
         echo(f"{row}: " + ", ".join(f"{name} {factor:.4g}" for name, factor in own.items()))
     echo(f"Wrote {str(out)!r}, a model that needs no code of this package. `merge.json` there has its coefficients.")
+
+
+def _search(how: str, free: bool, merge, held, work: Path) -> None:
+    from ..merge import searches
+
+    if not free:
+        raise typer.BadParameter("--search finds the coefficients: leave --coefficients and --lines out.")
+    Console().print(searches.table(searches.search(merge, how, held, work), merge.sources.names))
 
 
 def _show(what: list[str], base: str | None) -> None:

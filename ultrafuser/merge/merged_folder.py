@@ -1,7 +1,7 @@
 """Merges folders of specialists into a folder of one ordinary model, tensor by tensor: what `ultrafuser merge` does."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from trainers.progress import Progress
 from ..atomic import new_folder, write_whole
 from ..compress.full_models import Checkpoint
 from ..evaluation.held_out_files import read_domains
+from ..evaluation.measurement import HeldOut
 from ..hub.merge_card import write_merge_card
 from ..pretrained import load_model
 from ..provenance import provenance
@@ -96,11 +97,15 @@ class FolderMerge:
                     found.append(products.get_tensor(key))
         return found or None
 
-    def write(self, folder: Path) -> None:
-        """Writes the merged model with its configuration, tokenizer, table of coefficients and card."""
-        first, header = self.sources.first, self.header
-        with Progress("merging", len(header)) as progress:
-            write_tensors(header, self.tensor, folder, progress.add)
+    def write(self, folder: Path, done: Callable[[], None] = lambda: None) -> None:
+        """Writes the merged model with its configuration, tokenizer and table of coefficients.
+
+        Args:
+            folder: Folder to write to.
+            done: Called after each tensor.
+        """
+        first = self.sources.first
+        write_tensors(self.header, self.tensor, folder, done)
         config = copy.deepcopy(first.config)
         config.architectures = [type(first.model).__name__]
         if self.untied:
@@ -123,6 +128,7 @@ def merge_folders(
     coefficients: str | None = None,
     lines: str | None = None,
     data: Mapping[str, str] | None = None,
+    search: Callable[[FolderMerge, Mapping[str, HeldOut], Path], None] | None = None,
     seed: int = 0,
 ) -> Coefficients:
     """Merges specialists into the folder of one ordinary model, which any engine loads.
@@ -138,7 +144,8 @@ def merge_folders(
         coefficients: Factors of the changes: a number for all; NAME=NUMBER of each with commas between them; or a JSON file
             of a table, as a merge writes it.
         lines: START,SLOPE of LiNeS: factors that rise from START at the first layer by SLOPE to the last.
-        data: Rows of each specialist's domain, for a method that reads layers' inputs.
+        data: Rows by domain: of each specialist's, for a method that reads layers' inputs; of any, for a search.
+        search: Called with the merge, the rows and a folder for trials, to set the coefficients.
         seed: Of what DARE drops.
 
     Returns:
@@ -150,9 +157,16 @@ def merge_folders(
     """
     with new_folder(out) as part, TemporaryDirectory(dir=part) as work:
         merge = prepare(what, Path(work), method=method, base=base, coefficients=coefficients, lines=lines, seed=seed)
-        _read_inputs(merge, data or {}, Path(work))
+        _check_data(merge, data or {}, search is not None)
+        limits = {"examples": EXAMPLES, "max_length": MAX_LENGTH, "prompt_tokens": PROMPT_TOKENS}
+        held = read_domains(data or {}, merge.sources.tokenizer, **limits)
         merge.sources.check_numbers()
-        merge.write(part)
+        if merge.chosen.reads_inputs:
+            _read_inputs(merge, held, Path(work))
+        if search is not None:
+            search(merge, held, Path(work))
+        with Progress("merging", len(merge.header)) as progress:
+            merge.write(part, progress.add)
         write_merge_card(part, out.name, merge.sources.ingredients, merge.method, merge.coefficients)
     return merge.coefficients
 
@@ -214,28 +228,33 @@ def _two_numbers(lines: str) -> tuple[float, float]:
     return start, slope
 
 
-def _read_inputs(merge: FolderMerge, data: Mapping[str, str], work: Path) -> None:
-    """Runs each specialist on rows of its domain, one after another, and keeps what RegMean reads in files."""
-    names = merge.sources.names
-    if not merge.chosen.reads_inputs:
-        if data:
-            raise Refusal(
-                f"--data is given, and {merge.method!r} reads no rows", "Rows are for RegMean", "Leave --data out."
-            )
-        return
-    if sorted(data) != sorted(names):
+def _check_data(merge: FolderMerge, data: Mapping[str, str], searches: bool) -> None:
+    """Refuses rows that nothing reads, and what reads rows without any."""
+    chosen, names = merge.chosen, merge.sources.names
+    if searches and not (data and chosen.scales and merge.sources.base is not None):
+        raise Refusal(
+            f"a search for coefficients of {merge.method!r} has {'rows' if data else 'no rows'} and "
+            f"{'no base' if merge.sources.base is None else 'a base'}",
+            "It varies the factors of changes from a base, of methods that scale with them, and measures on rows",
+            "Pass --base and --data, and choose such as `task_arithmetic` or `ties`.",
+        )
+    if data and not (searches or chosen.reads_inputs):
+        rule = "Rows are for RegMean and for --search"
+        raise Refusal(f"--data is given, and {merge.method!r} reads no rows", rule, "Leave --data out.")
+    if chosen.reads_inputs and sorted(data) != sorted(names):
         raise Refusal(
             f"there are rows of {sorted(data)}, and the specialists are {sorted(names)}",
             f"{merge.method!r} runs each specialist on rows of its own domain",
             "Pass --data NAME=FILE.jsonl for each.",
         )
-    if merge.sources.tokenizer is None:
+    if data and merge.sources.tokenizer is None:
         raise Refusal("no folder holds a tokenizer", "Rows are read by one", "Save it beside the first specialist.")
-    held = read_domains(
-        data, merge.sources.tokenizer, examples=EXAMPLES, max_length=MAX_LENGTH, prompt_tokens=PROMPT_TOKENS
-    )
+
+
+def _read_inputs(merge: FolderMerge, held: Mapping[str, HeldOut], work: Path) -> None:
+    """Runs each specialist on rows of its domain, one after another, and keeps what RegMean reads in files."""
     files = {}
-    with Progress("reading rows", len(names)) as progress:
+    with Progress("reading rows", len(held)) as progress:
         for name, source in merge.sources.specialists.items():
             with loaded(source) as model:
                 products = inner_products(model, held[name])

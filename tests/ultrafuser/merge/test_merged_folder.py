@@ -204,6 +204,7 @@ def test_files_are_written_one_after_another(tmp_path, monkeypatch):
         (["--lines", "1", "--base", "BASE"], "a start and a slope"),
         (["--method", "layer_swap", "--coefficients", "1"], "decides itself"),
         (["--coefficients", "text=1"], "Name them all"),
+        (["--search", "map"], "no rows and no base"),
         (["--show"], "Pass --base"),
     ],
 )
