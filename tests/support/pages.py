@@ -44,6 +44,8 @@ NOT_RUN = {
     "mkdocs": "test_docs.py builds the site",
     "vllm": "an environment of its own: tests/vllm",
     "inspect": "an environment of its own",
+    "python examples/mlx_ultrafuser.py": "an environment of its own: tests/mlx",
+    "mlx_lm.generate": "an environment of its own: tests/mlx",
     "accelerate": "several GPUs: test_processes.py has two processes",
     "python tests/families.py": "an hour: test_families.py has a few families",
     "python -m benchmarks.rivals": "minutes: test_benchmarks.py has the smallest sizes",
