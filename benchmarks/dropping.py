@@ -1,8 +1,9 @@
 """Dropping on three real specialists: reads, losses and time: `python -m benchmarks.dropping --base FOLDER`.
 
 The specialists are a base of 135 million parameters and the quickstart's two adapters, merged into models of their own:
-adapters of one base read a token together, so that nothing is saved by leaving some out. A gate is fitted as in the
-quickstart, for each of `--gates`.
+adapters of one base read a token together, so that nothing is saved by leaving some out. A gate is fitted on the
+quickstart's conversations as there, for each of `--entropies`: with its entropy times so much added to the loss, it
+chooses where specialists agree and any mixture would do.
 
 Losses are those of held-out answers, in nats per token, and how far they are above the plain way's: the specialists read
 each answer once, then the decoder's decisions are run over it token by token, given the answer's tokens instead of its own.
@@ -41,9 +42,9 @@ from ultrafuser.quickstart.real_data import HELD_OUT_ROWS, Materials, held_out_b
 
 
 RESULTS = Path(__file__).parent.parent / "results" / "dropping.json"
-EVERIES, KEEPS = (4, 8, 16), ("top_p:0.8", "top_p:0.95", "top_p:0.99", "top_k:1")
-TIMED = {"one domain": (EVERY, KEEP), "changing domain": (4, "top_p:0.95")}
-NEW, SAME = 48, 24  # tokens
+EVERIES, KEEPS = (2, 4, 8, 16), ("top_p:0.8", "top_p:0.95", "top_k:2", "top_k:1")
+TIMED = {"one domain": (EVERY, KEEP), "changing domain": (4, "top_k:2")}
+NEW, SAME = 32, 16  # tokens
 
 
 class Answer(NamedTuple):
@@ -66,9 +67,10 @@ def main() -> None:
     """Makes the models, measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="folder of the base, as `ultrafuser quickstart --real` makes it")
-    parser.add_argument("--gates", nargs="+", default=["mlp:512", "cross:128"])
-    parser.add_argument("--answers", type=int, default=18, help="of each domain")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gate", default="mlp:512")
+    parser.add_argument("--entropies", type=float, nargs="+", default=[0.0, 0.3])
+    parser.add_argument("--answers", type=int, default=10, help="of each domain")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/dropping"), help="folder for models")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -76,8 +78,9 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     adapters, answers, result = Materials().adapters, [], {"provenance": provenance(), "gates": {}}
-    for gate in options.gates:
-        model, tokenizer = fused_model(options.work, options.base, adapters, gate)
+    for entropy in options.entropies:
+        model, tokenizer = fused_model(options.work, options.base, adapters, options.gate, entropy)
+        gate = f"{options.gate}, entropy {entropy:g}"
         with torch.no_grad():
             held = {d: data[: options.answers] for d, data in held_out_by_domain(HELD_OUT_ROWS, tokenizer).items()}
             # a gate changes nothing that the specialists say

@@ -16,6 +16,7 @@ PRUNED = {
     "pruned": "`prune`",
     "pruned, trained again": "`prune`, and the gate trained again",
 }
+SHOWN = (4, 8)  # tokens between decisions of dropping
 WAYS = ("one specialist", "fused", "fused, stacked", "fused, stacked, compiled", "fused, self-drafting")
 
 
@@ -69,9 +70,29 @@ def compression(path: Path) -> str:
     return markdown(["", *DOMAINS, "mean", "weights"], rows)
 
 
+def dropping(path: Path) -> str:
+    """Tables reads and losses of dropping with each gate, on answers of one domain and of two, and the time of a token."""
+    rows, times = [], []
+    for gate, found in files(path)[0]["gates"].items():
+        for row in found["losses"]["rows"]:
+            if row["every"] in SHOWN:
+                one = [mean(row[key][d] for d in DOMAINS) for key in ("reads", "above plain")]
+                cells = zip(
+                    ("{:.2f}", "{:+.3f}") * 2, (*one, row["reads"]["both"], row["above plain"]["both"]), strict=True
+                )
+                rows.append(
+                    [gate, str(row["every"]), f"`{row['keep']}`", *(form.format(cell) for form, cell in cells)]
+                )
+        for way in next(iter(found["seconds"].values())):
+            times.append([gate, way, *(_times(found["seconds"][d][way]["seconds"]) for d in (*DOMAINS, "both"))])
+    heads = ["gate", "every", "keep", "reads", "nats", "reads, two domains", "nats, two domains"]
+    return "\n\n".join([markdown(heads, rows), markdown(["gate", "time of a token", *DOMAINS, "two domains"], times)])
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "ways": ways,
     "adapters": adapters,
     "pruning": pruning,
     "compression": compression,
+    "dropping": dropping,
 }

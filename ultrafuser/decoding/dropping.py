@@ -1,8 +1,8 @@
 """Dropping: every few tokens all specialists are asked, and in between those alone to whom the gate listens.
 
-After a prompt, and then at every n-th new token, all specialists have read the text. The gate's mean weights of the last n
-new tokens, after the prompt those of its last token, go through a sparsifier (strategies of `SPARSIFIERS`), and the
-specialists that it keeps predict the next n - 1 tokens by themselves. The others read nothing meanwhile. At the next
+After a prompt, after the first new token, and then at every n-th token, all specialists have read the text. The gate's mean
+weights of the last n tokens, of a prompt those of its last one alone, go through a sparsifier (strategies of `SPARSIFIERS`),
+and the specialists that it keeps predict the next n - 1 tokens by themselves. The others read nothing meanwhile. At the next
 decision they read what they have missed in one pass, which costs little more than one token does, because a pass is bound
 by reading the weights: with S of N kept, a token costs S + (N - S) / n passes of one specialist instead of N. Caches are
 then exactly those of the plain way; what was said meanwhile is not. (Expert skipping, Lu et al., 2024, arXiv 2402.14800,
@@ -56,7 +56,7 @@ def drop_specialists(
 
     Args:
         keep: A sparsifier for the gate's mean weights, see `SPARSIFIERS`.
-        every: Number of tokens from one decision to the next, n. The fewer, the sooner a text that changes its domain is
+        every: Number of tokens from one decision to the next, n, but 1 from the first to the second. The fewer, the sooner a text that changes its domain is
             followed; the more, the fewer passes.
         streamer: Hears every token.
         tokenizer: Unused: `generate` makes criteria for stop strings with it.
@@ -126,11 +126,12 @@ class Asked:
         due, anew = self.since_decision >= self.every, self.reader.start_over(input_ids.shape[1])
         if anew:
             self.read_by_all, self.states = 0, [None] * self.reader.count
-        by_all = due or anew or self.kept.all()
+        by_all, first = due or anew or self.kept.all(), self.weights is None
         logits = self._by_all(input_ids) if by_all else self._by_kept(input_ids)
         if due:
             self._decide(live)
-        self.since_decision = 1 if due else self.since_decision + 1
+        # how an answer begins tells more of it than the prompt does: decide again at the next token
+        self.since_decision = self.every if first else 1 if due else self.since_decision + 1
         return logits
 
     def _by_all(self, input_ids: Tensor) -> Tensor:

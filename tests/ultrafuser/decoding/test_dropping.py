@@ -82,7 +82,8 @@ def naive(fused, ids, keep, every, anew=None):
     """
     backbone, gate = fused.model, fused.model.fusion_gate
     for step in range(STEPS):
-        since = step % every
+        # the first decision is for one token
+        since = (step - 1) % every if step else 0
         states = [o.last_hidden_state for o in backbone.reader.read(Tokens(ids), None)]
         evidence = read_evidence(backbone, states, Tokens(ids), None)
         ahead = run_before_specialists(gate, ids)
@@ -90,7 +91,8 @@ def naive(fused, ids, keep, every, anew=None):
         if ids.shape[1] == anew or not since:
             held = tuple(e[:, -1:] for e in evidence)
         if not since:
-            kept = sparsifier(keep).chosen(output.weights[:, -every if step else -1 :].mean(1))[0]
+            # of the prompt, its last token
+            kept = sparsifier(keep).chosen(output.weights[:, -min(every, step + 1) :].mean(1))[0]
             means = [s[:, -every:].mean(1, keepdim=True) for s in states]
         if ids.shape[1] == anew or not since or kept.all():
             logits = fused.logits(fused_states, output.weights)[:, -1]
@@ -133,12 +135,13 @@ def test_who_lags_behind_reads_the_text_anew_where_the_rotation_changes(gate):
 @pytest.mark.parametrize("gate", ["mlp", "constant", "uniform"])
 def test_between_decisions_it_is_the_fused_model_without_the_others(gate):
     fused, ids = fuse(MIXES["one family"](), gate=gate), prompt(batch=1)
-    # of equals the last
-    out = fused.config.specialist_names[2 - int(fused.gate_weights(ids)[0, -1].flip(0).argmin())]
     text = drop(fused, ids, "top_k:2", 10**9)
-    first = generate(fused, ids, max_new_tokens=1)
+    first = generate(fused, ids, max_new_tokens=2)
+    # of equals the last
+    weights = fused.gate_weights(first[:, :-1])[0, -2:].mean(0)
+    out = fused.config.specialist_names[2 - int(weights.flip(0).argmin())]
     less = remove_specialist(fused, out).eval()
-    assert torch.equal(text, generate(less, first, max_new_tokens=STEPS - 1))
+    assert torch.equal(text, generate(less, first, max_new_tokens=STEPS - 2))
     assert not torch.equal(text, generate(fused, ids))
 
 
@@ -151,11 +154,11 @@ def test_a_gate_that_listens_to_one_gives_that_ones_own_tokens():
 
 @pytest.mark.parametrize(("keep", "size"), [("top_k:1", 1), ("top_k:2", 2), ("top_k:3", 3)])
 def test_reads_are_those_of_the_formula(keep, size):
-    """All at every n-th token, and at the others those that are kept: S + (N - S) / n for a token."""
+    """All at the first token, the second and every n-th from there, and at the others those that are kept."""
     fused, ids = fuse(MIXES["one family"](), gate="constant"), prompt(batch=1)
     fused.model.fusion_gate.logits.data = torch.tensor([3.0, 2.0, 1.0])
     counts = passes(fused, lambda: drop(fused, ids, keep, 4, max_new_tokens=12))
-    assert sorted(counts.values()) == sorted([12] * size + [3] * (3 - size))
+    assert sorted(counts.values()) == sorted([12] * size + [4] * (3 - size))
 
 
 # ---------------------------------------------------------------------------------------------- caches
@@ -169,8 +172,9 @@ def test_caches_that_lagged_behind_are_those_of_one_pass(mix, gate):
     fused, ids = fuse(MIXES[mix](), gate=gate), prompt(batch=2, length=12)
     done = drop(fused, ids, every=4, max_new_tokens=9, return_dict_in_generate=True)
     cache = done.past_key_values
-    # decisions after 12, 16 and 20 tokens: all have read so many
-    read = 20
+    # decisions after 12, 13 and 17 tokens: all have read so many, or all but the last if both texts together keep everybody
+    read = next(layer.get_seq_length() for layer in cache.layers if layer.keys is not None)
+    assert read in (17, 20)
     assert {len(layer.past.states[0]) for layer in cache.layers if hasattr(layer, "past")} <= {read}
     plain = DynamicCache(config=fused.config)
     fused(done.sequences[:, :read], past_key_values=plain, use_cache=True)
@@ -215,7 +219,7 @@ def test_texts_share_those_that_any_of_them_keeps_and_have_weights_of_their_own(
     ids[1] -= 1 - ids[1] % 2
     # each keeps one of the two, and listens to both
     counts = passes(fused, lambda: drop(fused, ids, "top_k:1", 10**9))
-    assert counts == {"text": STEPS, "code": STEPS, "math": 1}
+    assert counts == {"text": STEPS, "code": STEPS, "math": 2}
     assert torch.equal(drop(fused, ids, "top_k:1", 10**9), generate(fused, ids))
 
 
