@@ -17,6 +17,7 @@ PRUNED = {
     "pruned, trained again": "`prune`, and the gate trained again",
 }
 SHOWN = (4, 8)  # tokens between decisions of dropping
+ROUTED = {"fused": "the gate, no router", "oracle": "the right specialist (oracle)"}
 WAYS = ("one specialist", "fused", "fused, stacked", "fused, stacked, compiled", "fused, self-drafting")
 
 
@@ -57,6 +58,21 @@ def pruning(path: Path) -> str:
     return markdown(["", *DOMAINS, "mean"], sorted(rows, key=lambda row: row[-1]))
 
 
+def routers(path: Path) -> str:
+    """Tables the loss of a fused model with and without routers: mean ± standard deviation over seeds, the best first."""
+    rows = []
+    for results in ledger.results(path.name).values():
+        for name in results[0]["nats_per_token"]:
+            own = [one["nats_per_token"][name] for one in results]
+            kind, _, how = name.partition(", ")
+            shares = [f"{mean(one['right'][kind][d] for one in results):.0%}" if how else "" for d in DOMAINS]
+            means = [mean(losses[d] for d in DOMAINS) for losses in own]
+            mixed = [losses["mixed"] for losses in own]
+            rows.append([ROUTED.get(name, f"`{kind}`, {how}"), spread(means), spread(mixed), *shares])
+    chosen = [f"{d} to its specialist" for d in DOMAINS]
+    return markdown(["", "mean of domains", "mixed items", *chosen], sorted(rows, key=lambda row: row[1]))
+
+
 def compression(path: Path) -> str:
     """Tables the gain of tuning that compressed specialists keep, and their weights against three full models fused."""
     rows = []
@@ -93,6 +109,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "ways": ways,
     "adapters": adapters,
     "pruning": pruning,
+    "routers": routers,
     "compression": compression,
     "dropping": dropping,
 }

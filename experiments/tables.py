@@ -27,6 +27,7 @@ DOCUMENTS = (
     "docs/costs.md",
     "docs/families.md",
     "docs/security.md",
+    "docs/serve.md",
     "docs/when-not.md",
 )
 
