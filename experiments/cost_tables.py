@@ -105,6 +105,17 @@ def dropping(path: Path) -> str:
     return "\n\n".join([markdown(heads, rows), markdown(["gate", "time of a token", *DOMAINS, "two domains"], times)])
 
 
+def merging(path: Path) -> str:
+    """Tables held-out losses of merges and exported mixtures, mean over seeds, best mean first."""
+    seeds = [one["losses"] for one in files(path)[0]["rows"]]
+    rows = []
+    for name in seeds[0]:
+        losses = [[one[name][d] for d in DOMAINS] for one in seeds]
+        by_domain = [mean(own) for own in zip(*losses, strict=True)]
+        rows.append([name, *numbers(by_domain), spread([mean(own) for own in losses])])
+    return markdown(["", *DOMAINS, "mean"], sorted(rows, key=lambda row: float(row[-1].split()[0])))
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "ways": ways,
     "adapters": adapters,
@@ -112,4 +123,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "routers": routers,
     "compression": compression,
     "dropping": dropping,
+    "merging": merging,
 }

@@ -26,6 +26,7 @@ DOCUMENTS = (
     "EXPERIMENTS.md",
     "docs/costs.md",
     "docs/families.md",
+    "docs/merge.md",
     "docs/security.md",
     "docs/serve.md",
     "docs/when-not.md",

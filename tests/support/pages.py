@@ -50,6 +50,7 @@ NOT_RUN = {
     "python tests/families.py": "an hour: test_families.py has a few families",
     "python -m benchmarks.rivals": "minutes: test_benchmarks.py has the smallest sizes",
     "python -m benchmarks.gate_costs": "minutes: test_benchmarks.py has the smallest sizes",
+    "python -m benchmarks.merging": "minutes: test_merging_benchmark.py has the smallest sizes",
     "python -m benchmarks.compression": "minutes: test_compression.py has the smallest sizes",
     "python -m benchmarks.growth": "minutes: test_benchmarks.py has the smallest sizes",
     "python -m benchmarks.serving": "minutes: test_benchmarks.py has the smallest sizes",

@@ -5,10 +5,12 @@ merged, or one specialist's. A router reads the hidden state of each layer. So i
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 from rich.table import Table
@@ -39,6 +41,14 @@ EXAMPLES, MAX_LENGTH, PROMPT_TOKENS = 128, 1024, 32
 FEED_FORWARD = re.compile(r"model\.layers\.(\d+)\.mlp\.(\w+)\.weight")
 
 
+class Made(NamedTuple):
+    """A tensor of the mixture: its type, its shape, and what makes it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
 @dataclass
 class MoeExport:
     """A mixture of experts, tensor by tensor.
@@ -55,7 +65,7 @@ class MoeExport:
     donor: str | None
     routers: Mapping[str, Tensor]
 
-    @property
+    @cached_property
     def config(self):
         """The mixture's configuration."""
         sources = self.merge.sources
@@ -63,54 +73,43 @@ class MoeExport:
         config.tie_word_embeddings = not self.merge.untied
         return config
 
-    @property
-    def header(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Type and shape of each tensor, by its name in files."""
-        found = {name: self.merge.header[key] for name, (key, _) in self._places().items()}
-        dtype, names = (
-            self.merge.header[self.merge.sources.first.key(self.merge.sources.first.embedding)][0],
-            self.routers,
-        )
-        for layer in range(self.merge.sources.layers):
-            found[self.layout.router.format(layer=layer)] = dtype, (len(names), self.config.hidden_size)
-            more = self.layout.zeros(self.merge.sources.first.config, layer)
-            found |= {name: (dtype, shape) for name, shape in more.items()}
-        return found
-
-    def _places(self) -> dict[str, tuple[str, int | None]]:
-        """Returns where each tensor comes from: its name among a specialist's, and which expert it is, if any."""
-        places: dict[str, tuple[str, int | None]] = {}
-        for key in self.merge.header:
+    @cached_property
+    def tensors(self) -> dict[str, Made]:
+        """Every tensor by its name in files."""
+        found = {}
+        for key, (dtype, shape) in self.merge.header.items():
             block = FEED_FORWARD.fullmatch(key)
             if block is None:
-                places[key] = key, None
+                found[key] = Made(dtype, shape, partial(self._shared, key))
                 continue
-            part = self.layout.parts[block[2]]
-            for k in range(len(self.routers)):
-                places[self.layout.expert.format(layer=block[1], expert=k, part=part)] = key, k
-        return places
+            for k, model in enumerate(self.merge.sources.specialists.values()):
+                name = self.layout.expert.format(layer=block[1], expert=k, part=self.layout.parts[block[2]])
+                found[name] = Made(dtype, shape, partial(model.tensor, key))
+        for layer in range(self.merge.sources.layers):
+            found |= self._added(layer, next(iter(found.values())).dtype)
+        return found
+
+    def _shared(self, key: str) -> Tensor:
+        if self.donor is None:
+            return self.merge.tensor(key)
+        return self.merge.sources.specialists[self.donor].read(key)
+
+    def _added(self, layer: int, dtype: torch.dtype) -> dict[str, Made]:
+        """Returns what no specialist has: a layer's router, and what is all 0."""
+        shape = (len(self.routers), self.config.hidden_size)
+        rows = partial(torch.stack, [rows[layer] for rows in self.routers.values()])
+        empty = self.layout.zeros(self.merge.sources.first.config, layer)
+        return {
+            self.layout.router.format(layer=layer): Made(dtype, shape, rows),
+            **{name: Made(dtype, shape, partial(torch.zeros, shape)) for name, shape in empty.items()},
+        }
 
     def write(self, folder: Path) -> None:
         """Writes weights, configuration, tokenizer and a record."""
-        header, places, sources = self.header, self._places(), self.merge.sources
-        routers = {self.layout.router.format(layer=k): k for k in range(sources.layers)}
-        models = list(sources.specialists.values())
-
-        def tensor(name: str) -> Tensor:
-            dtype, shape = header[name]
-            if name in routers:
-                return torch.stack([rows[routers[name]] for rows in self.routers.values()]).to(dtype)
-            if name not in places:
-                return torch.zeros(shape, dtype=dtype)
-            key, expert = places[name]
-            if expert is not None:
-                return models[expert].tensor(key).to(dtype)
-            return (
-                self.merge.tensor(key) if self.donor is None else sources.specialists[self.donor].read(key).to(dtype)
-            )
-
-        with Progress("exporting", len(header)) as progress:
-            write_tensors(header, tensor, folder, progress.add)
+        made, sources = self.tensors, self.merge.sources
+        with Progress("exporting", len(made)) as progress:
+            header = {name: (one.dtype, one.shape) for name, one in made.items()}
+            write_tensors(header, lambda name: made[name].make().to(made[name].dtype), folder, progress.add)
         config = self.config
         with torch.device("meta"):
             config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -63,7 +64,7 @@ class FolderMerge:
         """Returns whether the merged model has a head of its own: if any specialist has."""
         return any(not model.is_tied for model in self.sources.all)
 
-    @property
+    @cached_property
     def header(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Type and shape of each tensor of the merged model."""
         first = self.sources.first
