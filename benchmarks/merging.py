@@ -1,8 +1,8 @@
 """Measures merges, and stock mixtures of experts, of the toy's specialists: `python -m benchmarks.merging`.
 
-Three models are tuned from one base on text, code and mathematics of the quickstart, and merged by every method into one
-folder each, one row with coefficients that MAP searched for, and exported as Mixtral, at once and after 100 steps that train
-its routers. Coefficients, RegMean and routers are made of text to fuse with; losses are on held-out text, in nats per token behind the first 32.
+Three models are tuned from one base on text, code and mathematics of the quickstart, merged with coefficients that are given
+or searched for, and exported as Mixtral, at once and after 100 steps that train its routers. Coefficients and routers are made
+of text to fuse with; losses are on held-out text, in nats per token behind the first 32.
 Beside them stand the base, the specialist of each domain, and two fused models that need no training either.
 
 Models are made once in `--work`; results of all seeds are in `results/merging.json`.
@@ -34,18 +34,10 @@ RESULTS = Path(__file__).parent.parent / "results" / "merging.json"
 THIRD = str(1 / len(DOMAINS))
 # settings of `merge_folders` by row
 MERGED = {
-    "average": {},
-    "task arithmetic, 1/3": {"method": "task_arithmetic"},
-    "task arithmetic, 1": {"method": "task_arithmetic", "coefficients": "1"},
-    "task arithmetic, LiNeS 1/3 to 5/6": {"method": "task_arithmetic", "lines": f"{THIRD},0.5"},
-    "ties:0.2": {"method": "ties:0.2"},
-    "dare:0.2, 1/3": {"method": "dare:0.2"},
-    "breadcrumbs, 1/3": {"method": "breadcrumbs"},
-    "breadcrumbs, 1": {"method": "breadcrumbs", "coefficients": "1"},
-    "pcb:0.1": {"method": "pcb"},
-    "model_stock": {"method": "model_stock"},
-    "regmean:0.9": {"method": "regmean"},
-    "task arithmetic, searched by MAP": {"method": "task_arithmetic", "search": "map"},
+    "merge: average": {},
+    "merge: task arithmetic, LiNeS 1/3 to 5/6": {"method": "task_arithmetic", "lines": f"{THIRD},0.5"},
+    "merge: task arithmetic, searched by MAP": {"method": "task_arithmetic", "search": "map"},
+    "merge: ties, searched by MAP": {"method": "ties:0.2", "search": "map"},
 }
 STEPS, RATE = 100, 3e-3  # of the routers
 
@@ -123,8 +115,7 @@ def _merged(out: Path, pairs: list[str], base: str, data: dict[str, str], settin
     shutil.rmtree(out, ignore_errors=True)
     if how := settings.pop("search", None):
         settings |= {"search": lambda merge, held, work: search(merge, how, held, work)}
-    reads = "search" in settings or settings.get("method") == "regmean"
-    merge_folders(pairs, out, base=base, data=data if reads else None, seed=seed, **settings)
+    merge_folders(pairs, out, base=base, data=data if how else None, seed=seed, **settings)
     return out
 
 

@@ -15,5 +15,4 @@ def test_every_row_has_the_losses_of_its_model(tmp_path, monkeypatch):
     losses = merging.measure(tmp_path, blocks, 4, 0)
     assert {*merging.MERGED, "base", "fused, posterior", "experts, donor text, routers trained"} < losses.keys()
     assert all(of.keys() == set(NAMES) and all(0 < loss < 50 for loss in of.values()) for of in losses.values())
-    assert losses["average"] == pytest.approx(losses["task arithmetic, 1/3"], abs=1e-4)
     assert losses["experts, average"] != losses["experts, average, routers trained"]
