@@ -43,8 +43,8 @@ from ultrafuser.quickstart.real_data import HELD_OUT_ROWS, Materials, held_out_b
 
 RESULTS = Path(__file__).parent.parent / "results" / "dropping.json"
 EVERIES, KEEPS = (2, 4, 8, 16), ("top_p:0.8", "top_p:0.95", "top_k:2", "top_k:1")
-TIMED = {"one domain": (EVERY, KEEP), "changing domain": (4, "top_k:2")}
-NEW, SAME = 32, 16  # tokens
+TIMED = ((EVERY, KEEP), (EVERY, "top_k:1"), (4, "top_k:2"))
+NEW, SAME = 24, 10  # tokens
 
 
 class Answer(NamedTuple):
@@ -208,8 +208,8 @@ def same_tokens(model: UltraFuserForCausalLM, asked: dict[str, Tensor]) -> dict[
 def times(model: UltraFuserForCausalLM, asked: dict[str, Tensor], rounds: int) -> dict[str, dict]:
     """Measures the seconds of a generated token, one text at a time, and their ratio to the plain way's."""
     ways = {"plain": {}}
-    for name, (every, keep) in TIMED.items():
-        ways[name] = {"custom_generate": drop_specialists, "every": every, "keep": keep}
+    for every, keep in TIMED:
+        ways[f"{keep}, every {every}"] = {"custom_generate": drop_specialists, "every": every, "keep": keep}
     return {
         domain: compare_ways(
             {n: lambda ids=ids, way=way: _a_token(model, ids, way) for n, way in ways.items()}, rounds

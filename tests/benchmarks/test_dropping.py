@@ -63,5 +63,5 @@ def test_tokens_are_compared_and_timed():
     assert {d: tuple(ids.shape) for d, ids in asked.items()} == {"text": (1, PROMPT), "code": (1, PROMPT)}
     assert dropping.same_tokens(fused, asked) == {"greedy": True, "with a seed": True}
     found = dropping.times(fused, asked, 1)
-    assert list(found["code"]) == ["plain", *dropping.TIMED]
+    assert list(found["code"]) == ["plain", "top_p:0.8, every 8", "top_k:1, every 8", "top_k:2, every 4"]
     assert all(way["seconds"]["value"] > 0 for way in found["text"].values())
