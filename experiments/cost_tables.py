@@ -92,17 +92,19 @@ def dropping(path: Path) -> str:
     for gate, found in files(path)[0]["gates"].items():
         for row in found["losses"]["rows"]:
             if row["every"] in SHOWN:
-                one = [mean(row[key][d] for d in DOMAINS) for key in ("reads", "above plain")]
-                cells = zip(
-                    ("{:.2f}", "{:+.3f}") * 2, (*one, row["reads"]["both"], row["above plain"]["both"]), strict=True
-                )
-                rows.append(
-                    [gate, str(row["every"]), f"`{row['keep']}`", *(form.format(cell) for form, cell in cells)]
-                )
-        for way in next(iter(found["seconds"].values())):
-            times.append([gate, way, *(_times(found["seconds"][d][way]["seconds"]) for d in (*DOMAINS, "both"))])
-    heads = ["gate", "every", "keep", "reads", "nats", "reads, two domains", "nats, two domains"]
-    return "\n\n".join([markdown(heads, rows), markdown(["gate", "time of a token", *DOMAINS, "two domains"], times)])
+                above = [f"{row['above plain'][d]:+.3f}" for d in DOMAINS]
+                one = [
+                    f"{mean(row['reads'][d] for d in DOMAINS):.2f}",
+                    *above,
+                    f"{mean(row['above plain'][d] for d in DOMAINS):+.3f}",
+                ]
+                both = [f"{row['reads']['both']:.2f}", f"{row['above plain']['both']:+.3f}"]
+                rows.append([gate, str(row["every"]), f"`{row['keep']}`", *one, *both])
+        seconds = found.get("seconds", {})
+        for way in seconds.get("both", ()):
+            times.append([way, *(_times(seconds[d][way]["seconds"]) for d in (*DOMAINS, "both"))])
+    heads = ["gate", "every", "keep", "reads", *DOMAINS, "mean", "reads, two domains", "nats, two domains"]
+    return "\n\n".join([markdown(heads, rows), markdown(["time of a token", *DOMAINS, "two domains"], times)])
 
 
 def merging(path: Path) -> str:
