@@ -1,0 +1,284 @@
+"""Measures strategies beside the plain gate: sparsifiers, routers, merges, signed weights, terms of the loss, export.
+
+Specialists, data and gate are those of `baseline_runs`. A variant is one kind of strategy in its intended setting, with the
+baselines that it has to beat; its `words` are what a user would write on the command line.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers.utils import logging
+
+from experiments.baseline_runs import (
+    EXAMPLES,
+    Fusions,
+    check_gate,
+    examples_of,
+    folder_of,
+    load,
+    mixed,
+    specialists_of,
+)
+from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.sparsifiers_ultrafuser import sparsifier
+from ultrafuser.evaluation import contenders
+from ultrafuser.evaluation.baselines import select
+from ultrafuser.evaluation.contenders import Comparison
+from ultrafuser.evaluation.measurement import MIXED, HeldOut, Scores, mean_loss, score
+from ultrafuser.export.moe_folder import export
+from ultrafuser.merge import merge_method
+from ultrafuser.provenance import digest
+from ultrafuser.quickstart.corpora import DOMAINS
+from ultrafuser.quickstart.toy_models import new_model
+from ultrafuser.route.router_files import router_named
+from ultrafuser.route.router_training import measured, prompts_of
+
+
+Losses = dict[str, float]  # nats per token by domain, and on mixed items
+LINES = " + LiNeS"
+
+
+@dataclass
+class Subject:
+    """Specialists, the plain gate, and what is measured on.
+
+    Attributes:
+        seed: Of everything random.
+        folder: Of the specialists.
+        blocks: Token ids by domain and split.
+        tokenizer: Of all models.
+        make: Trains and keeps a further single model: see `specialists_of`.
+        plain: How the gate is made: a gate, a fusion rule, a stage.
+        examples_per_domain: In every batch of a stage.
+    """
+
+    seed: int
+    folder: Path
+    blocks: dict[str, dict[str, Tensor]]
+    tokenizer: object
+    make: Callable
+    plain: dict
+    examples_per_domain: int
+
+    def __post_init__(self):
+        self.tests, self.tune = self._examples("held_out"), self._examples("fuse")
+
+    def _examples(self, split: str) -> dict[str, HeldOut]:
+        few = {d: self.blocks[d][split][:EXAMPLES] for d in DOMAINS}
+        return {d: examples_of(x, self.tokenizer) for d, x in {**few, MIXED: mixed(few, self.seed, EXAMPLES)}.items()}
+
+    @cached_property
+    def fused(self) -> UltraFuserForCausalLM:
+        """Returns the fused model with the plain gate."""
+        return self.gate()
+
+    def gate(self, **more) -> UltraFuserForCausalLM:
+        """Returns a fused model whose stage one has further settings."""
+        data = {d: self.blocks[d]["fuse"] for d in DOMAINS}
+        fusions = Fusions(self.folder, self.tokenizer, data, self.examples_per_domain, self.seed)
+        return load(fusions.gate(**{**self.plain, "stage": {**self.plain["stage"], **more}}))
+
+    @cached_property
+    def specialists(self) -> dict[str, dict[str, Scores]]:
+        """Returns each specialist's scores by domain."""
+        alone = {d: load(self.folder / d) for d in DOMAINS}
+        return {d: {name: score(model, x) for name, model in alone.items()} for d, x in self.tests.items()}
+
+    def losses(self, model, before: Callable[[str, slice], dict | None] = lambda *_: None) -> Losses:
+        """Measures a model."""
+        return {d: self.mean(d, score(model, x, before=partial(before, d))) for d, x in self.tests.items()}
+
+    def mean(self, domain: str, scores: Scores) -> float:
+        """Averages losses over tokens."""
+        return scores.losses[self.tests[domain].scored].mean().item()
+
+
+def sparsified(subject: Subject, words: list[str]) -> dict[str, Losses]:
+    """Applies sparsifiers to the plain gate. Each row has the mean number of specialists with a weight, too."""
+    model, rows = subject.fused, {}
+    for word in words:
+        model.model.fusion_gate.sparsifier = sparsifier(word)
+        weights = {d: model.gate_weights(x.input_ids) for d, x in subject.tests.items()}
+        number = {d: (w > 0).sum(-1).float().mean().item() for d, w in weights.items()}
+        rows[word] = subject.losses(model) | {"kept": sum(number[d] for d in DOMAINS) / len(DOMAINS)}
+        rows[word]["kept, mixed"] = number[MIXED]
+    return rows
+
+
+def routed(subject: Subject, words: list[str]) -> dict[str, Losses]:
+    """Routes whole requests by their first tokens: one specialist alone, and as a prior on the plain gate."""
+    model, tokenizer, rows = subject.fused, subject.tokenizer, {"plain gate": subject.losses(subject.fused)}
+    best = {d: contenders.best_per_domain(own, subject.tests[d]) for d, own in subject.specialists.items()}
+    rows["best specialist (oracle)"] = _selected(subject, best)
+    examples = measured(model, tokenizer, {d: subject.tune[d] for d in DOMAINS})
+    for word in words:
+        cls, settings = router_named(word, trained=word.partition(":")[0] != "perplexity")
+        with torch.no_grad():
+            router = cls.trained(examples, settings) if cls.trains else cls(settings)
+            found = {d: prompts_of(model, tokenizer, x) for d, x in subject.tests.items()}
+            priors = {d: torch.cat([router.prior(batch) for batch in batches]) for d, batches in found.items()}
+        rows[f"{word}, alone"] = _selected(subject, {d: p.argmax(-1) for d, p in priors.items()})
+        rows[f"{word}, prior"] = subject.losses(model, lambda d, some, p=priors: {"gate_prior": p[d][some]})
+    return rows
+
+
+def _selected(subject: Subject, chosen: dict[str, Tensor]) -> Losses:
+    return {d: subject.mean(d, select(subject.specialists[d], chosen[d])) for d in subject.tests}
+
+
+def merged(subject: Subject, words: list[str]) -> dict[str, Losses]:
+    """Merges the specialists' weights. Factors are chosen on other text, as `ultrafuser evaluate` does."""
+    base = load(subject.folder / "base")
+    rows = {"plain gate": subject.losses(subject.fused), "base": subject.losses(base)}
+    for word in words:
+        method, lines = word.removesuffix(LINES), word.endswith(LINES)
+        comparison = Comparison(
+            subject.fused, subject.fused, subject.tokenizer, subject.tests, subject.tune, base, subject.seed
+        )
+        if method.startswith("layer_swap"):  # of two: the middle of one that has learned a task, the ends of another
+            comparison.specialists = {d: comparison.specialists[d] for d in ("math", "text")}
+        found = contenders.merged(comparison, method, lines).scores
+        rows[word] = {d: subject.mean(d, own) for d, own in found.items()}
+    return rows
+
+
+def signed(subject: Subject, words: list[str], *, width: int, large: dict, tuned: dict) -> dict[str, Losses]:
+    """Adds what a small specialist learned to a larger base: large + a (small tuned - small base).
+
+    A column is measured with the specialist of that domain; mixed items with that of mathematics.
+
+    Args:
+        subject: Small base and specialists.
+        words: Factors a.
+        width: Hidden size of the larger base.
+        large: Its steps and rate, on all domains.
+        tuned: Steps and rate of the larger model tuned on a domain itself, the ceiling.
+    """
+    make, seen = subject.make, torch.cat([subject.blocks[d]["specialist"] for d in DOMAINS])
+    start = make(f"base {width} wide", lambda: _wide_model(subject, width), seen, **large)
+    rows: dict[str, Losses] = {}
+    for domain in DOMAINS:
+        data = subject.blocks[domain]["specialist"]
+        own = make(f"{domain} {width} wide {digest(large)}", partial(load, start), data, **tuned)
+        models = {"large": start, "small, tuned": subject.folder / domain, "large, tuned (ceiling)": own}
+        measured_on = [domain, MIXED] if domain == "math" else [domain]
+        for name, model in models.items():
+            rows.setdefault(name, {}).update(_some(subject, load(model), measured_on))
+        parts = {"large": start, "tuned": subject.folder / domain, "base": subject.folder / "base"}
+        two = {name: parts[name] for name in ("large", "tuned")}
+        uniform = UltraFuserForCausalLM.from_specialists(two, gate="uniform")
+        rows.setdefault("large and tuned, uniform", {}).update(_some(subject, uniform, measured_on))
+        for word in words:
+            weights = {"large": 1.0, "tuned": float(word), "base": -float(word)}
+            model = UltraFuserForCausalLM.from_specialists(parts, gate="uniform", signed_weights=weights)
+            rows.setdefault(f"signed, {word}", {}).update(_some(subject, model, measured_on))
+    return rows
+
+
+def _some(subject: Subject, model, domains: list[str]) -> Losses:
+    return {d: mean_loss(model, subject.tests[d]) for d in domains}
+
+
+def _wide_model(subject: Subject, width: int) -> LlamaForCausalLM:
+    config = new_model(subject.tokenizer, subject.seed).config.to_dict()
+    set_seed(subject.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(**{**config, "hidden_size": width, "intermediate_size": 3 * width, "head_dim": None})
+    )
+
+
+def termed(subject: Subject, words: dict[str, dict]) -> dict[str, Losses]:
+    """Trains the plain gate with further settings of stage one, by row."""
+    return {name: subject.losses(subject.gate(**(more or {}))) for name, more in words.items()}
+
+
+def exported(subject: Subject, words: list[str]) -> dict[str, Losses]:
+    """Writes the specialists as a stock mixture of experts, whose routers are not trained."""
+    rows = {"plain gate": subject.losses(subject.fused)}
+    files = {}
+    for domain in DOMAINS:
+        file = subject.folder / f"{domain}.jsonl"
+        texts = subject.tokenizer.batch_decode(subject.blocks[domain]["fuse"][:EXAMPLES])
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        files[domain] = str(file)
+    for word in words:
+        layout, _, shared = word.partition(", ")
+        out = subject.folder / f"exported {digest(word)}"
+        if not out.exists():
+            donor = {"donor": shared.removeprefix("donor ")} if shared else {}
+            export([f"{d}={subject.folder / d}" for d in DOMAINS], layout, out, files, **donor)
+        rows[word] = subject.losses(AutoModelForCausalLM.from_pretrained(out))
+    return rows
+
+
+KINDS = {
+    "sparsifiers": sparsified,
+    "routers": routed,
+    "merges": merged,
+    "signed weights": signed,
+    "terms": termed,
+    "export": exported,
+}
+
+
+def measure(
+    seed: int,
+    work: Path,
+    *,
+    kind: str,
+    words: list[str] | dict[str, dict],
+    base: dict,
+    specialist: dict,
+    gate: str,
+    fusion: str,
+    stage: dict,
+    examples_per_domain: int,
+    more: dict | None = None,
+) -> dict:
+    """Measures strategies of one kind.
+
+    Args:
+        seed: As for `rivals` of `baseline_runs`, and so are `work`, `base`, `specialist` and `examples_per_domain`.
+        work: Folder for models.
+        kind: A name in `KINDS`.
+        words: The strategies.
+        base: Steps and rate.
+        specialist: Steps and rate.
+        gate: Of the plain gate, as for `Fusions.gate`, and so are `fusion` and `stage`.
+        fusion: A name in `FUSIONS`.
+        stage: Settings of stage one.
+        examples_per_domain: In every batch.
+        more: Further arguments of the kind.
+
+    Returns:
+        Held-out nats per token by row and domain.
+    """
+    logging.disable_progress_bar()
+    folder, lock = folder_of(seed, work, base, specialist)
+    with lock:
+        blocks, tokenizer, make = specialists_of(seed, folder, base, specialist)
+        plain = {"gate": gate, "fusion": fusion, "stage": stage}
+        subject = Subject(seed, folder, blocks, tokenizer, make, plain, examples_per_domain)
+        return {"nats_per_token": KINDS[kind](subject, words, **(more or {}))}
+
+
+def check(*, kind: str, words: list[str] | dict[str, dict], **gate) -> None:
+    """Checks that the strategies exist, and the gate."""
+    check_gate(**gate)
+    if kind not in KINDS:
+        raise ValueError(f"`kind` is one of {list(KINDS)}, but is {kind!r}.")
+    for word in words:
+        if kind == "sparsifiers":
+            sparsifier(word)
+        elif kind == "merges":
+            merge_method(word.removesuffix(LINES))
+
+
+RUNS = {"strategies": measure}
+CHECKS = {"strategies": check}
