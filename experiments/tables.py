@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from experiments import cost_tables, distil_tables, ledger, paper_tables, real_tables, robustness_tables
+from experiments import cost_tables, distil_tables, ledger, paper_tables, real_tables, robustness_tables, strategy_tables
 from experiments.averages import DOMAINS, files, losses_of, numbers, spread, vector, weights_of
 from ultrafuser.reports import marked_tables
 from ultrafuser.reports.marked_tables import markdown
@@ -29,6 +29,7 @@ DOCUMENTS = (
     "docs/merge.md",
     "docs/security.md",
     "docs/serve.md",
+    "docs/strategies.md",
     "docs/when-not.md",
 )
 
@@ -266,6 +267,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     **cost_tables.TABLES,
     **real_tables.TABLES,
     **distil_tables.TABLES,
+    **strategy_tables.TABLES,
 }
 
 
