@@ -1,4 +1,4 @@
-"""Measures strategies beside the plain gate: sparsifiers, routers, merges, signed weights, terms of the loss, export.
+"""Measures strategies beside the plain gate: sparsifiers, merges, signed weights, terms of the loss, export.
 
 Specialists, data and gate are those of `baseline_runs`. A variant is one kind of strategy in its intended setting, with the
 baselines that it has to beat; its `words` are what a user would write on the command line.
@@ -28,16 +28,13 @@ from experiments.baseline_runs import (
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.sparsifiers_ultrafuser import sparsifier
 from ultrafuser.evaluation import contenders
-from ultrafuser.evaluation.baselines import select
 from ultrafuser.evaluation.contenders import Comparison
-from ultrafuser.evaluation.measurement import MIXED, HeldOut, Scores, mean_loss, score
+from ultrafuser.evaluation.measurement import MIXED, HeldOut, mean_loss
 from ultrafuser.export.moe_folder import export
 from ultrafuser.merge import merge_method
 from ultrafuser.provenance import digest
 from ultrafuser.quickstart.corpora import DOMAINS
 from ultrafuser.quickstart.toy_models import new_model
-from ultrafuser.route.router_files import router_named
-from ultrafuser.route.router_training import measured, prompts_of
 
 
 Losses = dict[str, float]  # nats per token by domain, and on mixed items
@@ -84,19 +81,9 @@ class Subject:
         fusions = Fusions(self.folder, self.tokenizer, data, self.examples_per_domain, self.seed)
         return load(fusions.gate(**{**self.plain, "stage": {**self.plain["stage"], **more}}))
 
-    @cached_property
-    def specialists(self) -> dict[str, dict[str, Scores]]:
-        """Returns each specialist's scores by domain."""
-        alone = {d: load(self.folder / d) for d in DOMAINS}
-        return {d: {name: score(model, x) for name, model in alone.items()} for d, x in self.tests.items()}
-
-    def losses(self, model, before: Callable[[str, slice], dict | None] = lambda *_: None) -> Losses:
+    def losses(self, model) -> Losses:
         """Measures a model."""
-        return {d: self.mean(d, score(model, x, before=partial(before, d))) for d, x in self.tests.items()}
-
-    def mean(self, domain: str, scores: Scores) -> float:
-        """Averages losses over tokens."""
-        return scores.losses[self.tests[domain].scored].mean().item()
+        return _some(self, model, list(self.tests))
 
 
 def sparsified(subject: Subject, words: list[str]) -> dict[str, Losses]:
@@ -111,27 +98,6 @@ def sparsified(subject: Subject, words: list[str]) -> dict[str, Losses]:
     return rows
 
 
-def routed(subject: Subject, words: list[str]) -> dict[str, Losses]:
-    """Routes whole requests by their first tokens: one specialist alone, and as a prior on the plain gate."""
-    model, tokenizer, rows = subject.fused, subject.tokenizer, {"plain gate": subject.losses(subject.fused)}
-    best = {d: contenders.best_per_domain(own, subject.tests[d]) for d, own in subject.specialists.items()}
-    rows["best specialist (oracle)"] = _selected(subject, best)
-    examples = measured(model, tokenizer, {d: subject.tune[d] for d in DOMAINS})
-    for word in words:
-        cls, settings = router_named(word, trained=word.partition(":")[0] != "perplexity")
-        with torch.no_grad():
-            router = cls.trained(examples, settings) if cls.trains else cls(settings)
-            found = {d: prompts_of(model, tokenizer, x) for d, x in subject.tests.items()}
-            priors = {d: torch.cat([router.prior(batch) for batch in batches]) for d, batches in found.items()}
-        rows[f"{word}, alone"] = _selected(subject, {d: p.argmax(-1) for d, p in priors.items()})
-        rows[f"{word}, prior"] = subject.losses(model, lambda d, some, p=priors: {"gate_prior": p[d][some]})
-    return rows
-
-
-def _selected(subject: Subject, chosen: dict[str, Tensor]) -> Losses:
-    return {d: subject.mean(d, select(subject.specialists[d], chosen[d])) for d in subject.tests}
-
-
 def merged(subject: Subject, words: list[str]) -> dict[str, Losses]:
     """Merges the specialists' weights. Factors are chosen on other text, as `ultrafuser evaluate` does."""
     base = load(subject.folder / "base")
@@ -144,7 +110,7 @@ def merged(subject: Subject, words: list[str]) -> dict[str, Losses]:
         if method.startswith("layer_swap"):  # of two: the middle of one that has learned a task, the ends of another
             comparison.specialists = {d: comparison.specialists[d] for d in ("math", "text")}
         found = contenders.merged(comparison, method, lines).scores
-        rows[word] = {d: subject.mean(d, own) for d, own in found.items()}
+        rows[word] = {d: own.losses[subject.tests[d].scored].mean().item() for d, own in found.items()}
     return rows
 
 
@@ -219,7 +185,6 @@ def exported(subject: Subject, words: list[str]) -> dict[str, Losses]:
 
 KINDS = {
     "sparsifiers": sparsified,
-    "routers": routed,
     "merges": merged,
     "signed weights": signed,
     "terms": termed,

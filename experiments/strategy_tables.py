@@ -20,7 +20,9 @@ def strategies(path: Path) -> str:
         seeds = [f[name] for f in found]
         means = [mean(one[d] for d in DOMAINS) for one in seeds]
         cells = numbers(mean(one[d] for one in seeds) for d in (*DOMAINS, MIXED))
-        rows.append((mean(means), [name, *cells, spread(means), *numbers((mean(o[k] for o in seeds) for k in more), 2)]))
+        rows.append(
+            (mean(means), [name, *cells, spread(means), *numbers((mean(o[k] for o in seeds) for k in more), 2)])
+        )
     return markdown(["", *DOMAINS, MIXED, "mean", *more], [row for _, row in sorted(rows, key=lambda row: row[0])])
 
 

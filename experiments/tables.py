@@ -13,7 +13,15 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from experiments import cost_tables, distil_tables, ledger, paper_tables, real_tables, robustness_tables, strategy_tables
+from experiments import (
+    cost_tables,
+    distil_tables,
+    ledger,
+    paper_tables,
+    real_tables,
+    robustness_tables,
+    strategy_tables,
+)
 from experiments.averages import DOMAINS, files, losses_of, numbers, spread, vector, weights_of
 from ultrafuser.reports import marked_tables
 from ultrafuser.reports.marked_tables import markdown

@@ -15,8 +15,15 @@ import yaml
 import modeling_ultrafuser
 import trainers
 from experiments.tables import with_tables
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from modeling_ultrafuser.gates_ultrafuser import GATES
+from modeling_ultrafuser.sparsifiers_ultrafuser import SPARSIFIERS
 from tests.support.pages import NOT_RUN, ROOT, blocks, parse
 from trainers.mix.mix_config import MIXES, POLICIES, REWARDS, SAMPLERS, MixConfig
+from ultrafuser.decoding.choosing import WAYS
+from ultrafuser.export import LAYOUTS
+from ultrafuser.merge import MERGES
+from ultrafuser.route import ROUTERS
 
 
 DOCS = ROOT / "docs"
@@ -211,3 +218,16 @@ def test_every_setting_of_a_stage_is_in_the_reference_with_its_help(site):
         for name in (*config.__annotations__, *MIXES, *SAMPLERS, *REWARDS, *POLICIES):
             assert f"<td><code>{name}</code></td>" in page
     assert trainers.JointStageConfig.__dataclass_fields__["train_specialists"].metadata["help"] in page
+
+
+@pytest.mark.parametrize(
+    "strategies", [GATES, FUSIONS, SPARSIFIERS, ROUTERS, MERGES, LAYOUTS, MIXES, REWARDS, POLICIES], ids=list
+)
+def test_every_strategy_is_on_the_page_that_helps_to_choose(site, strategies):
+    page = (site / "strategies.html").read_text()
+    assert not [name for name in strategies if f"<td><code>{name}</code></td>" not in page]
+
+
+def test_every_way_of_decoding_is_on_the_page_that_helps_to_choose():
+    page = (DOCS / "strategies.md").read_text()
+    assert not [way for way in WAYS if way != "plain" and f"`{way}`" not in page]
