@@ -1,10 +1,9 @@
-"""Measures strategies beside the plain gate: sparsifiers, merges, signed weights, terms of the loss, export.
+"""Measures strategies beside the plain gate: sparsifiers, signed weights, terms of the loss.
 
 Specialists, data and gate are those of `baseline_runs`. A variant is one kind of strategy in its intended setting, with the
 baselines that it has to beat; its `words` are what a user would write on the command line.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.utils import logging
 
 from experiments.baseline_runs import (
@@ -27,18 +26,13 @@ from experiments.baseline_runs import (
 )
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.sparsifiers_ultrafuser import sparsifier
-from ultrafuser.evaluation import contenders
-from ultrafuser.evaluation.contenders import Comparison
 from ultrafuser.evaluation.measurement import MIXED, HeldOut, mean_loss
-from ultrafuser.export.moe_folder import export
-from ultrafuser.merge import merge_method
 from ultrafuser.provenance import digest
 from ultrafuser.quickstart.corpora import DOMAINS
 from ultrafuser.quickstart.toy_models import new_model
 
 
 Losses = dict[str, float]  # nats per token by domain, and on mixed items
-LINES = " + LiNeS"
 
 
 @dataclass
@@ -98,22 +92,6 @@ def sparsified(subject: Subject, words: list[str]) -> dict[str, Losses]:
     return rows
 
 
-def merged(subject: Subject, words: list[str]) -> dict[str, Losses]:
-    """Merges the specialists' weights. Factors are chosen on other text, as `ultrafuser evaluate` does."""
-    base = load(subject.folder / "base")
-    rows = {"plain gate": subject.losses(subject.fused), "base": subject.losses(base)}
-    for word in words:
-        method, lines = word.removesuffix(LINES), word.endswith(LINES)
-        comparison = Comparison(
-            subject.fused, subject.fused, subject.tokenizer, subject.tests, subject.tune, base, subject.seed
-        )
-        if method.startswith("layer_swap"):  # of two: the middle of one that has learned a task, the ends of another
-            comparison.specialists = {d: comparison.specialists[d] for d in ("math", "text")}
-        found = contenders.merged(comparison, method, lines).scores
-        rows[word] = {d: own.losses[subject.tests[d].scored].mean().item() for d, own in found.items()}
-    return rows
-
-
 def signed(subject: Subject, words: list[str], *, width: int, large: dict, tuned: dict) -> dict[str, Losses]:
     """Adds what a small specialist learned to a larger base: large + a (small tuned - small base).
 
@@ -164,31 +142,10 @@ def termed(subject: Subject, words: dict[str, dict]) -> dict[str, Losses]:
     return {name: subject.losses(subject.gate(**(more or {}))) for name, more in words.items()}
 
 
-def exported(subject: Subject, words: list[str]) -> dict[str, Losses]:
-    """Writes the specialists as a stock mixture of experts, whose routers are not trained."""
-    rows = {"plain gate": subject.losses(subject.fused)}
-    files = {}
-    for domain in DOMAINS:
-        file = subject.folder / f"{domain}.jsonl"
-        texts = subject.tokenizer.batch_decode(subject.blocks[domain]["fuse"][:EXAMPLES])
-        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        files[domain] = str(file)
-    for word in words:
-        layout, _, shared = word.partition(", ")
-        out = subject.folder / f"exported {digest(word)}"
-        if not out.exists():
-            donor = {"donor": shared.removeprefix("donor ")} if shared else {}
-            export([f"{d}={subject.folder / d}" for d in DOMAINS], layout, out, files, **donor)
-        rows[word] = subject.losses(AutoModelForCausalLM.from_pretrained(out))
-    return rows
-
-
 KINDS = {
     "sparsifiers": sparsified,
-    "merges": merged,
     "signed weights": signed,
     "terms": termed,
-    "export": exported,
 }
 
 
@@ -238,11 +195,9 @@ def check(*, kind: str, words: list[str] | dict[str, dict], **gate) -> None:
     check_gate(**gate)
     if kind not in KINDS:
         raise ValueError(f"`kind` is one of {list(KINDS)}, but is {kind!r}.")
-    for word in words:
-        if kind == "sparsifiers":
+    if kind == "sparsifiers":
+        for word in words:
             sparsifier(word)
-        elif kind == "merges":
-            merge_method(word.removesuffix(LINES))
 
 
 RUNS = {"strategies": measure}
