@@ -1,4 +1,4 @@
-"""TRL trainers for a fused model: its gate alone, then everything; and for one model that learns from it."""
+"""TRL trainers for a fused model: its gate alone, then everything; for one model that learns from it; for a single model."""
 
 import importlib
 
@@ -11,6 +11,8 @@ _MODULES = {
     "GateTrainer": "stage_gate",
     "JointStageConfig": "stage_config",
     "JointTrainer": "stage_joint",
+    "SingleStageConfig": "stage_config",
+    "SingleTrainer": "stage_single",
     "StratifiedSampler": "samplers.sampler_stratified",
 }
 __all__ = [*_MODULES]

@@ -62,7 +62,7 @@ class Statistics(DomainSums):
     def __init__(self, domains: int, specialists: int, signed: bool = False):
         super().__init__(domains, 4 + 2 * specialists)
         self.specialists, self.signed = specialists, signed
-        self.last_mean = torch.full((specialists,), 1 / specialists, dtype=torch.float64)
+        self.last_mean = torch.full((specialists,), 1 / max(specialists, 1), dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, domain: Tensor, mask: Tensor, log_probs: Tensor, gate_weights: Tensor, own: Tensor | None) -> None:
@@ -70,7 +70,8 @@ class Statistics(DomainSums):
         weights, domain = gate_weights[mask].float(), domain[mask]
         shares = nn.functional.normalize(weights, p=1, dim=-1).abs() if self.signed else weights
         entropy = torch.special.entr(shares).sum(-1)
-        top1 = nn.functional.one_hot(shares.argmax(-1), self.specialists).float()
+        # a single model has no columns
+        top1 = nn.functional.one_hot(shares.argmax(-1), self.specialists).float() if self.specialists else shares
         own = torch.zeros_like(entropy) if own is None else -own[mask].float()
         columns = [torch.ones_like(entropy), -log_probs[mask].float(), own, entropy]
         self.add_rows(domain, torch.cat([torch.stack(columns, -1), weights, top1], -1))

@@ -53,6 +53,31 @@ def capture(fused: PreTrainedModel, *, own: bool = False, hidden: bool = False) 
 
 
 @contextmanager
+def capture_single(model: PreTrainedModel, *, own: bool = False, hidden: bool = False) -> Iterator[dict]:
+    """Collects the same of a single model: no gate weights, and no specialists' states.
+
+    Args:
+        model: The model, not wrapped.
+        own: Not there.
+        hidden: Whether to keep the last hidden state, which the head reads.
+    """
+    seen: dict = {}
+
+    def scores_of(_, __, output):
+        if hasattr(output, "label_mask"):
+            batch, predicted = output.label_mask.shape
+            seen["scores"] = output
+            seen["gate_weights"] = output.log_probs.new_zeros(batch, predicted + 1, 0)
+
+    def states_of(_, __, output):
+        if hidden:
+            seen["last_hidden_state"] = output[0]
+
+    with model.register_forward_hook(scores_of), model.base_model.register_forward_hook(states_of):
+        yield seen
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switches dropout off within it."""
     training = model.training

@@ -1,4 +1,4 @@
-"""Base of the paper's two stages (Ding et al., 2024, Algorithm 1), on TRL's `SFTTrainer`.
+"""Base of the paper's two stages (Ding et al., 2024, Algorithm 1), and of training a single model, on TRL's `SFTTrainer`.
 
 A fused model is an ordinary causal language model, so TRL already computes the right loss. A stage chooses which
 parameters it trains and how fast, draws its batches from the domains, logs losses and gate weights by domain, and resumes
@@ -6,6 +6,7 @@ exactly.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from .stage_metrics import domain_metrics
 
 
 class StageTrainer(Resumable, DomainTrainer):
-    """Base of both stages. A stage defines `_choose_parameters` and `default_learning_rate`.
+    """Base of all stages. A stage defines `_choose_parameters` and `default_learning_rate`.
 
     Args:
         model: A fused model, its folder or its Hub id.
@@ -61,9 +62,9 @@ class StageTrainer(Resumable, DomainTrainer):
     ):
         name = type(self).__name__
         args = self.config_class(name) if args is None else args
-        model = fused_model(model, args, self.config_class, name)
+        model = self._checked(model, args)
         parts, self.vocab_size = by_domain(train_dataset), model.config.vocab_size
-        self.domains, specialists = sorted(parts), model.config.specialist_names
+        self.domains, specialists = sorted(parts), getattr(model.config, "specialist_names", [])
         self._fill_in(args, model)
         check_domains(args, self.domains, specialists)
         if args.assistant_only_loss is None:
@@ -84,13 +85,21 @@ class StageTrainer(Resumable, DomainTrainer):
             args.learning_rate = self.default_learning_rate(model)
         check_terms(args, model, kwargs)
         accumulate(args, len(self.domains))
-        gate = {name: tensor.clone() for name, tensor in model.model.fusion_gate.state_dict().items()}
+        self.specialist_names, gate = specialists, self._gate_tensors(model)
         super().__init__(model, args, train_dataset=self._rows_for_trl(parts, train_dataset, args), **kwargs)
         self._parts = self._stand_in = None
         self._prepare_model(gate)
         self._prepare_draws()
         self._begin()
         self.add_callback(_StageCallback(self))
+
+    def _checked(self, model: PreTrainedModel | str, args: StageConfig) -> PreTrainedModel:
+        """Returns the model, loaded if it is a folder or a Hub id. Rejects what the stage does not train."""
+        return fused_model(model, args, self.config_class, type(self).__name__)
+
+    def _gate_tensors(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Returns copies of the gate's tensors, which TRL may round."""
+        return {name: tensor.clone() for name, tensor in model.model.fusion_gate.state_dict().items()}
 
     def _fill_in(self, args: StageConfig, model: PreTrainedModel) -> None:
         """Chooses defaults of stage one that depend on the data and the gate."""
@@ -140,9 +149,9 @@ class StageTrainer(Resumable, DomainTrainer):
         args, names = self.args, self.train_dataset["domain"]
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.sampler = SAMPLERS[args.sampler](names, batch_size, self.in_examples(self.prior), args.seed, self.drawn)
-        config = self.fused.config
-        self.statistics = Statistics(len(self.drawn), len(config.specialist_names), config.signed_weights is not None)
-        self.gate_factors = group_factors(args, self.drawn, config.specialist_names)
+        signed = getattr(self.fused.config, "signed_weights", None) is not None
+        self.statistics = Statistics(len(self.drawn), len(self.specialist_names), signed)
+        self.gate_factors = group_factors(args, self.drawn, self.specialist_names)
         self.controller = None
         if args.mix_reward is not None:
             self.controller = MixController(args, Probe(self), self.sampler, self.prior, self.in_examples)
@@ -160,6 +169,10 @@ class StageTrainer(Resumable, DomainTrainer):
 
     # ---- loss
 
+    def watch(self, **kept: bool) -> AbstractContextManager[dict]:
+        """Collects what a forward pass within it gives, see `capture`."""
+        return capture(self.fused, **kept)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Computes TRL's loss, which calls `LabelScorer`, plus importance weights and gate terms; counts the batch."""
         domain = inputs.pop("domain", None)
@@ -169,7 +182,7 @@ class StageTrainer(Resumable, DomainTrainer):
         own = self.controller is not None and self.controller.reward.watches_specialists
         to_best = bool(self.args.gate_domain) and self.args.gate_domain_target == "best"
         to_best = to_best and self.state.global_step < self.args.gate_domain_steps
-        with capture(self.fused, own=own or to_best) as seen:
+        with self.watch(own=own or to_best) as seen:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, *outputs = result if return_outputs else (result,)
         scores, gate_weights, domain = seen["scores"], seen["gate_weights"][:, :-1], domain[:, 1:]

@@ -12,13 +12,11 @@ from .mixed import MIXED
 from .stage_config import StageConfig
 
 
-def fused_model(
-    model: PreTrainedModel | str, args: StageConfig, config: type[StageConfig], name: str
-) -> PreTrainedModel:
-    """Returns the fused model that a stage trains, loaded if `model` is a folder or a Hub id.
+def loaded(model: PreTrainedModel | str, args: StageConfig, config: type[StageConfig], name: str) -> PreTrainedModel:
+    """Returns the model that a stage trains, loaded if `model` is a folder or a Hub id.
 
     Raises:
-        ValueError: If the settings are another trainer's, or the model is not a fused one.
+        ValueError: If the settings are another trainer's, or the model has adapters already.
     """
     if not isinstance(args, config):
         raise ValueError(
@@ -31,12 +29,24 @@ def fused_model(
     if isinstance(model, PeftModel):
         raise ValueError(
             f"{name} decides what is trained, so it adds adapters itself, but got a {type(model).__name__}. Pass the "
-            f"fused model and `peft_config=...` to `JointTrainer`, or merge first: `model.merge_and_unload()`."
+            f"model without them and `peft_config=...` (not for stage one), or merge first: `model.merge_and_unload()`."
         )
+    return model
+
+
+def fused_model(
+    model: PreTrainedModel | str, args: StageConfig, config: type[StageConfig], name: str
+) -> PreTrainedModel:
+    """Returns the fused model that a stage trains, see `loaded`.
+
+    Raises:
+        ValueError: If the settings are another trainer's, or the model is not a fused one.
+    """
+    model = loaded(model, args, config, name)
     if model.config.model_type != "ultrafuser":
         raise ValueError(
             f"{name} trains a fused model, but got a {type(model).__name__}. Build one with "
-            f"`UltraFuserForCausalLM.from_specialists(...)`, or train a single model with TRL's `SFTTrainer`."
+            f"`UltraFuserForCausalLM.from_specialists(...)`, or train a single model with `SingleTrainer`."
         )
     return model
 

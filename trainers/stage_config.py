@@ -199,6 +199,16 @@ class JointStageConfig(StageConfig):
             )
 
 
+@dataclass
+class SingleStageConfig(StageConfig):
+    """Settings of training a single model. Mixture-of-Skills: about 4,850 steps of 64 examples of four sets."""
+
+    max_steps: int = field(default=5000, metadata={"help": "Optimizer steps."})
+    examples_per_domain: int = field(
+        default=16, metadata=StageConfig.__dataclass_fields__["examples_per_domain"].metadata
+    )
+
+
 def scaled_rate(parameters: float, at_a_million: float) -> float:
     """Returns a learning rate for the size of a specialist, interpolated between two measured ones.
 

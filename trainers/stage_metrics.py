@@ -17,16 +17,15 @@ def domain_metrics(trainer) -> dict[str, float]:
     step = trainer.state.global_step
     epochs = trainer.sampler.epochs(step)
     mix = trainer.sampler.mix(max(step - 1, 0))
-    names = trainer.fused.config.specialist_names
+    names = trainer.specialist_names
     metrics = {}
     for d, domain in enumerate(trainer.drawn):
         tokens = sums.tokens[d]
         metrics |= {f"tokens/{domain}": tokens, f"epochs/{domain}": epochs[d], f"mix/{domain}": mix[d]}
         if tokens:
-            metrics |= {
-                f"loss/{domain}": sums.nll[d] / tokens,
-                f"gate_entropy/{domain}": sums.entropy[d] / tokens,
-            }
+            metrics[f"loss/{domain}"] = sums.nll[d] / tokens
+            if names:
+                metrics[f"gate_entropy/{domain}"] = sums.entropy[d] / tokens
             metrics |= {f"gate/{domain}/{n}": w for n, w in zip(names, sums.gate[d] / tokens, strict=True)}
             metrics |= {f"top1/{domain}/{n}": w for n, w in zip(names, sums.top1[d] / tokens, strict=True)}
     if trainer.controller is not None:
@@ -43,11 +42,11 @@ def _warn(trainer, sums: Sums, mix: np.ndarray) -> None:
             f"{[trainer.drawn[d] for d in silent]} held none: all its labels are -100. Look at its rows, at the chat "
             f"template's generation marks, and at `max_length`."
         )
-    if trainer.fused.config.signed_weights is not None:
-        # such weights are no shares: one may have all of it, and they need not move far
+    if not trainer.specialist_names or trainer.fused.config.signed_weights is not None:
+        # signed weights are no shares: one may have all of it, and they need not move far
         return
     shares = sums.gate.sum(0) / max(sums.tokens.sum(), 1)
-    names, number = trainer.fused.config.specialist_names, len(shares)
+    names, number = trainer.specialist_names, len(shares)
     if number > 1 and shares.max() > 0.98 and "collapse" not in trainer.warned:
         trainer.warned.add("collapse")
         warnings.warn(

@@ -23,7 +23,6 @@ from tests.support.conversations import CHAT_TEMPLATE, conversations
 from tests.support.stage_run import free_port
 from tests.support.stand_ins import QWEN_1_5B, QWEN_7B, SMALL, llama_2_trio, qwen_trio, qwen_words
 from tests.support.tiny import tokenizer
-from trainers import GateStageConfig, JointStageConfig
 from ultrafuser.check.checks import judge
 from ultrafuser.cli.app import app
 
@@ -298,11 +297,10 @@ TRAINING = sorted(p for p in RECIPES.glob("*.yaml") if "stage:" in p.read_text()
 def test_every_field_of_every_recipe_is_one_that_its_script_reads(path):
     from trl import ModelConfig
 
-    from ultrafuser.train.stage_recipe import FusedArguments
+    from ultrafuser.train.stage_recipe import STAGES, FusedArguments
 
-    stage = JointStageConfig if "joint" in path.stem else GateStageConfig
-    known = {f for cls in (stage, ModelConfig, FusedArguments) for f in cls.__dataclass_fields__}
     recipe = yaml.safe_load(path.read_text())
+    known = {f for cls in (STAGES[recipe["stage"]], ModelConfig, FusedArguments) for f in cls.__dataclass_fields__}
     assert set(recipe) <= known
     batch = recipe["examples_per_domain"] * len(recipe["domains"])
     assert batch % recipe["per_device_train_batch_size"] == 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..compat import on_device, token_scores, without_unused_columns
-from ..forward_hooks import capture, evaluating, own_log_probs
+from ..forward_hooks import evaluating, own_log_probs
 
 
 class Probe:
@@ -24,7 +24,7 @@ class Probe:
 
     Attributes:
         domains: Names of the domains, in the order of the mix.
-        stage: "gate" or "joint".
+        stage: "gate", "joint" or "single".
         sharded: Whether FSDP or DeepSpeed hold parameters or gradients in parts.
     """
 
@@ -164,7 +164,7 @@ class Probe:
 
     def _forward(self, batch: dict[str, Tensor], **kept) -> dict:
         domain = batch.pop("domain")
-        with self._trainer.compute_loss_context_manager(), capture(self._trainer.fused, **kept) as seen:
+        with self._trainer.compute_loss_context_manager(), self._trainer.watch(**kept) as seen:
             token_scores(self._trainer.model_wrapped, batch)
         return {**seen, "domain": domain}
 

@@ -25,8 +25,10 @@ def train(
             help="YAML file, as those in examples/recipes; any field of one as an option.",
         ),
     ] = None,
-    stage: Annotated[str | None, Option(help="gate or joint. Default: what the recipe says.")] = None,
-    model: Annotated[str | None, Option(help="Folder of a fused model, or its id on the Hub.")] = None,
+    stage: Annotated[str | None, Option(help="gate, joint or single. Default: what the recipe says.")] = None,
+    model: Annotated[
+        str | None, Option(help="Folder of a fused model, or of any model for stage single; or an id on the Hub.")
+    ] = None,
     data: Annotated[
         list[str] | None,
         Option(
@@ -39,6 +41,8 @@ def train(
 ) -> None:
     """Train a stage: first the gate, then, if you like, everything. Any field of a recipe is an option, too.
 
+    Stage single trains one model that is not fused, on domains whose mix is learned: Mixture-of-Skills.
+
     Example: ultrafuser train --stage gate --model fused --data text=text.jsonl --data code=code.jsonl --out trained --learning-rate 1e-3
     """
     from ..train import stage_recipe
@@ -46,7 +50,8 @@ def train(
     fused, args, model_args = _stage(stage, words, model, data, out, max_steps)
     _resume(args, resume)
     stage_recipe.train(fused, args, model_args)
-    echo(f"Wrote {args.output_dir!r}. Is it worth it? `ultrafuser evaluate {args.output_dir} --help`.")
+    worth = f" Is it worth it? `ultrafuser evaluate {args.output_dir} --help`."
+    echo(f"Wrote {args.output_dir!r}.{'' if fused.stage == 'single' else worth}")
 
 
 @group.command(context_settings={"ignore_unknown_options": True})

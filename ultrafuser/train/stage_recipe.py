@@ -16,7 +16,15 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.files_ultrafuser import in_words
 from modeling_ultrafuser.log_ultrafuser import print_line
-from trainers import CachedGateTrainer, GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
+from trainers import (
+    CachedGateTrainer,
+    GateStageConfig,
+    GateTrainer,
+    JointStageConfig,
+    JointTrainer,
+    SingleStageConfig,
+    SingleTrainer,
+)
 from trainers.heads import HEADS
 from trainers.stage_checkpoint import STATE_FILE, last_complete_checkpoint
 
@@ -36,7 +44,7 @@ WRITES = (
     *("config.json", "generation_config.json", "specialists.json", "adapter_config.json", "chat_template.jinja"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
-STAGES = {"gate": GateStageConfig, "joint": JointStageConfig}
+STAGES = {"gate": GateStageConfig, "joint": JointStageConfig, "single": SingleStageConfig}
 KINDS = ", ".join(sorted({kind for head in HEADS.values() for kind in head.kept}))
 
 
@@ -51,7 +59,7 @@ class FusedArguments(FusionSettings):
             "of a set with a column `domain`."
         },
     )
-    stage: str | None = field(default=None, metadata={"help": "gate or joint: which stage the recipe is for."})
+    stage: str | None = field(default=None, metadata={"help": "gate, joint or single: which stage the recipe is for."})
     cached: bool = field(
         default=False,
         metadata={"help": "Stage gate: run the specialists once over the data, and train the gate on what they said."},
@@ -74,7 +82,7 @@ def parse(
 
     Args:
         arguments: Of the command line.
-        stage: "gate" or "joint". Default: what the recipe says.
+        stage: "gate", "joint" or "single". Default: what the recipe says.
         recipe: YAML file.
 
     Raises:
@@ -273,17 +281,22 @@ def _publishing(args: GateStageConfig | JointStageConfig) -> Callable[[], None] 
 
 def _trainer(fused: FusedArguments, out: Path, model_args: ModelConfig) -> tuple[type, dict]:
     """A stage's trainer, and what it alone takes."""
-    if fused.stage == "joint":
+    if fused.stage == "single" and fused.specialists:
+        raise ValueError(
+            f"Stage single trains one model that is there, but the recipe fuses {list(fused.specialists)}. Name one "
+            f"(--model_name_or_path), or train --stage gate."
+        )
+    if fused.stage != "gate":
         if fused.cached:
             raise ValueError(
-                "What specialists say can be kept while they do not move, which they do in stage joint. Leave `cached` "
-                "out, or train --stage gate."
+                f"What specialists say can be kept while they do not move, which is not so in stage {fused.stage}. Leave "
+                f"`cached` out, or train --stage gate."
             )
         adapter = get_peft_config(model_args)
         if adapter is not None and not adapter.target_modules and not adapter.target_parameters:
             # PEFT's own choices are by architecture, and specialists may be of several. QLoRA's (Dettmers et al., 2023, arXiv 2305.14314)
             adapter.target_modules = "all-linear"
-        return JointTrainer, {"peft_config": adapter}
+        return JointTrainer if fused.stage == "joint" else SingleTrainer, {"peft_config": adapter}
     if fused.cached:
         return CachedGateTrainer, {"cache": fused.cache or out / "cache", "keep": fused.cache_keep}
     return GateTrainer, {}
