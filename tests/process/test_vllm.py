@@ -8,7 +8,8 @@ import pytest
 
 
 @pytest.mark.slow
-def test_vllm_serves_fused_models_as_transformers_runs_them_or_refuses_in_words():
-    command = [sys.executable, str(Path(__file__).parents[1] / "vllm" / "check_vllm.py")]
+@pytest.mark.parametrize("script", ["check_vllm.py", "features.py"])
+def test_vllm_serves_fused_models_as_transformers_runs_them_or_refuses_in_words(script):
+    command = [sys.executable, str(Path(__file__).parents[1] / "vllm" / script)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout[-8000:]

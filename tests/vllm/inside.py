@@ -17,6 +17,7 @@ def answer(job: dict) -> dict:
     What is told is of the last time, if it is to do so several times.
     """
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     try:
         llm = LLM(
@@ -24,20 +25,22 @@ def answer(job: dict) -> dict:
             trust_remote_code=True,
             dtype=job["dtype"],
             enforce_eager=True,
-            distributed_executor_backend="uni",
-            **job["options"],
+            disable_log_stats=False,
+            **{"distributed_executor_backend": "uni", **job["options"]},
         )
     except Exception as error:
         return {"refusal": f"{type(error).__name__}: {error}"}
     prompts = [{"prompt_token_ids": p} for p in job["prompts"]]
     greedy = SamplingParams(temperature=0, max_tokens=job["new_tokens"], logprobs=0)
+    adapter = LoRARequest("an adapter", 1, job["adapter"]) if "adapter" in job else None
     for _ in range(job["times"]):
-        answers = llm.generate(prompts, greedy, use_tqdm=False)
+        answers = llm.generate(prompts, greedy, use_tqdm=False, lora_request=adapter)
     outputs = [a.outputs[0] for a in answers]
     found = {
         "tokens": [list(o.token_ids) for o in outputs],
         "log_probs": [[at[t].logprob for t, at in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs],
         "cached_tokens": sum(a.num_cached_tokens for a in answers),
+        "accepted": sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens"),
         "dtypes": llm.apply_model(dtypes)[0],
     }
     del llm, answers, outputs

@@ -153,7 +153,7 @@ def _vllm(plan: FusionPlan, judgement: Judgement) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("vLLM", WARNING, str(error), "Or serve it with transformers: `ultrafuser serve`.")
     else:
-        yield Finding("vLLM", FITS, "can serve the fused model.")
+        yield Finding("vLLM", FITS, "can serve the fused model, but in no pipeline stages and with no EAGLE-3 head.")
 
 
 # what is worth knowing before fusing, though fusing goes on without it
