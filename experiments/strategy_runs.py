@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.utils import logging
 
 from experiments.baseline_runs import (
@@ -27,9 +26,7 @@ from experiments.baseline_runs import (
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.sparsifiers_ultrafuser import sparsifier
 from ultrafuser.evaluation.measurement import MIXED, HeldOut, mean_loss
-from ultrafuser.provenance import digest
 from ultrafuser.quickstart.corpora import DOMAINS
-from ultrafuser.quickstart.toy_models import new_model
 
 
 Losses = dict[str, float]  # nats per token by domain, and on mixed items
@@ -92,49 +89,38 @@ def sparsified(subject: Subject, words: list[str]) -> dict[str, Losses]:
     return rows
 
 
-def signed(subject: Subject, words: list[str], *, width: int, large: dict, tuned: dict) -> dict[str, Losses]:
-    """Adds what a small specialist learned to a larger base: large + a (small tuned - small base).
+def signed(subject: Subject, words: list[str], *, newer: dict, tuned: dict) -> dict[str, Losses]:
+    """Ports what a specialist learned to a newer version of its base: newer + a (specialist - base).
 
     A column is measured with the specialist of that domain; mixed items with that of mathematics.
 
     Args:
-        subject: Small base and specialists.
+        subject: Base and specialists.
         words: Factors a.
-        width: Hidden size of the larger base.
-        large: Its steps and rate, on all domains.
-        tuned: Steps and rate of the larger model tuned on a domain itself, the ceiling.
+        newer: Steps and rate of the base on further text of all domains.
+        tuned: Steps and rate of the newer base on a domain itself.
     """
-    make, seen = subject.make, torch.cat([subject.blocks[d]["specialist"] for d in DOMAINS])
-    start = make(f"base {width} wide", lambda: _wide_model(subject, width), seen, **large)
+    make, further = subject.make, torch.cat([subject.blocks[d]["fuse"] for d in DOMAINS])
+    start = make("newer base", partial(load, subject.folder / "base"), further, **newer)
     rows: dict[str, Losses] = {}
     for domain in DOMAINS:
-        data = subject.blocks[domain]["specialist"]
-        own = make(f"{domain} {width} wide {digest(large)}", partial(load, start), data, **tuned)
-        models = {"large": start, "small, tuned": subject.folder / domain, "large, tuned (ceiling)": own}
+        old, specialist = subject.folder / "base", subject.folder / domain
+        own = make(f"newer {domain}", partial(load, start), subject.blocks[domain]["specialist"], **tuned)
         measured_on = [domain, MIXED] if domain == "math" else [domain]
-        for name, model in models.items():
-            rows.setdefault(name, {}).update(_some(subject, load(model), measured_on))
-        parts = {"large": start, "tuned": subject.folder / domain, "base": subject.folder / "base"}
-        two = {name: parts[name] for name in ("large", "tuned")}
-        uniform = UltraFuserForCausalLM.from_specialists(two, gate="uniform")
-        rows.setdefault("large and tuned, uniform", {}).update(_some(subject, uniform, measured_on))
-        for word in words:
-            weights = {"large": 1.0, "tuned": float(word), "base": -float(word)}
-            model = UltraFuserForCausalLM.from_specialists(parts, gate="uniform", signed_weights=weights)
-            rows.setdefault(f"signed, {word}", {}).update(_some(subject, model, measured_on))
+        models = {"newer base": start, "specialist of the old base": specialist, "newer base, tuned itself": own}
+        for name, folder in models.items():
+            rows.setdefault(name, {}).update(_some(subject, load(folder), measured_on))
+        fuse = partial(UltraFuserForCausalLM.from_specialists, gate="uniform")
+        parts = {"newer": start, "tuned": specialist, "old": old}
+        fused = {"newer base and specialist, uniform": fuse({"newer": start, "tuned": specialist})}
+        fused |= {f"signed, {a}": fuse(parts, signed_weights=[1.0, float(a), -float(a)]) for a in words}
+        for name, model in fused.items():
+            rows.setdefault(name, {}).update(_some(subject, model, measured_on))
     return rows
 
 
 def _some(subject: Subject, model, domains: list[str]) -> Losses:
     return {d: mean_loss(model, subject.tests[d]) for d in domains}
-
-
-def _wide_model(subject: Subject, width: int) -> LlamaForCausalLM:
-    config = new_model(subject.tokenizer, subject.seed).config.to_dict()
-    set_seed(subject.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(**{**config, "hidden_size": width, "intermediate_size": 3 * width, "head_dim": None})
-    )
 
 
 def termed(subject: Subject, words: dict[str, dict]) -> dict[str, Losses]:
