@@ -33,6 +33,7 @@ def test_every_paper_has_one_row_with_a_verdict_and_words():
 def test_every_command_has_the_options_that_it_names(command):
     words = shlex.split(command)
     parse(words)
+    assert all((DOCS.parent / word).is_file() for word in words if word.startswith("examples/"))
     if words[1] == "train":
         # which hands on what it does not know itself
         settings = {f"--{field.name.replace('_', '-')}" for field in fields(JointStageConfig)}
