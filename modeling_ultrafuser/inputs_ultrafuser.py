@@ -85,14 +85,16 @@ def checked_prior(gate_prior: Tensor | None, names: list[str], input_ids: Tensor
             f"`gate_prior` is a tensor with one weight for each text and specialist, in the order {names}, so its shape must be "
             f"{shape}, but it is {given}."
         )
-    valid = (gate_prior >= 0) & gate_prior.isfinite()
+    # in the type of gate weights, in which a tiny number may be 0 and a large one infinite
+    prior = gate_prior.float()
+    valid = (prior >= 0) & prior.isfinite()
     # a compiled step cannot look at values: generating has looked before
-    if not torch.compiler.is_compiling() and not (valid.all() and gate_prior.sum(-1).all()):
+    if not torch.compiler.is_compiling() and not (valid.all() and prior.sum(-1).all()):
         raise ValueError(
             f"`gate_prior` multiplies the gate's weights, so it must be finite, not negative, and positive for one specialist of "
-            f"each text, but it is {gate_prior.tolist()!s:.200}. A one for each specialist changes nothing."
+            f"each text, in float32, but it is {gate_prior.tolist()!s:.200}. A one for each specialist changes nothing."
         )
-    return {"prior": gate_prior}
+    return {"prior": prior}
 
 
 def check_checkpointed(cache: Cache) -> None:

@@ -105,6 +105,9 @@ def test_every_way_of_decoding_follows_a_prior(pair):
         (torch.tensor([[1.0, torch.nan], [1.0, 1.0]]), "finite.*nan"),
         (torch.tensor([[1.0, torch.inf], [1.0, 1.0]]), "finite.*inf"),
         (torch.tensor([[1.0, 1.0], [0.0, 0.0]]), "positive for one specialist of each text"),
+        # in float32 they are 0 and infinite
+        (torch.tensor([[1.0, 1.0], [1e-60, 0.0]], dtype=torch.float64), "positive .*float32.*1e-60"),
+        (torch.tensor([[1.0, 1.0], [1e300, 1.0]], dtype=torch.float64), "finite.*float32.*1e\\+300"),
     ],
 )
 def test_what_weighs_no_specialists_is_refused(prior, told, pair):

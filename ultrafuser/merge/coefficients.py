@@ -13,6 +13,7 @@ from modeling_ultrafuser.refusals_ultrafuser import Refusal
 
 EMBEDDINGS, END = "embeddings", "last norm and head"
 FIELD = "coefficients"
+RULE = "Every specialist has one coefficient, a number"
 
 
 @dataclass
@@ -115,11 +116,15 @@ def parse_coefficients(text: str | None, default: float, names: list[str], layer
         return Coefficients.constant(dict.fromkeys(names, default), layers)
     pairs = [part.partition("=") for part in text.split(",")]
     even = len(pairs) == 1 and not pairs[0][1]
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise Refusal(f"{text!r} names a specialist twice", RULE, "Name each once.")
     factors = dict.fromkeys(names, text) if even else {name: number for name, _, number in pairs}
     return Coefficients.constant(_numbers(factors, names, repr(text)), layers)
 
 
 def _from_file(file: Path, names: list[str], layers: int) -> Coefficients:
+    if not file.is_file():
+        raise Refusal(f"there is no file {str(file)!r}", "A table is read from one", "Check the spelling.")
     table = read_json(file).get(FIELD)
     wanted = row_names(layers)
     if not isinstance(table, dict) or list(table) != wanted or not all(isinstance(r, dict) for r in table.values()):
@@ -133,15 +138,14 @@ def _from_file(file: Path, names: list[str], layers: int) -> Coefficients:
 
 
 def _numbers(factors: Mapping[str, str | float], names: list[str], where: str) -> dict[str, float]:
-    rule = "Every specialist has a coefficient, a number"
     if sorted(factors) != sorted(names):
         raise Refusal(
-            f"{where} names {sorted(factors)}, and the specialists are {sorted(names)}", rule, "Name them all."
+            f"{where} names {sorted(factors)}, and the specialists are {sorted(names)}", RULE, "Name them all."
         )
     numbers = {name: _number(factors[name]) for name in names}
     odd = next((name for name, number in numbers.items() if not math.isfinite(number)), None)
     if odd is not None:
-        raise Refusal(f"{where} gives {odd!r} {factors[odd]!r}", rule, "Write a number, such as 0.5.")
+        raise Refusal(f"{where} gives {odd!r} {factors[odd]!r}", RULE, "Write a number, such as 0.5.")
     return numbers
 
 

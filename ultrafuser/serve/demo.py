@@ -308,6 +308,6 @@ def legend(turns: Sequence[str | Pieces], colours: Mapping[str, str]) -> str:
 
 
 def _span(text: str, weights: list[float], colours: Mapping[str, str]) -> str:
-    weight, leader = max(zip(weights, colours, strict=True))
+    weight, leader = max(zip(weights, colours, strict=True), key=lambda one: abs(one[0]))
     told = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(colours, weights, strict=True))
     return f'<span style="{css(colours[leader], weight, len(weights))}" title="{escape(told)}">{escape(text)}</span>'

@@ -200,12 +200,13 @@ class Answering:
             raise HTTPException(
                 400, "`gate_prior` multiplies shares that sum to 1, but this model's weights are signed."
             )
-        if set(weights) - set(names) or not any(weights.values()):
+        prior = torch.tensor([[weights.get(name, 0.0) for name in names]])
+        if set(weights) - set(names) or not prior.any():
             raise HTTPException(
                 400,
                 f"`gate_prior` weighs specialists by name, {names}, one of them above 0, but it is {weights!s:.200}.",
             )
-        return torch.tensor([[weights.get(name, 0.0) for name in names]])
+        return prior
 
     def _prompt(self, body: dict) -> list[int]:
         handler = self.kind.handler

@@ -182,6 +182,7 @@ def test_layers_that_cannot_be_counted_are_refused():
         ("a=1,b=much", "gives 'b' 'much'"),
         ("nan", "gives 'a' 'nan'"),
         ("a=1,b=2,c=3", "Name them all"),
+        ("a=1,a=2,b=3", "names a specialist twice"),
     ],
 )
 def test_coefficients_that_are_none_are_refused(text, message):

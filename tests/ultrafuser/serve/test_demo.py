@@ -335,3 +335,8 @@ def test_eight_visitors_at_once_are_answered_each_with_its_own_steering(port, mo
         events = list(pool.map(lambda i: Visitor(port).asks(bias=biases[i]), names))
     assert [unescape(said(event)) for event in events] == expected * 4
     assert expected[0] != expected[1]
+
+
+def test_the_specialist_with_the_largest_weight_of_either_sign_leads():
+    html = demo.talk([[("4", [1.0, 0.5, -1.5])]], {"large": "#000001", "tuned": "#000002", "old": "#000003"})
+    assert "background:#000003" in html

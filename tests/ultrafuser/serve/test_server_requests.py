@@ -152,7 +152,7 @@ ODD_FIELDS = [
     *({"generation_config": value} for value in ("{}", {}, '{"num_beams": 100000}')),
     *(
         {"gate_prior": value}
-        for value in ({"law": 1}, {}, {"code": 0}, {"code": -1}, {"code": "x"}, {"code": 1e9}, [1, 1])
+        for value in ({"law": 1}, {}, {"code": 0}, {"code": -1}, {"code": "x"}, {"code": 1e9}, {"code": 1e-60}, [1, 1])
     ),
     {"custom_generate": "owner/code"},
     {"trust_remote_code": True},
