@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from benchmarks import gate_costs, growth, headlines, rivals, serving
+from benchmarks import gate_costs, growth, headlines, real_serving, rivals, serving
 from ultrafuser.reports.charts import OTHER
 from ultrafuser.reports.colours import PALETTE
 from ultrafuser.reports.marked_tables import with_tables
@@ -35,7 +35,8 @@ def main() -> None:
     tables = {"results/*.json: headlines": headlines.table(options.results)}
     if (costs := options.results / "gate_costs.json").exists():
         tables["results/gate_costs.json: gates"] = gate_costs.table(json.loads(costs.read_text())["rows"])
-    for name, show in {"rivals": show_rivals, "growth": show_growth, "serving": show_serving}.items():
+    shown = {"rivals": show_rivals, "growth": show_growth, "serving": show_serving, "real_serving": show_real_serving}
+    for name, show in shown.items():
         file = options.results / f"{name}.json"
         if file.exists():
             found = show(json.loads(file.read_text()), options.out)
@@ -67,6 +68,11 @@ def show_serving(result: dict, out: Path) -> dict[str, str]:
     models = {name: result[name] for name in ("quickstart", "random")}
     save(out / "serving", draw_serving, models)
     return {name: serving.table(found) for name, found in models.items()}
+
+
+def show_real_serving(result: dict, out: Path) -> dict[str, str]:
+    """Prefill and decoding at a real size, one table each."""
+    return {what: real_serving.table(result, what) for what in ("prefill", "decoding")}
 
 
 def draw_rivals(regimes: dict[str, dict]) -> Figure:

@@ -156,5 +156,20 @@ def compared(ways: dict[str, Callable[[], dict[str, float]]], rounds: int) -> di
     return {name: found["seconds"] for name, found in compare_ways(ways, rounds).items()}
 
 
+def table(result: dict, what: str) -> str:
+    """Writes Markdown: each way's time against one specialist in transformers, by batch, with millions of parameters."""
+    batches = result[what]
+    lines = [
+        f"| | parameters | {' | '.join(f'batch {batch}' for batch in batches)} |",
+        "|---" + "|---:" * (1 + len(batches)) + "|",
+    ]
+    for way in next(iter(batches.values())):
+        # self-drafting is the fused model's own
+        size = result["parameters"].get(way.rpartition(", ")[0], result["parameters"]["fused"])
+        cells = ["{median:.2f} ({least:.2f} to {most:.2f})".format(**batches[batch][way]) for batch in batches]
+        lines.append(f"| {' | '.join([way, f'{size / 1e6:.0f}M', *cells])} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     main()

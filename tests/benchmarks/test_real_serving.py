@@ -37,6 +37,9 @@ def test_every_way_is_measured_beside_one_specialist(folder, tmp_path, monkeypat
         decoded = [*names, "fused, self-drafting"]
         assert list(found["decoding"][batch]) == [f"{name}, transformers" for name in decoded]
         assert found["decoding"][batch]["one specialist, transformers"]["median"] == 1.0
+    rows = real_serving.table(found, "decoding").splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == [f"| {name}, transformers" for name in decoded]
+    assert {row.count("|") for row in rows} == {5}
 
 
 def test_a_way_that_says_something_else_is_told():

@@ -31,6 +31,7 @@ def commands(server, tmp_path_factory):
         "ultrafuser.build.fusion_recipe",
         "ultrafuser.hub.upload",
         "ultrafuser.train.stage_recipe",
+        "ultrafuser.train.distil_recipe",
         "transformers.trainer",
     )
     with Commands(*modules, **environment) as commands:
@@ -115,12 +116,13 @@ def test_fusing_killed_anywhere_leaves_no_folder_and_the_same_command_makes_it(f
         shutil.rmtree(tmp_path / "out")
 
 
-@pytest.fixture(scope="module")
-def train(models):
+@pytest.fixture(scope="module", params=["train", pytest.param("distil", marks=pytest.mark.slow)])
+def train(models, request):
     small = {"examples_per_domain": 2, "per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True}
     data = [word for name in NAMES for word in ("--data", f"{name}={models / name}.jsonl")]
     settings = [word for key, value in small.items() for word in (f"--{key}", value)]
-    words = ["train", "--stage", "gate", "--model", models / "old", *data, *settings]
+    words = {"train": ["train", "--stage", "gate"], "distil": ["distil", "--student", "text"]}[request.param]
+    words += ["--model", models / "old", *data, *settings]
     return lambda out: [*words, "--max-steps", 3, "--save_steps", 2, "--out", out / "stage"]
 
 
