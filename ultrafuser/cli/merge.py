@@ -1,6 +1,6 @@
 """Commands that make one ordinary model of specialists' weights."""
 
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -54,6 +54,8 @@ def merge(
     """
     hide_loading_bars()
     if show:
+        if out or coefficients or lines or data or search or seed or method != "average":
+            raise typer.BadParameter("--show only compares changes: leave out all options but --base.")
         _show(what, base)
         return
     if out is None:
@@ -62,7 +64,9 @@ def merge(
 
     options = {"coefficients": coefficients, "lines": lines, "data": named(data, "--data"), "seed": seed}
     if search is not None:
-        options["search"] = partial(_search, search, coefficients is None and lines is None)
+        if coefficients is not None or lines is not None:
+            raise typer.BadParameter("--search finds the coefficients: leave --coefficients and --lines out.")
+        options["search"] = _searching(search)
     table = merge_folders(what, out, method=method, base=base, **options)
     factors = table.as_dict()
     shown = factors if not table.is_even else {"all layers": next(iter(factors.values()))}
@@ -71,12 +75,15 @@ def merge(
     echo(f"Wrote {str(out)!r}, a model that needs no code of this package. `merge.json` there has its coefficients.")
 
 
-def _search(how: str, free: bool, merge, held, work: Path) -> None:
+def _searching(how: str) -> Callable[..., None]:
     from ..merge import searches
 
-    if not free:
-        raise typer.BadParameter("--search finds the coefficients: leave --coefficients and --lines out.")
-    Console().print(searches.table(searches.search(merge, how, held, work), merge.sources.names))
+    searches.check(how)
+
+    def search(merge, held, work: Path) -> None:
+        Console().print(searches.table(searches.search(merge, how, held, work), merge.sources.names))
+
+    return search
 
 
 def _show(what: list[str], base: str | None) -> None:

@@ -21,10 +21,12 @@ from modeling_ultrafuser.specialist_config_ultrafuser import own_config
 from ..provenance import weights_digest
 
 
-# what a fine-tune may say otherwise than its base, and which changes nothing that it computes
+# what a fine-tune may say otherwise than its base, and which changes nothing that it computes: Qwen2's `max_window_layers`
+# shows in `layer_types`, which is compared
 _FREE = re.compile(
     r"architectures|.*dtype|transformers_version|_.*|.*_token_id|.*dropout|.*_pdrop|.*_range|use_cache|"
-    r"tie_word_embeddings|max_position_embeddings|pretraining_tp|auto_map|unsloth.*|id2label|label2id|task_.*"
+    r"tie_word_embeddings|max_position_embeddings|pretraining_tp|auto_map|unsloth.*|id2label|label2id|task_.*|"
+    r"max_window_layers|use_mrope|transformers\.js_config"
 )
 
 

@@ -1,6 +1,7 @@
 """Merges folders of specialists into a folder of one ordinary model, tensor by tensor: what `ultrafuser merge` does."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,13 +83,14 @@ class FolderMerge:
         merged = self.chosen.merged(
             self.sources.start.read(key), tensors, self.coefficients.of(key), self._inputs(key)
         )
+        merged = merged.to(self.header[key][0]).contiguous()
         if not merged.isfinite().all():
             raise Refusal(
                 f"`{key}` of the merged model holds numbers that are not finite",
                 "Weights must be finite numbers",
                 "Look for them in the specialists, or choose smaller coefficients.",
             )
-        return merged.to(self.header[key][0]).contiguous()
+        return merged
 
     def _inputs(self, key: str) -> list[Tensor] | None:
         found = []
@@ -96,7 +98,8 @@ class FolderMerge:
             with safe_open(file, "pt") as products:
                 if key in products.keys():  # noqa: SIM118, it is no dict
                     found.append(products.get_tensor(key))
-        return found or None
+        # a head that one specialist ties to its embedding is averaged
+        return found if found and len(found) == len(self.inputs) else None
 
     def write(self, folder: Path, done: Callable[[], None] = lambda: None) -> None:
         """Writes the merged model with its configuration, tokenizer and table of coefficients.
@@ -210,10 +213,9 @@ def _check_choices(chosen: Merge, method: str, base: str | None, coefficients: s
         )
     if lines is not None and coefficients is not None:
         raise Refusal("both --lines and --coefficients are given", "Either makes the whole table", "Give one of them.")
-    fixed = type(chosen).table is not Merge.table
-    if (fixed and (coefficients or lines)) or (lines and not chosen.scales):
+    if (coefficients is not None or lines is not None) and not chosen.scales:
         raise Refusal(
-            f"{method!r} is given {'--lines' if lines else '--coefficients'}",
+            f"{method!r} is given {'--coefficients' if lines is None else '--lines'}",
             "It decides itself how much it takes of each layer",
             "Leave them out, or choose `task_arithmetic`.",
         )
@@ -223,9 +225,9 @@ def _two_numbers(lines: str) -> tuple[float, float]:
     try:
         start, slope = map(float, lines.split(","))
     except ValueError:
-        raise Refusal(
-            f"--lines is {lines!r}", "LiNeS has a start and a slope", "Write both, as in 0.33,0.5."
-        ) from None
+        start = slope = math.nan
+    if not math.isfinite(start + slope):
+        raise Refusal(f"--lines is {lines!r}", "LiNeS has a start and a slope", "Write both, as in 0.33,0.5.")
     return start, slope
 
 

@@ -23,6 +23,16 @@ SEARCHES: dict[str, Callable[..., Search]] = {
 }
 
 
+def check(how: str) -> None:
+    """Refuses what is no name in `SEARCHES`.
+
+    Raises:
+        Refusal: With the names.
+    """
+    if how not in SEARCHES:
+        raise Refusal(f"the search is {how!r}", "It has a name", f"Choose one of {sorted(SEARCHES)}.")
+
+
 def search(merge: FolderMerge, how: str, data: Mapping[str, HeldOut], work: Path) -> Search:
     """Searches one coefficient for each specialist. Every trial is merged, loaded and measured.
 
@@ -35,8 +45,7 @@ def search(merge: FolderMerge, how: str, data: Mapping[str, HeldOut], work: Path
     Raises:
         ValueError: If there is no such search.
     """
-    if how not in SEARCHES:
-        raise Refusal(f"the search is {how!r}", "It has a name", f"Choose one of {sorted(SEARCHES)}.")
+    check(how)
     names, layers = merge.sources.names, merge.sources.layers
     with Progress("searching", points_of(len(names)) + 1) as progress:
 

@@ -164,6 +164,19 @@ def test_a_specialist_with_a_head_of_its_own_unties_the_merge(base, tmp_path):
     torch.testing.assert_close(merged.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
+def test_regmean_averages_a_head_that_one_specialist_ties(base, data, tmp_path):
+    model, other = AutoModelForCausalLM.from_pretrained(base), specialist(layers=4, tied=False)
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        other.lm_head.weight.add_(0.5)
+    other.save_pretrained(tmp_path / "own")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "own")
+    rows = {"a": data["text"], "b": data["code"]}
+    merge_folders([f"a={base}", f"b={tmp_path / 'own'}"], tmp_path / "out", method="regmean", data=rows)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(merged.lm_head.weight, model.lm_head.weight + 0.25)
+
+
 def test_show_tells_how_far_changes_agree(pairs, base):
     done = run(*pairs, "--base", base, "--show")
     assert done.exit_code == 0, done.output
@@ -202,8 +215,14 @@ def test_files_are_written_one_after_another(tmp_path, monkeypatch):
         (["--data", "text=x.jsonl"], "reads no rows"),
         (["--lines", "1,1", "--coefficients", "1"], "Either makes the whole table"),
         (["--lines", "1", "--base", "BASE"], "a start and a slope"),
+        (["--lines", "nan,1", "--base", "BASE"], "a start and a slope"),
         (["--method", "layer_swap", "--coefficients", "1"], "decides itself"),
+        (["--method", "regmean", "--coefficients", "0.5"], "decides itself"),
         (["--coefficients", "text=1"], "Name them all"),
+        (["--coefficients", "missing.json"], "There is no file 'missing.json'"),
+        (["--search", "best"], "Choose one of ['map']"),
+        (["--search", "map", "--lines", "1,1"], "leave --coefficients and --lines out"),
+        (["--show", "--base", "BASE", "--method", "ties"], "leave out all options but --base"),
         (["--search", "map"], "no rows and no base"),
         (["--show"], "Pass --base"),
     ],
@@ -228,6 +247,31 @@ def test_models_of_another_shape_or_start_are_refused(pairs, tmp_path):
     (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     done = run(*pairs, f"lora={tmp_path / 'lora'}", "--out", tmp_path / "out")
     assert "is a LoRA adapter" in done.output
+
+
+def test_fields_that_change_nothing_may_differ_from_the_base(tmp_path):
+    # as those of Qwen2.5-1.5B and its Instruct
+    for name, fields in (
+        ("base", {"max_window_layers": 28, "use_mrope": False}),
+        ("tuned", {"max_window_layers": 21}),
+    ):
+        torch.manual_seed(0)
+        specialist("qwen2", layers=1).save_pretrained(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | fields))
+    merge_folders([f"a={tmp_path / 'tuned'}"], tmp_path / "out", method="task_arithmetic", base=str(tmp_path / "base"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.max_window_layers == 21
+
+
+def test_numbers_that_16_bits_do_not_hold_are_refused(tmp_path):
+    for name, number in (("base", 0.0), ("tuned", 60_000.0)):
+        torch.manual_seed(0)
+        model = specialist(layers=1).half()
+        model.model.norm.weight.data.fill_(number)
+        model.save_pretrained(tmp_path / name)
+    options = {"method": "task_arithmetic", "base": str(tmp_path / "base"), "coefficients": "2"}
+    with pytest.raises(ValueError, match="`model.norm.weight` of the merged model holds numbers that are not finite"):
+        merge_folders([f"a={tmp_path / 'tuned'}"], tmp_path / "out", **options)
 
 
 def test_numbers_that_are_not_finite_are_refused(sources, tmp_path):
