@@ -158,7 +158,7 @@ def refused(case: str, found: dict, sentence: str) -> dict:
     """One row: the engine must have stopped, and told why, if only in what its processes print."""
     lines = found.get("refusal", "was served").splitlines()
     told = next((line for line in lines if sentence in line), None)
-    detail = lines[-1] if told is None else told[told.index(": ") + 2 :]
+    detail = lines[-1] if told is None else told.partition(": ")[2] or told
     return {"case": f"refused: {case}", "passed": told is not None, "detail": detail[-400:]}
 
 
