@@ -51,8 +51,8 @@ class Carrier(nn.Module):
         self.widths, self.cap = widths, soft_cap(config) or 0.0
         self.heads, self.groups, self.size = heads_of(first)
         self.room = self.groups * self.size
-        # whether a token is read in the pass that wrote it, and evidence, in pieces
-        self.known = 1 + PIECES * len(widths) * sum(map(len, wanted))
+        # of a token that is read in the pass that wrote it, its row; and evidence; both in pieces
+        self.known = PIECES * (1 + len(widths) * sum(map(len, wanted)))
         start = sum(c.num_hidden_layers for c in config.specialists)
         number = math.ceil((self.known + sum(widths)) / self.room)
         self.layers = nn.ModuleList(CarrierLayer(first, start + i) for i in range(number))
@@ -83,22 +83,24 @@ class Carrier(nn.Module):
             See `accumulated`. Shape (1, tokens, specialists, numbers).
         """
         now, positions = torch.cat(states, -1)[0], positions.reshape(-1)
-        unknown = now.new_ones(now.shape[0], self.known)
-        read = self._previous(torch.cat([unknown, now], -1), positions)
+        # counted from 1: two texts with one beginning may start in one pass, and the second reads rows of the first
+        rows = torch.arange(1, now.shape[0] + 1, device=now.device, dtype=torch.float32)[:, None]
+        unknown = now.new_zeros(now.shape[0], self.known - PIECES)
+        read = self._previous(torch.cat([*pieces(rows, now.dtype), unknown, now], -1), positions)
         before, first = read[:, self.known :], positions == 0
         head = head[: self.config.vocab_size]
         log_probs = torch.ops.ultrafuser.judged(before, ids.reshape(-1), head, self.widths, self.cap)
         # whoever is read in the pass that wrote it did not know yet
-        found = self._carried_on(log_probs, read[:, 0] == 0, first, read)
-        known = torch.cat([now.new_zeros(now.shape[0], 1), *pieces(found.flatten(1), now.dtype)], -1)
+        found = self._carried_on(log_probs, joined(read[:, :PIECES])[:, 0], first, read)
+        known = torch.cat([now.new_zeros(now.shape[0], PIECES), *pieces(found.flatten(1), now.dtype)], -1)
         written = math.ceil(self.known / self.room) * self.room
         read = self._previous(torch.cat([known, now], -1)[:, :written], positions)
         # from what was written, or a compiler would leave the writing out
-        return self._carried_on(log_probs, torch.ones_like(first), first, read)[None]
+        return self._carried_on(log_probs, torch.zeros_like(rows[:, 0]), first, read)[None]
 
-    def _carried_on(self, log_probs: Tensor, begins: Tensor, first: Tensor, read: Tensor) -> Tensor:
-        before = joined(read[:, 1 : self.known]).view(log_probs.shape[0], len(self.widths), -1)
-        return torch.ops.ultrafuser.carried_on(log_probs, begins, first, before, *self.wanted)
+    def _carried_on(self, log_probs: Tensor, follows: Tensor, first: Tensor, read: Tensor) -> Tensor:
+        before = joined(read[:, PIECES : self.known]).view(log_probs.shape[0], len(self.widths), -1)
+        return torch.ops.ultrafuser.carried_on(log_probs, follows, first, before, *self.wanted)
 
     def _previous(self, left: Tensor, positions: Tensor) -> Tensor:
         """Returns what the token before each left; at the first of a text, what the first one leaves. Shape (tokens, numbers)."""
@@ -136,7 +138,7 @@ def joined(numbers: Tensor) -> Tensor:
 
 def carried_on(
     log_probs: Tensor,
-    begins: Tensor,
+    follows: Tensor,
     first: Tensor,
     before: Tensor,
     decays: Sequence[float],
@@ -144,9 +146,12 @@ def carried_on(
 ) -> Tensor:
     """Does what `accumulated` does for tokens of several texts end to end, all side by side.
 
+    In each round a row takes on what the row that it follows has gathered, and follows then whom that one followed, so that
+    their number doubles.
+
     Args:
         log_probs: Of the tokens. Shape (tokens, specialists).
-        begins: Where it is known what was there before; elsewhere that is what the row above comes to. Shape (tokens,).
+        follows: Row, counted from 1, of the token before, if that is not known yet; 0 where it is known. Shape (tokens,).
         first: Which tokens are the first of a text. Shape (tokens,).
         before: What is known. Shape (tokens, specialists, numbers).
         decays: Of sums.
@@ -162,23 +167,24 @@ def carried_on(
     )
     sums, weights = before.tensor_split([len(decays)], -1)
     first = first[:, None, None]
-    begins = begins[:, None, None] | first
-    sums = _sums(log_probs, begins, first, sums, decays)
-    return torch.cat([sums, _log_weights(log_probs, begins, first, weights, switches)], -1)
+    begins, rows = (follows == 0)[:, None, None] | first, (follows.long() - 1).clamp(min=0)
+    sums = _sums(log_probs, begins, first, sums, decays, rows)
+    return torch.cat([sums, _log_weights(log_probs, begins, first, weights, switches, rows)], -1)
 
 
-def _sums(log_probs: Tensor, begins: Tensor, first: Tensor, before: Tensor, decays: Tensor) -> Tensor:
+def _sums(log_probs: Tensor, begins: Tensor, first: Tensor, before: Tensor, decays: Tensor, rows: Tensor) -> Tensor:
     own = log_probs[..., None]
     sums = torch.where(first, 0.0, torch.where(begins, before * decays + own, own))
     kept, reach = torch.where(begins, 0.0, decays).expand_as(sums), 1
     while reach < len(sums):
-        sums = torch.cat([sums[:reach], sums[reach:] + kept[reach:] * sums[:-reach]])
-        kept = torch.cat([kept[:reach], kept[reach:] * kept[:-reach]])
+        sums, kept, rows = sums + kept * sums[rows], kept * kept[rows], rows[rows]
         reach *= 2
     return sums
 
 
-def _log_weights(log_probs: Tensor, begins: Tensor, first: Tensor, before: Tensor, switches: Tensor) -> Tensor:
+def _log_weights(
+    log_probs: Tensor, begins: Tensor, first: Tensor, before: Tensor, switches: Tensor, rows: Tensor
+) -> Tensor:
     """Weights are linear in those before, but for their sum: maps from one to the other are joined, two by two."""
     number = log_probs.shape[1]
     log_probs = log_probs - log_probs.amax(1, keepdim=True)
@@ -190,9 +196,8 @@ def _log_weights(log_probs: Tensor, begins: Tensor, first: Tensor, before: Tenso
     begins = begins[..., None]
     maps, reach = _scaled(torch.where(begins, known[:, :, None], maps)), 1
     while reach < len(maps):
-        both = _scaled((maps[reach:, :, :, None] + maps[:-reach, None]).logsumexp(2))
-        maps = torch.cat([maps[:reach], torch.where(begins[reach:], maps[reach:], both)])
-        begins = torch.cat([begins[:reach], begins[reach:] | begins[:-reach]])
+        both = _scaled((maps[:, :, :, None] + maps[rows][:, None]).logsumexp(2))
+        maps, begins, rows = torch.where(begins, maps, both), begins | begins[rows], rows[rows]
         reach *= 2
     return maps[:, :, 0].log_softmax(1)
 
@@ -218,7 +223,7 @@ def _register() -> None:
 
 _SHAPES = {
     "judged": lambda states, ids, head, widths, cap: states.new_empty(states.shape[0], len(widths)).float(),
-    "carried_on": lambda log_probs, begins, first, before, decays, switches: torch.empty_like(before),
+    "carried_on": lambda log_probs, follows, first, before, decays, switches: torch.empty_like(before),
 }
 
 

@@ -32,6 +32,8 @@ class Engine:
 
     def __init__(self, config):
         self.config, self.kept, self.batch = config, {}, []
+        # text to the one whose beginning lies in the cache once for both, and how long that is
+        self.shared = {}
 
     def attend(self, module, query, key, value, mask, scaling, **kwargs):
         slides = self.config.layer_types[module.layer_idx] == "sliding_attention"
@@ -39,6 +41,10 @@ class Engine:
         found = []
         for part, (text, first, number) in zip(self.parts(query), self.batch, strict=True):
             before = self.kept.get((module.layer_idx, text), (key[0, :, :0], value[0, :, :0]))
+            if text in self.shared:
+                begun, length = self.shared[text]
+                theirs = self.kept[module.layer_idx, begun]
+                before = [torch.cat([t[:, :length], b[:, length:]], 1) for t, b in zip(theirs, before, strict=True)]
             keys, values = (
                 torch.cat([b[:, :first], t[0, :, part]], 1) for b, t in zip(before, (key, value), strict=True)
             )
@@ -107,6 +113,25 @@ def test_weights_are_those_of_the_ordinary_model_however_texts_are_cut_and_mixed
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", ["evidence", "posterior"], indirect=True)
+@torch.no_grad()
+def test_weights_are_right_where_two_texts_with_one_beginning_start_in_one_pass(fused, engine):
+    backbone = UltraFuserModel(engine.config).eval()
+    backbone.load_state_dict(fused.model.state_dict())
+    Served(backbone, fused.lm_head)
+    texts = {name: torch.randint(3, VOCAB, (1, 14)) for name in "ab"}
+    texts["b"][:, :8] = texts["a"][:, :8]
+    engine.shared = {"b": ("a", 8)}
+    expected = {name: fused(ids).gate_weights[0] for name, ids in texts.items()}
+    for batch in ([("a", 0, 12), ("b", 8, 4)], [("b", 12, 2), ("a", 12, 2)]):
+        engine.batch = batch
+        ids = torch.cat([texts[t][:, first : first + n] for t, first, n in batch], 1)
+        positions = torch.cat([torch.arange(first, first + n) for _, first, n in batch])[None]
+        found = backbone(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True).gate_weights[0]
+        wanted = torch.cat([expected[t][first : first + n] for t, first, n in batch])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_weights_of_a_token_follow_from_what_was_read_in_earlier_passes(fused, engine):
     backbone = UltraFuserModel(engine.config).eval()
@@ -158,12 +183,14 @@ def test_side_by_side_or_one_after_another_evidence_is_the_same():
         follows[0, 0], first[sum(map(len, wanted))] = False, True
         wanted.append(accumulated(part[None], follows, follows, WANTED)[0])
     wanted, nothing = torch.cat(wanted), torch.full((sum(lengths), 3, 5), 3.0)
-    torch.testing.assert_close(carried_on(log_probs, first, first, nothing, *WANTED), wanted, rtol=1e-5, atol=1e-3)
+    follows = torch.arange(len(wanted)).float() * ~first
+    torch.testing.assert_close(carried_on(log_probs, follows, first, nothing, *WANTED), wanted, rtol=1e-5, atol=1e-3)
     # from the middle on
     begins = torch.zeros_like(first)
     begins[5] = begins[150] = True
     before = torch.where(begins[:, None, None], wanted.roll(1, 0), nothing)
-    found = carried_on(log_probs[5:], begins[5:], first[5:], before[5:], *WANTED)
+    follows = torch.arange(len(wanted) - 5).float() * ~(begins | first)[5:]
+    found = carried_on(log_probs[5:], follows, first[5:], before[5:], *WANTED)
     torch.testing.assert_close(found, wanted[5:], rtol=1e-5, atol=1e-3)
 
 
@@ -171,7 +198,7 @@ def test_the_configuration_is_told_of_the_layers_once(fused, engine):
     layers = fused.config.num_hidden_layers
     models = [UltraFuserModel(engine.config) for _ in range(2)]
     room = 2 * 8
-    extra = -(-(1 + 3 * 3 * 9 + 3 * 32) // room)
+    extra = -(-(3 * (1 + 3 * 9) + 3 * 32) // room)
     assert [len(m.carrier.layers) for m in models] == [extra, extra]
     assert engine.config.num_hidden_layers == layers + extra == len(engine.config.layer_types)
     assert engine.config.layer_types[layers:] == ["sliding_attention"] * extra
