@@ -97,10 +97,10 @@ def in_one_process(work: Path, python: str) -> Iterator[dict]:
     rounded, in_fake_int8 = save_int8(folders[PLAIN], work / "int8", wanted[PLAIN]["prompts"])
     cases = {
         f"{PLAIN}, n-grams draft": (PLAIN, {"speculative_config": NGRAMS}),
-        # prompts with one beginning that start in one step: see docs/serve.md
+        # some prompts have one beginning, and start in one step
         f"{LOOKING_BACK}, n-grams draft": (
             LOOKING_BACK,
-            {"speculative_config": NGRAMS, "enable_prefix_caching": False},
+            {"speculative_config": NGRAMS, "enable_prefix_caching": True},
         ),
         f"{WINDOWS}, n-grams draft": (WINDOWS, {"speculative_config": NGRAMS}),
         f"{PLAIN}, a specialist drafts": (PLAIN, {"speculative_config": drafter}),
