@@ -51,6 +51,7 @@ NOT_RUN = {
     "python -m benchmarks.rivals": "minutes: test_benchmarks.py has the smallest sizes",
     "python -m benchmarks.gate_costs": "minutes: test_benchmarks.py has the smallest sizes",
     "python -m benchmarks.merging": "minutes: test_merging_benchmark.py has the smallest sizes",
+    "python -m benchmarks.dropping": "minutes: test_dropping.py has the smallest sizes",
     "python -m benchmarks.compression": "minutes: test_compression.py has the smallest sizes",
     "python -m benchmarks.growth": "minutes: test_benchmarks.py has the smallest sizes",
     "python -m benchmarks.serving": "minutes: test_benchmarks.py has the smallest sizes",

@@ -19,7 +19,12 @@ def config_of(fusion, caps=(None, None, None)):
     ]
     # logits are bounded once they are mixed, so there the specialists' caps are one
     return SimpleNamespace(
-        fusion=fusion, specialists=specialists, final_logit_softcapping=caps[0], adapters=None, gate_calibration=False
+        fusion=fusion,
+        specialists=specialists,
+        final_logit_softcapping=caps[0],
+        adapters=None,
+        gate_calibration=False,
+        signed_weights=None,
     )
 
 

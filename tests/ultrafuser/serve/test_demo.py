@@ -68,7 +68,9 @@ def test_steering_follows_its_formula_and_ends_with_the_answer(model):
 @pytest.mark.e2e
 def test_the_largest_bias_lifts_a_specialist_that_has_no_weight_at_all(model):
     sure = GateOutput(torch.tensor([[[1.0, 0.0, 0.0]]]))
-    with demo.steered(gate := torch.nn.Identity(), 0.1, bias=(0.0, 0.0, demo.LARGEST_BIAS)):
+    gate = torch.nn.Identity()
+    gate.signed = None
+    with demo.steered(gate, 0.1, bias=(0.0, 0.0, demo.LARGEST_BIAS)):
         assert gate(sure).weights[0, 0, 2] > 0.9999
     pieces = answer(model, bias=(0.0, demo.LARGEST_BIAS, 0.0))
     assert all(weights[1] > 0.99 for _, weights in pieces)
