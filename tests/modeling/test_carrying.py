@@ -96,12 +96,18 @@ def engine(fused, monkeypatch):
     return engine
 
 
-@pytest.mark.parametrize("fused", ["evidence", "posterior"], indirect=True)
-@torch.no_grad()
-def test_weights_are_those_of_the_ordinary_model_however_texts_are_cut_and_mixed(fused, engine):
+def served(engine, fused):
+    """The fused model's backbone in the engine."""
     backbone = UltraFuserModel(engine.config).eval()
     backbone.load_state_dict(fused.model.state_dict())
     Served(backbone, fused.lm_head)
+    return backbone
+
+
+@pytest.mark.parametrize("fused", ["evidence", "posterior"], indirect=True)
+@torch.no_grad()
+def test_weights_are_those_of_the_ordinary_model_however_texts_are_cut_and_mixed(fused, engine):
+    backbone = served(engine, fused)
     texts = {name: torch.randint(3, VOCAB, (1, 14)) for name in "ab"}
     expected = {name: fused(ids).gate_weights[0] for name, ids in texts.items()}
     for batch in PASSES:
@@ -116,9 +122,7 @@ def test_weights_are_those_of_the_ordinary_model_however_texts_are_cut_and_mixed
 @pytest.mark.parametrize("fused", ["evidence", "posterior"], indirect=True)
 @torch.no_grad()
 def test_weights_are_right_where_two_texts_with_one_beginning_start_in_one_pass(fused, engine):
-    backbone = UltraFuserModel(engine.config).eval()
-    backbone.load_state_dict(fused.model.state_dict())
-    Served(backbone, fused.lm_head)
+    backbone = served(engine, fused)
     texts = {name: torch.randint(3, VOCAB, (1, 14)) for name in "ab"}
     texts["b"][:, :8] = texts["a"][:, :8]
     engine.shared = {"b": ("a", 8)}
@@ -134,9 +138,7 @@ def test_weights_are_right_where_two_texts_with_one_beginning_start_in_one_pass(
 
 @torch.no_grad()
 def test_weights_of_a_token_follow_from_what_was_read_in_earlier_passes(fused, engine):
-    backbone = UltraFuserModel(engine.config).eval()
-    backbone.load_state_dict(fused.model.state_dict())
-    Served(backbone, fused.lm_head)
+    backbone = served(engine, fused)
     found = []
     for changed in (False, True):
         ids = torch.arange(5, 15)[None]

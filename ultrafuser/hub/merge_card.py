@@ -1,14 +1,10 @@
 """The card of a model that was merged from specialists."""
 
-import re
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
-
 from .. import licences
-from ..atomic import write_whole
 from ..merge.coefficients import Coefficients
-from ..plain import markdown, plain
+from .stock_card import write_stock_card
 
 
 TEMPLATE = Path(__file__).parent / "merge_card.jinja"
@@ -26,24 +22,8 @@ def write_merge_card(
         method: How they were merged.
         coefficients: Factors of the specialists.
     """
-    card = ModelCard.from_template(
-        ModelCardData(
-            model_name=title,
-            library_name="transformers",
-            pipeline_tag="text-generation",
-            tags=["ultrafuser", "merge"],
-            base_model=sorted({i.model for i in ingredients if i.model}) or None,
-            **licences.common_licence(ingredients),
-        ),
-        template_path=str(TEMPLATE),
-        title=title,
-        method=method,
-        names=[f"{i.name} ({markdown(i.model or 'not stated')}, {markdown(i.stated)})" for i in ingredients],
-        columns=coefficients.names,
-        rows=_rows(coefficients),
-        warnings=[markdown(warning) for warning in licences.warnings(ingredients)],
-    )
-    write_whole(folder / "README.md", plain(re.sub(r"\n{3,}", "\n\n", str(card))).rstrip() + "\n")
+    table = {"columns": coefficients.names, "rows": _rows(coefficients)}
+    write_stock_card(folder, TEMPLATE, "merge", title, ingredients, method=method, **table)
 
 
 def _rows(coefficients: Coefficients) -> list[list[str]]:
