@@ -22,6 +22,7 @@ COLUMNS = {
     "can calibrate": lambda cls: "yes" if cls.can_calibrate else "",
     "can be signed": lambda cls: "yes" if cls.can_be_signed else "",
     "one wide head": lambda cls: "yes" if cls.one_head else "",
+    "has a loss": lambda cls: "yes" if cls.has_loss else "",
     "is trained": lambda cls: "yes" if cls.trains else "",
     "needs a base": lambda cls: "yes" if cls.needs_base else "",
     "needs rows": lambda cls: "yes" if cls.reads_inputs else "",

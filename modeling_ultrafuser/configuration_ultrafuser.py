@@ -19,7 +19,7 @@ from .families_ultrafuser import (
     specialist_layer_types,
 )
 from .files_ultrafuser import is_number
-from .fusions_ultrafuser import FUSIONS
+from .fusions_ultrafuser import fusion_class
 from .gates_ultrafuser import GATES, WIDEST
 from .names_ultrafuser import validate_specialist_names
 from .readers_ultrafuser import reader_of
@@ -57,7 +57,7 @@ class UltraFuserConfig(PreTrainedConfig):
         gate_calibration: Whether the gate also predicts temperatures, see `Gate`.
         gate_switch_probability: How likely the "posterior" gate holds it that the best specialist changes after a token.
             Default: what suits the fusion rule.
-        fusion: What is mixed, a name in `FUSIONS`. "logits" is the paper's (Eq. 1).
+        fusion: What is mixed, a name in `FUSIONS`; a colon and its settings, if it has any. "logits" is the paper's (Eq. 1).
         adapters: Where specialists are LoRA adapters of one base, whose configuration all then have: the highest `rank`
             among them, and the names of the linear layers that any of them adapts, `target_modules`. If any is on the
             token embedding or on the head, the highest `embedding_rank` or `head_rank`, too.
@@ -144,10 +144,9 @@ class UltraFuserConfig(PreTrainedConfig):
                 f"{self.format_version!r}. Install a newer checkout of UltraFuser, or load the folder with its own code: "
                 f"`trust_remote_code=True` in a process that does not import `modeling_ultrafuser`."
             )
-        for field, choices in (("gate", GATES), ("fusion", FUSIONS)):
-            value = getattr(self, field)
-            if not isinstance(value, str) or value not in choices:
-                raise ValueError(f"Unknown {field} {value!r}. Choose one of {list(choices)}.")
+        if not isinstance(self.gate, str) or self.gate not in GATES:
+            raise ValueError(f"Unknown gate {self.gate!r}. Choose one of {list(GATES)}.")
+        fusion_class(self.fusion)
         sparsifier(self.gate_sparsifier)
         if not isinstance(self.gate_calibration, bool):
             raise ValueError(f"`gate_calibration` is {self.gate_calibration!r:.100}, but it must be true or false.")
@@ -204,8 +203,9 @@ class UltraFuserConfig(PreTrainedConfig):
             sizes = [field_of(c, field) for c in configs if layer_type in specialist_layer_types(c)]
             if sizes and common(sizes) is not None:
                 setattr(self, field, sizes[0])
-        fusion = FUSIONS[self.fusion]
+        fusion = fusion_class(self.fusion)
         fusion.check(self)
+        self.format_version = max(self.format_version, fusion.format_version)
         if self.signed_weights is not None:
             check_signed(self)
             self.signed_weights, self.format_version = [float(n) for n in self.signed_weights], 2
@@ -278,6 +278,8 @@ class UltraFuserConfig(PreTrainedConfig):
         output["specialists"] = [plain_dict(c) for c in self._names_and_configs()[1]]
         # vLLM asks for `AutoModel`, which saving the causal language model alone would leave out
         output["auto_map"] = AUTO_MAP
+        # a model may have been loaded with another rule
+        output["format_version"] = max(self.format_version, fusion_class(self.fusion).format_version)
         if self.gate_sparsifier == NONE:
             del output["gate_sparsifier"]
         if self.signed_weights is None:

@@ -16,24 +16,48 @@ class Fusion(nn.Module):
     """Base of all fusion rules: computes the logits of one specialist after another, which `combined` makes one of.
 
     A rule is one file with one subclass, and one line in `FUSIONS`. It has no parameters. `combined` is all that it must
-    define; what can be faster or smaller for a rule is a method or an attribute here that it may override.
+    define; what can be faster or smaller for a rule is a method or an attribute here that it may override. A configuration
+    gives its name, or its name and settings, as in "contrast:0.5,0.1", which `parsed` reads.
 
     Attributes:
         one_head: Whether the fused logits are one linear layer on one hidden state, which vLLM, TRL's fused head, scores
             of whole texts and modules in place of the head need.
+        has_loss: Whether it can be trained and measured by the log-probability of a text. A rule for decoding may forbid
+            tokens, or have no gradient.
+        needs_all: Whether a specialist counts that has no weight, so that none can be left out while decoding.
+        reads_gate: Whether the gate's weights count.
         scale_for_each: Whether a calibrated gate predicts one scale for each specialist, or one for all.
         switch_probability: Default of the "posterior" gate.
         output_class: What the backbone returns.
+        format_version: The first format of saved folders that knows the rule.
+        settings: What `parsed` returned.
     """
 
     one_head = False
+    has_loss = True
+    needs_all = False
+    reads_gate = True
     scale_for_each = True
     switch_probability = 0.0005
     output_class: type[ModelOutput] = UltraFuserMixtureOutput
+    format_version = 1
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.settings = config, self.parsed(setting_in(config.fusion))
+
+    @classmethod
+    def parsed(cls, setting: str | None) -> tuple | None:
+        """Reads the rule's settings.
+
+        Args:
+            setting: What follows the colon, or None.
+
+        Raises:
+            ValueError: If the rule has no such setting.
+        """
+        if setting is not None:
+            raise ValueError(f"This fusion rule has no setting, but got {setting!r:.100}. Leave it out.")
 
     @classmethod
     def check(cls, config) -> None:
@@ -109,7 +133,8 @@ class Fusion(nn.Module):
             In float32. Shape (..., vocab).
         """
         kept = range(gate_weights.shape[-1]) if kept is None else kept
-        return self.combined(self._bounded(logits, logit_scales, kept), gate_weights[..., list(kept)])
+        scales = self.factors(gate_weights, logit_scales)
+        return self.combined(self._bounded(logits, scales, kept), gate_weights[..., list(kept)])
 
     def _bounded(self, logits: Iterable[Tensor], scales: Tensor | None, kept: Sequence[int]) -> Iterable[Tensor]:
         for k, own in zip(kept, logits, strict=True):
@@ -127,6 +152,12 @@ class Fusion(nn.Module):
             Logits or log-probabilities. Shape (..., vocab).
         """
         raise NotImplementedError
+
+
+def setting_in(word: str) -> str | None:
+    """Returns what follows the colon of a rule's name, or None."""
+    _, colon, setting = word.partition(":")
+    return setting if colon else None
 
 
 def specialist_parts(states: Tensor, config) -> Iterator[tuple[Tensor, slice, float | None]]:

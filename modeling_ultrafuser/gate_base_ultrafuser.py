@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import initialization as init
 
-from .fusions_ultrafuser import FUSIONS
+from .fusions_ultrafuser import fusion_class
 from .sparsifiers_ultrafuser import sparsifier
 
 
@@ -232,7 +232,7 @@ def linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 def owners(config) -> dict[str, list[int | None]]:
     """Returns, for each kind of axis, which specialist each index belongs to: None for a scale that all share."""
     specialists = list(range(len(config.specialists)))
-    scales = specialists if FUSIONS[config.fusion].scale_for_each else [None]
+    scales = specialists if fusion_class(config.fusion).scale_for_each else [None]
     return {
         OUTPUTS: specialists + scales if config.gate_calibration else specialists,
         STATES: [k for k, c in enumerate(config.specialists) for _ in range(c.hidden_size)],

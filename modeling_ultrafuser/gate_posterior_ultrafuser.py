@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .fusions_ultrafuser import FUSIONS
+from .fusions_ultrafuser import fusion_class
 from .gate_base_ultrafuser import Evidence, Gate, Reads
 
 
@@ -29,4 +29,4 @@ class PosteriorGate(Gate):
 def switch_probability(config) -> float:
     """Reads it from the configuration; by default it is what suits the fusion rule, chosen on text to fuse with."""
     given = config.gate_switch_probability
-    return FUSIONS[config.fusion].switch_probability if given is None else given
+    return fusion_class(config.fusion).switch_probability if given is None else given

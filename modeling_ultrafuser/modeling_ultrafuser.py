@@ -25,7 +25,7 @@ from .compat_ultrafuser import CACHE, attention_of, engine_of, set_attention, se
 from .configuration_ultrafuser import UltraFuserConfig, attention_of_all
 from .evidence_ultrafuser import decoding_layer, last_logits, layer_of, read_evidence
 from .fusing_ultrafuser import fuse_specialists
-from .fusions_ultrafuser import FUSIONS, one_head_rules
+from .fusions_ultrafuser import check_loss, fusion_class, one_head_rules
 from .gate_base_ultrafuser import GateOutput, Reads, run_before_specialists
 from .gates_ultrafuser import GATES
 from .generation_ultrafuser import FusedGeneration
@@ -72,7 +72,7 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         self.reader_class = reader_of(config)
         self.specialists = self.reader_class.build(config)
         self.fusion_gate = GATES[config.gate](config)
-        self.fusion_rule = FUSIONS[config.fusion](config)
+        self.fusion_rule = fusion_class(config.fusion)(config)
         # set by the model that has a head, for gates that read the past; in a tuple, so that it is no part of the backbone
         self.wide_head: tuple[nn.Module, ...] = ()
         self.carrier: Carrier | None = None if self.engine is None else prepared_for_engine(self)
@@ -146,6 +146,10 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         tokens = Tokens(input_ids, attention_mask, position_ids, specialist_input_ids, specialist_attention_mask)
         check_inputs(self.config.specialist_names, tokens, inputs_embeds)
         prior = checked_prior(gate_prior, self.config.specialist_names, input_ids)
+        if prior and not self.fusion_rule.reads_gate:
+            raise ValueError(
+                f"`gate_prior` multiplies the gate's weights, which fusion={self.config.fusion!r} does not read. Leave it out."
+            )
         refuse_router_loss(kwargs.pop("output_router_logits", None), self.config, *self.config.backbones)
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         cache = self.shared_cache(past_key_values) if use_cache or past_key_values is not None else None
@@ -242,7 +246,7 @@ class UltraFuserForCausalLM(FusedGeneration, UltraFuserPreTrainedModel, Generati
         return fuse_specialists(cls, specialists, **kwargs)
 
     def __setattr__(self, name: str, value) -> None:
-        if name == "lm_head" and not FUSIONS[self.config.fusion].one_head:
+        if name == "lm_head" and not fusion_class(self.config.fusion).one_head:
             check_head(value, f"fusion={self.config.fusion!r}")
         elif name == "lm_head" and Reads.PAST in GATES[self.config.gate].reads:
             check_head(value, f"the gate {self.config.gate!r}")
@@ -276,7 +280,12 @@ class UltraFuserForCausalLM(FusedGeneration, UltraFuserPreTrainedModel, Generati
         Args:
             labels: Token ids to predict, -100 where there is nothing to predict. Not shifted. Shape (batch, seq).
             logits_to_keep: How many last positions to compute logits for, 0 for all; or the positions themselves.
+
+        Raises:
+            ValueError: If `labels` are given, and the fusion rule has no loss.
         """
+        if labels is not None:
+            check_loss(self.config)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -368,7 +377,7 @@ class UltraFuserForSequenceClassification(GenericForSequenceClassification, Ultr
     def __init__(self, config: UltraFuserConfig):
         # not the library's, which looks the backbone up by the configuration's class
         UltraFuserPreTrainedModel.__init__(self, config)
-        if not FUSIONS[config.fusion].one_head:
+        if not fusion_class(config.fusion).one_head:
             raise ValueError(
                 f"A score is read off one hidden state, which a fused model has with {one_head_rules()}, but this one has "
                 f"fusion={config.fusion!r}. Fuse the specialists anew with {one_head_rules()}."

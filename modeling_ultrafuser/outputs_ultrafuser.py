@@ -31,7 +31,7 @@ class UltraFuserModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class UltraFuserMixtureOutput(ModelOutput):
-    """Output of the backbone with fusion="probabilities".
+    """Output of the backbone with a fusion rule that has no wide head, such as fusion="probabilities".
 
     It has no `last_hidden_state`. Trainers and serving engines multiply that by the head to save memory, which would
     mix logits here, and nothing would show it.
@@ -61,7 +61,7 @@ class UltraFuserMixtureOutput(ModelOutput):
     def last_hidden_state(self) -> Tensor:
         """Refused: no hidden state times the head gives a mixture of probabilities."""
         raise AttributeError(
-            "With fusion='probabilities' no single hidden state times the head gives the model's prediction, so its "
+            "With this fusion rule no single hidden state times the head gives the model's prediction, so its "
             "backbone has no `last_hidden_state`, which TRL's trainers need. Train with fusion='logits', or with a "
             "trainer that calls the model's own loss, `model(input_ids, labels=labels).loss`, as transformers' "
             "`Trainer` does. For the hidden states themselves read `specialist_hidden_states`."

@@ -15,7 +15,7 @@ from .families_ultrafuser import (
     of_each,
     specialist_layer_types,
 )
-from .fusions_ultrafuser import FUSIONS, one_head_rules
+from .fusions_ultrafuser import fusion_class, one_head_rules
 from .gate_base_ultrafuser import Reads
 from .gates_ultrafuser import GATES
 from .readers_ultrafuser import reader_of
@@ -42,7 +42,7 @@ def check_servable(config: UltraFuserConfig, engine: str = VLLM) -> None:
 
     if engine != VLLM and Reads.PAST in GATES[config.gate].reads:
         refuse("keeps no state of a gate that reads the past", of_each(config, lambda _: config.gate))
-    if not FUSIONS[config.fusion].one_head:
+    if not fusion_class(config.fusion).one_head:
         rules = one_head_rules()
         refuse(f"computes logits with one linear head, which needs {rules}", of_each(config, lambda _: config.fusion))
     for reason, values in _differences(config, *Heads._fields):

@@ -9,7 +9,7 @@ that learns, s = (1, 0, 0) is a shared specialist that always counts, and learne
 from collections.abc import Iterator, Mapping, Sequence
 
 from .files_ultrafuser import is_number
-from .fusions_ultrafuser import FUSIONS, one_head_rules
+from .fusions_ultrafuser import fusion_class, one_head_rules
 from .gates_ultrafuser import GATES
 from .refusals_ultrafuser import Refusal
 from .sparsifiers_ultrafuser import NONE
@@ -39,9 +39,9 @@ def check_signed(config) -> None:
 
 
 def _conflicts(config) -> Iterator[tuple[str, str, str]]:
-    fusion, rules = FUSIONS[config.fusion], one_head_rules()
+    fusion, rules = fusion_class(config.fusion), one_head_rules()
     if not fusion.one_head:
-        rule = "A mixture of probabilities needs weights that are shares"
+        rule = "A rule without one wide head needs weights that are shares"
         yield f"`fusion` is {config.fusion!r}", rule, f"Choose {rules}"
     elif fusion.fused_cap(config) is not None:
         rule = "A bounded sum of logits is not the sum of the specialists' bounded logits"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from modeling_ultrafuser.fusions_ultrafuser import check_loss
 from modeling_ultrafuser.refusals_ultrafuser import Refusal
 
 from .distil_config import DistilConfig
@@ -60,6 +61,8 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel, args: DistilC
             "A student is one ordinary model, so that any engine runs it",
             "Name one of the specialists, or train the fused model itself: `ultrafuser train --stage joint`.",
         )
+    if teacher.config.model_type == FUSED:
+        check_loss(teacher.config)
     rows, its = (model.config.get_text_config().vocab_size for model in (student, teacher))
     if rows != its:
         raise Refusal(

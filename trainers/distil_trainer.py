@@ -35,7 +35,7 @@ RATE_AT_A_MILLION = 1e-3
 class DistilTrainer(Resumable, HookedDistillationTrainer):
     """Trains a student to predict what its teacher predicts. Batches hold as many examples of each domain.
 
-    Any fusion rule can teach, for the loss reads logits or log-probabilities alone; so can any other model of the same
+    Any fusion rule that has a loss can teach, for it reads logits or log-probabilities alone; so can any other model of the same
     tokenizer. The logits of `per_device_train_batch_size` examples are in memory at once. One process, or DDP.
 
     Args:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from modeling_ultrafuser.fusions_ultrafuser import check_loss
 from modeling_ultrafuser.gate_base_ultrafuser import Reads
 
 from .mix.rewards import REWARDS
@@ -40,7 +41,7 @@ def fused_model(
     """Returns the fused model that a stage trains, see `loaded`.
 
     Raises:
-        ValueError: If the settings are another trainer's, or the model is not a fused one.
+        ValueError: If the settings are another trainer's, or the model is not a fused one, or its fusion rule has no loss.
     """
     model = loaded(model, args, config, name)
     if model.config.model_type != "ultrafuser":
@@ -48,6 +49,7 @@ def fused_model(
             f"{name} trains a fused model, but got a {type(model).__name__}. Build one with "
             f"`UltraFuserForCausalLM.from_specialists(...)`, or train a single model with `SingleTrainer`."
         )
+    check_loss(model.config)
     return model
 
 

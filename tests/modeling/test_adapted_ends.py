@@ -9,10 +9,10 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.modeling.test_adapters import close
 from tests.support.adapted import BASES, check_where_nothing_is_installed, make, pair
+from tests.support.fusions import MIXTURES
 from tests.support.mixes import prompt
 from ultrafuser.build.specialist_edits import remove_specialist
 
@@ -42,7 +42,7 @@ def test_every_specialist_says_what_peft_says_of_its_adapter(family, tmp_path):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("family", BASES)
 def test_a_fused_model_says_what_it_says_of_merged_specialists(family, fusion, tmp_path):
     adapted, merged = pair(make(tmp_path, family, ends=True), fusion=fusion, dtype=torch.float64)
@@ -57,7 +57,7 @@ def test_a_fused_model_says_what_it_says_of_merged_specialists(family, fusion, t
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("gate", GATES)
 def test_every_gate_gives_the_tokens_of_merged_specialists(gate, fusion, sources):
     batch = {"input_ids": prompt(), "attention_mask": torch.ones_like(prompt())}

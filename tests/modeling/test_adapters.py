@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from tests.support.adapted import ADAPTERS, BASES, check_where_nothing_is_installed, make, pair
+from tests.support.fusions import MIXTURES
 from tests.support.mixes import prompt
 from tests.support.tiny import specialist
 from tests.support.versions import needs_peft_in_the_library
@@ -96,7 +96,7 @@ def test_a_base_whose_rows_see_each_other_is_refused_and_one_token_that_rounds_o
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("family", BASES)
 def test_a_fused_model_says_what_it_says_of_merged_specialists(family, fusion, tmp_path):
     adapted, merged = pair(make(tmp_path, family), fusion=fusion, dtype=torch.float64)

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.support.adapted import make, pair
 from tests.support.conversations import weights
+from tests.support.fusions import MIXTURES
 from tests.support.mixes import MIXES, fuse, prompt
 from tests.support.stages import build, logs
 from tests.support.tiny import specialist
@@ -44,7 +44,7 @@ def adapters(tmp_path_factory):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("gate", ABLE)
 @torch.no_grad()
 def test_logits_are_the_weighed_sum_times_the_scales(gate, fusion):
@@ -63,7 +63,7 @@ def test_logits_are_the_weighed_sum_times_the_scales(gate, fusion):
     torch.testing.assert_close(outputs.logits, expected, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @torch.no_grad()
 def test_a_new_gate_changes_no_logit(fusion):
     ids, specialists = prompt(), MIXES["one family"]()
@@ -77,7 +77,7 @@ def test_a_new_gate_changes_no_logit(fusion):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("gate", ABLE)
 @torch.no_grad()
 def test_cached_stacked_and_reloaded_models_predict_the_same(gate, fusion, tmp_path):
@@ -110,7 +110,7 @@ def test_adapters_of_one_base_are_scaled_as_models_of_their_own_are(gate, adapte
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("gate", ABLE)
 def test_a_stage_moves_the_scales_as_the_models_own_loss_does_and_so_does_one_from_a_cache(gate, fusion, tmp_path):
     specialists = {name: specialist(layers=1) for name in ("text", "code", "math")}
@@ -135,7 +135,7 @@ def test_a_stage_moves_the_scales_as_the_models_own_loss_does_and_so_does_one_fr
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("gate", [gate for gate in ABLE if Reads.PAST not in GATES[gate].reads])
 @torch.no_grad()
 def test_scales_stay_when_a_specialist_is_added_and_removed(gate, fusion, tmp_path):

@@ -13,11 +13,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification, DynamicC
 from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.evidence_ultrafuser import EvidenceLayer
 from modeling_ultrafuser.forecasts_ultrafuser import accumulated
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gate_base_ultrafuser import Evidence, Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from modeling_ultrafuser.serving_ultrafuser import check_servable
 from tests.support.adapted import BASES, make, pair
+from tests.support.fusions import MIXTURES
 from tests.support.mixes import MIXES, fuse, naive_gate_weights, prompt, textbook
 from tests.support.tiny import specialist
 from ultrafuser.build.specialist_edits import add_specialist, remove_specialist
@@ -42,7 +42,7 @@ every_reader = pytest.mark.parametrize("gate", READERS)
 either_way = pytest.mark.parametrize(("gate", "fusion"), [("evidence", "logits"), ("posterior", "probabilities")])
 
 
-every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
+every_fusion = pytest.mark.parametrize("fusion", MIXTURES)
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gates_ultrafuser import GATES
+from tests.support.fusions import MIXTURES
 from tests.support.mixes import MIXES, fuse, naive_gate_weights, naive_logits, prefer, prompt
 
 
@@ -27,7 +27,7 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("mix", MIXES)
 @torch.no_grad()
 def test_a_fused_model_says_the_weighed_sum_of_what_its_specialists_say(mix, fusion):
@@ -39,7 +39,7 @@ def test_a_fused_model_says_the_weighed_sum_of_what_its_specialists_say(mix, fus
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("gate", GATES)
 @torch.no_grad()
 def test_the_sum_holds_for_every_gate(gate, fusion, specialists):
@@ -75,7 +75,7 @@ def test_mixed_probabilities_are_probabilities(specialists):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("mix", ["one family", "soft caps", "scale factors"])
 @torch.no_grad()
 def test_a_gate_that_listens_to_one_specialist_makes_the_fused_model_that_specialist(mix, fusion):
@@ -169,7 +169,7 @@ def test_a_row_padded_on_the_left_says_what_it_says_alone(mix):
 # ---------------------------------------------------------------------------------------------- logits and loss
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @torch.no_grad()
 def test_only_the_logits_asked_for_are_computed(fusion, specialists):
     fused, ids = fuse(specialists, fusion=fusion), prompt()
@@ -179,7 +179,7 @@ def test_only_the_logits_asked_for_are_computed(fusion, specialists):
     assert_same(fused(ids, logits_to_keep=kept).logits, logits[:, kept])
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @torch.no_grad()
 def test_the_loss_is_plain_cross_entropy_over_labelled_tokens(fusion, specialists):
     fused, ids = fuse(specialists, fusion=fusion), prompt()
@@ -202,7 +202,7 @@ def test_the_loss_divides_by_the_number_of_tokens_it_is_told(fused):
 # ---------------------------------------------------------------------------------------------- half precision
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @torch.no_grad()
 def test_half_precision_says_nearly_the_same_and_weighs_in_float32(fusion, specialists):
     ids = prompt()

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from tests.support.checkpoints import gemma3, inkling, llava, save, small
+from tests.support.fusions import MIXTURES
 from tests.support.tiny import specialist, tokenizer
 
 
@@ -274,7 +274,7 @@ def test_states_that_are_divided_and_rows_that_pad_a_vocabulary_are_made_even(ro
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("family", SCALED)
 def test_a_scale_on_the_logits_is_folded_into_the_head(family, fusion, two):
     scaled, plain = specialist(family, layers=1, hidden_size=16, **SCALED[family]), loaded(two["text"])[0]

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.support.adapted import make
 from tests.support.adapted import pair as adapters
+from tests.support.fusions import MIXTURES
 from tests.support.mixes import fuse, prompt
 from tests.support.tiny import specialist
 from ultrafuser.decoding.drafting import self_draft
@@ -42,7 +42,7 @@ def test_ones_change_no_bit_and_other_numbers_multiply_the_weights(gate, pair):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("gate", GATES)
 def test_one_specialist_that_a_prior_leaves_says_what_it_says_alone(gate, fusion, pair):
     model, ids = fuse(pair, gate=gate, fusion=fusion), prompt()

@@ -8,7 +8,7 @@ from transformers import DynamicCache, set_seed
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.compat_ultrafuser import CACHE
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from tests.support.fusions import MIXTURES
 from tests.support.mixes import MIXES, fuse, naive_gate_weights, naive_greedy, naive_logits, prompt
 from tests.support.tiny import specialist
 
@@ -42,7 +42,7 @@ def padded():
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("mix", MIXES)
 def test_greedy_decoding_takes_the_best_token_of_the_naive_sum(mix, fusion):
     specialists = MIXES[mix]()
@@ -145,7 +145,7 @@ def test_beams_find_what_an_exhaustive_search_of_two_steps_finds(fused):
     assert generate(fused, ids, num_beams=99, max_new_tokens=2)[0, -2:].tolist() == list(best)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_sampling_draws_from_the_naive_sum(fusion, specialists):
     fused, ids = fuse(specialists, fusion=fusion), prompt()
     set_seed(1)

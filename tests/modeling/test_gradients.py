@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from tests.support.fusions import MIXTURES
 from tests.support.mixes import MIXES, fuse, naive_gate_weights, naive_logits, prompt
 
 
@@ -60,7 +60,7 @@ def test_freezing_does_not_change_the_gates_gradients(fused):
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_gradients_are_those_of_the_naive_sum(fusion, specialists):
     fused, ids = fuse(specialists, fusion=fusion), prompt()
     fused(ids, labels=ids).loss.backward()

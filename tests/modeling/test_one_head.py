@@ -26,8 +26,8 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from tests.support.checkpoints import saying
+from tests.support.fusions import MIXTURES
 from tests.support.tiny import specialist, stir_gate, tokenizer
 from ultrafuser.decoding.drafting import self_draft
 from ultrafuser.decoding.dropping import drop_specialists
@@ -52,7 +52,7 @@ def lora(**settings):
 # ------------------------------------------------------------------------------------------- last state, and a score
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_the_last_of_all_hidden_states_is_what_the_head_reads(fusion, specialists):
     model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion)
     output = model.model(IDS, output_hidden_states=True)

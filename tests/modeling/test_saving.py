@@ -72,6 +72,8 @@ def folders(tmp_path_factory):
     save(folders / "bfloat16", dtype=torch.bfloat16)
     save(folders / "sharded", max_shard_size="100KB", gate="linear")
     save(folders / "probabilities", fusion="probabilities", gate="constant")
+    save(folders / "contrast", fusion="contrast:0.5,0.1,text")
+    save(folders / "dynamic", fusion="dynamic:text,math", gate="uniform")
     return folders
 
 

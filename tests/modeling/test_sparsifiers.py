@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gate_base_ultrafuser import Gate, Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from modeling_ultrafuser.sparsifier_base_ultrafuser import Sparsifier
 from modeling_ultrafuser.sparsifiers_ultrafuser import SPARSIFIERS, sparsifier
+from tests.support.fusions import MIXTURES
 from tests.support.mixes import fuse, prompt
 
 
@@ -105,7 +105,7 @@ def more(monkeypatch):
     monkeypatch.setitem(SPARSIFIERS, "nobody", Nobody)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_a_sparsifier_comes_after_the_temperature_and_what_it_leaves_sums_to_one(fusion, specialists):
     dense, ids = fuse(specialists, fusion=fusion), prompt()
     sparse = fuse(specialists, fusion=fusion, gate_sparsifier="top_k:2")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from tests.support.fusions import MIXTURES
 from tests.support.mixes import MIXES, fuse, prompt
 
 
@@ -24,7 +24,7 @@ def assert_same(actual, expected):
 # ---------------------------------------------------------------------------------------------- views of one prompt
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @torch.no_grad()
 def test_views_that_are_all_alike_change_nothing(fusion, specialists):
     fused, ids, mask = fuse(specialists, fusion=fusion), prompt(), torch.ones(2, 9, dtype=torch.long)
@@ -43,7 +43,7 @@ def test_views_without_a_mask_are_read_from_their_first_token(fused):
     assert_same(fused(ids, specialist_input_ids=ids[:, None].expand(-1, 3, -1)).logits, fused(ids).logits)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @torch.no_grad()
 def test_each_specialist_reads_its_own_view_and_its_own_padding(fusion, specialists):
     fused = fuse(specialists, fusion=fusion)

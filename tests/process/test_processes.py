@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from transformers import AutoModelForCausalLM
 
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from tests.support.fusions import MIXTURES
 from trainers.stage_checkpoint import STATE_FILE
 
 
@@ -156,7 +156,7 @@ def test_weights_in_shards_train_as_whole_ones(fusion, gate, run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_weights_in_shards_train_in_bfloat16(fusion, run, tmp_path):
     folders = [tmp_path / stage for stage in ("gate", "joint")]
     settings, own = {"bf16": True, "mix_reward": None}, {"fsdp": True}

@@ -130,6 +130,11 @@ def a_mixture_of_probabilities_loads_whole():
     assert _assert_loads_whole("probabilities").config.fusion == "probabilities"
 
 
+def late_rules_load_whole():
+    assert _assert_loads_whole("contrast").config.fusion == "contrast:0.5,0.1,text"
+    assert _assert_loads_whole("dynamic").config.fusion == "dynamic:text,math"
+
+
 def bfloat16_loads_whole_and_its_gate_stays_float32():
     import torch
 

@@ -5,10 +5,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE
 from tests.support.adapted import ADAPTERS, make, pair
 from tests.support.conversations import CHAT_TEMPLATE, PAPER, changed, conversations, sft_trainer, weights
+from tests.support.fusions import MIXTURES
 from tests.support.mixes import prompt
 from tests.support.tiny import tokenizer
 from trainers import GateStageConfig, GateTrainer, JointStageConfig, JointTrainer
@@ -70,7 +70,7 @@ def test_trls_loss_is_the_models_own(models, tmp_path):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_stage_one_trains_the_gate_alone_and_as_on_merged_specialists(fusion, sources, tmp_path):
     adapted, merged = pair(sources, fusion=fusion)
     before = weights(adapted)
@@ -103,7 +103,7 @@ def test_a_cache_gives_the_losses_of_stage_one(gate, fusion, keep, sources, tmp_
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_stage_one_and_its_cache_read_a_head_with_adapters(fusion, with_ends, tmp_path):
     adapted, merged = pair(with_ends, fusion=fusion)
     cached = pair(with_ends, fusion=fusion)[0]
@@ -125,7 +125,7 @@ def test_stage_two_trains_the_adapters_on_an_embedding_and_leaves_those_on_the_h
     assert torch.equal(fused.state_dict()[table][:2], before[table][:2])
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_stage_two_trains_adapters_and_gate(fusion, sources, tmp_path):
     fused = pair(sources, fusion=fusion)[0]
     before = weights(fused)
@@ -168,7 +168,7 @@ def test_stage_two_of_adapters_takes_no_second_way_to_train(extra, models, tmp_p
         trained(models[0], tmp_path, JointTrainer, JointStageConfig, **options)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_scores_in_chunks_have_the_gradients_of_the_models_own_loss(fusion, sources):
     fused = pair(sources, fusion=fusion, dtype=torch.float64)[0]
     ids = prompt()

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, set_seed
 from trl import DistillationConfig, DistillationTrainer
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from tests.support.conversations import CHAT_TEMPLATE, conversations, weights
+from tests.support.fusions import MIXTURES
 from tests.support.tiny import specialist, stir_gate, tokenizer
 from trainers.distil_checks import student_of
 from trainers.distil_config import DistilConfig
@@ -100,7 +100,7 @@ def test_loss_and_gradients_are_trls_own_where_it_can_read_the_teacher(beta, tmp
         torch.testing.assert_close(gradient, its_gradients[name], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_every_fusion_rule_teaches_what_it_predicts(fusion, tmp_path):
     teacher = teacher_of(fusion)
     trainer = trainer_of(tmp_path, teacher, off_policy=True, beta=0.0, balance_scale=False)

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.support.conversations import changed, sft_trainer, weights
+from tests.support.fusions import MIXTURES
 from tests.support.mixes import MIXES, fuse, prompt
 from tests.support.stages import build, logs
 from tests.support.tiny import specialist
@@ -22,7 +22,7 @@ READERS = [name for name, gate in GATES.items() if Reads.PAST in gate.reads]
 every_reader = pytest.mark.parametrize("gate", READERS)
 
 
-every_fusion = pytest.mark.parametrize("fusion", FUSIONS)
+every_fusion = pytest.mark.parametrize("fusion", MIXTURES)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from tests.support.fusions import MIXTURES
 from tests.support.stage_run import data as sums
 from tests.support.stages import BOTH, batch_of, domains, logs, trainer
 from trainers import GateTrainer
@@ -19,7 +19,7 @@ from trainers import GateTrainer
 
 @pytest.mark.grid
 @BOTH
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_logged_numbers_are_those_of_the_model(stage, fusion, specialists, tmp_path):
     model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion)
     for parameter in model.model.fusion_gate.parameters():

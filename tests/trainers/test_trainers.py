@@ -7,9 +7,9 @@ from peft import LoraConfig
 
 import trainers.heads.chunks
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE
 from tests.support.conversations import changed, conversations, weights
+from tests.support.fusions import MIXTURES
 from tests.support.stage_run import data as sums
 from tests.support.stages import BOTH, batch_of, domains, logs, trainer
 from tests.support.tiny import specialist
@@ -101,7 +101,7 @@ def test_a_single_model_is_refused(tmp_path):
 @pytest.mark.grid
 @BOTH
 @pytest.mark.parametrize("terms", [{}, TERMS])
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_accumulated_batches_are_one_large_batch(stage, terms, fusion, specialists, tmp_path):
     found = []
     model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion)
@@ -179,7 +179,7 @@ def test_the_default_rate_is_the_papers_for_large_specialists_and_higher_for_sma
 @pytest.mark.grid
 @BOTH
 @pytest.mark.parametrize(("gate", "dtype"), [("mlp", torch.float32), (DEFAULT_GATE, torch.float64)])
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_the_loss_in_chunks_is_the_models_own(fusion, gate, dtype, stage, specialists, tmp_path, monkeypatch):
     monkeypatch.setitem(trainers.heads.chunks.CHUNK, "cpu", 5)
     model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion, gate=gate, dtype=dtype)

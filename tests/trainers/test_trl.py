@@ -16,9 +16,9 @@ from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gates_ultrafuser import DEFAULT_GATE
 from tests.support.conversations import CHAT_TEMPLATE, changed, conversations, sft, sft_trainer, weights
+from tests.support.fusions import MIXTURES
 from tests.support.tiny import specialist, stir_gate, tokenizer
 
 
@@ -86,7 +86,7 @@ def test_the_gradients_of_the_fused_head_are_the_models_own(kind, request, tmp_p
 
 
 @pytest.mark.parametrize(("gate", "dtype"), [("mlp", torch.float32), (DEFAULT_GATE, torch.float64)])
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_gradients_are_those_of_the_formula(fusion, gate, dtype, specialists):
     model = UltraFuserForCausalLM.from_specialists(specialists, gate=gate, fusion=fusion, dtype=dtype)
     stir_gate(model)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from modeling_ultrafuser.fusions_ultrafuser import fusion_class
 
 from .chunks import chunk_size, slices
 from .kept_base import Kept
@@ -56,7 +56,7 @@ class Head:
     kept: dict[str, type[Kept]] = {"hidden": Kept}
 
     def __init__(self, config):
-        self.config, self.rule = config, FUSIONS[config.fusion](config)
+        self.config, self.rule = config, fusion_class(config.fusion)(config)
 
     def kinds(self) -> dict[str, type[Kept]]:
         """Lists what a gate's cache can keep: temperatures and signed weights are learned from whole logits."""

@@ -22,7 +22,7 @@ from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM
 from modeling_ultrafuser.evidence_ultrafuser import judged
 from modeling_ultrafuser.forecasts_ultrafuser import accumulated
 from modeling_ultrafuser.fusion_base_ultrafuser import Fusion, specialist_parts
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from modeling_ultrafuser.fusions_ultrafuser import check_loss, fusion_class
 from modeling_ultrafuser.gate_base_ultrafuser import Gate, GateOutput, Reads, run_before_specialists
 from modeling_ultrafuser.inputs_ultrafuser import Tokens
 from modeling_ultrafuser.refusals_ultrafuser import Refusal
@@ -87,6 +87,7 @@ def prune(
         OSError: If the model or data cannot be read.
     """
     config = fused_config(folder)
+    check_loss(config)
     check_number(config.specialist_names, keep)
     check_domains(data)
     with new_folder(out) as part:
@@ -144,6 +145,7 @@ def rank_subsets(model: UltraFuserForCausalLM, keep: int, data: Mapping[str, Hel
     Raises:
         ValueError: If the gate has none for any.
     """
+    check_loss(model.config)
     names = tuple(model.config.specialist_names)
     parts = [_Part.of(model, names)]
     errors = []
@@ -179,7 +181,7 @@ class _Part:
     def of(cls, model: UltraFuserForCausalLM, names: Sequence[str]) -> "_Part":
         config, gate = keep_in_gate(model, names)
         indices = [model.config.specialist_names.index(name) for name in names]
-        return cls(indices, config, gate, FUSIONS[config.fusion](config))
+        return cls(indices, config, gate, fusion_class(config.fusion)(config))
 
     @property
     def config_names(self) -> tuple[str, ...]:

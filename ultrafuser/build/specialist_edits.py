@@ -183,7 +183,8 @@ def add_specialist(
     pair = UltraFuserForCausalLM.from_specialists(
         {names[0]: model.specialist(names[0]), name: source},
         gate="uniform",
-        fusion=config.fusion,
+        # a rule may name specialists that this pair has not
+        fusion="logits" if model.model.fusion_rule.one_head else "probabilities",
         dtype=model.dtype,
         revisions={name: revision} if revision else None,
     )

@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from ..decoding import EVERY, KEEP
 from ..plain import Console, echo
-from ..strategies import SPARSIFIER_HELP
+from ..strategies import FUSION_HELP, SPARSIFIER_HELP
 from .arguments import Model
 from .group import Group
 
@@ -38,6 +38,7 @@ Every = Annotated[
     Option(min=1, help="Dropping: tokens from one decision to the next. Fewer for texts that change their domain."),
 ]
 
+Fusion = Annotated[str | None, Option(help=f"Read the model by this fusion rule. {FUSION_HELP} Default: its own.")]
 Router = Annotated[
     str | None,
     Option(
@@ -59,6 +60,7 @@ def chat(
     every: Every = EVERY,
     router: Router = None,
     alone: Alone = False,
+    fusion: Fusion = None,
 ) -> None:
     """Chat in the terminal, every token coloured by the specialist that leads. Or pipe one prompt per line into it.
 
@@ -71,7 +73,7 @@ def chat(
 
     _check_alone(router, alone, decoding)
     console = Console()
-    fused, tokenizer = open_fused(model)
+    fused, tokenizer = open_fused(model, **({"fusion": fusion} if fusion else {}))
     able, settings = for_streaming(fused, tokenizer, decoding, {"keep": keep, "every": every})
     route = PromptRoute(able, tokenizer, router, alone=alone)
     conversation = Chat(able, tokenizer, console, max_new_tokens=max_new_tokens, route=route, settings=settings)
@@ -132,6 +134,7 @@ def serve(
     every: Every = EVERY,
     router: Router = None,
     alone: Alone = False,
+    fusion: Fusion = None,
     chat_template_kwargs: Annotated[
         str | None, Option(help="""JSON, variables of the chat template: '{"enable_thinking": false}'.""")
     ] = None,
@@ -162,6 +165,8 @@ def serve(
     loading = {"device_map": device, "dtype": dtype}
     if attn_implementation is not None:
         loading["attn_implementation"] = attn_implementation
+    if fusion is not None:
+        loading["fusion"] = fusion
     logging.set_verbosity_error()
     fused, tokenizer = open_fused(folder, **loading)
     fused, options = for_streaming(fused, tokenizer, decoding, {"keep": keep, "every": every})

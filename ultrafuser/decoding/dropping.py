@@ -219,6 +219,11 @@ def check_droppable(model: UltraFuserForCausalLM, keep: str = KEEP, every: int =
             f"Dropping keeps the specialists with the largest shares, but `signed_weights` are "
             f"{model.config.signed_weights}. Decode without dropping."
         )
+    if model.model.fusion_rule.needs_all:
+        raise ValueError(
+            f"Dropping leaves out specialists without much weight, but fusion={model.config.fusion!r} compares all of them. "
+            f"Decode without dropping."
+        )
     # Mamba, Mamba 2 and Bamba begin such a block from an empty state, without a word
     recurrent = "cannot catch up: several families read a block of tokens as if nothing were before it"
     check_one_by_one("Dropping", model, recurrent)

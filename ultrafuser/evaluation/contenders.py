@@ -109,7 +109,7 @@ def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
     plan[FUSED] = partial(run, comparison.fused, "fused")
     names = comparison.fused.config.specialist_names
     plan |= {f"{FUSED} without {name}": partial(without, comparison, name) for name in names if len(names) > 2}
-    for fusion in FUSIONS:
+    for fusion in (name for name, rule in FUSIONS.items() if rule.has_loss):
         plan[f"uniform {fusion}"] = partial(run, baselines.ensemble(ingredients, "uniform", fusion), "ensemble")
     random_gate = baselines.RandomGate(ingredients.config, comparison.seed)
     plan["random gate"] = partial(run, baselines.ensemble(ingredients, random_gate), "control")

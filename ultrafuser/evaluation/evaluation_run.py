@@ -10,6 +10,8 @@ from rich import box
 from rich.table import Column, Table
 from transformers import PreTrainedTokenizerBase
 
+from modeling_ultrafuser import UltraFuserConfig
+from modeling_ultrafuser.fusions_ultrafuser import check_loss
 from modeling_ultrafuser.tokenizer_ultrafuser import TOKENIZER_PROBE, load_tokenizer
 
 from .. import pretrained
@@ -65,7 +67,9 @@ def evaluate(
         OSError: If data or a model cannot be read.
     """
     check_domains(data)
-    context = fused_config(model).max_position_embeddings
+    config = fused_config(model)
+    check_loss(config)
+    context = config.max_position_embeddings
     if specialists_of:
         fused_config(specialists_of)
     tokenizer = pretrained.load_tokenizer(model)
@@ -96,7 +100,8 @@ def evaluate(
 
 def _check_reads_alike(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
     # whether it is there at all shows now, not after hours spent on the others
-    pretrained.load_config(path)
+    if isinstance(config := pretrained.load_config(path), UltraFuserConfig):
+        check_loss(config)
     own = load_tokenizer(path)
     if own is None:
         return

@@ -43,6 +43,7 @@ from lm_eval.tasks import TaskManager
 
 from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.files_ultrafuser import read_json
+from modeling_ultrafuser.fusions_ultrafuser import check_loss
 
 from ..atomic import sole_writer, write_whole
 from ..keys import check_address
@@ -156,6 +157,8 @@ def run_suite(
     files = {task: out / name for task, name in _file_names(shots).items()}
     found = {task: read for task in shots if (read := _finished(files[task], settings[task]))}
     backend, arguments = _server(folder, server) if server else _weights(folder, dtype, trust_remote_code)
+    if not server and not all(_generates(task, manager) for task in shots):
+        _check_measurable(load_config(folder, trust_remote_code=trust_remote_code))
     # made from Python, lm-eval's `hf` wants a GPU unless told otherwise
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run_with = arguments | ({} if server else {"trust_remote_code": trust_remote_code, "device": device})
@@ -272,6 +275,16 @@ def _check_nothing_runs_code(tasks: Iterable[str], manager: TaskManager) -> None
 
 def _runs_code(task: str, manager: TaskManager) -> bool:
     return any(manager.task_index[t].cfg.get("unsafe_code") for t in _leaves(task, manager))
+
+
+def _generates(task: str, manager: TaskManager) -> bool:
+    # others compare the likelihoods of choices
+    return all(manager.task_index[t].cfg.get("output_type") == "generate_until" for t in _leaves(task, manager))
+
+
+def _check_measurable(config: Any) -> None:
+    if isinstance(config, UltraFuserConfig):
+        check_loss(config)
 
 
 def _file_names(tasks: Iterable[str]) -> dict[str, str]:

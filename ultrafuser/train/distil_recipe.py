@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
+from modeling_ultrafuser.fusions_ultrafuser import check_loss
 from trainers.distil_checks import student_of
 from trainers.distil_config import DistilConfig
 from trainers.distil_trainer import DistilTrainer
@@ -58,6 +59,7 @@ def distil(chosen: DistilArguments, args: DistilConfig) -> None:
     """
     # before anything large is loaded
     config, tokenizer = fused_config(chosen.model_name_or_path), read_tokenizer(chosen.model_name_or_path)
+    check_loss(config)
     if chosen.student not in config.specialist_names:
         check_tokenizer(chosen.student, config, tokenizer)
     with writing(args, "distil"):

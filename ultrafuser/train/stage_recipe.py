@@ -13,8 +13,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from modeling_ultrafuser import UltraFuserForCausalLM, common_tokenizer
+from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.files_ultrafuser import in_words
+from modeling_ultrafuser.fusions_ultrafuser import check_loss
 from modeling_ultrafuser.log_ultrafuser import print_line
 from trainers import (
     CachedGateTrainer,
@@ -32,8 +33,8 @@ from ..atomic import sole_writer
 from ..build.fusion_recipe import FusionSettings, described
 from ..check import metadata
 from ..hub import upload
+from ..pretrained import load_config, load_tokenizer, read_ingredients, write_ingredients
 from ..pretrained import load_model as load_any_model
-from ..pretrained import load_tokenizer, read_ingredients, write_ingredients
 from ..row_files import load
 from ..yaml_files import read_yaml
 
@@ -322,6 +323,7 @@ def load_model(
         )
     quantised = get_quantization_config(model)
     if fused.specialists:
+        check_loss(UltraFuserConfig(**fused.choices()))
         if quantised is not None:
             raise ValueError(
                 "A saved fused model is quantised while it is read, but `load_in_4bit` or `load_in_8bit` came with "
@@ -341,6 +343,9 @@ def load_model(
             f"Text is read with the fused model's tokenizer, but {folder!r} holds none that loads. Save a specialist's "
             f"there: `common_tokenizer(specialists).save_pretrained({folder!r})`."
         ) from error
+    config = load_config(folder, revision=model.model_revision, trust_remote_code=trust_remote_code)
+    if isinstance(config, UltraFuserConfig):
+        check_loss(config)
     return load_any_model(folder, **shared), tokenizer
 
 

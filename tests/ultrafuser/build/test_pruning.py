@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.support.adapted import make
+from tests.support.fusions import MIXTURES
 from tests.support.tiny import specialist, stir_gate, tokenizer
 from ultrafuser.build.pruning import check_number, rank_subsets
 from ultrafuser.build.specialist_edits import keep_specialists, remove_specialist
@@ -59,7 +59,7 @@ def assert_as_measured_alone(model, keep, data):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("gate", GATES)
 def test_the_table_has_what_the_models_that_would_be_left_are_measured_at(gate, fusion, data):
     calibrated = GATES[gate].can_calibrate

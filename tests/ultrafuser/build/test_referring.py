@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from tests.support.fusions import MIXTURES
 from tests.support.tiny import specialist, stir_gate, tokenizer
 from ultrafuser.cli.app import app
 
@@ -75,7 +75,7 @@ def assert_equal_folders(one, other):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_the_default_gate_comes_back_with_its_temperatures(fusion, fuse, tmp_path):
     fused = fuse("--fusion", fusion)
     assert run("fuse", refer(fused), "--out", tmp_path / "again")[0] == 0

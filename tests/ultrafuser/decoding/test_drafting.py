@@ -6,7 +6,7 @@ from scipy import stats
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer, logits_process
 
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from tests.support.fusions import MIXTURES
 from tests.support.mixes import MIXES, fuse, prefer, prompt
 from tests.support.tiny import specialist, tokenizer
 from ultrafuser.decoding import drafting
@@ -43,7 +43,7 @@ def passes(fused, run):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("mix", MIXES)
 def test_greedy_tokens_are_those_of_the_plain_way(mix, fusion):
     # longer than every window

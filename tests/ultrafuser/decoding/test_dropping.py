@@ -6,12 +6,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
 from modeling_ultrafuser.evidence_ultrafuser import layer_of, read_evidence
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from modeling_ultrafuser.gate_base_ultrafuser import Gate, Reads, run_before_specialists
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from modeling_ultrafuser.inputs_ultrafuser import Tokens
 from modeling_ultrafuser.sparsifiers_ultrafuser import sparsifier
 from tests.modeling.test_longrope import SWITCH, longrope
+from tests.support.fusions import MIXTURES
 from tests.support.mixes import MIXES, fuse, prefer, prompt
 from tests.support.tiny import specialist, tokenizer
 from tests.ultrafuser.decoding.test_drafting import Heard, passes
@@ -51,7 +51,7 @@ class Parity(Gate):
 
 @pytest.mark.grid
 @pytest.mark.parametrize("options", ALL_GATES.values(), ids=ALL_GATES)
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_keeping_everybody_gives_the_plain_tokens(fusion, options):
     fused, ids = fuse(MIXES["one family"](), fusion=fusion, **options), prompt(batch=2)
     expected = generate(fused, ids)
@@ -110,7 +110,7 @@ def naive(fused, ids, keep, every, anew=None):
 
 @pytest.mark.grid
 @pytest.mark.parametrize("options", ALL_GATES.values(), ids=ALL_GATES)
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_tokens_are_those_of_the_rule_written_out(fusion, options):
     fused, ids = fuse(MIXES["one family"](), fusion=fusion, **options), prompt(batch=1)
     for keep, every in (("top_k:1", 4), ("top_k:2", 3)):

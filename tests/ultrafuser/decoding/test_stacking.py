@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, set_seed
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from tests.support.fusions import MIXTURES
 from tests.support.mixes import fuse, prompt
 from tests.support.tiny import specialist
 from ultrafuser.decoding.compiling import compiled
@@ -56,7 +56,7 @@ def padded():
 
 @pytest.mark.grid
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_logits_and_gate_weights_are_those_of_specialists_run_one_by_one(shape, fusion, attention):
@@ -88,7 +88,7 @@ def test_the_loss_is_the_same():
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_decoding_gives_the_same_tokens_with_every_cache(shape, fusion):
     fused, stacked = pair(shape, fusion=fusion)

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
 from tests.support.conversations import CHAT_TEMPLATE, PAPER, conversations
+from tests.support.fusions import MIXTURES
 from tests.support.tiny import specialist, tokenizer
 from trainers import CachedGateTrainer
 from ultrafuser.cli.app import app
@@ -91,7 +91,7 @@ def test_gates_that_look_back_share_the_cache_with_others_and_one_without_parame
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", MIXTURES)
 def test_gates_that_predict_temperatures_share_the_cache_with_those_that_do_not(fusion, words, tmp_path, monkeypatch):
     fused = UltraFuserForCausalLM.from_pretrained(tmp_path / "fused")
     models = {name: fused.specialist(name) for name in fused.config.specialist_names}
