@@ -198,3 +198,18 @@ def save_fused(folder: Path, model, tokenizer, ingredients: dict[str, dict]) -> 
     tokenizer.save_pretrained(folder)
     write_ingredients(folder, ingredients)
     model.save_pretrained(folder)
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes the tokenizer of an ordinary model so that transformers 4, which llama.cpp's converter asks for, reads it too.
+
+    Both versions read the older names as the same tokenizer.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -29,7 +29,7 @@ from modeling_ultrafuser.specialist_config_ultrafuser import own_config
 
 from ..atomic import new_folder
 from ..check import metadata
-from ..pretrained import fused_config, read_ingredients, read_tokenizer, save_fused
+from ..pretrained import fused_config, read_ingredients, read_tokenizer, save_fused, save_tokenizer
 from .fusion_recipe import described
 
 
@@ -63,7 +63,7 @@ def take_out(folder: Path, name: str, out: Path) -> None:
     """Writes one specialist of a fused folder as an ordinary model's folder, with the fused model's tokenizer."""
     with new_folder(out) as part:
         _check_name(fused_config(folder), name)
-        read_tokenizer(folder).save_pretrained(part)
+        save_tokenizer(part, read_tokenizer(folder))
         UltraFuserForCausalLM.from_pretrained(folder).specialist(name).save_pretrained(part)
 
 

@@ -30,6 +30,7 @@ from ..merge.coefficients import dump
 from ..merge.merged_folder import FolderMerge, loaded, prepare
 from ..merge.sources import is_fused
 from ..merge.written_tensors import write_tensors
+from ..pretrained import save_tokenizer
 from ..provenance import provenance
 from . import layout_of
 from .layout_base import Layout
@@ -117,7 +118,7 @@ class MoeExport:
         first = sources.first
         if (settings := own_generation_config(first.source, first.config, **first.hub)) is not None:
             settings.save_pretrained(folder)
-        sources.tokenizer.save_pretrained(folder)
+        save_tokenizer(folder, sources.tokenizer)
         about = {"layout": config.model_type, "experts": sources.names, "sources": sources.origins}
         shared = {"donor": self.donor} if self.donor else {"method": self.merge.method}
         write_whole(folder / RECORD, dump(self.merge.coefficients, **provenance(), **about, **shared))

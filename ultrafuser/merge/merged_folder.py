@@ -24,7 +24,7 @@ from ..compress.full_models import Checkpoint
 from ..evaluation.held_out_files import read_domains
 from ..evaluation.measurement import HeldOut
 from ..hub.merge_card import write_merge_card
-from ..pretrained import load_model
+from ..pretrained import load_model, save_tokenizer
 from ..provenance import provenance
 from . import merge_method
 from .coefficients import Coefficients, check_layers, dump, parse_coefficients
@@ -118,7 +118,7 @@ class FolderMerge:
         if (settings := own_generation_config(first.source, first.config, **first.hub)) is not None:
             settings.save_pretrained(folder)
         if self.sources.tokenizer is not None:
-            self.sources.tokenizer.save_pretrained(folder)
+            save_tokenizer(folder, self.sources.tokenizer)
         about = {"method": self.method, "seed": self.seed, "sources": self.sources.origins}
         write_whole(folder / RECORD, dump(self.coefficients, **provenance(), **about))
 

@@ -15,7 +15,7 @@ from trainers.distil_trainer import DistilTrainer
 from trainers.progress import ProgressOfTraining
 
 from ..hub.student_card import write_student_card
-from ..pretrained import fused_config, load_model, read_tokenizer
+from ..pretrained import fused_config, load_model, read_tokenizer, save_tokenizer
 from .stage_recipe import FusedArguments, load_domains, parse_fields, writing
 
 
@@ -99,7 +99,7 @@ def _student(source: str, teacher: UltraFuserForCausalLM, args: DistilConfig) ->
 def _save(trainer: DistilTrainer, chosen: DistilArguments, config: UltraFuserConfig) -> None:
     """Writes the student; its weights last: killed in between, nothing that loads is left."""
     out, student = Path(trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
-    trainer.processing_class.save_pretrained(out)
+    save_tokenizer(out, trainer.processing_class)
     write_student_card(out, Path(chosen.model_name_or_path), chosen.student, config, trainer)
     # training turns it off
     student.config.use_cache = True
