@@ -96,7 +96,7 @@ def signed(subject: Subject, words: list[str], *, newer: dict, tuned: dict) -> d
 
     Args:
         subject: Base and specialists.
-        words: Factors a.
+        words: Factors a; or a fusion rule that finds them at every token, "dynamic:newer,old".
         newer: Steps and rate of the base on further text of all domains.
         tuned: Steps and rate of the newer base on a domain itself.
     """
@@ -113,7 +113,9 @@ def signed(subject: Subject, words: list[str], *, newer: dict, tuned: dict) -> d
         fuse = partial(UltraFuserForCausalLM.from_specialists, gate="uniform")
         parts = {"newer": start, "tuned": specialist, "old": old}
         fused = {"newer base and specialist, uniform": fuse({"newer": start, "tuned": specialist})}
-        fused |= {f"signed, {a}": fuse(parts, signed_weights=[1.0, float(a), -float(a)]) for a in words}
+        for word in words:
+            chosen = {"fusion": word} if ":" in word else {"signed_weights": [1.0, float(word), -float(word)]}
+            fused[word if ":" in word else f"signed, {word}"] = fuse(parts, **chosen)
         for name, model in fused.items():
             rows.setdefault(name, {}).update(_some(subject, model, measured_on))
     return rows

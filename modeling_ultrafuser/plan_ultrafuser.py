@@ -325,6 +325,7 @@ def run_checks(plan: FusionPlan, *, collect: bool = False) -> Iterator[Finding]:
     Raises:
         ValueError, OSError, ImportError: If a specialist is rejected or cannot be read, unless `collect`.
     """
+    found = []
     for check in CHECKS:
         for name in list(getattr(plan, check.each)) if check.each else [None]:
             if check.needs and not getattr(plan, check.needs):
@@ -336,7 +337,10 @@ def run_checks(plan: FusionPlan, *, collect: bool = False) -> Iterator[Finding]:
             except (ValueError, OSError, ImportError) as error:
                 if not collect:
                     raise
-                yield refused(error)
+                # what all fields together break shows with placeholders, and again with the specialists
+                if refused(error) not in found:
+                    found.append(refused(error))
+                    yield found[-1]
                 plan.leave_out(name)
 
 

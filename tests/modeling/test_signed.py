@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -17,11 +18,14 @@ from trainers import GateTrainer, JointTrainer
 from trainers.gate_cache import CachedGateTrainer
 from ultrafuser.build.fusion_recipe import FusionRecipe, FusionSettings
 from ultrafuser.build.specialist_edits import add_specialist, remove_specialist
+from ultrafuser.check.checks import judge
 from ultrafuser.decoding.drafting import self_draft
 from ultrafuser.decoding.dropping import check_droppable
 from ultrafuser.decoding.stacking import stack
 from ultrafuser.evaluation.baselines import ensemble
+from ultrafuser.evaluation.comparison import gate_statistics
 from ultrafuser.evaluation.contenders import UntunedError, weighted_by_perplexity
+from ultrafuser.evaluation.measurement import held_out
 from ultrafuser.reports.explanation import Token, are_signed
 from ultrafuser.route.prompt_route import PromptRoute
 from ultrafuser.serve.demo import steered
@@ -190,6 +194,27 @@ def test_a_newcomer_begins_at_0_and_a_number_goes_with_its_specialist(models, tm
     less = remove_specialist(model, "tuned")
     assert less.config.signed_weights == [1, -1]
     torch.testing.assert_close(less(ids).logits, by_hand(models, ids, (1, 0, -1)), **CLOSE)
+
+
+def test_the_last_specialist_with_a_number_cannot_be_taken_out(models):
+    model = fuse(models, {"large": 1, "tuned": 0, "base": 0}, gate="constant")
+    told = r"weights of \['tuned', 'base'\] are all 0.*Keep one of \['large'\], or take .*ultrafuser specialist FOLDER"
+    with pytest.raises(Refusal, match=told):
+        remove_specialist(model, "large")
+
+
+def test_a_check_tells_once_what_does_not_go_together(models, tmp_path):
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    found = judge({n: (str(tmp_path / n), None) for n in models}, gate="posterior", signed_weights=[1, 1, -1]).findings
+    assert len([f for f in found if "`gate` is 'posterior'" in f.text]) == 1
+
+
+def test_statistics_of_the_gate_have_the_entropy_of_the_sizes(models):
+    data = held_out([{"text": "2+2=4, 3+3=6"}], tokenizer(), prompt_tokens=1)
+    found = gate_statistics(fuse(models), {"sums": data})
+    assert found["entropy"]["sums"] == pytest.approx(math.log(3))
+    assert found["mean_weights"]["sums"] == {"large": 1, "tuned": 1, "base": -1}
 
 
 @torch.no_grad()

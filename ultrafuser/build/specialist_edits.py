@@ -212,6 +212,14 @@ def _config(config: UltraFuserConfig, names: list[str], specialists: list, gener
     if config.signed_weights is not None:
         signed = dict(zip(config.specialist_names, config.signed_weights, strict=True))
         fields["signed_weights"] = [signed.get(name, 0.0) for name in names]
+        if not any(fields["signed_weights"]):
+            raise Refusal(
+                f"the signed weights of {names} are all 0",
+                "A fused model needs a specialist with another one",
+                f"Keep one of {[n for n, number in signed.items() if number]}, or take one of {names} by itself: "
+                f"`ultrafuser specialist FOLDER NAME`.",
+                about="specialists",
+            )
     ends = {f: getattr(generation_config, f) for f in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return UltraFuserConfig.from_dict({**fields, **ends})
 

@@ -73,6 +73,8 @@ def explain(
     from ..pretrained import open_fused
     from ..reports import explanation, terminal
 
+    if chat and not generate:
+        raise ValueError("--chat asks a question, and its answer is coloured. Say how long it may be: --generate 40.")
     hide_loading_bars()
     tokens = explanation.explain(*open_fused(model), text, generate=generate, chat=chat)
     if as_json:

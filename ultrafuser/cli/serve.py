@@ -27,15 +27,18 @@ Decoding = Annotated[
     str, Option(help="plain; stacked; auto: what of these is faster, by measurement; or dropping, with other tokens.")
 ]
 Keep = Annotated[
-    str,
+    str | None,
     Option(
         help="Dropping: specialists that predict until the next decision, by the gate's mean weights. "
-        f"{SPARSIFIER_HELP}"
+        f"{SPARSIFIER_HELP} Default: {KEEP}."
     ),
 ]
 Every = Annotated[
-    int,
-    Option(min=1, help="Dropping: tokens from one decision to the next. Fewer for texts that change their domain."),
+    int | None,
+    Option(
+        min=1,
+        help=f"Dropping: tokens from one decision to the next. Fewer for texts that change their domain. Default: {EVERY}.",
+    ),
 ]
 
 Fusion = Annotated[str | None, Option(help=f"Read the model by this fusion rule. {FUSION_HELP} Default: its own.")]
@@ -56,8 +59,8 @@ def chat(
     model: Model,
     max_new_tokens: Annotated[int, Option(min=1, help="Longest answer, in tokens.")] = 512,
     decoding: Decoding = "plain",
-    keep: Keep = KEEP,
-    every: Every = EVERY,
+    keep: Keep = None,
+    every: Every = None,
     router: Router = None,
     alone: Alone = False,
     fusion: Fusion = None,
@@ -69,12 +72,13 @@ def chat(
     from ..pretrained import open_fused
     from ..route.prompt_route import PromptRoute
     from ..serve.chat import Chat, typed
-    from ..serve.decode_benchmark import for_streaming
+    from ..serve.decode_benchmark import check_streamed, for_streaming
 
     _check_alone(router, alone, decoding)
+    dropping = check_streamed(decoding, keep=keep, every=every)
     console = Console()
     fused, tokenizer = open_fused(model, **({"fusion": fusion} if fusion else {}))
-    able, settings = for_streaming(fused, tokenizer, decoding, {"keep": keep, "every": every})
+    able, settings = for_streaming(fused, tokenizer, decoding, dropping)
     route = PromptRoute(able, tokenizer, router, alone=alone)
     conversation = Chat(able, tokenizer, console, max_new_tokens=max_new_tokens, route=route, settings=settings)
     conversation.run(typed(console) if sys.stdin.isatty() else sys.stdin)
@@ -91,8 +95,8 @@ def speed(
         bool, Option("--compile", help="Also measure strategies that compile (takes minutes).")
     ] = False,
     assistant: Annotated[str | None, Option(help="Small model of the same tokenizer, to draft.")] = None,
-    keep: Keep = KEEP,
-    every: Every = EVERY,
+    keep: Keep = None,
+    every: Every = None,
 ) -> None:
     """Benchmark every decoding strategy on this machine, beside each specialist alone.
 
@@ -101,9 +105,11 @@ def speed(
     from ..pretrained import open_fused
     from ..serve import decode_benchmark
 
+    decode_benchmark.check_keep(keep)
+    dropping = {name: given for name, given in (("keep", keep), ("every", every)) if given is not None}
     fused, tokenizer = open_fused(model)
     prompts = prompt or [decode_benchmark.PROMPT]
-    settings = {"compile_steps": compile_steps, "assistant": assistant, "dropping": {"keep": keep, "every": every}}
+    settings = {"compile_steps": compile_steps, "assistant": assistant, "dropping": dropping}
     alone, found = decode_benchmark.measure_decoding(fused, tokenizer, prompts, new_tokens=new_tokens, **settings)
     Console().print(decode_benchmark.table(fused, alone, found))
     for way, reason in found.left_out.items():
@@ -130,8 +136,8 @@ def serve(
         bool, Option("--continuous-batching", help="One paged cache for all requests; sampling is the model's own.")
     ] = False,
     decoding: Decoding = "plain",
-    keep: Keep = KEEP,
-    every: Every = EVERY,
+    keep: Keep = None,
+    every: Every = None,
     router: Router = None,
     alone: Alone = False,
     fusion: Fusion = None,
@@ -147,7 +153,7 @@ def serve(
 
     from ..pretrained import open_fused
     from ..route.prompt_route import PromptRoute
-    from ..serve.decode_benchmark import for_streaming
+    from ..serve.decode_benchmark import check_streamed, for_streaming
     from ..serve.guard import Access, host_names, key_for, run
     from ..serve.request_fields import template_variables
     from ..serve.server import application
@@ -159,6 +165,7 @@ def serve(
             f"out."
         )
     _check_alone(router, alone, decoding)
+    dropping = check_streamed(decoding, keep=keep, every=every)
     key = key_for(host, key_variable, without_key)
     access = Access(host_names(host, allow_host or ()), allow_origin or (), key)
     variables = template_variables(chat_template_kwargs)
@@ -169,7 +176,7 @@ def serve(
         loading["fusion"] = fusion
     logging.set_verbosity_error()
     fused, tokenizer = open_fused(folder, **loading)
-    fused, options = for_streaming(fused, tokenizer, decoding, {"keep": keep, "every": every})
+    fused, options = for_streaming(fused, tokenizer, decoding, dropping)
     settings = {"continuous_batching": continuous_batching, "template_variables": variables, "decoding": options}
     settings["route"] = PromptRoute(fused, tokenizer, router, alone=alone)
     run(application(fused, tokenizer, folder, access, **settings), host, port)

@@ -146,7 +146,10 @@ def best_specialists(comparison: Comparison) -> dict[str, str]:
 
 @torch.inference_mode()
 def gate_statistics(model: UltraFuserForCausalLM, data: Mapping[str, HeldOut], batch_size: int = 16) -> dict:
-    """Who speaks where: mean weights by domain and by position, and the mean entropy of the weights in nats."""
+    """Who speaks where: mean weights by domain and by position, and the mean entropy of the weights in nats.
+
+    Signed weights have no entropy: it is that of their absolute values' shares.
+    """
     names = model.config.specialist_names
     found = {"mean_weights": {}, "weights_by_position": {}, "bin_tokens": BIN, "entropy": {}}
     for domain, examples in data.items():
@@ -157,10 +160,16 @@ def gate_statistics(model: UltraFuserForCausalLM, data: Mapping[str, HeldOut], b
         kept = examples.attention_mask.bool()
         mean = weights[kept].mean(0)
         found["mean_weights"][domain] = dict(zip(names, mean.tolist(), strict=True))
-        found["entropy"][domain] = torch.special.entr(weights[kept]).sum(-1).mean().item()
+        found["entropy"][domain] = torch.special.entr(_shares(model, weights[kept])).sum(-1).mean().item()
         bins = zip(weights.split(BIN, dim=1), kept.split(BIN, dim=1), strict=True)
         found["weights_by_position"][domain] = [w[k].mean(0).tolist() for w, k in bins if k.any()]
     return found
+
+
+def _shares(model: UltraFuserForCausalLM, weights: torch.Tensor) -> torch.Tensor:
+    if model.config.signed_weights is None:
+        return weights
+    return weights.abs() / weights.abs().sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def _check_identity(out: Path, identity: dict) -> None:

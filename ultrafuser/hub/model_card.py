@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_ultrafuser import UltraFuserConfig
 from modeling_ultrafuser.files_ultrafuser import UnreadableFileError
+from modeling_ultrafuser.fusions_ultrafuser import fusion_class
 from modeling_ultrafuser.serving_ultrafuser import check_servable
 
 from .. import licences
@@ -90,7 +91,7 @@ def write_card(
         title=repo.split("/")[-1],
         repo=repo,
         names=", ".join(config.specialist_names),
-        mixed=config.fusion,
+        mixed=config.fusion if fusion_class(config.fusion).has_loss else f"predictions ({config.fusion})",
         gate=config.gate,
         context=config.max_position_embeddings,
         size=_size(folder),

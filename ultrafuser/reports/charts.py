@@ -22,22 +22,26 @@ def draw_gate_by_domain(mean_weights: Mapping[str, Mapping[str, float]], colours
     """Mean gate weight of each specialist, one bar per domain.
 
     Args:
-        mean_weights: Domain to specialist to mean weight, which sum to 1 over specialists.
+        mean_weights: Domain to specialist to mean weight, which sum to 1 over specialists unless they are signed. Negative
+            ones are left of 0.
         colours: Colour of each specialist.
     """
     domains = list(mean_weights)
     specialists = list(next(iter(mean_weights.values())))
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(domains)), layout="constrained")
     axis = figure.add_subplot()
-    left = np.zeros(len(domains))
+    low, high = np.zeros(len(domains)), np.zeros(len(domains))
     for name in specialists:
         values = np.array([mean_weights[d][name] for d in domains])
-        bars = axis.barh(domains, values, left=left, color=colours[name], label=name, height=0.72, linewidth=1)
+        start = np.where(values < 0, low, high)
+        bars = axis.barh(domains, values, left=start, color=colours[name], label=name, height=0.72, linewidth=1)
         # narrower parts have no room for a number
-        labels = [f"{v:.2f}" if v >= 0.06 else "" for v in values]
+        labels = [f"{v:.2f}" if abs(v) >= 0.06 else "" for v in values]
         axis.bar_label(bars, labels, label_type="center", color=text_on(colours[name]))
-        left += values
-    axis.set(xlim=(0, 1), xlabel="mean gate weight", ylabel="tokens of")
+        low, high = low + values.clip(max=0), high + values.clip(min=0)
+    # shares fill the width, whatever their rounded sum is
+    width = (low.min(), max(1, high.max())) if low.any() else (0, 1)
+    axis.set(xlim=width, xlabel="mean gate weight", ylabel="tokens of")
     axis.invert_yaxis()
     axis.grid(visible=False)
     _legend(figure)
@@ -59,9 +63,12 @@ def draw_gate_by_position(
         colours: Colour of each specialist.
     """
     figure, axes = _panels(len(weights_by_position), "position in the text, tokens", "mean gate weight")
+    drawn = [weight for bins in weights_by_position.values() for weights in bins for weight in weights]
     for axis, (domain, bins) in zip(axes, weights_by_position.items(), strict=True):
         shares = dict(zip(specialists, np.transpose(bins), strict=True))
         _steps(axis, f"tokens of {domain}", np.arange(len(bins) + 1) * bin_tokens, shares, colours)
+        # signed weights lie outside
+        axis.set(ylim=(min(0, *drawn) - 0.03, max(1, *drawn) + 0.03))
     _shared_legend(figure, axes)
     return figure
 

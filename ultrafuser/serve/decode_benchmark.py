@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.sparsifiers_ultrafuser import sparsifier
 
 from ..decoding.choosing import COMPILED, DROPPING, WAYS, Speeds, decoder, speeds, tokens_per_second
 from ..pretrained import load_model
@@ -68,6 +69,37 @@ def table(model: UltraFuserForCausalLM, alone: dict[str, float], found: Speeds) 
     return shown
 
 
+def check_streamed(way: str, **dropping: str | int | None) -> dict[str, str | int]:
+    """Rejects a way of decoding and settings of dropping, as far as that takes no model.
+
+    Args:
+        way: As for `for_streaming`.
+        **dropping: `keep` and `every`; None is not given.
+
+    Returns:
+        The settings that are given.
+
+    Raises:
+        ValueError: If there is no such way or setting, or settings would have no effect.
+    """
+    if way not in (*STREAMED, "auto"):
+        raise ValueError(f"Answers are decoded in one of the ways {[*STREAMED, 'auto']}, but got {way!r}.")
+    given = {name: value for name, value in dropping.items() if value is not None}
+    if given and way != DROPPING:
+        options = " and ".join(f"--{name} {value}" for name, value in given.items())
+        raise ValueError(
+            f"{options} is of dropping, but answers are decoded in the way {way!r}. Say --decoding dropping, or leave it out."
+        )
+    check_keep(dropping.get("keep"))
+    return given
+
+
+def check_keep(keep: str | None) -> None:
+    """Rejects an unknown sparsifier for dropping. None is not given."""
+    if keep is not None:
+        sparsifier(keep)
+
+
 def for_streaming(
     model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, way: str, dropping: dict | None = None
 ) -> tuple[UltraFuserForCausalLM, dict]:
@@ -82,11 +114,10 @@ def for_streaming(
     Raises:
         ValueError: If there is no such way, or the model cannot go it.
     """
+    check_streamed(way)
     if way == "auto":
         exact = tuple(way for way in STREAMED if way != DROPPING)
         way = speeds(model, _inputs(model, tokenizer, [PROMPT]), ways=exact).fastest
-    if way not in STREAMED:
-        raise ValueError(f"Answers are decoded in one of the ways {[*STREAMED, 'auto']}, but got {way!r}.")
     return decoder(model, way, dropping=dropping)
 
 

@@ -153,3 +153,25 @@ def test_a_server_cannot_have_two_engines(folder):
     refused = run("serve", folder, "--continuous-batching", "--decoding", "dropping")
     assert refused.exit_code == 2
     assert "Leave one of them out" in refused.output
+
+
+@pytest.mark.parametrize("command", ["chat", "serve", "speed"])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--decoding", "no way"], "one of the ways ['plain', 'stacked', 'dropping', 'auto'], but got 'no way'"),
+        (["--decoding", "dropping", "--keep", "nosuch"], "Unknown sparsifier 'nosuch'"),
+        (["--keep", "top_k:1"], "--keep top_k:1 is of dropping, but answers are decoded in the way 'plain'"),
+        (
+            ["--every", "4", "--decoding", "auto"],
+            "--every 4 is of dropping, but answers are decoded in the way 'auto'",
+        ),
+    ],
+)
+def test_settings_of_decoding_are_refused_before_a_model_is_read(command, options, told, tmp_path):
+    if command == "speed":
+        # it measures dropping in any case
+        options, told = ["--keep", "nosuch"], "Unknown sparsifier 'nosuch'"
+    refused = run(command, tmp_path / "no model", *options)
+    assert refused.exit_code == 2
+    assert told in " ".join(refused.output.split())

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import warnings
 
 import matplotlib
 import numpy as np
@@ -102,6 +103,25 @@ def test_a_chat_without_a_template_is_the_continued_text(fused):
 def test_a_question_that_is_not_to_be_answered_is_refused(fused):
     with pytest.raises(ValueError, match="there to be answered"):
         explain(fused, tokenizer(), "2+2=", chat=True)
+
+
+def test_the_command_refuses_a_question_that_is_not_to_be_answered_before_it_reads_a_model(tmp_path):
+    refused = CliRunner().invoke(app, ["explain", str(tmp_path / "no model"), "2+2=", "--chat"])
+    assert refused.exit_code == 2
+    assert "Say how long it may be: --generate 40" in " ".join(refused.output.split())
+
+
+def test_signed_weights_are_drawn_on_both_sides_of_0_without_a_warning():
+    weights, colours = {"large": 1.0, "tuned": 0.5, "base": -0.5}, assign(["large", "tuned", "base"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (bars,) = charts.draw_gate_by_domain({"text": weights}, colours).axes
+        bins = {"text": [list(weights.values())] * 2}
+        (lines,) = charts.draw_gate_by_position(bins, list(weights), 16, colours).axes
+    assert bars.get_xlim() == (-0.5, 1.5)
+    # the others' begin where those before them end, or at 0
+    assert [(bar.get_x(), bar.get_width()) for bar in bars.patches] == [(0, 1), (1, 0.5), (0, -0.5)]
+    assert lines.get_ylim() == (-0.53, 1.03)
 
 
 def test_pieces_join_to_the_text_and_a_part_of_a_character_adds_nothing(byte_tokenizer):

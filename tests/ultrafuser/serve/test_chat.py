@@ -186,9 +186,11 @@ def test_a_router_of_the_chat_is_a_prior_on_the_gate(fused):
         (["--router", "no/such"], "no such router: 'no/such'"),
         (["--alone"], "but got no --router"),
         (["--alone", "--router", "perplexity", "--decoding", "dropping"], "but got --decoding dropping"),
+        (["--fusion", "sum"], "Unknown fusion 'sum'"),
+        (["--fusion", "contrast:0.5,0.1,art"], "there is no specialist 'art'"),
     ],
 )
-def test_routes_of_the_command_line_that_cannot_be_are_refused(options, told, fused, tmp_path):
+def test_routes_and_rules_of_the_command_line_that_cannot_be_are_refused(options, told, fused, tmp_path):
     fused.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     result = CliRunner().invoke(app, ["chat", str(tmp_path), *options], input="2+2?\n")
