@@ -11,7 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 # importing it makes fused models load with this package's code
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, tokenizer_ultrafuser
@@ -115,9 +123,28 @@ def _type_at(source: str) -> str:
     try:
         return load_config(source).model_type
     except OSError as error:
-        fact = f"there is no model at {str(source)!r}: neither such a folder nor such an id on the Hub"
-        way_out = "Check the spelling; for a private one run `hf auth login`."
-        raise UnavailableError(fact, "", way_out) from error
+        raise _nowhere(source) from error
+
+
+def _nowhere(source: str) -> UnavailableError:
+    fact = f"there is no model at {str(source)!r}: neither such a folder nor such an id on the Hub"
+    return UnavailableError(fact, "", "Check the spelling; for a private one run `hf auth login`.")
+
+
+def check_there(source: str, revision: str | None = None) -> None:
+    """Rejects a model that is neither a folder nor on the Hub, before anything else is read.
+
+    Raises:
+        OSError: If it is not there.
+    """
+    if os.path.isdir(source):
+        return
+    try:
+        PreTrainedConfig.get_config_dict(source, revision=revision)
+    except OSError as error:
+        # an adapter has no such file, which is no fault of it
+        if isinstance(error.__cause__, RepositoryNotFoundError | HFValidationError):
+            raise _nowhere(source) from error
 
 
 def open_fused(source: str | Path, **settings) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import yaml
 
 from modeling_ultrafuser.files_ultrafuser import UnreadableFileError, check_file
+from modeling_ultrafuser.refusals_ultrafuser import UnavailableError
 
 
 MOST_BYTES = 1 << 20
@@ -43,6 +44,8 @@ def read_yaml(path: str | Path):
         UnreadableFileError: If it is no YAML, too large, or more than plain values under keys that come once.
         OSError: If it is not there.
     """
+    if not Path(path).exists():
+        raise UnavailableError(f"there is no file {str(path)!r}", "A recipe is a YAML file", "Check the spelling.")
     check_file(path, MOST_BYTES)
     return parse_yaml(Path(path).read_bytes(), path)
 

@@ -23,5 +23,5 @@ def test_a_missing_extra_is_named(module, line, extra):
     run = subprocess.run([sys.executable, "-c", script, *line.split()], capture_output=True, text=True)
     assert run.returncode == 2
     assert f"{module!r}, which is not installed" in run.stderr
-    assert f"'.[{extra}]'" in run.stderr
+    assert f"pip install 'ultrafuser[{extra}]'" in run.stderr
     assert "Traceback" not in run.stderr

@@ -150,8 +150,13 @@ def read(name: str, location: str, revision: str | None = None) -> Source:
         return _read_hub(location, revision)
     except errors.HfHubHTTPError as error:
         raise _denied(name, location, revision, error) from error
+    except errors.HFValidationError as error:
+        rule = "A specialist is a folder or a repository on the Hub, OWNER/NAME"
+        raise UnavailableError(
+            f"{name!r} ({location!r}) is no folder here", rule, "Check the spelling.", about="access"
+        ) from error
     except (errors.OfflineModeIsEnabled, errors.HTTPError, ValueError) as error:
-        # not online, or no id: what has been downloaded is read instead
+        # not online: what has been downloaded is read instead
         try:
             folder = Path(snapshot_download(location, revision=revision, local_files_only=True))
         except (OSError, ValueError):

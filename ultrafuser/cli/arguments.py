@@ -41,10 +41,11 @@ def named(texts: list[str] | None, what: str) -> dict[str, str]:
     pairs = [text.partition("=") for text in texts or []]
     for text, (name, _, value) in zip(texts or [], pairs, strict=True):
         if not name or not value:
-            raise typer.BadParameter(f"{what} must be NAME=VALUE, but got {text!r}.")
+            way = "Neither part may be empty." if "=" in text else f"Put a name of your choice before it: NAME={text}."
+            raise typer.BadParameter(f"{what} must be NAME=VALUE, but got {text!r}. {way}")
     names = [name for name, _, _ in pairs]
     if len(set(names)) < len(names):
-        raise typer.BadParameter(f"{what} must have a name each, but the names are {names}.")
+        raise typer.BadParameter(f"{what} must have a name each, but the names are {names}. Give each another one.")
     return {name: value for name, _, value in pairs}
 
 

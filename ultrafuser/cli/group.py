@@ -44,7 +44,7 @@ def reports_errors(function: Callable, extra: str | None) -> Callable:
         except BrokenPipeError:
             raise
         except ModuleNotFoundError as error:
-            way = f" In UltraFuser's sources: pip install -c constraints.txt -e '.[{extra}]'" if extra else ""
+            way = f" Install it: pip install 'ultrafuser[{extra}]'" if extra else ""
             echo(f"This command needs {error.name!r}, which is not installed.{way}", err=True)
             raise typer.Exit(2) from error
         except (OSError, ValueError, ImportError) as error:

@@ -179,7 +179,9 @@ def serve(
     fused, options = for_streaming(fused, tokenizer, decoding, dropping)
     settings = {"continuous_batching": continuous_batching, "template_variables": variables, "decoding": options}
     settings["route"] = PromptRoute(fused, tokenizer, router, alone=alone)
-    run(application(fused, tokenizer, folder, access, **settings), host, port)
+    app = application(fused, tokenizer, folder, access, **settings)
+    echo(f"Serving {folder!r} at http://{host}:{port}/v1. End it with Ctrl-C.")
+    run(app, host, port)
 
 
 def _check_alone(router: str | None, alone: bool, decoding: str) -> None:

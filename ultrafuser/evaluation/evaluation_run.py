@@ -138,6 +138,9 @@ def tables(results: dict) -> list[Table]:
         shares = [f"{row['retention']:.1%}", f"{row['positive_flips']:.1%}"]
         counts = [_count(price["parameters"]), _count(price["parameters_per_token"]), f"{price['speed']:.2f}"]
         prices.add_row(row["name"], *shares, *counts, style=style)
+    losses.caption = (
+        "an oracle is told what nobody could know, such as the best specialist of each domain: it is no rival"
+    )
     prices.caption = (
         "retains: of the tokens that the domain's best specialist gets right, the share that is right here too; gains: "
         "share of all tokens that are right here and wrong there; parameters held, and read for each token; speed of one "
@@ -177,7 +180,7 @@ def verdict(results: dict) -> str:
         words = f"Fusing loses to {best['name']!r} by {fused['mean'] - best['mean']:.3f} nats per token"
         words += f" and to {len(ahead) - 1} more" if len(ahead) > 1 else ""
     else:
-        words = "Nothing that was compared is surely ahead of the fused model"
+        words = "No rival is surely ahead of the fused model, at 5 % over all rivals together"
     if cheaper and cheaper["cost"]["parameters_per_token"] < fused["cost"]["parameters_per_token"]:
         words += f"; {cheaper['name']!r} is level with it and reads fewer parameters per token"
     return words + "."

@@ -123,7 +123,7 @@ def _check_based(base: PreTrainedModel | None, needed: bool) -> None:
     if base is None and needed:
         raise NotMergeableError(
             "Merges other than the plain average work on what each specialist changed, but no base was given. Pass the "
-            "model that all specialists were tuned from."
+            "model that all specialists were tuned from: --base, or `base` in Python."
         )
 
 

@@ -100,17 +100,18 @@ class _Response(_Fields):
 
 
 class Kind(NamedTuple):
-    """Kind of request: its fields, its handler, and the field of the answer's length."""
+    """Kind of request: its fields, its handler, the field of the answer's length, and whether [DONE] ends a stream."""
 
     fields: type[_Fields]
     handler: type[BaseHandler]
     length: str
+    done: bool
 
 
 KINDS = {
-    "/v1/chat/completions": Kind(_Chat, ChatCompletionHandler, "max_tokens"),
-    "/v1/completions": Kind(_Completion, CompletionHandler, "max_tokens"),
-    "/v1/responses": Kind(_Response, ResponseHandler, "max_output_tokens"),
+    "/v1/chat/completions": Kind(_Chat, ChatCompletionHandler, "max_tokens", True),
+    "/v1/completions": Kind(_Completion, CompletionHandler, "max_tokens", True),
+    "/v1/responses": Kind(_Response, ResponseHandler, "max_output_tokens", False),
 }
 # which continuous batching has once for all requests
 SHARED = ("temperature", "top_p", "seed", "frequency_penalty", "stop", "logit_bias", "gate_prior")

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
@@ -151,7 +151,10 @@ class Answering:
         body, asked.ids, seed, asked.prior = await reading
         asked.seed = secrets.randbits(63) if seed is None else seed
         # a name that the client chose could be another request's
-        return await self.handler.handle_request(body, str(uuid.uuid4()))
+        response = await self.handler.handle_request(body, str(uuid.uuid4()))
+        if isinstance(response, StreamingResponse) and self.kind.done:
+            response.body_iterator = _done(response.body_iterator)
+        return response
 
     def _read(self, data: bytes) -> tuple[dict, list[int], int | None, torch.Tensor | None]:
         """A request's fields for the handler, its prompt, its seed, and its prior on the gate.
@@ -230,6 +233,13 @@ class Answering:
                 400, f"The conversation has not the form of OpenAI's: {type(error).__name__}: {error}"
             ) from error
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+async def _done(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Yields a stream's events, and the one by which OpenAI's clients know its end."""
+    async for event in events:
+        yield event
+    yield "data: [DONE]\n\n"
 
 
 def _response(answer: asyncio.Future) -> Response:

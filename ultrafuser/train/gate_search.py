@@ -21,7 +21,7 @@ from trainers.domains import by_domain, split
 from ..atomic import new_folder
 from ..evaluation.measurement import held_out, mean_loss
 from ..pretrained import save_fused
-from .stage_recipe import FusedArguments, ingredients_of, load_domains, load_model
+from .stage_recipe import FusedArguments, check_model, ingredients_of, load_domains, load_model
 
 
 HELD_OUT = 0.1  # of each domain's rows
@@ -79,6 +79,7 @@ def compare_gates(
         ValueError: If a gate is unknown, or a domain has too few rows to hold some out.
         FileExistsError: If there is something in the output folder.
     """
+    check_model(fused, model_args)
     kinds = {gate: gate_settings(gate) for gate in (UNTRAINED, *gates)}
     # first those that read more: a cache made for them serves all
     kinds = dict(sorted(kinds.items(), key=lambda kind: Reads.PAST not in GATES[kind[1]["gate"]].reads))

@@ -33,7 +33,7 @@ from ..atomic import sole_writer
 from ..build.fusion_recipe import FusionSettings, described
 from ..check import metadata
 from ..hub import upload
-from ..pretrained import load_config, load_tokenizer, read_ingredients, write_ingredients
+from ..pretrained import check_there, load_config, load_tokenizer, read_ingredients, write_ingredients
 from ..pretrained import load_model as load_any_model
 from ..row_files import load
 from ..yaml_files import read_yaml
@@ -92,7 +92,9 @@ def parse(
     """
     stage = stage or read_recipe(recipe).get("stage")
     if not isinstance(stage, str) or stage not in STAGES:
-        raise ValueError(f"A stage is one of {list(STAGES)}, but got {stage!r}. Say it: --stage gate, say.")
+        raise ValueError(
+            f"A stage is one of {list(STAGES)}, but got {stage!r}. Choose one: --stage gate, for example."
+        )
     fused, args, model = parse_fields(arguments, (FusedArguments, STAGES[stage], ModelConfig), recipe)
     fused.stage = stage
     return fused, args, model
@@ -242,6 +244,7 @@ def _train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, mode
     out, resume = Path(args.output_dir), args.resume_from_checkpoint
     publish = _publishing(args)
     trainer_class, own = _trainer(fused, out, model_args)
+    check_model(fused, model_args)
     domains = load_domains(fused, args.dataset_text_field)
     ingredients = ingredients_of(fused, model_args)
     model, tokenizer = load_model(fused, model_args, trust_remote_code=args.trust_remote_code)
@@ -301,6 +304,16 @@ def _trainer(fused: FusedArguments, out: Path, model_args: ModelConfig) -> tuple
     if fused.cached:
         return CachedGateTrainer, {"cache": fused.cache or out / "cache", "keep": fused.cache_keep}
     return GateTrainer, {}
+
+
+def check_model(fused: FusedArguments, model: ModelConfig) -> None:
+    """Rejects a model that is not there, before any data are read.
+
+    Raises:
+        OSError: If it is neither a folder nor on the Hub.
+    """
+    if model.model_name_or_path and not fused.specialists:
+        check_there(model.model_name_or_path, model.model_revision)
 
 
 def ingredients_of(fused: FusedArguments, model: ModelConfig) -> dict[str, dict]:

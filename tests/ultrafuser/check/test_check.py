@@ -287,6 +287,13 @@ def test_names_come_from_ids_and_revisions_are_taken_off(tmp_path):
     assert parse([str(odd)]) == {"a_b_c": (str(odd), None)}
 
 
+def test_a_path_that_is_no_folder_is_not_looked_for_on_the_hub(good, tmp_path):
+    missing = told(good, tmp_path / "no-such-folder")
+    text = said(missing, "access", "blocks")
+    assert "is no folder here" in text
+    assert "the Hub cannot be asked" not in text
+
+
 # ---------------------------------------------------------------------------------- the Hub
 
 

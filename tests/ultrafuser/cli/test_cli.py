@@ -62,7 +62,7 @@ def test_an_error_that_no_user_can_correct_keeps_its_traceback():
     assert isinstance(run(group, "fresh").exception, KeyError)
 
 
-@pytest.mark.parametrize(("extra", "way"), [("eval", "pip install -c constraints.txt -e '.[eval]'"), (None, "")])
+@pytest.mark.parametrize(("extra", "way"), [("eval", "pip install 'ultrafuser[eval]'"), (None, "")])
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(extra, way):
     group = Group("New", extra=extra)
 
@@ -82,6 +82,8 @@ def test_names_and_values():
     for wrong in (["a"], ["=b"], ["a="], ["a=b", "a=c"]):
         with pytest.raises(typer.BadParameter, match="--x must"):
             named(wrong, "--x")
+    with pytest.raises(typer.BadParameter, match="NAME=owner/model"):
+        named(["owner/model"], "--x")
 
 
 def test_sources_are_split_at_the_colon_unless_they_are_here(tmp_path):

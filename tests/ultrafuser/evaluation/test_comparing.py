@@ -188,7 +188,7 @@ def rows(**others):
 
 def test_the_verdict_names_who_is_surely_ahead_and_who_is_level_and_cheaper():
     worse = {"average": (0.5, 0.001, 10)}
-    assert verdict(rows(**worse)) == "Nothing that was compared is surely ahead of the fused model."
+    assert verdict(rows(**worse)) == "No rival is surely ahead of the fused model, at 5 % over all rivals together."
     ahead = {"joint": (-0.2, 0.001, 10), "another": (-0.1, 0.02, 10), **worse}
     assert verdict(rows(**ahead)) == "Fusing loses to 'joint' by 0.200 nats per token and to 1 more."
     level = {"router": (-0.01, 0.7, 10), "mixture": (0.01, 0.8, 30)}
@@ -197,7 +197,7 @@ def test_the_verdict_names_who_is_surely_ahead_and_who_is_level_and_cheaper():
 
 def test_one_of_many_rivals_is_not_surely_ahead_for_being_lucky():
     many = {f"rival {i}": (0.01 * i, 0.9, 10) for i in range(24)}
-    assert "Nothing that was compared" in verdict(rows(lucky=(-0.2, 0.03, 10), **many))
+    assert "No rival is surely ahead" in verdict(rows(lucky=(-0.2, 0.03, 10), **many))
     assert "loses to 'lucky'" in verdict(rows(lucky=(-0.2, 0.001, 10), **many))
 
 

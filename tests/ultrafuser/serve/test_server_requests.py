@@ -196,8 +196,20 @@ def test_an_answer_ends_where_the_model_s_context_does_and_says_so(length, port)
     assert answer["usage"] == {"prompt_tokens": LIMIT - 7, "completion_tokens": 7, "total_tokens": LIMIT}
     assert answer["choices"][0]["finish_reason"] == "length"
     _, streamed = ask(port, COMPLETIONS, {"prompt": "9" * (LIMIT - 7), "stream": True, **length})
-    last = json.loads(streamed.strip().splitlines()[-1].removeprefix("data: "))
+    last = json.loads(streamed.strip().splitlines()[-3].removeprefix("data: "))
     assert (last["choices"][0]["finish_reason"], last["usage"]["total_tokens"]) == ("length", LIMIT)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
+def test_a_stream_ends_with_the_event_that_clients_of_openai_wait_for(path, port):
+    length = "max_output_tokens" if path == RESPONSES else "max_tokens"
+    asked = {CHAT: conversation(), COMPLETIONS: {"prompt": "2+2?"}, RESPONSES: {"input": "2+2?"}}[path]
+    _, streamed = ask(port, path, {**asked, length: 4, "stream": True})
+    events = [line for line in streamed.splitlines() if line.startswith("data: ")]
+    assert len(events) > 4
+    # which responses have an event of their own for
+    assert events.count("data: [DONE]") == (path != RESPONSES)
+    assert (events[-1] == "data: [DONE]") == (path != RESPONSES)
 
 
 def test_requests_are_decoded_as_the_server_is_told(model):
@@ -251,3 +263,14 @@ def test_continuous_batching_goes_without_a_router():
     done = CliRunner().invoke(command_line, line)
     assert done.exit_code == 2
     assert "but got --router perplexity" in done.output
+
+
+def test_the_command_tells_its_address(model, tmp_path, monkeypatch):
+    folder, ran = str(tmp_path / "fused"), []
+    model.save_pretrained(folder)
+    tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    monkeypatch.setattr(guard, "run", lambda app, host, port: ran.append((host, port)))
+    done = CliRunner().invoke(command_line, ["serve", folder, "--port", "8123", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert f"Serving {folder!r} at http://localhost:8123/v1." in done.output
+    assert ran == [("localhost", 8123)]

@@ -136,6 +136,22 @@ def test_a_misspelt_option_is_told_its_neighbour(fused, tmp_path):
     assert "--max_steps" in done.output
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("--stage", "gate", "--model", "./no-such-model"),
+            "There is no model at './no-such-model': neither such a folder",
+        ),
+        (("no-such-recipe.yaml",), "There is no file 'no-such-recipe.yaml'. A recipe is a YAML file."),
+    ],
+)
+def test_a_model_or_recipe_that_is_not_there_is_named_before_data_are_read(words, told, tmp_path):
+    done = run(*words, "--out", tmp_path / "out", "--data", "text=no-such-file.jsonl")
+    assert done.exit_code == 2
+    assert told in done.output
+
+
 def test_a_finished_model_is_not_overwritten(fused):
     before = tensors(fused)
     done = run("--stage", "gate", *flags(fused, fused))
