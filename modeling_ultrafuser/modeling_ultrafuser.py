@@ -223,7 +223,8 @@ class UltraFuserModel(UltraFuserPreTrainedModel):
         refuse_cache_of_one_shape(self.config, cache)
         if Reads.PAST in self.fusion_gate.reads:
             layer_of(cache)
-        if self.training and self.is_gradient_checkpointing:
+        # transformers' property of that is deprecated under one name, and new under the other
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             check_checkpointed(cache)
         return cache
 

@@ -127,7 +127,7 @@ class Server:
         )
         cause = error.__cause__ if kind == "connection" and error.__cause__ else error
         last = "It ended with" if kind in ("timeout", "connection") else "It said"
-        return " ".join(filter(None, (fact, ways_out.get(kind), f"{last}: {self.quoted(cause)}")))
+        return " ".join(filter(None, (fact, ways_out.get(kind), f"{last}: {self.quoted(cause).rstrip('.')}.")))
 
 
 # kind of failure to the client's errors of that kind, and what it says; the first that fits holds

@@ -4,10 +4,11 @@ import _thread
 import signal
 import sys
 import threading
+import warnings
 
 import typer
 
-from ..plain import echo
+from ..plain import echo, plain
 from . import build, data, evaluate, hub, merge, serve, train
 
 
@@ -36,6 +37,7 @@ def _root() -> None:
 def main() -> None:
     """Entry point of the console script."""
     sys.unraisablehook = _interrupted_again
+    warnings.formatwarning = _told
     try:
         try:
             app()
@@ -49,6 +51,11 @@ def main() -> None:
     finally:
         # all is done, or cleaned up: from here on Ctrl-C has nothing to tell
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _told(message: Warning | str, category: type[Warning], *place) -> str:
+    """Returns a warning as a user reads it: its sentence, without the line of code that it came from."""
+    return f"{'Warning' if category is UserWarning else category.__name__}: {plain(message)}\n"
 
 
 def _interrupted_again(unraisable) -> None:

@@ -27,7 +27,7 @@ from .arguments import (
     named,
     numbers,
 )
-from .group import Group, hide_bars, hide_loading_bars, hide_trl_warning
+from .group import Group, hide_bars, hide_loading_bars
 
 
 group = Group("Fuse")
@@ -57,7 +57,6 @@ def quickstart(
     if base is not None and not real:
         raise typer.BadParameter("--base is of the real quickstart: add --real.")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    hide_trl_warning()
     if real:
         _quickstart_real(out or Path("ultrafuser-real"), {} if base is None else {"base": base}, seed, overwrite)
         return

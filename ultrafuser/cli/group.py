@@ -36,6 +36,7 @@ def reports_errors(function: Callable, extra: str | None) -> Callable:
     @functools.wraps(function)
     def command(*args, **kwargs):
         hide_import_warnings()
+        hide_old_names()
         # bars only where somebody watches
         if not sys.stderr.isatty():
             hide_bars()
@@ -69,6 +70,6 @@ def hide_loading_bars() -> None:
     logging.disable_progress_bar()
 
 
-def hide_trl_warning() -> None:
-    """Hides a warning of TRL's: it sets `gradient_checkpointing` by its old name, whatever the settings are."""
-    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+def hide_old_names() -> None:
+    """Hides that TRL and PEFT call gradient checkpointing by its old names, whatever the settings are."""
+    warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing(_\w+)?` is deprecated", FutureWarning)

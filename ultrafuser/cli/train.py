@@ -10,7 +10,7 @@ from typer import Argument, Option
 from ..plain import Console, echo
 from ..strategies import CANDIDATES, GATE_HELP, ROUTER_HELP
 from .arguments import Examples, HeldOutData, MaxLength, Model, Out, PromptTokens, named
-from .group import Group, hide_trl_warning
+from .group import Group
 
 
 group = Group("Train")
@@ -141,7 +141,6 @@ def _begun(words: list[str] | None) -> tuple[list[str], Path | None]:
     """Prepares for training, and splits a recipe from the options that are not ours, which come as words, too."""
     # its loaders fork
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    hide_trl_warning()
     words = list(words or [])
     recipe = Path(words.pop(0)) if words and not words[0].startswith("-") else None
     return words, recipe

@@ -91,11 +91,15 @@ def warning(measured: Mapping[str, Mapping[str, float]]) -> str | None:
     lost = {name: 1 - of["kept"] for name, of in measured.items() if not of["kept"] >= 1 - MOST_LOST}
     if not lost:
         return None
-    named = ", ".join(
-        f"{name} lost {share:.0%} of the gain of tuning" if share == share else f"{name} was no better than the base"
-        for name, share in lost.items()
-    )
-    return f"Warning: {named}. Choose a higher --rank, a smaller --error, or keep the full models."
+    less = [f"{name} lost {share:.0%} of the gain of tuning" for name, share in lost.items() if share == share]
+    none = [name for name, share in lost.items() if share != share]
+    parts = [f"{', '.join(less)}. Choose a higher --rank, a smaller --error, or keep the full models."] if less else []
+    if none:
+        parts.append(
+            f"{none} predict these data no better than their base even before compression, so that there is no gain to keep. "
+            f"Give --data of what they were tuned for."
+        )
+    return f"Warning: {' '.join(parts)}"
 
 
 def table(reports: Mapping[str, dict], measured: Mapping[str, Mapping[str, float]]) -> Table:
@@ -107,7 +111,7 @@ def table(reports: Mapping[str, dict], measured: Mapping[str, Mapping[str, float
     for name, report in reports.items():
         of = measured.get(name)
         cells = [] if of is None else [f"{of[key]:.3f}" for key in ("base", "full", "shared", "compressed")]
-        kept = [] if of is None else [f"{of['kept']:.0%}"]
+        kept = [] if of is None else [f"{of['kept']:.0%}" if of["kept"] == of["kept"] else "no gain"]
         found.add_row(name, *_cells(report), *cells, *kept)
     return found
 

@@ -105,14 +105,16 @@ def _records(name, source: Source, domain, licence, local: bool, on_malformed) -
         except MalformedRow as error:
             message = f"{place}: {error}"
             if on_malformed is None:
-                raise MalformedRow(f"{message} Repair it, or leave such rows out: skip_malformed.") from None
+                raise MalformedRow(
+                    f"{message} Repair it, or leave such rows out: --skip-malformed, `skip_malformed` in Python."
+                ) from None
             on_malformed(message)
             continue
         if record["licence"] == "unknown" and not warned:
             warned = True
             warnings.warn(
-                f"The licence of {name!r} is unknown, and so recorded. Find out before you share what is trained on "
-                f"it, and pass it: licence.",
+                f"The licence of {name!r} is unknown, and recorded as unknown. Find out before you share what is trained on "
+                f"it, and take it in with it: `take-in --licence`, `licence` in Python.",
                 stacklevel=3,
             )
         yield record

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.files_ultrafuser import read_json
+from modeling_ultrafuser.refusals_ultrafuser import Refusal
 from modeling_ultrafuser.safetensors_ultrafuser import read_header
 from trainers.progress import Progress
 
@@ -179,14 +180,21 @@ def _check_identity(out: Path, identity: dict) -> None:
         write_json(file, identity)
         return
     kept, asked = read_json(file), json.loads(json.dumps(identity))
-    odd = sorted(key for key in {*kept, *asked} if kept.get(key) != asked.get(key))
+    odd = [key for key in sorted({*kept, *asked}) if kept.get(key) != asked.get(key)]
     if odd:
-        there = {key: kept.get(key) for key in odd}
-        here = {key: asked.get(key) for key in odd}
-        raise ValueError(
-            f"Finished parts are only taken up by the run that made them, but {str(out)!r} holds those of another: "
-            f"there {there}, here {here}. Choose another folder, or delete that one."
+        told = "; ".join(_difference(key, kept.get(key), asked.get(key)) for key in odd)
+        raise Refusal(
+            f"{str(out)!r} holds parts of another run, with other {told}",
+            "Finished parts are only taken up by the run that made them",
+            "Choose another folder, or delete that one.",
         )
+
+
+def _difference(key: str, there: object, here: object) -> str:
+    """Names what differs: values as they are, and the parts of a dict, which are hashes, by their names."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return f"{key} of {sorted(name for name in {*there, *here} if there.get(name) != here.get(name))}"
+    return f"{key} ({there!r} there, {here!r} here)"
 
 
 def _kept(file: Path, make: Callable[[], Measured]) -> Measured:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rich.table import Column, Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig
 
@@ -17,6 +17,7 @@ from modeling_ultrafuser.gates_ultrafuser import GATES, gate_settings
 from trainers import CachedGateTrainer, GateStageConfig
 from trainers.domain_trainer import data_seed
 from trainers.domains import by_domain, split
+from trainers.progress import ProgressOfTraining
 
 from ..atomic import new_folder
 from ..evaluation.measurement import held_out, mean_loss
@@ -141,6 +142,9 @@ def _trained(model, tokenizer: PreTrainedTokenizerBase, args: GateStageConfig, d
         own.save_strategy = SaveStrategy.NO
     with TemporaryDirectory() as own.output_dir:
         trainer = CachedGateTrainer(model, own, data, processing_class=tokenizer, **cache)
+        for shown in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(shown)
+        trainer.add_callback(ProgressOfTraining(f"gate {model.config.gate}"))
         trainer.fill()
         start = time.perf_counter()
         trainer.train()

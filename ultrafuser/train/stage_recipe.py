@@ -1,6 +1,7 @@
 """Both stages of training from a recipe: what `ultrafuser train` and the scripts in `examples/` do."""
 
 import difflib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
@@ -27,6 +28,7 @@ from trainers import (
     SingleTrainer,
 )
 from trainers.heads import HEADS
+from trainers.progress import ProgressOfTraining
 from trainers.stage_checkpoint import STATE_FILE, last_complete_checkpoint
 
 from ..atomic import sole_writer
@@ -140,6 +142,8 @@ def parse_fields(arguments: list[str], kinds: tuple[type, ...], recipe: Path | N
     if not torch.accelerator.is_available():
         # TRL's defaults are for a GPU, and refuse a machine without one
         parser.set_defaults(use_cpu=True, bf16=False)
+    # bars only where somebody watches; the lines of the log stay
+    parser.set_defaults(disable_tqdm=not sys.stderr.isatty())
     config = [] if recipe is None else ["--config", str(recipe)]
     with in_words("The settings", recipe or "the command line"):
         *parts, unknown = parser.parse_args_and_config([*config, *arguments], return_remaining_strings=True)
@@ -249,6 +253,8 @@ def _train(fused: FusedArguments, args: GateStageConfig | JointStageConfig, mode
     ingredients = ingredients_of(fused, model_args)
     model, tokenizer = load_model(fused, model_args, trust_remote_code=args.trust_remote_code)
     trainer = trainer_class(model, args, domains, processing_class=tokenizer, **own)
+    if args.disable_tqdm and not sys.stderr.isatty():
+        trainer.add_callback(ProgressOfTraining(f"stage {fused.stage}"))
     if args.should_save:
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         every = sum(p.numel() for p in trainer.model.parameters())

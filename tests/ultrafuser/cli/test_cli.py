@@ -76,6 +76,13 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(extra, way):
     assert way in done.output
 
 
+def test_a_warning_is_a_sentence_without_the_line_of_code_it_came_from():
+    code = "import sys, warnings, ultrafuser.cli.app as cli\n"
+    code += "cli.app = lambda: [warnings.warn('one\x1b[1m'), warnings.warn('two', FutureWarning)]\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "Warning: one␛[1m\nFutureWarning: two\n"
+
+
 def test_names_and_values():
     assert named(["a=b", "c=d=e"], "--x") == {"a": "b", "c": "d=e"}
     assert named(None, "--x") == {}

@@ -15,6 +15,7 @@ from modeling_ultrafuser.refusals_ultrafuser import Refusal
 from tests.support.mixes import prompt
 from tests.support.tiny import specialist
 from tests.support.tuned import NAMES, make
+from ultrafuser.compress import gain
 from ultrafuser.compress.compressing import Compression
 from ultrafuser.compress.factors import Limits, factors
 
@@ -307,3 +308,19 @@ def test_few_singular_vectors_of_a_wide_matrix_are_nearly_as_good_as_the_best(mo
     assert best.error < found.error + 1e-6 < best.error * 1.01
     assert found.left.shape == (200, 20)
     assert factors(torch.zeros(5, 4), Limits(2)) is None
+
+
+def test_a_model_that_tuning_made_no_better_is_told_apart_from_one_that_lost_its_gain():
+    losses = {"base": 2.0, "shared": 2.0, "compressed": 2.0}
+    worse = losses | {"full": 2.1, "kept": float("nan")}
+    lost = losses | {"full": 1.0, "kept": 0.0}
+    told = gain.warning({"code": worse})
+    assert "['code'] predict these data no better than their base" in told
+    assert "--rank" not in told
+    told = gain.warning({"code": worse, "text": lost})
+    assert "text lost 100% of the gain of tuning. Choose a higher --rank" in told
+    assert "['code'] predict" in told
+    assert gain.warning({"text": lost | {"kept": 0.95}}) is None
+    report = {"layers": {}, "numbers": 1, "of": 2}
+    cells = [list(column.cells)[0] for column in gain.table({"code": report}, {"code": worse}).columns]
+    assert cells[-1] == "no gain"

@@ -151,7 +151,7 @@ def test_a_second_run_measures_only_what_is_missing_and_takes_up_no_scores_of_an
     for row in (*first["rows"], *second["rows"]):
         row["cost"].pop("speed"), row["cost"].pop("tokens_per_second")
     assert second == first
-    with pytest.raises(ValueError, match=r"there \{'run': 1\}, here \{'run': 2\}"):
+    with pytest.raises(ValueError, match=r"with other run \(1 there, 2 here\)"):
         compare_models(comparison, tmp_path, identity={"run": 2})
 
 

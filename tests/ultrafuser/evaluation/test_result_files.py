@@ -183,3 +183,12 @@ def test_names_that_differ_in_case_alone_have_score_files_of_their_own():
     # on disks that do not tell cases apart, too
     assert len({name.lower() for name in names.values()}) == len(rows)
     assert all(len(name) < 120 and os.sep not in name for name in names.values())
+
+
+def test_a_folder_of_another_run_is_refused_with_what_differs_by_name(tmp_path):
+    _check_identity(tmp_path, {"data": {"text": "1f7d", "code": "5866"}, "examples": 200, "seed": 0})
+    _check_identity(tmp_path, {"data": {"text": "1f7d", "code": "5866"}, "examples": 200, "seed": 0})
+    with pytest.raises(
+        ValueError, match=r"with other data of \['code'\]; examples \(200 there, 40 here\)\. Finished parts"
+    ):
+        _check_identity(tmp_path, {"data": {"text": "1f7d"}, "examples": 40, "seed": 0})
