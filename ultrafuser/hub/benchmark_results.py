@@ -51,6 +51,17 @@ def check_same_model(results: dict, folder: Path) -> None:
         )
 
 
+def check_different_tasks(benchmarks: Sequence[dict]) -> None:
+    """Rejects two results of one task.
+
+    Raises:
+        ValueError: Naming the task.
+    """
+    tasks = [results["task"] for results in benchmarks]
+    if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
+        raise ValueError(f"A card has one result of a task, but got several of {twice}. Give one of each.")
+
+
 def is_whole(results: dict) -> bool:
     """Returns whether all questions were asked."""
     return results["settings"].get("limit") is None

@@ -71,6 +71,7 @@ def write_card(
     comparisons, judgements, benchmarks = ([r for r in loaded if key in r] for key in ("rows", "judge", "scores"))
     for benchmark in benchmarks:
         benchmark_results.check_same_model(benchmark, folder)
+    benchmark_results.check_different_tasks(benchmarks)
     benchmark_results.write_eval_results(folder, benchmarks)
     repo = repo or folder.resolve().name
     warnings = licences.warnings(ingredients)

@@ -103,3 +103,13 @@ def test_lm_eval_asks_the_data_set_of_each_leaderboard_and_has_its_metric():
         assert f"dataset_path: {BENCHMARKS[name].dataset}\n" in text
         assert f"metric: {metric}\n" in text
         assert f'name: "{filters}"' in text
+
+
+def test_two_results_of_one_task_are_refused(folder, tmp_path):
+    whole, part = bench(folder, tmp_path), bench(folder, tmp_path, "part", limit=10)
+    part.write_text(part.read_text().replace('"part"', '"gsm8k"'))
+    result = card(folder, whole, part)
+    assert result.exit_code == 2
+    assert "one result of a task, but got several of ['gsm8k']" in " ".join(result.stderr.split())
+    assert not (folder / "README.md").exists()
+    assert not kept(folder)
