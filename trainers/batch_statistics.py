@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 @dataclass
 class Sums:
-    """Sums over supervised tokens, by domain; `gate` and `top1` by domain and specialist."""
+    """Sums over supervised tokens, by domain; `gate` and `top1` by domain and specialist; `scale` of logarithms."""
 
     tokens: np.ndarray
     nll: np.ndarray
     own_nll: np.ndarray
     entropy: np.ndarray
+    scale: np.ndarray
     gate: np.ndarray
     top1: np.ndarray
 
@@ -60,26 +61,35 @@ class Statistics(DomainSums):
     """Sums of a fused model's losses and gate weights. Of signed ones entropy and the largest are those of their sizes."""
 
     def __init__(self, domains: int, specialists: int, signed: bool = False):
-        super().__init__(domains, 4 + 2 * specialists)
+        super().__init__(domains, 5 + 2 * specialists)
         self.specialists, self.signed = specialists, signed
         self.last_mean = torch.full((specialists,), 1 / max(specialists, 1), dtype=torch.float64)
 
     @torch.no_grad()
-    def add(self, domain: Tensor, mask: Tensor, log_probs: Tensor, gate_weights: Tensor, own: Tensor | None) -> None:
-        """Adds one micro-batch. Shapes (batch, seq - 1); of `gate_weights`, (batch, seq - 1, specialists)."""
+    def add(
+        self,
+        domain: Tensor,
+        mask: Tensor,
+        log_probs: Tensor,
+        gate_weights: Tensor,
+        scales: Tensor | None,
+        own: Tensor | None,
+    ) -> None:
+        """Adds one micro-batch. Shapes (batch, seq - 1); of `gate_weights` and `scales`, one for each specialist or scale."""
         weights, domain = gate_weights[mask].float(), domain[mask]
         shares = nn.functional.normalize(weights, p=1, dim=-1).abs() if self.signed else weights
         entropy = torch.special.entr(shares).sum(-1)
         # a single model has no columns
         top1 = nn.functional.one_hot(shares.argmax(-1), self.specialists).float() if self.specialists else shares
         own = torch.zeros_like(entropy) if own is None else -own[mask].float()
-        columns = [torch.ones_like(entropy), -log_probs[mask].float(), own, entropy]
+        scale = torch.zeros_like(entropy) if scales is None else scales[mask].float().log().mean(-1)
+        columns = [torch.ones_like(entropy), -log_probs[mask].float(), own, entropy, scale]
         self.add_rows(domain, torch.cat([torch.stack(columns, -1), weights, top1], -1))
 
     def since(self, reader: str, accelerator) -> Sums:
         """Returns the sums since this reader's last call, over all processes. Every process must call it."""
         new, k = self.new(reader, accelerator), self.specialists
-        return Sums(*new[:, :4].T, gate=new[:, 4 : 4 + k], top1=new[:, 4 + k :])
+        return Sums(*new[:, :5].T, gate=new[:, 5 : 5 + k], top1=new[:, 5 + k :])
 
     def state_dict(self, accelerator) -> dict:
         """Returns the sums of every process, and the last mean gate weights."""

@@ -17,7 +17,7 @@ from .heads.chunks import specialist_log_probs
 def capture(fused: PreTrainedModel, *, own: bool = False, hidden: bool = False) -> Iterator[dict]:
     """Collects per-token scores and gate weights of the forward pass within it.
 
-    Yields a dict with `scores` and `gate_weights`, and what is asked for: `hidden_states` and `evidence`,
+    Yields a dict with `scores`, `gate_weights` and `scales`, and what is asked for: `hidden_states` and `evidence`,
     `last_hidden_state`.
 
     Args:
@@ -32,7 +32,7 @@ def capture(fused: PreTrainedModel, *, own: bool = False, hidden: bool = False) 
             seen["scores"] = output
 
     def gate_of(_, inputs, output):
-        seen["gate_weights"], seen["evidence"] = output[0], inputs[1:]
+        seen["gate_weights"], seen["scales"], seen["evidence"] = output.weights, output.scales, inputs[1:]
         if own:
             # from a cache no rule mixes states; where one does, it comes after this
             seen["hidden_states"] = list(inputs[0])
@@ -67,7 +67,7 @@ def capture_single(model: PreTrainedModel, *, own: bool = False, hidden: bool = 
         if hasattr(output, "label_mask"):
             batch, predicted = output.label_mask.shape
             seen["scores"] = output
-            seen["gate_weights"] = output.log_probs.new_zeros(batch, predicted + 1, 0)
+            seen["gate_weights"], seen["scales"] = output.log_probs.new_zeros(batch, predicted + 1, 0), None
 
     def states_of(_, __, output):
         if hidden:

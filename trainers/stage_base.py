@@ -186,9 +186,10 @@ class StageTrainer(Resumable, DomainTrainer):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, *outputs = result if return_outputs else (result,)
         scores, gate_weights, domain = seen["scores"], seen["gate_weights"][:, :-1], domain[:, 1:]
+        scales = None if seen["scales"] is None else seen["scales"][:, :-1]
         mask = scores.label_mask
         own_log_p = own_log_probs(self, seen, labels, domain) if own else None
-        self.statistics.add(domain, mask, scores.log_probs, gate_weights, own_log_p)
+        self.statistics.add(domain, mask, scores.log_probs, gate_weights, scales, own_log_p)
         best = best_specialists(self, seen, labels) if to_best else None
         terms = self._terms(scores.log_probs, gate_weights, domain, best)
         if isinstance(terms, Tensor):

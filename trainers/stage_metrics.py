@@ -7,8 +7,12 @@ import numpy as np
 from .batch_statistics import Sums
 
 
+# mean factor on the logits from which a stage tells that the gate has learned to be very sure
+SHARP = 2.0
+
+
 def domain_metrics(trainer) -> dict[str, float]:
-    """Returns metrics of every domain: loss, tokens, epochs, share of the mix, and the specialists' weights.
+    """Returns metrics of every domain: loss, tokens, epochs, share of the mix, the specialists' weights, and how sharp.
 
     Args:
         trainer: A stage. Its statistics since the last log are read.
@@ -18,6 +22,7 @@ def domain_metrics(trainer) -> dict[str, float]:
     epochs = trainer.sampler.epochs(step)
     mix = trainer.sampler.mix(max(step - 1, 0))
     names = trainer.specialist_names
+    calibrates = names and trainer.fused.config.gate_calibration
     metrics = {}
     for d, domain in enumerate(trainer.drawn):
         tokens = sums.tokens[d]
@@ -26,6 +31,8 @@ def domain_metrics(trainer) -> dict[str, float]:
             metrics[f"loss/{domain}"] = sums.nll[d] / tokens
             if names:
                 metrics[f"gate_entropy/{domain}"] = sums.entropy[d] / tokens
+            if calibrates:
+                metrics[f"gate_scale/{domain}"] = np.exp(sums.scale[d] / tokens)
             metrics |= {f"gate/{domain}/{n}": w for n, w in zip(names, sums.gate[d] / tokens, strict=True)}
             metrics |= {f"top1/{domain}/{n}": w for n, w in zip(names, sums.top1[d] / tokens, strict=True)}
     if trainer.controller is not None:
@@ -56,6 +63,18 @@ def _warn(trainer, sums: Sums, mix: np.ndarray) -> None:
         )
     entropy = sums.entropy.sum() / max(sums.tokens.sum(), 1)
     late = trainer.state.global_step > max(20, 0.2 * (trainer.state.max_steps or 0))
+    scales = {
+        d: np.exp(sums.scale[i] / n) for i, (d, n) in enumerate(zip(trainer.drawn, sums.tokens, strict=True)) if n
+    }
+    sharpest = max(scales, key=scales.get, default=None)
+    if late and sharpest and scales[sharpest] > SHARP and "sharp" not in trainer.warned:
+        trainer.warned.add("sharp")
+        warnings.warn(
+            f"The gate multiplies logits by {scales[sharpest]:.1f} in {sharpest!r}: answers that a model wrote greedily, or a "
+            f"template, teach it to be so sure, and on other text it is wrong. Draw answers by sampling, or fuse with a gate "
+            f"without `+calibration`.",
+            stacklevel=4,
+        )
     learns = any(p.requires_grad for p in trainer.fused.model.fusion_gate.parameters())
     if late and learns and entropy > 0.999 * np.log(number) and "still" not in trainer.warned:
         trainer.warned.add("still")
