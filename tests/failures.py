@@ -277,6 +277,13 @@ def unmoved_gate():
     return warned(stage(GateTrainer, learning_rate=1e-8, max_steps=21, logging_steps=21).train, "hardly moved")
 
 
+def sharp_gate():
+    model = tiny(gate="constant+calibration")
+    next(model.model.fusion_gate.parameters()).data.flatten()[-1] = 1.0
+    run = stage(GateTrainer, model, learning_rate=1e-9, max_steps=21, logging_steps=21)
+    return warned(run.train, "multiplies logits")
+
+
 def other_stage():
     stage(GateTrainer, folder="gate", save_strategy="steps", save_steps=1).train()
     return refused(stage(JointTrainer).train, "gate/checkpoint-1")
@@ -311,8 +318,8 @@ PROVOCATIONS = {
         *(different_tokenizers, unequal_rows, lost_tokens, unequal_ends, little_memory, unequal_dtypes),
         *(gated_repository, remote_code, unequal_positions, adapter_alone, quantised, sees_images),
         *(other_specialists, sampling_without_sampling, unequal_templates, no_template, mixed_licences),
-        *(head_alone, shards, no_labels, collapsed_gate, unmoved_gate, other_stage),
-        *(drafts_without_way_back, cost, not_for_vllm),
+        *(head_alone, shards, no_labels, collapsed_gate, unmoved_gate, sharp_gate),
+        *(other_stage, drafts_without_way_back, cost, not_for_vllm),
     )
 }
 

@@ -49,37 +49,45 @@ def _warn(trainer, sums: Sums, mix: np.ndarray) -> None:
             f"{[trainer.drawn[d] for d in silent]} held none: all its labels are -100. Look at its rows, at the chat "
             f"template's generation marks, and at `max_length`."
         )
-    if not trainer.specialist_names or trainer.fused.config.signed_weights is not None:
+    if trainer.specialist_names and trainer.fused.config.signed_weights is None:
         # signed weights are no shares: one may have all of it, and they need not move far
-        return
-    shares = sums.gate.sum(0) / max(sums.tokens.sum(), 1)
-    names, number = trainer.specialist_names, len(shares)
-    if number > 1 and shares.max() > 0.98 and "collapse" not in trainer.warned:
-        trainer.warned.add("collapse")
-        warnings.warn(
+        _warn_of_gate(trainer, sums)
+
+
+def _warn_of_gate(trainer, sums: Sums) -> None:
+    tokens = max(sums.tokens.sum(), 1)
+    shares, names = sums.gate.sum(0) / tokens, trainer.specialist_names
+    if len(names) > 1 and shares.max() > 0.98:
+        _tell(
+            trainer,
             f"The gate has collapsed: {names[int(shares.argmax())]!r} has {shares.max():.1%} of the weight over all "
             f"domains. Check that every domain is drawn; `gate_balance` counteracts it.",
-            stacklevel=4,
-        )
-    entropy = sums.entropy.sum() / max(sums.tokens.sum(), 1)
-    late = trainer.state.global_step > max(20, 0.2 * (trainer.state.max_steps or 0))
-    scales = {
-        d: np.exp(sums.scale[i] / n) for i, (d, n) in enumerate(zip(trainer.drawn, sums.tokens, strict=True)) if n
-    }
-    sharpest = max(scales, key=scales.get, default=None)
-    if late and sharpest and scales[sharpest] > SHARP and "sharp" not in trainer.warned:
-        trainer.warned.add("sharp")
-        warnings.warn(
-            f"The gate multiplies logits by {scales[sharpest]:.1f} in {sharpest!r}: answers that a model wrote greedily, or a "
-            f"template, teach it to be so sure, and on other text it is wrong. Draw answers by sampling, or fuse with a gate "
-            f"without `+calibration`.",
-            stacklevel=4,
         )
     learns = any(p.requires_grad for p in trainer.fused.model.fusion_gate.parameters())
-    if late and learns and entropy > 0.999 * np.log(number) and "still" not in trainer.warned:
-        trainer.warned.add("still")
-        warnings.warn(
+    if not learns or trainer.state.global_step <= max(20, 0.2 * (trainer.state.max_steps or 0)):
+        return
+    entropy, largest = sums.entropy.sum() / tokens, np.log(len(names))
+    if entropy > 0.999 * largest:
+        _tell(
+            trainer,
             f"The gate has hardly moved after {trainer.state.global_step} steps: its entropy is {entropy:.4f} nats of "
-            f"at most {np.log(number):.4f}. Raise `learning_rate` (now {trainer.args.learning_rate:g}).",
-            stacklevel=4,
+            f"at most {largest:.4f}. Raise `learning_rate` (now {trainer.args.learning_rate:g}).",
         )
+    of_domains = zip(trainer.drawn, sums.scale, sums.tokens, strict=True)
+    scales = {domain: round(float(np.exp(scale / n)), 1) for domain, scale, n in of_domains if n}
+    if scales and max(scales.values()) > SHARP:
+        sharpest = max(scales, key=scales.get)
+        _tell(
+            trainer,
+            f"The gate multiplies logits by {scales[sharpest]} in {sharpest!r}: answers that a model wrote greedily, or a "
+            f"template, teach it to be so sure, and on other text it is wrong. Draw answers by sampling, or fuse with a gate "
+            f"without `+calibration`.",
+        )
+
+
+def _tell(trainer, sentence: str) -> None:
+    """Warns once of each thing: a sentence's beginning says which."""
+    about = sentence[:20]
+    if about not in trainer.warned:
+        trainer.warned.add(about)
+        warnings.warn(sentence, stacklevel=6)

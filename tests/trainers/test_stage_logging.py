@@ -77,7 +77,7 @@ def test_a_gate_that_is_very_sure_is_told(specialists, tmp_path):
         warnings.simplefilter("always")
         trainer(GateTrainer, model, tmp_path, learning_rate=0.0, max_steps=23).train()
     (told,) = [str(w.message) for w in told if "multiplies logits" in str(w.message)]
-    assert "by 2.7 in '" in told
+    assert "by 2.7 in 'code'" in told
 
 
 # ---- gate terms
