@@ -59,9 +59,21 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False, **set
 def _load(load: Callable, source: str | Path, trust_remote_code: bool, settings: dict):
     if os.path.isdir(source):
         check_folder(source)
-    with in_words("The model or tokenizer", source), refusing_code(source):
+    with in_words("The model or tokenizer", source), refusing_code(source), _naming(source):
         # not None, which asks on the standard input, where a prompt that is piped in may say yes
         return load(source, trust_remote_code=trust_remote_code, **settings)
+
+
+@contextmanager
+def _naming(source: str | Path) -> Iterator[None]:
+    """Says in our words that there is neither a folder nor a repository of that name."""
+    try:
+        yield
+    except OSError as error:
+        # of what is there a file may be missing, which transformers names
+        if isinstance(error.__cause__, RepositoryNotFoundError | HFValidationError):
+            raise _nowhere(source) from error
+        raise
 
 
 @contextmanager
@@ -126,7 +138,7 @@ def _type_at(source: str) -> str:
         raise _nowhere(source) from error
 
 
-def _nowhere(source: str) -> UnavailableError:
+def _nowhere(source: str | Path) -> UnavailableError:
     fact = f"there is no model at {str(source)!r}: neither such a folder nor such an id on the Hub"
     return UnavailableError(fact, "", "Check the spelling; for a private one run `hf auth login`.")
 
@@ -140,11 +152,13 @@ def check_there(source: str, revision: str | None = None) -> None:
     if os.path.isdir(source):
         return
     try:
-        PreTrainedConfig.get_config_dict(source, revision=revision)
-    except OSError as error:
+        with _naming(source):
+            PreTrainedConfig.get_config_dict(source, revision=revision)
+    except UnavailableError:
+        raise
+    except OSError:
         # an adapter has no such file, which is no fault of it
-        if isinstance(error.__cause__, RepositoryNotFoundError | HFValidationError):
-            raise _nowhere(source) from error
+        return
 
 
 def open_fused(source: str | Path, **settings) -> tuple[UltraFuserForCausalLM, PreTrainedTokenizerBase]:

@@ -254,9 +254,8 @@ def prune(
     limits = {"examples": examples, "max_length": max_length, "prompt_tokens": prompt_tokens}
     subsets = pruning.prune(folder, keep, named(data, "--data"), out, **limits)
     Console().print(pruning.table(subsets))
-    echo(
-        f"Wrote {str(out)!r}. A gate that reads all specialists side by side lost a part of its input: train it again."
-    )
+    lost = " A gate that reads all specialists side by side lost a part of its input: train it again."
+    echo(f"Wrote {str(out)!r}.{lost if len(subsets) > 1 else ' All specialists are kept, so that it is a copy.'}")
 
 
 @group.command()

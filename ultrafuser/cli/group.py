@@ -49,10 +49,19 @@ def reports_errors(function: Callable, extra: str | None) -> Callable:
             echo(f"This command needs {error.name!r}, which is not installed.{way}", err=True)
             raise typer.Exit(2) from error
         except (OSError, ValueError, ImportError) as error:
-            echo(error, err=True)
+            echo(_sentence(error), err=True)
             raise typer.Exit(2) from error
 
     return command
+
+
+def _sentence(error: Exception) -> Exception | str:
+    """Returns the text of an error; that of the operating system names its file and no number."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+        return error
+    if isinstance(error, FileNotFoundError):
+        return f"There is no {str(error.filename)!r}. Check the spelling."
+    return f"{str(error.filename)!r} cannot be read or written: {error.strerror}."
 
 
 def hide_bars() -> None:

@@ -9,13 +9,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.fusions_ultrafuser import check_loss
+from modeling_ultrafuser.refusals_ultrafuser import UnavailableError
 from trainers.distil_checks import student_of
 from trainers.distil_config import DistilConfig
 from trainers.distil_trainer import DistilTrainer
 from trainers.progress import ProgressOfTraining
 
 from ..hub.student_card import write_student_card
-from ..pretrained import fused_config, load_model, read_tokenizer, save_tokenizer
+from ..pretrained import check_there, fused_config, load_model, read_tokenizer, save_tokenizer
 from .stage_recipe import FusedArguments, load_domains, parse_fields, writing
 
 
@@ -61,6 +62,7 @@ def distil(chosen: DistilArguments, args: DistilConfig) -> None:
     config, tokenizer = fused_config(chosen.model_name_or_path), read_tokenizer(chosen.model_name_or_path)
     check_loss(config)
     if chosen.student not in config.specialist_names:
+        _check_student(chosen.student, config)
         check_tokenizer(chosen.student, config, tokenizer)
     with writing(args, "distil"):
         domains = load_domains(chosen, args.dataset_text_field)
@@ -76,6 +78,17 @@ def distil(chosen: DistilArguments, args: DistilConfig) -> None:
         trainer.train(resume_from_checkpoint=resume == "True" or resume)
         if args.should_save:
             _save(trainer, chosen, config)
+
+
+def _check_student(student: str, config: UltraFuserConfig) -> None:
+    try:
+        check_there(student)
+    except UnavailableError as error:
+        raise UnavailableError(
+            f"there is no student {student!r}: neither a specialist of {config.specialist_names}, nor a folder, nor an id on the Hub",
+            "",
+            "Check the spelling.",
+        ) from error
 
 
 def check_tokenizer(student: str, config: UltraFuserConfig, tokenizer: PreTrainedTokenizerBase) -> None:

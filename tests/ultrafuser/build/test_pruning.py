@@ -168,7 +168,10 @@ def test_the_command_writes_the_best_subset_as_remove_would(folder):
 
 
 def test_to_keep_all_is_to_copy(folder):
-    assert prune(folder, "--keep", 3)[0] == 0
+    code, shown = prune(folder, "--keep", 3)
+    assert code == 0
+    assert "it is a copy" in shown
+    assert "train it again" not in shown
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (folder / "new" / file).read_bytes() == (folder / "fused" / file).read_bytes()
 

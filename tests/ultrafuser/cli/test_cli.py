@@ -52,6 +52,22 @@ def test_a_new_command_is_one_function_whose_errors_are_sentences(error):
     assert done.output == "this does not fit.\n"
 
 
+def test_an_error_of_the_operating_system_names_its_file_and_no_number(tmp_path):
+    group = Group("New")
+
+    @group.command()
+    def fresh(path: str) -> None:
+        open(path).close()
+
+    assert (
+        run(group, "fresh", str(tmp_path / "gone")).output
+        == f"There is no {str(tmp_path / 'gone')!r}. Check the spelling.\n"
+    )
+    assert (
+        run(group, "fresh", str(tmp_path)).output == f"{str(tmp_path)!r} cannot be read or written: Is a directory.\n"
+    )
+
+
 def test_an_error_that_no_user_can_correct_keeps_its_traceback():
     group = Group("New")
 

@@ -107,6 +107,9 @@ def test_what_cannot_be_distilled_is_refused_before_models_are_loaded(fused, tmp
     refused = {
         "`student` is not given": run(fused, tmp_path / "out", student=None),
         "the student": run(fused, tmp_path / "out", student=tmp_path / "other"),
+        "There is no student './tekst': neither a specialist of ['text',": run(
+            fused, tmp_path / "out", student="./tekst"
+        ),
         "This is for a fused model": run(tmp_path / "other", tmp_path / "out"),
         "has none. Add `domains:`": run(fused, tmp_path / "out", names=[]),
         "'--off_polcy'": run(fused, tmp_path / "out", "--off_polcy", "true"),
