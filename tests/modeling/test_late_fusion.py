@@ -22,6 +22,9 @@ from ultrafuser.build.specialist_edits import add_specialist, remove_specialist
 from ultrafuser.decoding.drafting import self_draft
 from ultrafuser.decoding.dropping import check_droppable
 from ultrafuser.decoding.stacking import stack
+from ultrafuser.route.prompt_route import PromptRoute
+from ultrafuser.route.router_base import Router
+from ultrafuser.serve.demo import stream
 
 
 NAMES = ["large", "tuned", "base"]
@@ -318,6 +321,30 @@ def test_dynamic_refuses_two_specialists_and_a_prior(models):
         fuse({name: models[name] for name in ("large", "base")}, "dynamic:large,base")
     with pytest.raises(ValueError, match="`gate_prior` multiplies .* does not read. Leave it out"):
         fuse(models, "dynamic:large,base")(prompt(), gate_prior=torch.ones(2, 3))
+
+
+def test_what_would_weigh_specialists_without_effect_is_refused(models):
+    model = fuse(models, "dynamic:large,base")
+    with pytest.raises(ValueError, match="does not read. Let the chosen specialist answer alone"):
+        PromptRoute(model, tokenizer(), "perplexity")
+    assert PromptRoute(model, tokenizer(), "perplexity", alone=True).alone
+    with pytest.raises(ValueError, match="reads none. Leave temperature and bias as they are"):
+        next(stream(model, tokenizer(), [{"content": "2+2="}], max_new_tokens=2, temperature=2.0))
+
+
+def test_one_that_answers_alone_is_itself_and_several_in_one_batch_are_refused(models):
+    model, ids = fuse(models, "contrast"), prompt()
+
+    class First(Router):
+        def prior(self, prompts):
+            return torch.eye(3)[: len(prompts.input_ids)]
+
+    route = PromptRoute(model, tokenizer(), First({}), alone=True)
+    answering, options, _ = route(ids[:1])
+    assert torch.equal(answering(ids[:1]).logits, models["large"](ids[:1]).logits)
+    assert not options
+    with pytest.raises(ValueError, match="fusion='contrast' counts the others, too. Ask one prompt at a time"):
+        route(ids)
 
 
 def test_a_specialist_can_be_added_and_the_amateur_not_be_taken_out(models, tmp_path):

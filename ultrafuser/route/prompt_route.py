@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.compat_ultrafuser import CACHE
+from modeling_ultrafuser.fusions_ultrafuser import fusion_class
 
 from .prompt_reading import Prompts
 from .router_base import Router
@@ -50,7 +51,7 @@ class PromptRoute:
         alone: Whether one specialist answers.
 
     Raises:
-        ValueError: If there is no such router, or it chooses among others.
+        ValueError: If there is no such router, or it chooses among others, or its weights would have no effect.
     """
 
     def __init__(
@@ -67,6 +68,12 @@ class PromptRoute:
             raise ValueError(
                 "A router's weights multiply shares that sum to 1, but this model's weights are signed. Let the chosen specialist "
                 "answer alone."
+            )
+        self.rule = fusion_class(model.config.fusion)
+        if router is not None and not alone and not self.rule.reads_gate:
+            raise ValueError(
+                f"A router's weights multiply the gate's, which fusion={model.config.fusion!r} does not read. Let the chosen "
+                f"specialist answer alone."
             )
         self.model, self.tokenizer, self.alone = model, tokenizer, alone
         names = model.config.specialist_names
@@ -91,6 +98,12 @@ class PromptRoute:
             chosen = prior.argmax(-1).unique().tolist()
             if len(chosen) == 1 and self.model.model.reader_class.one_by_one:
                 return Routed(self.specialist(self.model.config.specialist_names[chosen[0]]), {}, prior)
+            if self.rule.needs_all:
+                raise ValueError(
+                    f"Prompts that different specialists answer, or adapters of one base, are answered by the fused model with "
+                    f"weight on one each, but fusion={self.model.config.fusion!r} counts the others, too. Ask one prompt at a "
+                    f"time, of a model whose specialists are no adapters."
+                )
         return Routed(self.model, {"gate_prior": prior.to(input_ids.device), **self._begun(prompts)}, prior)
 
     def _begun(self, prompts: Prompts) -> dict:

@@ -98,8 +98,12 @@ def stream(
         Pieces of text, and the gate weights of the token that completed each.
 
     Raises:
-        ValueError: If the conversation has become too long.
+        ValueError: If the conversation has become too long, or steering would have no effect.
     """
+    if (temperature != 1 or any(bias)) and not model.model.fusion_rule.reads_gate:
+        raise ValueError(
+            "The gate is steered, but this model's fusion rule reads none. Leave temperature and bias as they are."
+        )
     ids = prompt_ids(tokenizer, messages)
     pieces: SimpleQueue = SimpleQueue()
     closed = Event()

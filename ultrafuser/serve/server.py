@@ -28,6 +28,7 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import CBWorkerDeadError, GenerationState, Modality
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.fusions_ultrafuser import fusion_class
 from trainers.template_sandbox import RenderingError, render_chat
 
 from ..compat import messages_and_tools
@@ -202,6 +203,10 @@ class Answering:
         if self.served.model.config.signed_weights is not None:
             raise HTTPException(
                 400, "`gate_prior` multiplies shares that sum to 1, but this model's weights are signed."
+            )
+        if not fusion_class(self.served.model.config.fusion).reads_gate:
+            raise HTTPException(
+                400, "`gate_prior` multiplies the gate's weights, which this model's fusion rule does not read."
             )
         prior = torch.tensor([[weights.get(name, 0.0) for name in names]])
         if set(weights) - set(names) or not prior.any():
