@@ -151,6 +151,7 @@ def test_logits_are_those_of_the_formula(models, rule):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.grid
 @every_rule
 @torch.no_grad()
 def test_generate_follows_the_formula_and_batches_and_beams_agree(models, rule):
@@ -207,6 +208,7 @@ def test_a_gate_that_learned_under_logits_is_read_with_its_temperatures(models, 
     torch.testing.assert_close(out.logits.flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.grid
 @every_rule
 @torch.no_grad()
 def test_a_loaded_model_is_the_saved_one_and_older_code_names_the_version(models, rule, tmp_path, monkeypatch):
@@ -233,6 +235,7 @@ def test_a_folder_says_what_it_said_and_one_saved_under_another_rule_is_of_forma
         UltraFuserForCausalLM.from_pretrained(tmp_path / "plain", fusion="dynamic:large,base")
 
 
+@pytest.mark.grid
 @every_rule
 @torch.no_grad()
 def test_ways_of_decoding_give_the_tokens_of_the_plain_way_or_are_refused(models, rule):
@@ -273,6 +276,7 @@ def test_adapters_of_one_base_are_contrasted_as_models_are(tmp_path):
     torch.testing.assert_close(out.logits.flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.grid
 @every_rule
 def test_what_needs_a_loss_is_refused_with_the_way_out(models, rule, tmp_path):
     model, ids = fuse(models, rule), prompt()
