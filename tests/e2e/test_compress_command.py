@@ -44,6 +44,20 @@ def base_of(sources):
     return sources["text"].removesuffix("text") + "base"
 
 
+def test_one_alone_is_to_be_fused_with_the_base(sources, pairs, tmp_path):
+    out = tmp_path / "small"
+    done = run("compress", pairs[0], "--base", base_of(sources), "--rank", "4", "--out", out)
+    assert done.exit_code == 0, done.output
+    told = (
+        " ".join(done.output.split())
+        .partition("To fuse them: ultrafuser ")[2]
+        .replace("FOLDER", str(tmp_path / "fused"))
+    )
+    fused = run(*told.split())
+    assert fused.exit_code == 0, fused.output
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "fused").config.specialist_names == [NAMES[0], "base"]
+
+
 def test_it_writes_adapters_that_fuse_reads_and_says_what_they_keep(sources, pairs, data, tmp_path):
     out = tmp_path / "small"
     done = run("compress", *pairs, "--base", base_of(sources), "--rank", "4", "--out", out, "--data", data)

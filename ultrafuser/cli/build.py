@@ -186,7 +186,7 @@ def compress(
 
     Example: ultrafuser compress text=text-1.5b code=code-1.5b math=math-1.5b --base base-1.5b --rank 64 --out small
     """
-    from ..compress.compressing import Compression
+    from ..compress.compressing import BASE, Compression
     from ..compress.factors import Limits
     from ..compress.gain import losses, read_data, table, warning
 
@@ -200,7 +200,8 @@ def compress(
     Console().print(table(reports, measured))
     if error is not None and (above := compression.above(reports)):
         echo(f"At rank {rank} the error of {above} layers is above {error}.")
-    pairs = " ".join(f"{name}={out / name}" for name in reports)
+    # a fused model has at least two specialists, and the base may be one
+    pairs = " ".join(f"{name}={out / name}" for name in (*reports, *([BASE] if len(reports) == 1 else [])))
     echo(f"Wrote {str(out)!r}. To fuse them: ultrafuser fuse {pairs} --out FOLDER")
 
 

@@ -124,7 +124,7 @@ def speed(
 def serve(
     folder: Annotated[str, Argument(help="Folder of a fused model: its name in requests.")],
     host: Host = "localhost",
-    port: Annotated[int, Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     allow_host: AllowHost = None,
     allow_origin: AllowOrigin = None,
     key_variable: KeyVariable = KEY_VARIABLE,
@@ -154,7 +154,7 @@ def serve(
     from ..pretrained import open_fused
     from ..route.prompt_route import PromptRoute
     from ..serve.decode_benchmark import check_streamed, for_streaming
-    from ..serve.guard import Access, host_names, key_for, run
+    from ..serve.guard import Access, check_free, host_names, key_for, run
     from ..serve.request_fields import template_variables
     from ..serve.server import application
 
@@ -167,6 +167,7 @@ def serve(
     _check_alone(router, alone, decoding)
     dropping = check_streamed(decoding, keep=keep, every=every)
     key = key_for(host, key_variable, without_key)
+    check_free(host, port)
     access = Access(host_names(host, allow_host or ()), allow_origin or (), key)
     variables = template_variables(chat_template_kwargs)
     loading = {"device_map": device, "dtype": dtype}
@@ -198,7 +199,7 @@ def _check_alone(router: str | None, alone: bool, decoding: str) -> None:
 def demo(
     model: Model,
     host: Host = "127.0.0.1",
-    port: Annotated[int, Option(help="Port to listen on.")] = 7860,
+    port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     allow_host: AllowHost = None,
     allow_origin: AllowOrigin = None,
     key_variable: KeyVariable = KEY_VARIABLE,
@@ -210,9 +211,10 @@ def demo(
     """
     from ..pretrained import open_fused
     from ..serve import demo as web
-    from ..serve.guard import Access, host_names, key_for, run
+    from ..serve.guard import Access, check_free, host_names, key_for, run
 
     key = key_for(host, key_variable, without_key)
+    check_free(host, port)
     access = Access(host_names(host, allow_host or ()), allow_origin or (), key)
     name = Path(model).resolve().name if Path(model).exists() else model
     page = web.application(*open_fused(model), name, access)

@@ -5,6 +5,7 @@ import base64
 import binascii
 import hmac
 import os
+import socket
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 from urllib.parse import SplitResult, urlsplit
@@ -215,6 +216,23 @@ def server(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
     # whoever asks is whom the socket names, and what serves is nobody's business
     settings |= {"proxy_headers": False, "server_header": False}
     return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", **settings))
+
+
+def check_free(host: str, port: int) -> None:
+    """Rejects an address that cannot be listened on, before a model is loaded.
+
+    Raises:
+        OSError: If it is taken, or is none of this machine.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+    except OSError as error:
+        raise OSError(
+            f"Nothing can listen on port {port} of {host!r}: {error}. Choose another with --port or --host."
+        ) from error
 
 
 def run(app: ASGIApp, host: str, port: int) -> None:

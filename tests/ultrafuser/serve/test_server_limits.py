@@ -5,6 +5,7 @@ import socket
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.support.conversations import CHAT_TEMPLATE
@@ -16,6 +17,7 @@ from tests.support.http_clients import (
     running,
 )
 from tests.support.tiny import specialist, stir_gate, tokenizer
+from ultrafuser.cli.app import app as command_line
 from ultrafuser.serve import guard, server  # noqa: E402
 
 
@@ -161,3 +163,10 @@ def test_a_port_that_is_taken_is_told(model):
         number = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"Nothing can listen on port {number} of '127.0.0.1'"):
             guard.run(app(model), "127.0.0.1", number)
+        # before a model is loaded
+        line = ["serve", "no/such/model", "--host", "127.0.0.1", "--port", str(number)]
+        done = CliRunner().invoke(command_line, line)
+        assert done.exit_code == 2
+        assert f"Nothing can listen on port {number} of '127.0.0.1': [Errno" in done.output
+        assert "Serving" not in done.output
+    guard.check_free("127.0.0.1", number)
