@@ -101,11 +101,13 @@ def difference(one: list[dict], other: list[dict], part: str) -> Estimate | None
     return estimate([mine[row] - its[row] for row in mine if row in its])
 
 
-def kept(one: list[dict], other: list[dict], part: str) -> Estimate | None:
-    """Returns the share of what another contender solves that this one solves, too."""
-    mine, its = marks(one, part), marks(other, part)
-    solved = [row for row in mine if its.get(row)]
-    return estimate([mine[row] * its[row] for row in solved], [its[row] for row in solved])
+def kept(one: list[dict], others: Mapping[str, list[dict]]) -> Estimate | None:
+    """Returns the share of what others solve that this one solves, too, over parts with another contender each."""
+    mine, its = {part: marks(one, part) for part in others}, {part: marks(own, part) for part, own in others.items()}
+    solved = [(part, row) for part in others for row in mine[part] if its[part].get(row)]
+    return estimate(
+        [mine[part][row] * its[part][row] for part, row in solved], [its[part][row] for part, row in solved]
+    )
 
 
 def loss(seeds: list[dict], domain: str) -> Estimate:

@@ -6,6 +6,7 @@ from statistics import mean
 
 from experiments.real_averages import (
     BASE,
+    DOMAIN_OF,
     DOMAINS,
     FUSED,
     SPECIALISTS,
@@ -117,53 +118,53 @@ def retention(path: Path) -> str:
         if name != BASE:
             changes = [difference(own, found[BASE], part) for part in asked]
             worst = min(change.value for change in changes if change)
-            rows.append((worst, [name, *map(points, changes), percent(_kept_of_all(found, name, asked))]))
+            rows.append((worst, [name, *map(points, changes), percent(kept(own, dict.fromkeys(asked, found[BASE])))]))
     rows.sort(key=lambda row: row[0])
     return markdown(["points to the base", *asked, "keeps of what the base solves"], [row for _, row in rows])
 
 
-def _kept_of_all(found: Found, name: str, asked: list[str]) -> Estimate | None:
-    own = [kept(found[name], found[BASE], part) for part in asked]
-    weights = [one.of if one else 0 for one in own]
-    if not sum(weights):
-        return None
-    ends = [sum(one[i] * n for one, n in zip(own, weights, strict=True) if one) / sum(weights) for i in range(3)]
-    return Estimate(*ends, sum(weights))
-
-
 def keeping(path: Path) -> str:
-    """Tables the share of what the right specialist of each part solves that a contender solves, too, the least first.
+    """Tables the share of what the right specialist of each domain solves that a contender solves, too, the least first.
 
-    A line for each fused model says whether that is 95 % everywhere.
+    A line for each fused model says in which domains that is 95 %, and in which parts it is less.
     """
     found = results(path)
-    asked = parts(found)
-    right = {part: right_specialist(found, part) for part in asked}
-    cells = {
-        name: {part: kept(own, found[right[part]], part) for part in asked}
-        for name, own in found.items()
-        if name not in SPECIALISTS.values()
-    }
-    least = {name: min((c.value for c in own.values() if c), default=1.0) for name, own in cells.items()}
-    rows = [[name, *(_of(cells[name][part]) for part in asked)] for name in sorted(least, key=least.get)]
-    table = markdown(["", *(f"{part}: of the {right[part]}" for part in asked)], rows)
-    lines = [verdict(name, cells[name]) for name in sorted(least, key=least.get) if name.startswith(FUSED)]
+    right = {part: right_specialist(found, part) for part in parts(found)}
+    domains = list(dict.fromkeys(DOMAIN_OF[part] for part in right))
+    cells = {name: _kept(own, found, right) for name, own in found.items() if name not in SPECIALISTS.values()}
+    least = {name: min((own[d].value for d in domains if own[d]), default=1.0) for name, own in cells.items()}
+    order = sorted(least, key=least.get)
+    table = markdown(["", *domains], [[name, *(_of(cells[name][domain]) for domain in domains)] for name in order])
+    lines = [
+        verdict(name, {d: cells[name][d] for d in domains}, {part: cells[name][part] for part in right})
+        for name in order
+        if name.startswith(FUSED)
+    ]
     return "\n\n".join([table, *lines])
+
+
+def _kept(own: list[dict], found: Found, right: Mapping[str, str]) -> dict[str, Estimate | None]:
+    """Returns what a contender keeps of the right specialist's, by domain and by part."""
+    kinds = {part: [part] for part in right}
+    for part in right:
+        kinds.setdefault(DOMAIN_OF[part], []).append(part)
+    return {kind: kept(own, {part: found[right[part]] for part in its}) for kind, its in kinds.items()}
 
 
 def _of(own: Estimate | None) -> str:
     return f"{percent(own)} of {own.of}" if own else ""
 
 
-def verdict(name: str, cells: Mapping[str, Estimate | None]) -> str:
-    """Says where a contender keeps enough of what the right specialist solves, and where not, the least first."""
-    there = {part: own for part, own in cells.items() if own}
-    short = sorted((part for part in there if there[part].value < ENOUGH), key=lambda part: there[part].value)
-    said = f"{name[0].upper()}{name[1:]}: keeps at least {ENOUGH:.0%} of what the right specialist solves"
-    if not short:
-        return f"{said} in all {len(there)} parts."
-    listed = ", ".join(f"{part} {percent(there[part])} of {there[part].of}" for part in short)
-    return f"{said} in {len(there) - len(short)} of {len(there)} parts. Not in: {listed}."
+def verdict(name: str, domains: Mapping[str, Estimate | None], of_parts: Mapping[str, Estimate | None]) -> str:
+    """Says in how many domains a contender keeps enough of what the right specialist solves, and in which parts not."""
+    there = [own for own in domains.values() if own]
+    short = sorted(
+        (part for part, own in of_parts.items() if own and own.value < ENOUGH), key=lambda p: of_parts[p].value
+    )
+    said = f"{name[0].upper()}{name[1:]}: keeps at least {ENOUGH:.0%} of what the right specialist solves in "
+    said += f"{sum(own.value >= ENOUGH for own in there)} of {len(there)} domains."
+    listed = ", ".join(f"{part} {percent(of_parts[part])} of {of_parts[part].of}" for part in short)
+    return f"{said} Parts below: {listed}." if short else said
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

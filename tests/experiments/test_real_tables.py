@@ -104,11 +104,23 @@ def test_keeping_is_of_the_right_specialist_and_the_line_names_where_it_is_too_l
         "code specialist",
     ]
     table, line = TABLES["real, keeping"](folder).split("\n\n")
+    assert table.splitlines()[0] == "|  | math | code | text | both |"
     assert "| fused | 75 % [25, 100] of 4 | 100 % [100, 100] of 4 | 100 % [100, 100] of 4 | 50 % " in table
     assert line.startswith(
-        "Fused: keeps at least 95% of what the right specialist solves in 2 of 4 parts. Not in: mixed "
+        "Fused: keeps at least 95% of what the right specialist solves in 2 of 4 domains. Parts below: mixed "
     )
     assert line.endswith("products 75 % [25, 100] of 4.")
+
+
+def test_parts_of_one_domain_are_counted_together(folder):
+    for name, (products, *_) in SOLVED.items():
+        one = json.loads((folder / f"{name.replace(' ', '_')}-0.json").read_text())
+        one["parts"]["arithmetic"] = {"rows": [0, 1], "right": "11" if products == "1111" else "01"}
+        write(folder, one)
+    table, line = TABLES["real, keeping"](folder).split("\n\n")
+    assert "| fused | 67 % " in table
+    assert " of 6 |" in table
+    assert "arithmetic 50 % [0, 100] of 2" in line
 
 
 def test_results_of_other_adapters_are_not_compared(folder):
@@ -118,7 +130,7 @@ def test_results_of_other_adapters_are_not_compared(folder):
 
 
 def test_the_line_says_so_if_all_is_kept():
-    assert verdict("fused", {"products": None}).endswith("in all 0 parts.")
+    assert verdict("fused", {"math": None}, {"products": None}).endswith("in 0 of 0 domains.")
 
 
 def test_the_figure_is_written(folder):
