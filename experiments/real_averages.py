@@ -90,9 +90,15 @@ def estimate(values: list[float], counts: list[float] | None = None) -> Estimate
     return Estimate(float(sums.sum() / counts.sum()), *interval([(sums, counts)]), len(values))
 
 
-def share(seeds: list[dict], part: str) -> Estimate | None:
-    """Returns the share of a part that a contender solves."""
-    return estimate(list(marks(seeds, part).values()))
+def shared_questions(found: Mapping[str, list[dict]], part: str) -> set[int]:
+    """Returns the questions that all were asked of those who were asked any."""
+    asked = [set(own) for seeds in found.values() if (own := marks(seeds, part))]
+    return set.intersection(*asked)
+
+
+def share(seeds: list[dict], part: str, among: set[int] | None = None) -> Estimate | None:
+    """Returns the share of a part, or of some of its questions, that a contender solves."""
+    return estimate([mark for row, mark in marks(seeds, part).items() if among is None or row in among])
 
 
 def difference(one: list[dict], other: list[dict], part: str) -> Estimate | None:

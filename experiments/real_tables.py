@@ -20,6 +20,7 @@ from experiments.real_averages import (
     results,
     right_specialist,
     share,
+    shared_questions,
 )
 from ultrafuser.reports.marked_tables import markdown
 
@@ -50,7 +51,9 @@ def _solving(found: Found, part: str) -> tuple[float, list[str]]:
     there = {name: own for name, own in there.items() if own}
     # not every contender was asked every question: who is best shows on what it shares with the fused model
     best = min(there, key=lambda name: there[name].value)
-    fused, other, apart = share(found[FUSED], part), share(found[best], part), there[best]
+    pair = {name: found[name] for name in (FUSED, best)}
+    fused, other = (share(own, part, shared_questions(pair, part)) for own in pair.values())
+    apart = there[best]
     cells = [f"{part}, solved", percent(fused), best, percent(other), points(apart)]
     return apart.value, [*cells, *_ahead(there.values())]
 
@@ -80,19 +83,18 @@ def points(own: Estimate | None) -> str:
 
 
 def solved(path: Path) -> str:
-    """Tables the share of each part that every contender solves, the best mean first."""
+    """Tables the share of each part that every contender solves, of the questions that all were asked; the best mean first."""
     found = results(path)
-    asked = parts(found)
-    common = [part for part in asked if all(share(own, part) for own in found.values())]
-    cells = {name: {part: share(own, part) for part in asked} for name, own in found.items()}
+    among = {part: shared_questions(found, part) for part in parts(found)}
+    cells = {name: {part: share(own, part, among[part]) for part in among} for name, own in found.items()}
+    common = [part for part in among if all(own[part] for own in cells.values())]
     means = {name: mean(own[part].value for part in common) for name, own in cells.items()}
     rows = [
-        [name, f"{100 * means[name]:.1f} %", *(percent(cells[name][part]) for part in asked)]
+        [name, f"{100 * means[name]:.1f} %", *(percent(cells[name][part]) for part in among)]
         for name in sorted(means, key=means.get, reverse=True)
     ]
-    return markdown(
-        ["", "mean" if common == asked else f"mean of the {len(common)} that all were asked", *asked], rows
-    )
+    title = "mean" if len(common) == len(among) else f"mean of the {len(common)} that all were asked"
+    return markdown(["", title, *(f"{part}, {len(rows)}" for part, rows in among.items())], rows)
 
 
 def nats(path: Path) -> str:

@@ -72,6 +72,14 @@ def test_a_contender_that_was_asked_less_is_compared_on_what_both_were_asked(fol
     # of questions 0 and 3 the fused model solves neither of the mixed ones
     assert found["mixed, solved"][3] == "-100 [-100, -100]"
     assert found["products, solved"][3] == "-50 [-100, +0]"
+    assert rows(folder, "solved")["fused"] == [
+        "62.5 %",
+        "50 % [0, 100]",
+        "100 % [100, 100]",
+        "100 % [100, 100]",
+        "0 % [0, 0]",
+    ]
+    assert "| products, 2 |" in TABLES["real, solved"](folder)
 
 
 def test_a_contender_that_was_not_asked_a_part_has_an_empty_cell_and_the_mean_says_so(folder):
