@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
-from modeling_ultrafuser.files_ultrafuser import in_words
+from modeling_ultrafuser.files_ultrafuser import file_or_none, in_words
 from modeling_ultrafuser.fusions_ultrafuser import check_loss
 from modeling_ultrafuser.log_ultrafuser import print_line
 from trainers import (
@@ -362,9 +362,11 @@ def load_model(
             f"Text is read with the fused model's tokenizer, but {folder!r} holds none that loads. Save a specialist's "
             f"there: `common_tokenizer(specialists).save_pretrained({folder!r})`."
         ) from error
-    config = load_config(folder, revision=model.model_revision, trust_remote_code=trust_remote_code)
-    if isinstance(config, UltraFuserConfig):
-        check_loss(config)
+    # a folder of adapters alone has none
+    if file_or_none(folder, "config.json", revision=model.model_revision) is not None:
+        config = load_config(folder, revision=model.model_revision, trust_remote_code=trust_remote_code)
+        if isinstance(config, UltraFuserConfig):
+            check_loss(config)
     return load_any_model(folder, **shared), tokenizer
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from trl import ModelConfig
 from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
@@ -241,3 +243,13 @@ def test_weights_that_no_run_left_are_not_replaced(fused, tmp_path):
     assert done.exit_code == 2
     assert "holds 'model.safetensors', which `ultrafuser train` writes" in done.output
     assert (out / "model.safetensors").read_text() == "years of work"
+
+
+def test_a_folder_of_adapters_of_a_fused_model_is_loaded_with_it(fused, tmp_path):
+    model = UltraFuserForCausalLM.from_pretrained(fused)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapters")
+    tokenizer().save_pretrained(tmp_path / "adapters")
+    loaded, _ = stage_recipe.load_model(
+        stage_recipe.FusedArguments(), ModelConfig(model_name_or_path=str(tmp_path / "adapters"))
+    )
+    assert any("lora_A" in name for name, _ in loaded.named_parameters())
