@@ -27,6 +27,7 @@ from ultrafuser.reports.marked_tables import markdown
 
 ENOUGH = 0.95  # of what the right specialist solves
 Found = Mapping[str, list[dict]]
+Shares = dict[str, Estimate | None]
 
 
 def worst_news(path: Path) -> str:
@@ -82,19 +83,43 @@ def points(own: Estimate | None) -> str:
     return f"{100 * own.value:+.0f} [{100 * own.low:+.0f}, {100 * own.high:+.0f}]" if own else ""
 
 
+def headline(path: Path) -> str:
+    """Tables the mean of what every contender solves, and of its losses, the one that solves most first."""
+    found = results(path)
+    means = _means(_shares(found))
+    rows = [
+        [name, f"{100 * means[name]:.1f} %", f"{mean(loss(found[name], domain).value for domain in DOMAINS):.3f}"]
+        for name in sorted(means, key=means.get, reverse=True)
+    ]
+    return markdown(["", "solves", "nats per token"], rows)
+
+
 def solved(path: Path) -> str:
     """Tables the share of each part that every contender solves, of the questions that all were asked; the best mean first."""
     found = results(path)
-    among = {part: shared_questions(found, part) for part in parts(found)}
-    cells = {name: {part: share(own, part, among[part]) for part in among} for name, own in found.items()}
-    common = [part for part in among if all(own[part] for own in cells.values())]
-    means = {name: mean(own[part].value for part in common) for name, own in cells.items()}
+    cells = _shares(found)
+    means, common = _means(cells), _common(cells)
+    asked = parts(found)
     rows = [
-        [name, f"{100 * means[name]:.1f} %", *(percent(cells[name][part]) for part in among)]
+        [name, f"{100 * means[name]:.1f} %", *(percent(cells[name][part]) for part in asked)]
         for name in sorted(means, key=means.get, reverse=True)
     ]
-    title = "mean" if len(common) == len(among) else f"mean of the {len(common)} that all were asked"
-    return markdown(["", title, *(f"{part}, {len(rows)}" for part, rows in among.items())], rows)
+    title = "mean" if common == asked else f"mean of the {len(common)} that all were asked"
+    return markdown(["", title, *(f"{part}, {len(shared_questions(found, part))}" for part in asked)], rows)
+
+
+def _shares(found: Found) -> dict[str, Shares]:
+    among = {part: shared_questions(found, part) for part in parts(found)}
+    return {name: {part: share(own, part, rows) for part, rows in among.items()} for name, own in found.items()}
+
+
+def _common(cells: Mapping[str, Shares]) -> list[str]:
+    """Returns the parts that all were asked."""
+    return [part for part in next(iter(cells.values())) if all(own[part] for own in cells.values())]
+
+
+def _means(cells: Mapping[str, Shares]) -> dict[str, float]:
+    return {name: mean(own[part].value for part in _common(cells)) for name, own in cells.items()}
 
 
 def nats(path: Path) -> str:
@@ -170,6 +195,7 @@ def verdict(name: str, domains: Mapping[str, Estimate | None], of_parts: Mapping
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
+    "real, headline": headline,
     "real, worst news": worst_news,
     "real, solved": solved,
     "real, nats": nats,

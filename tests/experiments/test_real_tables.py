@@ -66,6 +66,10 @@ def test_the_best_mean_comes_first_among_all_that_solve(folder):
     assert found["fused"] == ["75.0 %", "75 % [25, 100]", "100 % [100, 100]", "100 % [100, 100]", "25 % [0, 75]"]
 
 
+def test_the_headline_has_both_means(folder):
+    assert rows(folder, "headline")["fused"] == ["75.0 %", "1.500"]
+
+
 def test_a_contender_that_was_asked_less_is_compared_on_what_both_were_asked(folder):
     write(folder, result("merge, ties", ("11", "11", "10", "11"), rows=(0, 3)))
     found = rows(folder, "worst news")
