@@ -5,6 +5,8 @@ import signal
 import sys
 import threading
 import warnings
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -29,8 +31,18 @@ for group in GROUPS:
 app.add_typer(data.group, name="data", help=data.HELP, rich_help_panel=data.group.title)
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        echo(metadata.version("ultrafuser"))
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Fuse several specialist language models into one, token by token."""
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import typer
@@ -29,6 +30,11 @@ def test_help_lists_every_command_in_the_panel_of_its_group():
         places += [listed.index(f"─ {group.title} ─"), *(listed.index(f"│ {name} ") for name in names)]
     assert places == sorted(places)
     assert all(info.rich_help_panel == data_group.title for info in data_group.registered_commands)
+
+
+def test_the_version_is_that_of_the_package():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, metadata.version("ultrafuser") + "\n")
 
 
 def test_help_imports_nothing_large():
