@@ -126,7 +126,7 @@ def in_vllm(python: str, folder: Path, rows: int) -> Iterator[Serve]:
     log = folder / "vllm.log"
     command = [python, "-P", str(Path(__file__).with_name("vllm_engine.py")), str(folder), str(rows)]
     settings = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules"), "VLLM_NO_USAGE_STATS": "1"}
-    settings |= {"OMP_NUM_THREADS": str(THREADS), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    settings |= {"OMP_NUM_THREADS": str(THREADS), "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with log.open("w") as said:
