@@ -104,19 +104,24 @@ def served(engine, fused):
     return backbone
 
 
-@pytest.mark.parametrize("fused", ["evidence", "posterior"], indirect=True)
-@torch.no_grad()
-def test_weights_are_those_of_the_ordinary_model_however_texts_are_cut_and_mixed(fused, engine):
-    backbone = served(engine, fused)
-    texts = {name: torch.randint(3, VOCAB, (1, 14)) for name in "ab"}
+def check_passes(fused, backbone, engine, texts, passes):
+    """Each pass reads a part of some texts: (text, first token, tokens)."""
     expected = {name: fused(ids).gate_weights[0] for name, ids in texts.items()}
-    for batch in PASSES:
+    for batch in passes:
         engine.batch = batch
         ids = torch.cat([texts[t][:, first : first + n] for t, first, n in batch], 1)
         positions = torch.cat([torch.arange(first, first + n) for _, first, n in batch])[None]
         found = backbone(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True).gate_weights[0]
         wanted = torch.cat([expected[t][first : first + n] for t, first, n in batch])
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", ["evidence", "posterior"], indirect=True)
+@torch.no_grad()
+def test_weights_are_those_of_the_ordinary_model_however_texts_are_cut_and_mixed(fused, engine):
+    backbone = served(engine, fused)
+    texts = {name: torch.randint(3, VOCAB, (1, 14)) for name in "ab"}
+    check_passes(fused, backbone, engine, texts, PASSES)
 
 
 @pytest.mark.parametrize("fused", ["evidence", "posterior"], indirect=True)
@@ -126,14 +131,7 @@ def test_weights_are_right_where_two_texts_with_one_beginning_start_in_one_pass(
     texts = {name: torch.randint(3, VOCAB, (1, 14)) for name in "ab"}
     texts["b"][:, :8] = texts["a"][:, :8]
     engine.shared = {"b": ("a", 8)}
-    expected = {name: fused(ids).gate_weights[0] for name, ids in texts.items()}
-    for batch in ([("a", 0, 12), ("b", 8, 4)], [("b", 12, 2), ("a", 12, 2)]):
-        engine.batch = batch
-        ids = torch.cat([texts[t][:, first : first + n] for t, first, n in batch], 1)
-        positions = torch.cat([torch.arange(first, first + n) for _, first, n in batch])[None]
-        found = backbone(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True).gate_weights[0]
-        wanted = torch.cat([expected[t][first : first + n] for t, first, n in batch])
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    check_passes(fused, backbone, engine, texts, ([("a", 0, 12), ("b", 8, 4)], [("b", 12, 2), ("a", 12, 2)]))
 
 
 @torch.no_grad()
