@@ -55,6 +55,7 @@ NOT_RUN = {
     "python -m benchmarks.compression": "minutes: test_compression.py has the smallest sizes",
     "python -m benchmarks.growth": "minutes: test_benchmarks.py has the smallest sizes",
     "python -m benchmarks.serving": "minutes: test_benchmarks.py has the smallest sizes",
+    "python -m benchmarks.real_serving": "minutes: test_real_serving.py has the smallest sizes",
     "ultrafuser quickstart": "minutes: test_quickstart.py has fewer steps",
     "ultrafuser demo": "it serves until it is stopped: test_demo.py opens it",
     "ultrafuser bench": "lm-eval's data sets: test_suites.py has some of its own",

@@ -30,7 +30,7 @@ from .guard import LEAST_BYTES, Access, Guard, refusal, replayed
 LARGEST_BIAS, LEAST_SCORE = 30.0, -20.0  # in nats; the one lifts the other above whoever leads
 Pieces = list[tuple[str, list[float]]]  # of an answer, with the gate weights of each
 AT_ONCE, WAITING = 32, 64  # answers that are generated, and questions that wait for it
-LISTEN_SECONDS = 15.0  # in which who asks must begin to listen
+LISTEN_SECONDS = 15.0  # in which who asks must begin to listen, and who is answered ends it
 REMEMBERED_SECONDS = 3600  # of a conversation that does not go on
 # what the page asks for, by the beginning of the path
 ASKED_FOR = {
@@ -145,12 +145,14 @@ class Page:
     Attributes:
         app: Behind it.
         functions: Numbers of what its buttons do.
+        answered: Sessions that are being answered, and what to set to stop.
     """
 
     def __init__(self):
         self.app: ASGIApp | None = None
         self.functions: Collection[int] = ()
         self.listening, self.changed = Counter(), Condition()
+        self.answered: dict[str, Event] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -194,6 +196,27 @@ class Page:
         with self.changed:
             return self.changed.wait_for(lambda: session in self.listening, seconds)
 
+    def stop(self, request: gr.Request) -> None:
+        """Ends the answer of a session, if there is one, and waits for it."""
+        # gradio's cancels= does too, but at times the page then shows "Error" for what was on its way
+        with self.changed:
+            if stopped := self.answered.get(request.session_hash):
+                stopped.set()
+                self.changed.wait_for(lambda: self.answered.get(request.session_hash) is not stopped, LISTEN_SECONDS)
+
+    @contextmanager
+    def answering(self, session: str | None) -> Iterator[Event]:
+        """While it is open, a session is answered. The event says whether to stop."""
+        stopped = Event()
+        with self.changed:
+            self.answered[session] = stopped
+        try:
+            yield stopped
+        finally:
+            with self.changed:
+                self.answered.pop(session, None)
+                self.changed.notify_all()
+
 
 def page(model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, visitors: Page) -> gr.Blocks:
     """The page, to be shown with `CSS`.
@@ -222,15 +245,20 @@ def page(model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, name:
         settings = {"max_new_tokens": int(most), "temperature": temperature, "bias": bias}
         answer = stream(model, tokenizer, messages, **settings)
         try:
-            for piece in answer:
-                pieces.append(piece)
-                yield "", turns, talk(turns, colours), legend(turns, colours)
-                if not visitors.listens(request.session_hash):
-                    return
+            with visitors.answering(request.session_hash) as stopped:
+                for piece in answer:
+                    pieces.append(piece)
+                    yield "", turns, talk(turns, colours), legend(turns, colours)
+                    if stopped.is_set() or not visitors.listens(request.session_hash):
+                        return
         except ValueError as error:
             raise gr.Error(f"{error} Clear it.", print_exception=False) from error
         finally:
             answer.close()
+
+    def clear(request: gr.Request):
+        visitors.stop(request)
+        return "", [], talk([], colours), legend([], colours)
 
     with gr.Blocks(title=f"{name}: who speaks?", analytics_enabled=False) as blocks:
         turns = gr.State([], time_to_live=REMEMBERED_SECONDS)
@@ -259,10 +287,10 @@ def page(model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, name:
                 ]
                 most = gr.Slider(1, 1024, value=256, step=1, label="Tokens at most")
         inputs, outputs = [prompt, turns, most, temperature, *biases], [prompt, turns, conversation, who]
-        hidden = {"show_progress": "hidden", "api_visibility": "private"}
-        saying = gr.on([prompt.submit, send.click], say, inputs, outputs, concurrency_limit=AT_ONCE, **hidden)
-        stop.click(None, cancels=[saying])
-        anew.click(lambda: ("", [], talk([], colours), legend([], colours)), None, outputs, cancels=[saying], **hidden)
+        settings = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": AT_ONCE}
+        gr.on([prompt.submit, send.click], say, inputs, outputs, **settings)
+        stop.click(visitors.stop, **settings)
+        anew.click(clear, None, outputs, **settings)
     return blocks
 
 
