@@ -14,11 +14,12 @@ def gate_terms(
     *,
     factors: Tensor | None = None,
     best: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor | float:
     """The optional terms on gate weights, one value per token, to be averaged as the loss is.
 
     Args:
-        args: `gate_entropy`, `gate_balance`, `gate_domain` and `gate_domain_steps` are read.
+        args: `gate_entropy`, `gate_balance`, `gate_domain`, `gate_domain_steps` and `gate_scale` are read.
         weights: Gate weights. Shape (batch, seq, specialists).
         domain: Domain of each token. Shape (batch, seq).
         own: Place of each domain's own specialist. Length: domains; mixed examples, counted behind them, have none.
@@ -26,6 +27,7 @@ def gate_terms(
         step: Optimizer steps done.
         factors: See `group_factors`. Default: ones. Shape (domains or one more, specialists).
         best: The specialist that predicts each token best, which `gate_domain` goes by instead. Shape (batch, seq).
+        scales: Factors on the logits of a gate with `gate_calibration`. Shape (batch, seq, scales).
 
     Returns:
         Shape (batch, seq), or 0.0 if no term is asked for.
@@ -40,6 +42,8 @@ def gate_terms(
         nll = -weights.gather(-1, target[..., None])[..., 0].clamp(min=1e-12).log()
         counts = domain < len(own) if best is None else torch.ones_like(domain)
         terms = terms + args.gate_domain * (1 - step / args.gate_domain_steps) * nll * counts
+    if args.gate_scale and scales is not None:
+        terms = terms + args.gate_scale * scales.log().square().sum(-1)
     return terms
 
 

@@ -32,8 +32,8 @@ from .responses import learns_responses
 from .resumable import Resumable
 from .samplers import SAMPLERS
 from .stage_checkpoint import EndedError, has_stopped
-from .stage_checks import check_domains, check_quantised, check_terms, fused_model
-from .stage_config import GATE_DROPOUT, MIXED_SHARE, StageConfig, accumulate
+from .stage_checks import check_domains, check_quantised, check_terms, fused_model, is_trl_loss
+from .stage_config import GATE_DROPOUT, GATE_SCALE, MIXED_SHARE, StageConfig, accumulate
 from .stage_metrics import domain_metrics
 
 
@@ -65,7 +65,7 @@ class StageTrainer(Resumable, DomainTrainer):
         model = self._checked(model, args)
         parts, self.vocab_size = by_domain(train_dataset), model.config.vocab_size
         self.domains, specialists = sorted(parts), getattr(model.config, "specialist_names", [])
-        self._fill_in(args, model)
+        self._fill_in(args, model, is_trl_loss(args, kwargs))
         check_domains(args, self.domains, specialists)
         if args.assistant_only_loss is None:
             tokenizer = kwargs.get("processing_class") or model.name_or_path
@@ -101,8 +101,8 @@ class StageTrainer(Resumable, DomainTrainer):
         """Returns copies of the gate's tensors, which TRL may round."""
         return {name: tensor.clone() for name, tensor in model.model.fusion_gate.state_dict().items()}
 
-    def _fill_in(self, args: StageConfig, model: PreTrainedModel) -> None:
-        """Chooses defaults of stage one that depend on the data and the gate."""
+    def _fill_in(self, args: StageConfig, model: PreTrainedModel, adds_terms: bool) -> None:
+        """Chooses defaults that depend on the stage, the data and the gate, and on whether terms can be added to the loss."""
         first = self.stage == "gate"
         # rows that are not prepared may be anything
         as_they_are = (args.dataset_kwargs or {}).get("skip_prepare_dataset")
@@ -111,6 +111,8 @@ class StageTrainer(Resumable, DomainTrainer):
             args.mixed_share = MIXED_SHARE if first and mixable else 0.0
         if args.gate_dropout is None:
             args.gate_dropout = GATE_DROPOUT if first and Reads.STATES in model.model.fusion_gate.reads else 0.0
+        if args.gate_scale is None:
+            args.gate_scale = GATE_SCALE if adds_terms and model.config.gate_calibration else 0.0
 
     def _prepare_model(self, gate: Mapping[str, Tensor]) -> None:
         """Makes the model ready for training, once TRL has put its head and its adapters on it.
@@ -191,12 +193,14 @@ class StageTrainer(Resumable, DomainTrainer):
         own_log_p = own_log_probs(self, seen, labels, domain) if own else None
         self.statistics.add(domain, mask, scores.log_probs, gate_weights, scales, own_log_p)
         best = best_specialists(self, seen, labels) if to_best else None
-        terms = self._terms(scores.log_probs, gate_weights, domain, best)
+        terms = self._terms(scores.log_probs, gate_weights, scales, domain, best)
         if isinstance(terms, Tensor):
             loss = loss + self._normalised((terms * mask).sum(), mask, num_items_in_batch, loss.device)
         return (loss, *outputs) if return_outputs else loss
 
-    def _terms(self, log_probs: Tensor, gate_weights: Tensor, domain: Tensor, best: Tensor | None) -> Tensor | float:
+    def _terms(
+        self, log_probs: Tensor, gate_weights: Tensor, scales: Tensor | None, domain: Tensor, best: Tensor | None
+    ) -> Tensor | float:
         """Returns what is added to the loss of each token, shape (batch, seq - 1), or 0.0."""
         terms, step = 0.0, self.state.global_step
         if self.args.mix_importance:
@@ -204,7 +208,7 @@ class StageTrainer(Resumable, DomainTrainer):
             weights = torch.tensor([*weights, 1.0], device=domain.device, dtype=log_probs.dtype)
             terms = terms - (weights[domain] - 1) * log_probs
         seen = (gate_weights, domain, self.own_specialists, self.statistics.last_mean, step)
-        return terms + gate_terms(self.args, *seen, factors=self.gate_factors, best=best)
+        return terms + gate_terms(self.args, *seen, factors=self.gate_factors, best=best, scales=scales)
 
     def _normalised(self, total: Tensor, mask: Tensor, num_items_in_batch, device: torch.device) -> Tensor:
         """Divides a sum over tokens as `SFTTrainer` divides the loss."""

@@ -13,6 +13,10 @@ from .mixed import MIXED
 from .stage_config import StageConfig
 
 
+# settings that add something to the loss of each token
+TERMS = ("gate_entropy", "gate_balance", "gate_domain", "gate_scale", "mix_importance")
+
+
 def loaded(model: PreTrainedModel | str, args: StageConfig, config: type[StageConfig], name: str) -> PreTrainedModel:
     """Returns the model that a stage trains, loaded if `model` is a folder or a Hub id.
 
@@ -97,15 +101,25 @@ def check_quantised(model: PreTrainedModel, stage: str, peft_config) -> None:
         )
 
 
+def is_trl_loss(args: StageConfig, kwargs: Mapping) -> bool:
+    """Returns whether terms can be added to the loss, token by token."""
+    return not (args.label_smoothing_factor or kwargs.get("compute_loss_func"))
+
+
 def check_terms(args: StageConfig, model: PreTrainedModel, kwargs: Mapping) -> None:
     """Raises a ValueError if a setting would have no effect, or draws would not be counted."""
-    terms = [t for t in ("gate_entropy", "gate_balance", "gate_domain", "mix_importance") if getattr(args, t)]
-    if terms and (args.label_smoothing_factor or kwargs.get("compute_loss_func")):
+    terms = [t for t in TERMS if getattr(args, t)]
+    if terms and not is_trl_loss(args, kwargs):
         raise ValueError(
             f"{terms} are added to TRL's own loss, token by token, but `label_smoothing_factor` or `compute_loss_func` "
             f"puts another in its place. Leave one of them out."
         )
-    of_shares = [term for term in terms if term != "mix_importance"]
+    if args.gate_scale and not model.config.gate_calibration:
+        raise ValueError(
+            f"`gate_scale` is a prior for the temperatures of a gate, but {model.config.gate!r} of this model predicts none. "
+            f"Leave it out, or fuse with `+calibration`."
+        )
+    of_shares = [term for term in terms if term not in ("gate_scale", "mix_importance")]
     if of_shares and model.config.signed_weights is not None:
         raise ValueError(
             f"{of_shares} are terms on shares that sum to 1, but `signed_weights` of this model are "

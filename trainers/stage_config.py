@@ -12,6 +12,7 @@ from .mix.mix_config import MixConfig, check_counts
 
 
 MIXED_SHARE, GATE_DROPOUT = 0.25, 0.1  # of stage one, where they can be
+GATE_SCALE = 0.5  # half the square of a log factor: a standard normal prior
 EVAL_STEPS = 25  # between two measurements of held-out rows
 # optimizers that count their steps over all parameters, or go back through the model themselves
 WHOLE_STEPS = re.compile(r"schedule_free|lomo|adalomo|.*layerwise")
@@ -76,6 +77,14 @@ class StageConfig(CheckedConfig, MixConfig, SFTConfig):
     gate_balance: float = field(
         default=0.0,
         metadata={"help": "Times specialists * sum of squared mean gate weights, 1 if even, added to the loss."},
+    )
+    gate_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Times the squares of the log factors that a gate with `+calibration` multiplies logits by, added to the "
+            "loss: a prior for factors of 1, which text that says how sure to be outweighs. Default: 0.5, a standard normal "
+            "prior, in TRL's own loss."
+        },
     )
     gate_domain: float = field(
         default=0.0, metadata={"help": "Times the gate's cross-entropy to the domain's specialist: a warm start."}

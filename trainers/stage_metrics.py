@@ -80,8 +80,8 @@ def _warn_of_gate(trainer, sums: Sums) -> None:
         _tell(
             trainer,
             f"The gate multiplies logits by {scales[sharpest]} in {sharpest!r}: answers that a model wrote greedily, or a "
-            f"template, teach it to be so sure, and on other text it is wrong. Draw answers by sampling, or fuse with a gate "
-            f"without `+calibration`.",
+            f"template, teach it to be so sure, and on other text it is wrong. Draw answers by sampling, raise `gate_scale` (now "
+            f"{trainer.args.gate_scale:g}), or fuse with a gate without `+calibration`.",
         )
 
 

@@ -12,7 +12,7 @@ from .stage_checks import loaded
 from .stage_config import SingleStageConfig, scaled_rate
 
 
-OF_GATES = ("gate_entropy", "gate_balance", "gate_domain", "gate_dropout")
+OF_GATES = ("gate_entropy", "gate_balance", "gate_domain", "gate_dropout", "gate_scale")
 
 
 class SingleTrainer(StageTrainer):
@@ -41,8 +41,8 @@ class SingleTrainer(StageTrainer):
             )
         return model
 
-    def _fill_in(self, args: SingleStageConfig, model: PreTrainedModel) -> None:
-        args.mixed_share, args.gate_dropout = args.mixed_share or 0.0, 0.0
+    def _fill_in(self, args: SingleStageConfig, model: PreTrainedModel, adds_terms: bool) -> None:
+        args.mixed_share, args.gate_dropout, args.gate_scale = args.mixed_share or 0.0, 0.0, 0.0
 
     def _gate_tensors(self, model: PreTrainedModel) -> dict[str, Tensor]:
         return {}

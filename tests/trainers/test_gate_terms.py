@@ -1,10 +1,12 @@
 """Terms on gate weights, by hand: balance within groups, and the specialist that predicts a token best."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from modeling_ultrafuser import UltraFuserForCausalLM
 from tests.support.stages import build, domains, logs, trainer
 from trainers import GateTrainer
 from trainers.forward_hooks import best_specialists, capture
@@ -17,7 +19,7 @@ GROUPS = {"world": ["text"], "task": ["code", "math"]}
 
 
 def settings(**own):
-    off = {"gate_entropy": 0.0, "gate_balance": 0.0, "gate_domain": 0.0, "gate_domain_steps": 100}
+    off = {"gate_entropy": 0.0, "gate_balance": 0.0, "gate_domain": 0.0, "gate_domain_steps": 100, "gate_scale": 0.0}
     return SimpleNamespace(**{**off, "gate_groups": None, "gate_groups_strength": 0.1, **own})
 
 
@@ -140,3 +142,54 @@ def test_a_gate_from_the_cache_starts_with_the_best_too(keep, fused, tmp_path):
     )
     plain.train(), cached.train()
     assert logs(cached)[0]["loss"] == pytest.approx(logs(plain)[0]["loss"], abs=1e-3)
+
+
+# -------------------------------------------------------------------------------- the prior on temperatures
+
+
+def test_the_prior_on_temperatures_is_half_a_square_of_each_log_factor():
+    own, domain = weights(2, 3), torch.zeros(2, 3, dtype=torch.int64)
+    logs = torch.randn(2, 3, 2, dtype=torch.float64)
+    term = gate_terms(settings(gate_scale=0.5), own, domain, [0, 1, 2], torch.zeros(3), 0, scales=logs.exp())
+    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+    torch.testing.assert_close(term, (normal.log_prob(torch.zeros_like(logs)) - normal.log_prob(logs)).sum(-1))
+
+
+@pytest.mark.parametrize(
+    ("gate", "own", "expected"),
+    [
+        ("cross:8+calibration", {}, 0.5),
+        ("cross:8+calibration", {"gate_scale": 0.0}, 0.0),
+        ("cross:8", {}, 0.0),
+        # another loss in place of TRL's has no place for it
+        ("cross:8+calibration", {"label_smoothing_factor": 0.1}, 0.0),
+    ],
+)
+# TRL 2 will have no label smoothing
+@pytest.mark.filterwarnings("ignore:.*label_smoothing_factor")
+def test_gates_with_temperatures_have_the_prior_unless_told_otherwise(gate, own, expected, specialists, tmp_path):
+    model = UltraFuserForCausalLM.from_specialists(specialists, gate=gate)
+    assert trainer(GateTrainer, model, tmp_path, **own).args.gate_scale == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*label_smoothing_factor")
+def test_a_prior_without_effect_is_refused(specialists, tmp_path):
+    plain = UltraFuserForCausalLM.from_specialists(specialists, gate="cross:8")
+    with pytest.raises(ValueError, match="`gate_scale` is a prior .* 'cross' of this model predicts none"):
+        trainer(GateTrainer, plain, tmp_path, gate_scale=0.5)
+    able = UltraFuserForCausalLM.from_specialists(specialists, gate="cross:8+calibration")
+    with pytest.raises(ValueError, match=r"\['gate_scale'\] are added to TRL's own loss"):
+        trainer(GateTrainer, able, tmp_path, gate_scale=0.5, label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize("fusion", ["logits", "probabilities"])
+def test_the_prior_holds_temperatures_back(fusion, specialists, tmp_path):
+    def factor(prior):
+        model = UltraFuserForCausalLM.from_specialists(specialists, gate="constant+calibration", fusion=fusion)
+        run = trainer(GateTrainer, model, tmp_path, max_steps=30, learning_rate=0.05, gate_scale=prior)
+        run.train()
+        return sum(abs(math.log(logs(run)[-1][f"gate_scale/{d}"])) for d in run.domains)
+
+    free, held, firmly = (factor(prior) for prior in (0.0, 0.5, 50.0))
+    assert free > held > firmly
+    assert firmly < 0.1 * free

@@ -24,7 +24,15 @@ def test_logged_numbers_are_those_of_the_model(stage, fusion, specialists, tmp_p
     model = UltraFuserForCausalLM.from_specialists(specialists, fusion=fusion)
     for parameter in model.model.fusion_gate.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    run = trainer(stage, model, tmp_path, sums({"text": 9, "code": 7, "math": 12}), learning_rate=0.0, max_steps=1)
+    run = trainer(
+        stage,
+        model,
+        tmp_path,
+        sums({"text": 9, "code": 7, "math": 12}),
+        learning_rate=0.0,
+        max_steps=1,
+        gate_scale=0.0,
+    )
     batch = batch_of(run)
     run.train()
     (found,) = logs(run)
