@@ -32,12 +32,18 @@ from ultrafuser.quickstart.toy_models import pretrain
 
 RESULTS = Path(__file__).parent.parent / "results" / "merging.json"
 THIRD = str(1 / len(DOMAINS))
-# settings of `merge_folders` by row
+# settings of `merge_folders` by row; "search" by name, "reads" rows, and of whom "of" is, if not of all
 MERGED = {
     "merge: average": {},
     "merge: task arithmetic, LiNeS 1/3 to 5/6": {"method": "task_arithmetic", "lines": f"{THIRD},0.5"},
     "merge: task arithmetic, searched by MAP": {"method": "task_arithmetic", "search": "map"},
     "merge: ties, searched by MAP": {"method": "ties:0.2", "search": "map"},
+    "merge: dare, searched by MAP": {"method": "dare", "search": "map"},
+    "merge: breadcrumbs, searched by MAP": {"method": "breadcrumbs", "search": "map"},
+    "merge: parameter competition, searched by MAP": {"method": "pcb", "search": "map"},
+    "merge: model stock": {"method": "model_stock"},
+    "merge: regmean": {"method": "regmean", "reads": True},
+    "merge: layer swap, math between text": {"method": "layer_swap", "of": ["math", "text"]},
 }
 STEPS, RATE = 100, 3e-3  # of the routers
 
@@ -113,9 +119,11 @@ def _written(folder: Path, blocks: dict[str, dict[str, Tensor]], examples: int) 
 
 def _merged(out: Path, pairs: list[str], base: str, data: dict[str, str], settings: dict, seed: int) -> Path:
     shutil.rmtree(out, ignore_errors=True)
-    if how := settings.pop("search", None):
+    how, reads, of = settings.pop("search", None), settings.pop("reads", False), settings.pop("of", DOMAINS)
+    if how:
         settings |= {"search": lambda merge, held, work: search(merge, how, held, work)}
-    merge_folders(pairs, out, base=base, data=data if how else None, seed=seed, **settings)
+    pairs = [pair for name in of for pair in pairs if pair.startswith(f"{name}=")]
+    merge_folders(pairs, out, base=base, data=data if how or reads else None, seed=seed, **settings)
     return out
 
 
