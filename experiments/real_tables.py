@@ -26,6 +26,7 @@ from ultrafuser.reports.marked_tables import markdown
 
 
 ENOUGH = 0.95  # of what the right specialist solves
+LEARNED = ("math", "code", "text")  # by students
 Found = Mapping[str, list[dict]]
 Shares = dict[str, Estimate | None]
 
@@ -134,6 +135,28 @@ def nats(path: Path) -> str:
     return markdown(["", "mean", *DOMAINS, "surely, of 5, to fused"], rows)
 
 
+def students(path: Path) -> str:
+    """Tables what students and adapters learned in one epoch: how much of the gap from the base to the fused model they close.
+
+    Nats are the mean over the domains that they learn on; "solves" is the mean of the parts that all were asked.
+    """
+    found = results(path)
+    means, nats_of = (
+        _means(_shares(found)),
+        {name: mean(loss(own, d).value for d in LEARNED) for name, own in found.items()},
+    )
+    names = [name for name in found if name.startswith("student") or name.endswith("gates' data")]
+    rows = []
+    for name in sorted([FUSED, *names, BASE], key=nats_of.get):
+        closed = [(of[BASE] - of[name]) / (of[BASE] - of[FUSED]) for of in (nats_of, means)]
+        functions = loss(found[name], "functions").value
+        rows.append(
+            [name, f"{nats_of[name]:.3f}", f"{100 * closed[0]:.0f} %", f"{functions:.3f}"]
+            + [f"{100 * means[name]:.1f} %", f"{100 * closed[1]:.0f} %"]
+        )
+    return markdown(["", "nats per token", "gap closed", "functions", "solves", "gap closed"], rows)
+
+
 def retention(path: Path) -> str:
     """Tables points that each contender gains or loses on each part against the base, the largest loss first.
 
@@ -201,4 +224,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "real, nats": nats,
     "real, retention": retention,
     "real, keeping": keeping,
+    "real, students": students,
 }

@@ -11,11 +11,12 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from experiments.real.measuring import example_losses
-from experiments.real.workshop import Workshop
+from experiments.real.tuning import adapted
+from experiments.real.workshop import RANK, Workshop
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.gate_base_ultrafuser import Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES
-from trainers import CachedGateTrainer, GateStageConfig, JointStageConfig, JointTrainer
+from trainers import CachedGateTrainer, DistilConfig, DistilTrainer, GateStageConfig, JointStageConfig, JointTrainer
 from trainers.progress import ProgressOfTraining
 from ultrafuser.atomic import write_json
 from ultrafuser.merge import merge_method
@@ -55,6 +56,35 @@ def merged(shop: Workshop, place: Path, *, method: str, by_depth: bool = False):
 
 def _loss(model, shop: Workshop, rows: list[dict]) -> float:
     return sum(loss for loss, _ in example_losses(model, shop.tokenizer, rows))
+
+
+def distilled(
+    shop: Workshop, place: Path, *, teacher: dict, domains: list[str], steps: int, rate: float, by_label: bool = False
+):
+    """Teaches one new adapter of the base by a fused model, or by the specialist of each domain, on given answers."""
+    taught = {"fused": fused, "uniform": uniform}[teacher["make"]](shop, place, **_without_make(teacher))
+    student = adapted(str(shop.base), RANK).to(shop.device)
+    learning = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    with shop.lock(place):
+        _learned(
+            place, lambda: learning, lambda: _distil(shop, place, student, taught, domains, steps, rate, by_label)
+        )
+    return student.merge_and_unload().eval()
+
+
+def _distil(shop: Workshop, place: Path, student, taught, domains: list[str], steps: int, rate: float, by_label: bool):
+    settings = {name: value for name, value in PLAIN.items() if name != "mixed_share"}
+    settings |= {"save_strategy": "no", "use_cpu": shop.device == "cpu", "seed": shop.seed, "off_policy": True}
+    settings |= {"examples_per_domain": 2, "per_device_train_batch_size": len(domains), "max_steps": steps}
+    arguments = DistilConfig(str(place / "stage"), learning_rate=rate, by_label=by_label, **settings)
+    data = {name: rows for name, rows in shop.as_datasets().items() if name in domains}
+    trainer = DistilTrainer(student, taught, arguments, data, processing_class=shop.tokenizer)
+    trainer.add_callback(ProgressOfTraining("distilling"))
+    trainer.train()
+
+
+def _without_make(how: dict) -> dict:
+    return {name: value for name, value in how.items() if name != "make"}
 
 
 def uniform(shop: Workshop, place: Path, *, fusion: str):
@@ -135,5 +165,5 @@ def _stage_two(shop: Workshop, place: Path, model: UltraFuserForCausalLM, joint:
     trainer.train(resume_from_checkpoint=begun)
 
 
-MAKERS = {"tuned": tuned, "merge": merged, "uniform": uniform, "fused": fused}
-SEEDED = {"tuned", "merge", "fused"}
+MAKERS = {"tuned": tuned, "merge": merged, "uniform": uniform, "fused": fused, "distilled": distilled}
+SEEDED = {"tuned", "merge", "fused", "distilled"}

@@ -24,6 +24,7 @@ from ultrafuser.quickstart.real_data import Materials
 
 
 PROSE = 96  # tokens of an answer in prose
+RANK = 8  # of a new adapter
 NEEDED = {
     "model": ("config.json", "`ultrafuser quickstart --real` leaves one in its folder"),
     "adapter": ("adapter_config.json", "`python -m experiments.real.tuning` makes one"),
@@ -170,10 +171,11 @@ class Workshop:
         """Tunes an adapter on data files, or on what gates are trained on. Goes on where it was killed."""
         files = [str(self.data / f"{name}.jsonl") for name in how["files"] if name != "gate"]
         if "gate" in how["files"]:
-            rows = [row for rows in self.gate_data().values() for row in rows]
+            chosen = {d: rows for d, rows in self.gate_data().items() if d in how.get("domains", (d,))}
+            rows = [row for rows in chosen.values() for row in rows]
             write_whole(place / "gate.jsonl", "".join(json.dumps({"messages": r["messages"]}) + "\n" for r in rows))
             files.append(str(place / "gate.jsonl"))
-        settings = {"rank": 8, "length": 512, "rows": 2, "save_every": 25, "compile": False, "seed": self.seed}
+        settings = {"rank": RANK, "length": 512, "rows": 2, "save_every": 25, "compile": False, "seed": self.seed}
         settings |= {name: how[name] for name in settings.keys() & how.keys()}
         settings |= {"steps": how["steps"], "rate": how["rate"], "device": self.device}
         start = how.get("start") and str(self.adapters[how["start"]])

@@ -12,6 +12,7 @@ from trainers import JointTrainer
 
 
 pytestmark = pytest.mark.e2e
+TAUGHT = {"make": "distilled", "domains": ["text", "math", "code"], "steps": 2, "rate": 1e-3}
 CONTENDERS = {
     "base": {"make": "single"},
     "math": {"make": "single", "adapter": "math"},
@@ -36,6 +37,9 @@ CONTENDERS = {
         "length": 512,
         "rows": 1,
     },
+    "student": TAUGHT | {"teacher": small_study.FUSED},
+    "student by label": TAUGHT | {"teacher": small_study.FUSED, "by_label": True},
+    "student of the mean": TAUGHT | {"teacher": {"make": "uniform", "fusion": "probabilities"}},
     "ties": {"make": "merge", "method": "ties", "by_depth": True},
     "average": {"make": "merge", "method": "average"},
 }
