@@ -290,6 +290,8 @@ def _tune(model: UltraFuserForCausalLM, comparison: Comparison, tune: Mapping[st
             # where the model is
             use_cpu=model.device.type == "cpu",
             seed=comparison.seed,
+            # no prior on temperatures: those that a lone specialist has are to be as good as they can be
+            gate_scale=0.0,
             **{"max_steps": 60, "mixed_share": 0.0, "gate_dropout": 0.0, "weight_decay": 0.0, **settings},
         )
         CachedGateTrainer(
