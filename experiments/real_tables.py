@@ -151,8 +151,8 @@ def students(path: Path) -> str:
         closed = [(of[BASE] - of[name]) / (of[BASE] - of[FUSED]) for of in (nats_of, means)]
         functions = loss(found[name], "functions").value
         rows.append(
-            [name, f"{nats_of[name]:.3f}", f"{100 * closed[0]:.0f} %", f"{functions:.3f}"]
-            + [f"{100 * means[name]:.1f} %", f"{100 * closed[1]:.0f} %"]
+            [name, f"{nats_of[name]:.3f}", f"{round(100 * closed[0])} %", f"{functions:.3f}"]
+            + [f"{100 * means[name]:.1f} %", f"{round(100 * closed[1])} %"]
         )
     return markdown(["", "nats per token", "gap closed", "functions", "solves", "gap closed"], rows)
 
