@@ -23,6 +23,7 @@ from experiments.baseline_runs import folder_of, specialists_of
 from modeling_ultrafuser import UltraFuserForCausalLM
 from ultrafuser.evaluation.measurement import HeldOut, held_out, mean_loss
 from ultrafuser.export.moe_folder import export
+from ultrafuser.merge import merge_method
 from ultrafuser.merge.merged_folder import merge_folders
 from ultrafuser.merge.searches import search
 from ultrafuser.provenance import provenance
@@ -32,7 +33,7 @@ from ultrafuser.quickstart.toy_models import pretrain
 
 RESULTS = Path(__file__).parent.parent / "results" / "merging.json"
 THIRD = str(1 / len(DOMAINS))
-# settings of `merge_folders` by row; "search" by name, "reads" rows, and of whom "of" is, if not of all
+# settings of `merge_folders` by row; `search` by its name, and whom to merge if not all
 MERGED = {
     "merge: average": {},
     "merge: task arithmetic, LiNeS 1/3 to 5/6": {"method": "task_arithmetic", "lines": f"{THIRD},0.5"},
@@ -42,8 +43,8 @@ MERGED = {
     "merge: breadcrumbs, searched by MAP": {"method": "breadcrumbs", "search": "map"},
     "merge: parameter competition, searched by MAP": {"method": "pcb", "search": "map"},
     "merge: model stock": {"method": "model_stock"},
-    "merge: regmean": {"method": "regmean", "reads": True},
-    "merge: layer swap, math between text": {"method": "layer_swap", "of": ["math", "text"]},
+    "merge: regmean": {"method": "regmean"},
+    "merge: layer swap, math between text": {"method": "layer_swap", "specialists": ["math", "text"]},
 }
 STEPS, RATE = 100, 3e-3  # of the routers
 
@@ -119,11 +120,12 @@ def _written(folder: Path, blocks: dict[str, dict[str, Tensor]], examples: int) 
 
 def _merged(out: Path, pairs: list[str], base: str, data: dict[str, str], settings: dict, seed: int) -> Path:
     shutil.rmtree(out, ignore_errors=True)
-    how, reads, of = settings.pop("search", None), settings.pop("reads", False), settings.pop("of", DOMAINS)
+    how, names = settings.pop("search", None), settings.pop("specialists", DOMAINS)
     if how:
         settings |= {"search": lambda merge, held, work: search(merge, how, held, work)}
-    pairs = [pair for name in of for pair in pairs if pair.startswith(f"{name}=")]
-    merge_folders(pairs, out, base=base, data=data if how or reads else None, seed=seed, **settings)
+    reads = how or merge_method(settings.get("method", "average")).reads_inputs
+    pairs = [pair for name in names for pair in pairs if pair.startswith(f"{name}=")]
+    merge_folders(pairs, out, base=base, data=data if reads else None, seed=seed, **settings)
     return out
 
 

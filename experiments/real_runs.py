@@ -70,11 +70,11 @@ def study(
 
 
 def _asked(shop: Workshop, contender: dict):
-    how = {name: value for name, value in contender.items() if name != "make"}
     if contender["make"] in FROM_SPECIALISTS:
+        how = {name: value for name, value in contender.items() if name != "make"}
         return FROM_SPECIALISTS[contender["make"]](shop, **how)
     place = shop.place(contender, contender["make"] in study_contenders.SEEDED)
-    return shop.asked(place, lambda: study_contenders.MAKERS[contender["make"]](shop, place, **how))
+    return shop.asked(place, lambda: study_contenders.model_of(shop, place, contender))
 
 
 def _measured(shop: Workshop, asked, part: str, count: int | None) -> dict:

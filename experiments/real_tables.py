@@ -141,10 +141,8 @@ def students(path: Path) -> str:
     Nats are the mean over the domains that they learn on; "solves" is the mean of the parts that all were asked.
     """
     found = results(path)
-    means, nats_of = (
-        _means(_shares(found)),
-        {name: mean(loss(own, d).value for d in LEARNED) for name, own in found.items()},
-    )
+    means = _means(_shares(found))
+    nats_of = {name: mean(loss(own, d).value for d in LEARNED) for name, own in found.items()}
     names = [name for name in found if name.startswith("student") or name.endswith("gates' data")]
     rows = []
     for name in sorted([FUSED, *names, BASE], key=nats_of.get):

@@ -62,29 +62,26 @@ def distilled(
     shop: Workshop, place: Path, *, teacher: dict, domains: list[str], steps: int, rate: float, by_label: bool = False
 ):
     """Teaches one new adapter of the base by a fused model, or by the specialist of each domain, on given answers."""
-    taught = {"fused": fused, "uniform": uniform}[teacher["make"]](shop, place, **_without_make(teacher))
     student = adapted(str(shop.base), RANK).to(shop.device)
     learning = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    stage = {"max_steps": steps, "learning_rate": rate, "by_label": by_label}
     with shop.lock(place):
         _learned(
-            place, lambda: learning, lambda: _distil(shop, place, student, taught, domains, steps, rate, by_label)
+            place,
+            lambda: learning,
+            lambda: _distil(shop, place, student, model_of(shop, place, teacher), domains, stage),
         )
     return student.merge_and_unload().eval()
 
 
-def _distil(shop: Workshop, place: Path, student, taught, domains: list[str], steps: int, rate: float, by_label: bool):
-    settings = {name: value for name, value in PLAIN.items() if name != "mixed_share"}
-    settings |= {"save_strategy": "no", "use_cpu": shop.device == "cpu", "seed": shop.seed, "off_policy": True}
-    settings |= {"examples_per_domain": 2, "per_device_train_batch_size": len(domains), "max_steps": steps}
-    arguments = DistilConfig(str(place / "stage"), learning_rate=rate, by_label=by_label, **settings)
+def _distil(shop: Workshop, place: Path, student, taught, domains: list[str], stage: dict) -> None:
+    settings = {"save_strategy": "no", "use_cpu": shop.device == "cpu", "seed": shop.seed, **PLAIN, **stage}
+    settings |= {"off_policy": True, "examples_per_domain": 2, "per_device_train_batch_size": len(domains)}
+    arguments = DistilConfig(str(place / "stage"), **settings)
     data = {name: rows for name, rows in shop.as_datasets().items() if name in domains}
     trainer = DistilTrainer(student, taught, arguments, data, processing_class=shop.tokenizer)
     trainer.add_callback(ProgressOfTraining("distilling"))
     trainer.train()
-
-
-def _without_make(how: dict) -> dict:
-    return {name: value for name, value in how.items() if name != "make"}
 
 
 def uniform(shop: Workshop, place: Path, *, fusion: str):
@@ -163,6 +160,12 @@ def _stage_two(shop: Workshop, place: Path, model: UltraFuserForCausalLM, joint:
     trainer.add_callback(ProgressOfTraining("stage two"))
     begun = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).exists() else None
     trainer.train(resume_from_checkpoint=begun)
+
+
+def model_of(shop: Workshop, place: Path, contender: dict):
+    """Makes the model of a contender: `make`, a name in `MAKERS`, and its settings."""
+    how = {name: value for name, value in contender.items() if name != "make"}
+    return MAKERS[contender["make"]](shop, place, **how)
 
 
 MAKERS = {"tuned": tuned, "merge": merged, "uniform": uniform, "fused": fused, "distilled": distilled}

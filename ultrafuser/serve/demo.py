@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from html import escape
 from pathlib import Path
 from queue import SimpleQueue
@@ -243,18 +243,16 @@ def page(model: UltraFuserForCausalLM, tokenizer: PreTrainedTokenizerBase, name:
         spoken = [turn if isinstance(turn, str) else "".join(piece for piece, _ in turn) for turn in turns[:-1]]
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(spoken)]
         settings = {"max_new_tokens": int(most), "temperature": temperature, "bias": bias}
-        answer = stream(model, tokenizer, messages, **settings)
+        answer = closing(stream(model, tokenizer, messages, **settings))
         try:
-            with visitors.answering(request.session_hash) as stopped:
-                for piece in answer:
+            with answer as found, visitors.answering(request.session_hash) as stopped:
+                for piece in found:
                     pieces.append(piece)
                     yield "", turns, talk(turns, colours), legend(turns, colours)
                     if stopped.is_set() or not visitors.listens(request.session_hash):
                         return
         except ValueError as error:
             raise gr.Error(f"{error} Clear it.", print_exception=False) from error
-        finally:
-            answer.close()
 
     def clear(request: gr.Request):
         visitors.stop(request)
