@@ -184,6 +184,13 @@ class JointStageConfig(StageConfig):
         default=None,
         metadata={"help": "Which specialists to train; the others keep backbone and head. Default: all."},
     )
+    train_only: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression: of what would be trained, train parameters whose whole name it matches, the gate's "
+            "(`.*fusion_gate.*`) included. Default: all."
+        },
+    )
     one_specialist_at_a_time: bool = field(
         default=False,
         metadata={
@@ -195,6 +202,7 @@ class JointStageConfig(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check_types({"train_only": str | None})
         if not self.one_specialist_at_a_time:
             return
         found = {name: getattr(self, name) for name in ("fp16", "torch_compile", "activation_offloading", "deepspeed")}

@@ -1,5 +1,7 @@
 """Stage two: gate and specialists together."""
 
+import difflib
+import re
 from collections.abc import Mapping
 from functools import partial
 
@@ -61,6 +63,8 @@ class JointTrainer(StageTrainer):
                 f"that are models of their own. Leave it out."
             )
         reader.train_only(model, chosen)
+        if args.train_only is not None:
+            _train_matching(model, args.train_only, peft_config)
         if peft_config is not None:
             if args.train_specialists is not None:
                 raise ValueError(
@@ -117,6 +121,36 @@ class JointTrainer(StageTrainer):
 
     def default_learning_rate(self, model: PreTrainedModel) -> float:
         return scaled_rate(specialist_size(model), 3e-4)
+
+
+def _train_matching(model: PreTrainedModel, pattern: str, peft_config) -> None:
+    """Freezes what would be trained and has another name than the pattern, as `Module.named_parameters` has them.
+
+    The modules of some layers, as CoFiTune trains them (Zhang et al., 2024, arXiv 2404.10306), which searches for them.
+
+    Raises:
+        ValueError: If it is no pattern or matches nothing, or adapters choose what moves.
+    """
+    if peft_config is not None:
+        raise ValueError(
+            "`train_only` and `peft_config` both choose what moves, and only adapters and the gate do with the latter. Name "
+            f"the layers in the adapter: target_modules={pattern!r}."
+        )
+    try:
+        matches = re.compile(pattern).fullmatch
+    except re.error as error:
+        raise ValueError(
+            f"`train_only` is a regular expression, but {pattern!r} is none: {error}. Correct it."
+        ) from error
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not any(map(matches, trained)):
+        near = difflib.get_close_matches(pattern, trained, n=3, cutoff=0.0)
+        raise ValueError(
+            f"`train_only` must match the whole name of a parameter that is trained, but {pattern!r} matches none. The nearest "
+            f"are {near}. Write .* for the parts of a name that may differ."
+        )
+    for name, parameter in trained.items():
+        parameter.requires_grad_(matches(name) is not None)
 
 
 def _kept_parts(model: PreTrainedModel, trained: list[bool]) -> list[tuple[nn.Parameter, int, Tensor]]:

@@ -39,6 +39,10 @@ def test_ones_change_no_bit_and_other_numbers_multiply_the_weights(gate, pair):
     product = plain.gate_weights * PRIOR[:, None]
     found = model.gate_weights(ids, gate_prior=PRIOR)
     torch.testing.assert_close(found, product / product.sum(-1, keepdim=True), rtol=1e-6, atol=1e-6)
+    # two priors are their product
+    twice = found * PRIOR[:, None]
+    found = model.gate_weights(ids, gate_prior=PRIOR * PRIOR)
+    torch.testing.assert_close(found, twice / twice.sum(-1, keepdim=True), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.grid

@@ -124,6 +124,8 @@ def test_dynamic_of_a_worked_example():
     own = [[2.0, 1, 0], [0.0, 2, 0], [0.0, 0, 0]]
     x, moved = shifted(own[0], own[2], own[1])
     assert x == 1.0
+    before, after = softmax(own[2]), softmax(own[1])
+    assert [divergence(after, before), divergence(before, after)] == pytest.approx([0.4330, 0.4743], abs=1e-4)
     assert moved == pytest.approx([0.2595, 0.7054, 0.0351], abs=1e-4)
     assert dynamic(own).exp().tolist() == pytest.approx(moved, abs=1e-6)
 

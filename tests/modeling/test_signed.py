@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, configuration_ultrafuser
 from modeling_ultrafuser.refusals_ultrafuser import Refusal
+from modeling_ultrafuser.serving_ultrafuser import check_servable
 from tests.support.mixes import prompt
 from tests.support.stages import build
 from tests.support.tiny import specialist, stir_gate, tokenizer
@@ -125,8 +126,10 @@ def test_the_loss_in_training_is_that_of_the_sum_and_so_are_the_gates_gradients(
 
 def test_terms_on_shares_and_a_cache_of_the_likeliest_words_are_rejected(models, tmp_path):
     model = fuse(models, [1, 0, 0], "linear")
-    with pytest.raises(ValueError, match=r"\['gate_balance'\] are terms on shares .* `signed_weights`"):
-        build(GateTrainer, model, tmp_path, gate_balance=0.1)
+    for term in ("gate_balance", "gate_entropy", "gate_domain"):
+        own = {"gate_domain_target": "best"} if term == "gate_domain" else {}
+        with pytest.raises(ValueError, match=rf"\['{term}'\] are terms on shares .* `signed_weights`"):
+            build(GateTrainer, model, tmp_path, **{term: 0.1, **own})
     with pytest.raises(ValueError, match=r"and signed weights a cache keeps one of \['hidden'\]"):
         build(CachedGateTrainer, model, tmp_path, cached={"cache": tmp_path / "cache", "keep": "top"})
 
@@ -137,6 +140,8 @@ def test_a_loaded_model_is_the_saved_one_and_older_code_refuses_its_folder(model
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(ids).logits, model(ids).logits)
+    # of one attention geometry they are for vLLM, too
+    check_servable(fuse({name: specialist("llama", layers=1) for name in NAMES}).config)
     written = json.loads((tmp_path / "config.json").read_text())
     assert (written["format_version"], written["signed_weights"]) == (2, [1.0, 1.0, -1.0])
     monkeypatch.setattr(configuration_ultrafuser, "FORMAT_VERSION", 1)

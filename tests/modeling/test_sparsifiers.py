@@ -89,6 +89,13 @@ def test_one_folder_is_read_with_any_sparsifier(specialists, tmp_path):
         UltraFuserForCausalLM.from_pretrained(tmp_path, gate_sparsifier="top_k:all")
 
 
+@torch.no_grad()
+def test_the_one_that_is_kept_at_every_token_says_what_it_says_alone(specialists):
+    model, ids = fuse(specialists, gate="constant", gate_sparsifier="top_k:1"), prompt()
+    model.model.fusion_gate.logits.copy_(torch.tensor([0.1, 0.3, 0.2]))
+    torch.testing.assert_close(model(ids).logits, model.specialist("code")(ids).logits)
+
+
 @pytest.mark.parametrize(
     "word",
     [*(f"top_k{s}" for s in ("", ":", ":0", ":-1", ":1.5", ":two")), "top_p:0", "top_p:1.1", "top_p:nan"]

@@ -148,6 +148,46 @@ def test_a_specialist_that_is_not_there_cannot_be_trained(fused, tmp_path):
         trainer(JointTrainer, fused, tmp_path, train_specialists=["poetry"])
 
 
+def test_a_pattern_for_every_name_is_the_stage_without_one(fused, tmp_path):
+    twin = copy.deepcopy(fused)
+    trainer(JointTrainer, twin, tmp_path).train()
+    trainer(JointTrainer, fused, tmp_path, train_only=".*").train()
+    assert changed(fused, weights(twin)) == set()
+
+
+def test_what_matches_the_pattern_moves_alone(fused, tmp_path):
+    before = weights(fused)
+    settings = {
+        "train_only": r".*layers\.0\.mlp.*|lm_head.*",
+        "train_specialists": ["text", "math"],
+        "weight_decay": 0.1,
+    }
+    trainer(JointTrainer, fused, tmp_path, **settings).train()
+    parts = ("up_proj", "gate_proj", "down_proj")
+    layers = {f"model.specialists.{n}.layers.0.mlp.{p}.weight" for n in ("text", "math") for p in parts}
+    assert changed(fused, before) == layers | {"lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"train_only": "lm_haed"}, r"'lm_haed' matches none. The nearest are \['lm_head.weight', '[^']+', '[^']+'\]"),
+        ({"train_only": r".*specialists\.code.*", "train_specialists": ["text"]}, "matches none"),
+        ({"train_only": "*"}, r"is a regular expression, but '\*' is none: nothing to repeat"),
+        ({"train_only": 3}, "`train_only` must be str or nothing, but is '3'"),
+    ],
+)
+def test_a_pattern_that_chooses_nothing_is_refused(settings, told, fused, tmp_path):
+    with pytest.raises(ValueError, match=told):
+        trainer(JointTrainer, fused, tmp_path, **settings)
+
+
+def test_a_pattern_beside_adapters_is_refused(fused, tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="`train_only` and `peft_config` both choose what moves.*target_modules='x'"):
+        trainer(JointTrainer, fused, tmp_path, more={"peft_config": lora}, train_only="x")
+
+
 def test_the_parts_of_the_model_learn_at_their_own_rates(fused, tmp_path):
     rates = {"learning_rate": 1e-3, "gate_learning_rate": 1e-2, "head_learning_rate": 1e-4}
     stage = trainer(JointTrainer, fused, tmp_path, weight_decay=0.1, **rates)

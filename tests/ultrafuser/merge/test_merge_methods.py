@@ -1,5 +1,7 @@
 """Each method of merging, on two changes of six numbers, worked out by hand."""
 
+import json
+
 import pytest
 import torch
 
@@ -173,6 +175,24 @@ def test_a_tied_head_is_merged_once_as_the_embedding():
 def test_layers_that_cannot_be_counted_are_refused():
     with pytest.raises(ValueError, match="o parameter is called after layer 0 of 2.*one factor for all"):
         check_layers(["blocks.first.weight", "lm_head.weight"], 2)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        None,
+        {"embeddings": {"a": 1}, "layer 0": {"a": 1}, "last norm and head": {"a": 1}},
+        {"layer 0": {"a": 1}, "layer 1": {"a": 1}, "embeddings": {"a": 1}, "last norm and head": {"a": 1}},
+        {"embeddings": {"a": 1}, "layer 0": {"a": 1}, "layer 1": 1, "last norm and head": {"a": 1}},
+    ],
+)
+def test_a_table_of_another_shape_is_refused(table, tmp_path):
+    (tmp_path / "table.json").write_text(json.dumps({"coefficients": table}))
+    told = (
+        "no table `coefficients` with the 4 rows 'embeddings', 'layer 0' to 'last norm and head'. .*file that a merge"
+    )
+    with pytest.raises(ValueError, match=told):
+        parse_coefficients(str(tmp_path / "table.json"), 1.0, ["a"], 2)
 
 
 @pytest.mark.parametrize(
