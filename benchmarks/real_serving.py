@@ -24,7 +24,7 @@ from benchmarks.gpu import dense
 from benchmarks.serving import Prompts, Serve, in_transformers, in_vllm, vllm_python
 from benchmarks.timing import compare_ways
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.gates_ultrafuser import CALIBRATION
+from modeling_ultrafuser.gates_ultrafuser import gate_word
 from ultrafuser.atomic import write_json
 from ultrafuser.decoding.drafting import self_draft
 from ultrafuser.decoding.stacking import stack
@@ -86,7 +86,7 @@ def models_of(adapted: UltraFuserForCausalLM) -> dict[str, PreTrainedModel]:
     """Makes what is compared: adapters of one base as whole models with the same gate, one specialist, a dense model."""
     config = adapted.config
     alone = {name: adapted.specialist(name) for name in config.specialist_names}
-    gate = f"{config.gate}:{config.gate_hidden_size}" + CALIBRATION * config.gate_calibration
+    gate = gate_word(config)
     whole = UltraFuserForCausalLM.from_specialists(alone, gate=gate, fusion=config.fusion, dtype="float32")
     whole.model.fusion_gate.load_state_dict(adapted.model.fusion_gate.state_dict())
     one = next(iter(alone.values()))

@@ -20,7 +20,8 @@ from .families_ultrafuser import (
 )
 from .files_ultrafuser import is_number
 from .fusions_ultrafuser import fusion_class
-from .gates_ultrafuser import GATES, WIDEST
+from .gate_base_ultrafuser import WIDEST
+from .gates_ultrafuser import GATES
 from .names_ultrafuser import validate_specialist_names
 from .readers_ultrafuser import reader_of
 from .signed_ultrafuser import check_signed
@@ -50,6 +51,7 @@ class UltraFuserConfig(PreTrainedConfig):
         gate: How gate weights are computed, a name in `GATES`. "mlp" is the paper's, and what a folder means that says
             nothing; `from_specialists` chooses `DEFAULT_GATE`.
         gate_hidden_size: Width of the hidden layer of a gate that has one. 512 in the paper (section 4.1).
+        gate_anchor: Name of the specialist whose hidden state alone the "anchor" gate reads.
         gate_temperature: Gate scores are divided by it before the softmax. Above 1 is softer, below 1 is sharper.
         gate_sparsifier: Which specialists keep a weight at a token: a name in `SPARSIFIERS`, a colon and its setting.
         signed_weights: A number of either sign for each specialist, which the gate's scores are added to in place of the
@@ -80,6 +82,7 @@ class UltraFuserConfig(PreTrainedConfig):
     specialists: list[Any] | None = None
     gate: str = "mlp"
     gate_hidden_size: int = 512
+    gate_anchor: str | None = None
     gate_temperature: float = 1.0
     gate_sparsifier: str = NONE
     signed_weights: list[float] | None = None
@@ -204,8 +207,9 @@ class UltraFuserConfig(PreTrainedConfig):
             if sizes and common(sizes) is not None:
                 setattr(self, field, sizes[0])
         fusion = fusion_class(self.fusion)
-        fusion.check(self)
-        self.format_version = max(self.format_version, fusion.format_version)
+        for strategy in (fusion, GATES[self.gate]):
+            strategy.check(self)
+            self.format_version = max(self.format_version, strategy.format_version)
         if self.signed_weights is not None:
             check_signed(self)
             self.signed_weights, self.format_version = [float(n) for n in self.signed_weights], 2
@@ -278,8 +282,11 @@ class UltraFuserConfig(PreTrainedConfig):
         output["specialists"] = [plain_dict(c) for c in self._names_and_configs()[1]]
         # vLLM asks for `AutoModel`, which saving the causal language model alone would leave out
         output["auto_map"] = AUTO_MAP
-        # a model may have been loaded with another rule
-        output["format_version"] = max(self.format_version, fusion_class(self.fusion).format_version)
+        # a model may have been loaded with another rule, or given another gate
+        strategies = fusion_class(self.fusion), GATES[self.gate]
+        output["format_version"] = max(self.format_version, *(s.format_version for s in strategies))
+        if self.gate_anchor is None:
+            del output["gate_anchor"]
         if self.gate_sparsifier == NONE:
             del output["gate_sparsifier"]
         if self.signed_weights is None:

@@ -5,8 +5,9 @@ modules for their own, and 16 bits are too coarse for scores that pass through a
 """
 
 import math
+import re
 from enum import Flag, auto
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from .fusions_ultrafuser import fusion_class
 from .sparsifiers_ultrafuser import sparsifier
 
 
+WIDEST = 1 << 16  # a hidden layer
 # a learned factor on logits stays between exp(-2) and exp(2)
 LARGEST_LOG_SCALE = 2.0
 # what an axis of a parameter runs over: scores and scales, all hidden states side by side, or specialists
@@ -89,6 +91,7 @@ class Gate(nn.Module):
         evidence: What it reads of the past.
         axes: What each axis of each parameter runs over that changes with the specialists: `OUTPUTS`, `STATES`,
             `SPECIALISTS`, or None.
+        format_version: The first format of saved folders that knows the gate.
     """
 
     has_width = False
@@ -99,6 +102,7 @@ class Gate(nn.Module):
     reads = Reads.STATES
     evidence = Evidence()
     axes: dict[str, tuple[str | None, ...]] = {}
+    format_version = 1
 
     def __init__(self, config):
         super().__init__()
@@ -108,6 +112,34 @@ class Gate(nn.Module):
         self.num_specialists = len(config.specialists)
         self.widths = [c.hidden_size for c in config.specialists]
         self.num_outputs = len(owners(config)[OUTPUTS])
+
+    @classmethod
+    def parsed(cls, setting: str | None) -> dict[str, Any] | None:
+        """Reads the gate's setting in a word into fields of the configuration, here a width: "mlp:64".
+
+        Args:
+            setting: What follows the colon, or None.
+
+        Returns:
+            The fields, or None if the gate has no such setting.
+        """
+        if setting is None:
+            return {}
+        wide_enough = cls.has_width and re.fullmatch(r"[1-9][0-9]{0,8}", setting) and int(setting) <= WIDEST
+        return {"gate_hidden_size": int(setting)} if wide_enough else None
+
+    @classmethod
+    def setting(cls, config) -> str | None:
+        """Writes what `parsed` reads."""
+        return str(config.gate_hidden_size) if cls.has_width else None
+
+    @classmethod
+    def check(cls, config) -> None:
+        """Rejects a configuration whose specialists the gate cannot weigh.
+
+        Raises:
+            ValueError: With the rule, what came, and the way out.
+        """
 
     def scores(self, hidden_states: list[Tensor], *evidence: Tensor) -> Tensor:
         """Scores each specialist before the softmax, then gives the logarithms of the scales, if there are any.

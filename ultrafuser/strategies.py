@@ -41,8 +41,9 @@ DEFAULT_GATE: str = ast.literal_eval(_assigned(_tree("gates_ultrafuser"), "DEFAU
 # which gate? the default, the one that little text is enough for, and the paper's
 CANDIDATES = (DEFAULT_GATE, "linear+calibration", "mlp:512")
 GATE_HELP = (
-    f"Kind of gate ({', '.join(summaries('gates_ultrafuser', 'GATES'))}), the width of its hidden layer if it has one, and "
-    f"whether it predicts temperatures, too: mlp, linear+calibration, cross:128+calibration."
+    f"Kind of gate ({', '.join(summaries('gates_ultrafuser', 'GATES'))}), the width of its hidden layer if it has one, or "
+    f"the specialist that it reads, and whether it predicts temperatures, too: mlp, anchor:NAME, linear+calibration, "
+    f"cross:128+calibration."
 )
 FUSION_HELP = f"What is mixed. {_listed('fusions_ultrafuser', 'FUSIONS')}"
 SPARSIFIER_HELP = f"Which specialists keep a weight at a token. {_listed('sparsifiers_ultrafuser', 'SPARSIFIERS')}"

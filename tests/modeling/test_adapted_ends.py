@@ -9,11 +9,11 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.modeling.test_adapters import close
 from tests.support.adapted import BASES, check_where_nothing_is_installed, make, pair
 from tests.support.fusions import MIXTURES
 from tests.support.mixes import prompt
+from tests.support.tiny import GATE_WORDS
 from ultrafuser.build.specialist_edits import remove_specialist
 
 
@@ -58,7 +58,7 @@ def test_a_fused_model_says_what_it_says_of_merged_specialists(family, fusion, t
 
 @pytest.mark.grid
 @pytest.mark.parametrize("fusion", MIXTURES)
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", GATE_WORDS)
 def test_every_gate_gives_the_tokens_of_merged_specialists(gate, fusion, sources):
     batch = {"input_ids": prompt(), "attention_mask": torch.ones_like(prompt())}
     batch["attention_mask"][1, :4] = 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.gates_ultrafuser import GATES
+from tests.support.tiny import GATE_WORDS
 
 
 @pytest.mark.slow
@@ -36,7 +36,7 @@ def test_hidden_states_can_be_asked_for_by_position(positions, fused):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", GATE_WORDS)
 def test_a_gate_calls_every_module_whose_parameters_it_reads(gate, specialists):
     # FSDP gathers parameters when their module is called; one that is only read stays cut in pieces
     fused = UltraFuserForCausalLM.from_specialists(specialists, gate=gate)

@@ -96,7 +96,20 @@ def test_a_field_that_is_given_goes_before_the_word(given, expected, specialists
 
 @pytest.mark.parametrize(
     "word",
-    ["moe", "", "mlp:0", "mlp:", "mlp:wide", "mlp:65537", "linear:4", "mlp+calibration", "cross+calibration:8", "MLP"],
+    [
+        "moe",
+        "",
+        "mlp:0",
+        "mlp:",
+        "mlp:wide",
+        "mlp:65537",
+        "linear:4",
+        "anchor",
+        "anchor:",
+        "mlp+calibration",
+        "cross+calibration:8",
+        "MLP",
+    ],
 )
 def test_a_word_for_no_gate_is_refused_before_weights_are_read(word):
     with pytest.raises(ValueError, match="A gate is one of .* But got .* Choose one of those"):

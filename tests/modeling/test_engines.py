@@ -84,8 +84,9 @@ def served(backbone, head, prompt):
     return tokens
 
 
-def test_layers_are_numbered_over_the_whole_model_and_tokens_are_those_of_generate(engine):
-    fused = fuse()
+@pytest.mark.parametrize("gate", ["mlp", "anchor:b"])
+def test_layers_are_numbered_over_the_whole_model_and_tokens_are_those_of_generate(gate, engine):
+    fused = fuse(gate=gate)
     backbone = built_by(engine, fused)
     backbone.load_state_dict(fused.model.state_dict())
     assert sorted(numbers(backbone)) == list(range(6)) == list(range(backbone.config.num_hidden_layers))

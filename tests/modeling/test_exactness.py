@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.support.fusions import MIXTURES
 from tests.support.mixes import MIXES, fuse, naive_gate_weights, naive_logits, prefer, prompt
+from tests.support.tiny import GATE_WORDS
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_fused_model_says_the_weighed_sum_of_what_its_specialists_say(mix, fus
 
 @pytest.mark.grid
 @pytest.mark.parametrize("fusion", MIXTURES)
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", GATE_WORDS)
 @torch.no_grad()
 def test_the_sum_holds_for_every_gate(gate, fusion, specialists):
     fused, ids = fuse(specialists, gate=gate, fusion=fusion), prompt()
@@ -218,7 +218,7 @@ def test_half_precision_says_nearly_the_same_and_weighs_in_float32(fusion, speci
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", GATE_WORDS)
 @torch.no_grad()
 def test_a_model_cast_as_a_whole_still_weighs_in_float32(gate, specialists):
     fused, ids = fuse(specialists, gate=gate), prompt()

@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.gates_ultrafuser import GATES
 from tests.support.adapted import make
 from tests.support.adapted import pair as adapters
 from tests.support.fusions import MIXTURES
 from tests.support.mixes import fuse, prompt
-from tests.support.tiny import specialist
+from tests.support.tiny import GATE_WORDS, specialist
 from ultrafuser.decoding.drafting import self_draft
 from ultrafuser.decoding.dropping import drop_specialists
 from ultrafuser.decoding.stacking import stack
@@ -28,7 +27,7 @@ def one_hot(k, batch=2):
     return torch.eye(2)[[k] * batch]
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", GATE_WORDS)
 @torch.no_grad()
 def test_ones_change_no_bit_and_other_numbers_multiply_the_weights(gate, pair):
     model, ids = fuse(pair, gate=gate), prompt()
@@ -47,7 +46,7 @@ def test_ones_change_no_bit_and_other_numbers_multiply_the_weights(gate, pair):
 
 @pytest.mark.grid
 @pytest.mark.parametrize("fusion", MIXTURES)
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", GATE_WORDS)
 def test_one_specialist_that_a_prior_leaves_says_what_it_says_alone(gate, fusion, pair):
     model, ids = fuse(pair, gate=gate, fusion=fusion), prompt()
     for k, name in enumerate(pair):

@@ -4,6 +4,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from modeling_ultrafuser.gates_ultrafuser import GATES
+
 
 VOCAB = 99
 
@@ -49,6 +51,10 @@ def tokenizer(vocab_size=VOCAB, *, chat_template=None, swap=None):
         padding_side="left",
         chat_template=chat_template,
     )
+
+
+# every gate by a word for it, where one of the specialists is "text"
+GATE_WORDS = {name if gate.parsed(None) is not None else f"{name}:text": gate for name, gate in GATES.items()}
 
 
 def stir_gate(model):

@@ -22,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from modeling_ultrafuser import UltraFuserConfig, UltraFuserForCausalLM, common_tokenizer
 from modeling_ultrafuser.checkpoint_ultrafuser import refuse_other_tensors
-from modeling_ultrafuser.gates_ultrafuser import CALIBRATION, GATES
+from modeling_ultrafuser.gates_ultrafuser import gate_word
 from modeling_ultrafuser.refusals_ultrafuser import Refusal
 from modeling_ultrafuser.safetensors_ultrafuser import read_header
 from modeling_ultrafuser.tokenizer_ultrafuser import load_tokenizer
@@ -209,9 +209,9 @@ def _recipe(reference: Reference, config: UltraFuserConfig) -> FusionRecipe:
     # without a choice, templates that differ are refused; whatever this one is, the tokenizer's own is put in its place
     template = reference.chat_template or next(iter(reference.specialists))
     sources = (reference.specialists, reference.specialist_revisions)
-    width = f":{config.gate_hidden_size}" if GATES[config.gate].has_width else ""
-    gate = f"{config.gate}{width}{CALIBRATION * config.gate_calibration}"
-    fusion = FusionSettings(*sources, template, gate, config.fusion, config.gate_sparsifier, reference.base)
+    fusion = FusionSettings(
+        *sources, template, gate_word(config), config.fusion, config.gate_sparsifier, reference.base
+    )
     if config.signed_weights is not None:
         fusion.signed_weights = dict(zip(config.specialist_names, config.signed_weights, strict=True))
     return FusionRecipe(fusion, _dtype(config))

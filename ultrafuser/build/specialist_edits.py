@@ -72,7 +72,7 @@ def remove_specialist(model: UltraFuserForCausalLM, name: str) -> UltraFuserForC
 
     With an "mlp" or "constant" gate the others' scores stay, and with them their shares in proportion. A "linear" or
     "cross" gate scores every specialist from the hidden states of all, so what it read from the one taken out is missing
-    from the others' scores: train it again; so with "evidence". "uniform" and "posterior" have nothing to keep.
+    from the others' scores: train it again; so with "evidence". An "anchor" gate keeps its anchor. "uniform" and "posterior" have nothing to keep.
 
     Args:
         model: A fused model of three specialists or more. It is not changed.
@@ -145,7 +145,7 @@ def add_specialist(
     - "mlp", of different hidden sizes: one number, what the gate makes of a hidden state of zeros, as its first layer
       starts at zero;
     - "constant": such that it starts with an equal share, 1 in all specialists;
-    - "linear", "cross" or "evidence": a bias alone, the one that would be an equal share if the others' biases were all
+    - "linear", "anchor", "cross" or "evidence": a bias alone, the one that would be an equal share if the others' biases were all
       they had;
     - "posterior": what it is for all, without training.
 

@@ -11,7 +11,7 @@ leaves out experts of one layer; here it is whole models.)
 In between, the gate shares out all of the weight among those that are kept. Gates that score each specialist by itself
 ("mlp", "constant", "uniform") make this exactly the fused model without the others. For gates that compare specialists,
 the hidden states of those that are out are held at their mean over the last n tokens of all, and evidence of the past at
-its last value.
+its last value. So an "anchor" gate whose anchor is out keeps its weights until the next decision.
 """
 
 import torch

@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.gate_base_ultrafuser import Reads
-from modeling_ultrafuser.gates_ultrafuser import GATES
-from tests.support.tiny import specialist, stir_gate, tokenizer
+from tests.support.tiny import GATE_WORDS, specialist, stir_gate, tokenizer
 from ultrafuser.build.specialist_edits import add_specialist, remove_specialist
 from ultrafuser.cli.app import app
 
@@ -98,7 +97,7 @@ def test_one_specialist_is_no_fused_model():
 
 @pytest.mark.grid
 @pytest.mark.parametrize("size", [32, 24])
-@pytest.mark.parametrize("gate", [name for name, gate in GATES.items() if Reads.PAST not in gate.reads])
+@pytest.mark.parametrize("gate", [word for word, gate in GATE_WORDS.items() if Reads.PAST not in gate.reads])
 def test_with_one_more_the_others_keep_their_proportions(gate, size, tmp_path):
     model, newcomer = fused_model(gate, temperature=2.0), specialist(layers=1, hidden_size=size)
     newcomer.save_pretrained(tmp_path)
@@ -113,7 +112,7 @@ def test_with_one_more_the_others_keep_their_proportions(gate, size, tmp_path):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", GATE_WORDS)
 def test_put_in_and_taken_out_again_leaves_every_tensor_as_it_was(gate, tmp_path):
     model = fused_model(gate)
     specialist(layers=1).save_pretrained(tmp_path)

@@ -97,6 +97,7 @@ def test_the_default_gate_comes_back_with_its_temperatures(fusion, fuse, tmp_pat
         ("--gate", "mlp"),
         ("--gate", "linear", "--fusion", "probabilities"),
         ("--gate", "constant", "--dtype", "bfloat16"),
+        ("--gate", "anchor:code+calibration"),
         ("--gate", "uniform"),
     ],
 )

@@ -13,7 +13,7 @@ from modeling_ultrafuser.sparsifiers_ultrafuser import sparsifier
 from tests.modeling.test_longrope import SWITCH, longrope
 from tests.support.fusions import MIXTURES
 from tests.support.mixes import MIXES, fuse, prefer, prompt
-from tests.support.tiny import specialist, tokenizer
+from tests.support.tiny import GATE_WORDS, specialist, tokenizer
 from tests.ultrafuser.decoding.test_drafting import Heard, passes
 from ultrafuser.build.specialist_edits import remove_specialist
 from ultrafuser.decoding.dropping import Asked, drop_specialists
@@ -23,7 +23,7 @@ from ultrafuser.decoding.stacking import stack
 
 STEPS = 9
 ALL_GATES = {
-    **{name: {"gate": name} for name in GATES},
+    **{word: {"gate": word} for word in GATE_WORDS},
     "cross+calibration": {"gate": "cross", "gate_calibration": True},
 }
 
