@@ -110,15 +110,45 @@ def signed(subject: Subject, words: list[str], *, newer: dict, tuned: dict) -> d
         models = {"newer base": start, "specialist of the old base": specialist, "newer base, tuned itself": own}
         for name, folder in models.items():
             rows.setdefault(name, {}).update(_some(subject, load(folder), measured_on))
-        fuse = partial(UltraFuserForCausalLM.from_specialists, gate="uniform")
-        parts = {"newer": start, "tuned": specialist, "old": old}
-        fused = {"newer base and specialist, uniform": fuse({"newer": start, "tuned": specialist})}
-        for word in words:
-            chosen = {"fusion": word} if ":" in word else {"signed_weights": [1.0, float(word), -float(word)]}
-            fused[word if ":" in word else f"signed, {word}"] = fuse(parts, **chosen)
+        two = UltraFuserForCausalLM.from_specialists({"newer": start, "tuned": specialist}, gate="uniform")
+        fused = {"newer base and specialist, uniform": two}
+        fused |= {_named(word): _ported(start, old, {"tuned": specialist}, word) for word in words}
         for name, model in fused.items():
             rows.setdefault(name, {}).update(_some(subject, model, measured_on))
     return rows
+
+
+def together(subject: Subject, words: list[str], *, newer: dict) -> dict[str, Losses]:
+    """Ports what all specialists learned to a newer version of their base: newer + a sum_k (specialist_k - base).
+
+    Nobody says of which domain a text is. Beside it are the plain gate of the specialists, and their uniform mean.
+
+    Args:
+        subject: Base and specialists.
+        words: As for `signed`.
+        newer: As for `signed`.
+    """
+    further = torch.cat([subject.blocks[d]["fuse"] for d in DOMAINS])
+    old, parts = subject.folder / "base", {d: subject.folder / d for d in DOMAINS}
+    start = subject.make("newer base", partial(load, old), further, **newer)
+    rows = {"newer base": subject.losses(load(start)), "plain gate of the specialists": subject.losses(subject.fused)}
+    uniform = UltraFuserForCausalLM.from_specialists(parts, gate="uniform")
+    rows["uniform mean of the specialists"] = subject.losses(uniform)
+    return rows | {_named(word): subject.losses(_ported(start, old, parts, word)) for word in words}
+
+
+def _named(word: str) -> str:
+    return word if ":" in word else f"signed, {word}"
+
+
+def _ported(newer: Path, old: Path, tuned: dict[str, Path], word: str) -> UltraFuserForCausalLM:
+    """Adds what tuning changed to a newer base, by one factor for all, or by a rule that finds factors."""
+    if ":" in word:
+        chosen: dict = {"fusion": word}
+    else:
+        factor = float(word)
+        chosen = {"signed_weights": [1.0, *[factor] * len(tuned), -factor * len(tuned)]}
+    return UltraFuserForCausalLM.from_specialists({"newer": newer, **tuned, "old": old}, gate="uniform", **chosen)
 
 
 def _some(subject: Subject, model, domains: list[str]) -> Losses:
@@ -133,6 +163,7 @@ def termed(subject: Subject, words: dict[str, dict]) -> dict[str, Losses]:
 KINDS = {
     "sparsifiers": sparsified,
     "signed weights": signed,
+    "several changes": together,
     "terms": termed,
 }
 

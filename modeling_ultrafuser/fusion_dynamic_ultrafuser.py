@@ -1,4 +1,4 @@
-"""The "dynamic" rule: as much of what tuning changed in a small model as moves a large one alike."""
+"""The "dynamic" rule: as much of what tuning changed in small models as moves a large one alike."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -11,16 +11,18 @@ from .refusals_ultrafuser import Refusal
 from .sparsifiers_ultrafuser import NONE
 
 
-# factors of the shift that are tried: 0, 0.1, ..., 2
+# factors of a shift that are tried: 0, 0.1, ..., 2
 STEPS, STEP = 20, 0.1
+# of one factor each, with several tuned models
+CHANGES = 10
 
 
 class DynamicSettings(NamedTuple):
-    """Roles of dynamic; the third specialist is the tuned one.
+    """Roles of dynamic; all other specialists are tuned ones.
 
     Attributes:
         large: Name of the large model.
-        base: Name of the small one that was tuned.
+        base: Name of the small one that they were tuned from.
     """
 
     large: str
@@ -28,16 +30,21 @@ class DynamicSettings(NamedTuple):
 
 
 class DynamicFusion(Fusion):
-    """Adds to a large model what tuning changed in a small one, at each token the amount that moves both equally far.
+    """Adds to a large model what tuning changed in small ones, at each token the amounts that move both equally far.
 
-    Dynamic logit fusion (Fan et al., 2024, arXiv 2406.15480) of one tuned model. With P = softmax(z_large), Q =
-    softmax(z_base), Q_t = softmax(z_tuned), D = z_tuned - z_base and P_x = softmax(z_large + x D) it predicts by P_x, where
+    Dynamic logit fusion (Fan et al., 2024, arXiv 2406.15480). With P = softmax(z_large), Q = softmax(z_base), Q_t =
+    softmax(z_t) of each tuned model, D_t = z_t - z_base and P_x = softmax(z_large + sum_t x_t D_t) it predicts by P_x, where
+    all x_t in 0, 0.1, ..., 2 together make
 
-        x = argmin over 0, 0.1, ..., 2 of (KL(P_x|P) - KL(Q_t|Q))^2 + (KL(P|P_x) - KL(Q|Q_t))^2
+        sum_t (KL(P_x|P) - KL(Q_t|Q))^2 + (KL(P|P_x) - KL(Q|Q_t))^2
 
-    Both divergences follow from psi(x) = log E_P exp(x D), whose slope is the mean of D under P_x:
+    least. All combinations would be 21^T, so all x_t begin at 0 and the one change of one factor that lowers the sum most is
+    made, until none does. Of one tuned model this is the least of all; of several it need not be. The sum depends on the
+    targets' means alone, so that it tells how far to go, and little about which way.
 
-        KL(P_x|P) = x psi'(x) - psi(x),    KL(P|P_x) = psi(x) - x E_P D
+    Divergences follow from S = sum_t x_t D_t and psi = log E_P exp(S):
+
+        KL(P_x|P) = E_{P_x} S - psi,    KL(P|P_x) = psi - E_P S
 
     A configuration says which is which: "dynamic:LARGE,BASE". The gate plays no part. For decoding: what is the best x is no
     function with a gradient.
@@ -57,20 +64,20 @@ class DynamicFusion(Fusion):
         names = (setting or "").split(",")
         if len(names) != 2 or not all(names) or names[0] == names[1]:
             raise ValueError(
-                f"dynamic takes the name of the large model and that of the small one that was tuned, as in "
+                f"dynamic takes the name of the large model and that of the small one before tuning, as in "
                 f"dynamic:large,base. But got {setting!r:.100}."
             )
         return DynamicSettings(*names)
 
     @classmethod
     def check(cls, config) -> None:
-        """Rejects specialists that are not the large model, the tuned one and its base, and a gate that would do nothing."""
+        """Rejects specialists that are not the large model, tuned ones and their base, and a gate that would do nothing."""
         names, roles = config.specialist_names, cls.parsed(config.fusion.partition(":")[2])
-        if len(names) != 3 or not set(roles) <= set(names):
+        if len(names) < 3 or not set(roles) <= set(names):
             raise Refusal(
                 f"`fusion` is {config.fusion!r} and the specialists are {names}",
-                "Dynamic fusion is of a large model, a small one that was tuned, and the small one before",
-                "Fuse these three, and name the large model and the base: dynamic:large,base.",
+                "Dynamic fusion is of a large model, small ones that were tuned, and the small one before",
+                "Fuse these, three or more, and name the large model and the base: dynamic:large,base.",
                 about="fusion",
             )
         if (config.gate, config.gate_sparsifier) != ("uniform", NONE):
@@ -85,35 +92,76 @@ class DynamicFusion(Fusion):
         """Returns log-probabilities. Shape (..., vocab)."""
         by_name = dict(zip(self.config.specialist_names, (own.log_softmax(-1) for own in logits), strict=True))
         large, base = by_name.pop(self.settings.large), by_name.pop(self.settings.base)
-        (tuned,) = by_name.values()
-        shift = tuned - base
-        targets = _divergence(tuned, base), _divergence(base, tuned)
-        return (large + closest(large, shift, *targets)[..., None] * shift).log_softmax(-1)
+        tuned = list(by_name.values())
+        away = torch.stack([_divergence(own, base) for own in tuned])
+        back = torch.stack([_divergence(base, own) for own in tuned])
+        shifts = [own - base for own in tuned]
+        return moved(large, shifts, factors(large, shifts, away, back)).log_softmax(-1)
 
 
-def closest(large: Tensor, shift: Tensor, away: Tensor, back: Tensor) -> Tensor:
-    """Finds how much of a shift moves a distribution as far as another one was moved.
+def moved(large: Tensor, shifts: list[Tensor], found: Tensor) -> Tensor:
+    """Adds shifts times their factors. Shapes (..., vocab), factors (tuned models, ...)."""
+    for x, shift in zip(found, shifts, strict=True):
+        large = large + x[..., None] * shift
+    return large
+
+
+def factors(large: Tensor, shifts: list[Tensor], away: Tensor, back: Tensor) -> Tensor:
+    """Finds how much of some shifts moves a distribution as far as others were moved.
 
     Args:
         large: Log-probabilities of P. Shape (..., vocab).
-        shift: D. Shape (..., vocab).
-        away: KL of the other distribution, moved, from where it was. Shape (...,).
-        back: KL of the other distribution from where it was moved. Shape (...,).
+        shifts: Each D_t. Shapes (..., vocab).
+        away: KL of each other distribution, moved, from where it was. Shape (tuned models, ...).
+        back: KL of where it was from each that was moved. Shape (tuned models, ...).
 
     Returns:
-        x, the smallest of those equally good. Shape (...,).
+        x. Shape (tuned models, ...).
     """
-    mean = (large.exp() * shift).sum(-1)
+    found, least = torch.zeros_like(away), torch.full_like(away[0], torch.inf)
+    for _ in range(CHANGES if len(shifts) > 1 else 1):
+        tried = []
+        for k, shift in enumerate(shifts):
+            rest = moved(torch.zeros_like(large), shifts[:k] + shifts[k + 1 :], torch.cat([found[:k], found[k + 1 :]]))
+            tried.append(closest(large, rest, shift, away, back))
+        distances, values = (torch.stack(parts) for parts in zip(*tried, strict=True))
+        best = distances.argmin(0, keepdim=True)
+        distance = distances.gather(0, best)[0]
+        better = distance < least
+        if not better.any():
+            break
+        changed = found.scatter(0, best, values.gather(0, best))
+        found, least = torch.where(better, changed, found), torch.where(better, distance, least)
+    return found
+
+
+def closest(large: Tensor, rest: Tensor, shift: Tensor, away: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+    """Tries all factors of one shift, the others' being as they are.
+
+    Args:
+        large: Log-probabilities of P. Shape (..., vocab).
+        rest: The other shifts times their factors, summed. Shape (..., vocab).
+        shift: D_t. Shape (..., vocab).
+        away: As in `factors`.
+        back: As in `factors`.
+
+    Returns:
+        The least sum of squared differences, and the smallest x that has it. Shapes (...,).
+    """
+    start = large.exp()
+    mean, rest_mean = (start * shift).sum(-1), (start * rest).sum(-1)
     least, found = torch.full_like(mean, torch.inf), torch.zeros_like(mean)
     for i in range(STEPS + 1):
         x = i * STEP
-        moved = large + x * shift
-        psi = moved.logsumexp(-1)
-        slope = ((moved - psi[..., None]).exp() * shift).sum(-1)
-        distance = (x * slope - psi - away) ** 2 + (psi - x * mean - back) ** 2
+        logits = large + rest + x * shift
+        psi = logits.logsumexp(-1)
+        shares = (logits - psi[..., None]).exp()
+        away_here = x * (shares * shift).sum(-1) + (shares * rest).sum(-1) - psi
+        back_here = psi - x * mean - rest_mean
+        distance = ((away_here - away) ** 2 + (back_here - back) ** 2).sum(0)
         found = found.masked_fill(distance < least, x)
         least = torch.minimum(least, distance)
-    return found
+    return least, found
 
 
 def _divergence(first: Tensor, second: Tensor) -> Tensor:

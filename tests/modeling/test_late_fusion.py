@@ -306,7 +306,7 @@ REFUSED = {
     "no roles": ({"fusion": "dynamic"}, "dynamic takes the name of the large model"),
     "one role": ({"fusion": "dynamic:large"}, "as in dynamic:large,base. But got 'large'"),
     "one for both": ({"fusion": "dynamic:large,large"}, "as in dynamic:large,base"),
-    "no such role": ({"fusion": "dynamic:large,small"}, "Fuse these three, and name the large model"),
+    "no such role": ({"fusion": "dynamic:large,small"}, "Fuse these, three or more, and name the large model"),
     "a gate": ({"fusion": "dynamic:large,base", "gate": "mlp"}, "`gate` is 'mlp'.*would have no effect"),
     "sparse": ({"fusion": "dynamic:large,base", "gate_sparsifier": "top_k:1"}, "'top_k:1'.*would have no effect"),
     "signed": ({"fusion": "contrast", "signed_weights": [1, 1, -1]}, "`fusion` is 'contrast' and `signed_weights`"),
@@ -323,7 +323,7 @@ def test_what_a_rule_cannot_do_is_refused_by_name(case, models):
 
 
 def test_dynamic_refuses_two_specialists_and_a_prior(models):
-    with pytest.raises(Refusal, match="Dynamic fusion is of a large model, a small one that was tuned"):
+    with pytest.raises(Refusal, match="Dynamic fusion is of a large model, small ones that were tuned"):
         fuse({name: models[name] for name in ("large", "base")}, "dynamic:large,base")
     with pytest.raises(ValueError, match="`gate_prior` multiplies .* does not read. Leave it out"):
         fuse(models, "dynamic:large,base")(prompt(), gate_prior=torch.ones(2, 3))

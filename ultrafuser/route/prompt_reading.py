@@ -11,7 +11,9 @@ from transformers.cache_utils import Cache
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.evidence_ultrafuser import read_evidence
 from modeling_ultrafuser.fusion_base_ultrafuser import specialist_parts
+from modeling_ultrafuser.gate_base_ultrafuser import run_before_specialists
 from modeling_ultrafuser.inputs_ultrafuser import Tokens, positions_of
+from trainers.heads import head_of
 from trainers.heads.chunks import specialist_log_probs
 
 
@@ -37,6 +39,7 @@ class Prompts:
         self.model, self.tokenizer, self.input_ids = model, tokenizer, input_ids
         self.attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self.cache: Cache | None = None
+        self._evidence: tuple[Tensor, ...] = ()
 
     @cached_property
     def texts(self) -> list[str]:
@@ -52,14 +55,14 @@ class Prompts:
         outputs = backbone.reader.read(tokens, cache, use_cache=True)
         states = [o.last_hidden_state.to(self.model.lm_head.weight.device) for o in outputs]
         # which a gate that looks back goes on from
-        read_evidence(backbone, states, tokens, cache)
+        self._evidence = read_evidence(backbone, states, tokens, cache)
         self.cache = cache
         return states
 
     @cached_property
     def losses(self) -> Tensor:
         """Returns each specialist's mean loss on the tokens behind the first, in nats. Shape (batch, specialists)."""
-        mask = self.attention_mask[:, 1:] * self.attention_mask[:, :-1]
+        mask = self._mask
         if not self._readable:
             return torch.zeros(len(mask), len(self.model.config.specialists))
         targets, head = self.input_ids[:, 1:], self.model.lm_head.weight
@@ -70,6 +73,35 @@ class Prompts:
         ]
         losses = -torch.stack(found, -1).unflatten(0, targets.shape).float().cpu()
         return masked_mean(losses, mask.cpu())
+
+    def fused_losses(self, prior: Tensor) -> Tensor:
+        """Returns the fused model's mean loss on the tokens behind the first, in nats, which the prior has a gradient from.
+
+        Specialists do not run again, but gate and heads do.
+
+        Args:
+            prior: Weights of the specialists. Shape (batch, specialists).
+
+        Returns:
+            Shape (batch,).
+        """
+        if not self._readable:
+            return 0 * prior.sum(-1)
+        backbone, weight, score = self.model.model, self.model.lm_head.weight.detach(), head_of(self.model.config)
+        prior = prior.to(weight.device)
+        early = run_before_specialists(backbone.fusion_gate, self.input_ids[:, :-1], prior=prior)
+        states, found = backbone.weighed(self.states, *self._evidence, gate_output=early, prior=prior)
+        mask = self._mask.bool().to(weight.device)
+        targets = self.input_ids[:, 1:].to(weight.device)[mask]
+        factors = score.factors(found.weights, found.scales)[mask]
+        log_probs, *_ = score.score(states[mask], factors, weight, targets, gate_only=True)
+        losses = torch.zeros(mask.shape, device=weight.device).masked_scatter(mask, -log_probs.float())
+        return masked_mean(losses[..., None], mask)[:, 0].cpu()
+
+    @property
+    def _mask(self) -> Tensor:
+        """Returns which tokens follow another one of their prompt. Shape (batch, seq - 1)."""
+        return self.attention_mask[:, 1:] * self.attention_mask[:, :-1]
 
     def mean_states(self, specialists: int | None = None) -> Tensor:
         """Returns the mean of the hidden states over the prompt, specialists side by side. Shape (batch, sum of hidden sizes).

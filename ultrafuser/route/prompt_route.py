@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.compat_ultrafuser import CACHE
-from modeling_ultrafuser.fusions_ultrafuser import fusion_class
+from modeling_ultrafuser.fusions_ultrafuser import check_loss, fusion_class
+from modeling_ultrafuser.refusals_ultrafuser import Refusal
 
 from .prompt_reading import Prompts
 from .router_base import Router
@@ -78,6 +79,8 @@ class PromptRoute:
         self.model, self.tokenizer, self.alone = model, tokenizer, alone
         names = model.config.specialist_names
         self.router = load_router(router, names) if isinstance(router, str) else router
+        if self.router is not None and self.router.fits:
+            _check_fits(model.config)
         self.specialist = cache(model.specialist)
 
     @torch.no_grad()
@@ -111,3 +114,15 @@ class PromptRoute:
         settings = self.model.generation_config
         plain = settings.cache_implementation is None and settings.use_cache is not False
         return {CACHE: prompts.cache} if prompts.cache is not None and plain and self.model.goes_back else {}
+
+
+def _check_fits(config) -> None:
+    """Refuses models without a loss that changes with a prior."""
+    if config.signed_weights is not None:
+        raise Refusal(
+            "The router is fitted to the prompt's loss, and this model's weights are signed",
+            "It weighs shares that sum to 1",
+            "Choose another router, such as 'perplexity'.",
+            about="router",
+        )
+    check_loss(config)

@@ -44,9 +44,11 @@ class Router:
 
     Attributes:
         trains: Whether it is trained: by `ultrafuser route`.
+        fits: Whether it goes by the fused model's loss under a prior, which not all models have.
     """
 
     trains = False
+    fits = False
 
     def __init__(self, settings: dict, tensors: dict[str, Tensor] | None = None):
         self.settings, self.tensors = settings, tensors or {}
