@@ -41,7 +41,10 @@ def merge(
         ),
     ] = None,
     search: Annotated[
-        str | None, Option(help="map: search a factor of each specialist by a quadratic fit, and show the trade-off.")
+        str | None,
+        Option(
+            help="map: search a factor of each specialist by a quadratic fit, and show the trade-off; simplex: shares that sum to 1, the mix_weights of a training recipe."
+        ),
     ] = None,
     seed: Annotated[int, Option(help="Seed of what dare drops.")] = 0,
     show: Annotated[
@@ -66,7 +69,7 @@ def merge(
     if search is not None:
         if coefficients is not None or lines is not None:
             raise typer.BadParameter("--search finds the coefficients: leave --coefficients and --lines out.")
-        options["search"] = _searching(search)
+        options["search"] = _searching(search, method)
     table = merge_folders(what, out, method=method, base=base, **options)
     factors = table.as_dict()
     shown = factors if not table.is_even else {"all layers": next(iter(factors.values()))}
@@ -75,13 +78,16 @@ def merge(
     echo(f"Wrote {str(out)!r}, a model that needs no code of this package. `merge.json` there has its coefficients.")
 
 
-def _searching(how: str) -> Callable[..., None]:
-    from ..merge import searches
+def _searching(how: str, method: str) -> Callable[..., None]:
+    from ..merge import merge_method, searches
 
-    searches.check(how)
+    searches.check(how, merge_method(method))
 
     def search(merge, held, work: Path) -> None:
-        Console().print(searches.table(searches.search(merge, how, held, work), merge.sources.names))
+        names, found = merge.sources.names, searches.search(merge, how, held, work)
+        Console().print(searches.table(found, names))
+        if found.shares:
+            echo(f"Data mixed by these shares, in a recipe of `ultrafuser train`:\n{searches.recipe(found, names)}")
 
     return search
 

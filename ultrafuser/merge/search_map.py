@@ -42,11 +42,13 @@ class Search:
         best: The point that is taken, measured.
         front: Points between which no loss falls without another's rising, by the fit, from the first domain's best on.
         error: Root mean square of what the fit misses at measured points, in nats.
+        shares: Whether factors are shares that sum to 1.
     """
 
     best: Point
     front: list[Point]
     error: float
+    shares: bool = False
 
 
 def map_search(
@@ -71,13 +73,24 @@ def map_search(
         seed: Of the points.
     """
     number = points_of(specialists) if points is None else points
-    drawn = SobolEngine(specialists, scramble=True, seed=seed).draw(number, dtype=torch.float64)
-    measured = [Point(factors, measure(factors)) for factors in (most * drawn).tolist()]
+    return quadratic_search(
+        measure, most * drawn(specialists, number, seed), most * drawn(specialists, CANDIDATES, seed + 1)
+    )
+
+
+def quadratic_search(measure: Callable[[list[float]], dict[str, float]], tried: Tensor, places: Tensor) -> Search:
+    """Fits a quadratic to losses at some factors, and looks it up at others.
+
+    Args:
+        measure: From one factor per specialist to losses by domain.
+        tried: Factors to measure. Shape (points, specialists).
+        places: Where the fit is looked up. Shape (candidates, specialists).
+    """
+    measured = [Point(factors, measure(factors)) for factors in tried.tolist()]
     domains = list(measured[0].losses)
     known = torch.tensor([[p.losses[d] for d in domains] for p in measured], dtype=torch.float64)
-    coefficients = fit(most * drawn, known)
-    error = (terms(most * drawn) @ coefficients - known).square().mean().sqrt().item()
-    places = most * SobolEngine(specialists, scramble=True, seed=seed + 1).draw(CANDIDATES, dtype=torch.float64)
+    coefficients = fit(tried, known)
+    error = (terms(tried) @ coefficients - known).square().mean().sqrt().item()
     predicted = terms(places) @ coefficients
     front = [
         Point(places[k].tolist(), dict(zip(domains, predicted[k].tolist(), strict=True)), measured=False)
@@ -86,6 +99,11 @@ def map_search(
     least = places[predicted.mean(1).argmin()].tolist()
     best = min([*measured, Point(least, measure(least))], key=lambda p: p.mean)
     return Search(best, front, error)
+
+
+def drawn(specialists: int, number: int, seed: int) -> Tensor:
+    """Draws points of a Sobol sequence. Shape (number, specialists)."""
+    return SobolEngine(specialists, scramble=True, seed=seed).draw(number, dtype=torch.float64)
 
 
 def points_of(specialists: int) -> int:
@@ -100,7 +118,7 @@ def terms(factors: Tensor) -> Tensor:
 
 
 def fit(factors: Tensor, losses: Tensor) -> Tensor:
-    """Fits a quadratic to each column of losses by least squares. Shape (terms, domains)."""
+    """Fits a quadratic to each column of losses, the smallest of equally good ones. Shape (terms, domains)."""
     return torch.linalg.lstsq(terms(factors), losses).solution
 
 

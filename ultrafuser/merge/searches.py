@@ -14,23 +14,32 @@ from trainers.progress import Progress
 from ..evaluation.measurement import HeldOut, mean_loss
 from ..pretrained import load_model
 from .coefficients import Coefficients
+from .merge_base import Merge
 from .merged_folder import FolderMerge
 from .search_map import Search, map_search, points_of
+from .search_simplex import simplex_search
 
 
 SEARCHES: dict[str, Callable[..., Search]] = {
     "map": map_search,
+    "simplex": simplex_search,
 }
 
 
-def check(how: str) -> None:
-    """Refuses what is no name in `SEARCHES`.
+def check(how: str, method: Merge) -> None:
+    """Refuses what is no name in `SEARCHES`, and shares of changes that are not added up.
 
     Raises:
-        Refusal: With the names.
+        Refusal: With the names, or the method to choose.
     """
     if how not in SEARCHES:
         raise Refusal(f"the search is {how!r}", "It has a name", f"Choose one of {sorted(SEARCHES)}.")
+    if SEARCHES[how] is simplex_search and not (method.adds and method.scales):
+        raise Refusal(
+            f"the search is {how!r}, and the method does more than add up changes times their factors",
+            "Shares of data are told from base + sum of share times change",
+            "Choose --method task_arithmetic.",
+        )
 
 
 def search(merge: FolderMerge, how: str, data: Mapping[str, HeldOut], work: Path) -> Search:
@@ -43,9 +52,9 @@ def search(merge: FolderMerge, how: str, data: Mapping[str, HeldOut], work: Path
         work: Folder for a trial's model.
 
     Raises:
-        ValueError: If there is no such search.
+        ValueError: If there is no such search, or none with this method.
     """
-    check(how)
+    check(how, merge.chosen)
     names, layers = merge.sources.names, merge.sources.layers
     with Progress("searching", points_of(len(names)) + 1) as progress:
 
@@ -73,10 +82,17 @@ def table(found: Search, names: list[str]) -> Table:
     """Shows the front by the fit, and the point that is taken."""
     domains = list(found.best.losses)
     caption = f"nats per token; the fit misses measured losses by {found.error:.3f} (root mean square)"
-    shown = Table("", *(f"factor of {name}" for name in names), *domains, "mean", caption=caption)
+    what = "share" if found.shares else "factor"
+    shown = Table("", *(f"{what} of {name}" for name in names), *domains, "mean", caption=caption)
     for point in (*found.front, found.best):
         label = "taken, measured" if point is found.best else "by the fit"
         numbers = [f"{factor:.2f}" for factor in point.factors]
         numbers += [f"{loss:.3f}" for loss in (*point.losses.values(), point.mean)]
         shown.add_row(label, *numbers)
     return shown
+
+
+def recipe(found: Search, names: list[str]) -> str:
+    """Writes shares as the mix of a training recipe, whose domains are named as the specialists."""
+    shares = ", ".join(f"{name}: {share:.3f}" for name, share in zip(names, found.best.factors, strict=True))
+    return f"mix: fixed\nmix_weights: {{{shares}}}"

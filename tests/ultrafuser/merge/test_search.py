@@ -11,7 +11,10 @@ from tests.support.tiny import tokenizer
 from tests.support.tuned import NAMES, make
 from ultrafuser.cli.app import app
 from ultrafuser.evaluation.measurement import held_out, mean_loss
+from ultrafuser.merge import merge_method
 from ultrafuser.merge.search_map import fit, map_search, pareto, points_of
+from ultrafuser.merge.search_simplex import on_simplex, simplex_search
+from ultrafuser.merge.searches import check, recipe
 
 
 def bowl(factors):
@@ -54,6 +57,45 @@ def test_a_measured_point_is_taken_where_the_fit_is_wrong():
     assert points_of(10) == 99
 
 
+def test_the_bowl_on_the_simplex_is_least_where_its_slope_along_it_is_zero():
+    # of one alone, two being 1 - one: (one - 0.3)^2 + 2 (0.4 - one)^2 + 0.5 one (1 - one) + 1, so 5 one = 1.7
+    measured = []
+    found = simplex_search(lambda p: {"a": bowl(p)} if not measured.append(p) else {}, 2)
+    assert measured[:2] == [[1, 0], [0, 1]]
+    assert len(measured) == points_of(2) + 1
+    assert [sum(p) for p in measured] == pytest.approx([1] * 25)
+    assert found.error < 1e-9
+    assert found.best.factors == pytest.approx([0.34, 0.66], abs=0.005)
+    assert found.shares
+
+
+def test_a_known_optimum_inside_and_one_at_a_corner_are_found():
+    inside = simplex_search(lambda p: {"a": (p[0] - 0.2) ** 2 + (p[1] - 0.5) ** 2 + (p[2] - 0.3) ** 2}, 3)
+    assert inside.best.factors == pytest.approx([0.2, 0.5, 0.3], abs=0.02)
+    corner = simplex_search(lambda p: {"a": 2 * p[0] + p[1] + 3 * p[2]}, 3)
+    assert corner.best.factors == [0, 1, 0]
+    assert recipe(corner, list(NAMES)) == "mix: fixed\nmix_weights: {text: 0.000, code: 1.000, math: 0.000}"
+
+
+def test_draws_are_all_over_the_simplex():
+    shares = on_simplex(3, 3000, 0)
+    torch.testing.assert_close(shares.sum(1), torch.ones(3000, dtype=torch.float64))
+    # uniform: the mean is the middle, and a share is above 0.5 with probability (1 - 0.5)^2
+    torch.testing.assert_close(shares.mean(0), torch.full((3,), 1 / 3, dtype=torch.float64), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        (shares > 0.5).double().mean(0), torch.full((3,), 0.25, dtype=torch.float64), atol=0.02, rtol=0
+    )
+
+
+def test_shares_are_refused_of_methods_that_do_more_than_add_up():
+    for method in ("ties:0.2", "average", "layer_swap:1,1"):
+        with pytest.raises(ValueError, match="does more than add up .* Choose --method task_arithmetic"):
+            check("simplex", merge_method(method))
+    check("simplex", merge_method("task_arithmetic"))
+    with pytest.raises(ValueError, match="'grid'.*one of .'map', 'simplex'"):
+        check("grid", merge_method("task_arithmetic"))
+
+
 def run(*arguments):
     return CliRunner().invoke(app, ["merge", *map(str, arguments)], env={"COLUMNS": "200"})
 
@@ -80,6 +122,15 @@ def test_the_command_takes_the_coefficients_of_the_least_loss_and_shows_the_fron
     loss = mean_loss(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), held)
     [row] = [line for line in done.output.splitlines() if "taken" in line]
     assert f"{loss:.3f}" in row
+    shares = ["--search", "simplex", "--out", tmp_path / "mix"]
+    done = run(*pairs, *options[:-4], *shares, "--data", f"code={tmp_path / 'code.jsonl'}")
+    assert done.exit_code == 0, done.output
+    assert "mix: fixed\nmix_weights: {text: 0.0" in done.output
+    own = json.loads((tmp_path / "mix" / "merge.json").read_text())["coefficients"]["layer 0"]
+    assert own["code"] > 0.6
+    assert sum(own.values()) == pytest.approx(1)
+    refused = run(*pairs, "--base", base, "--method", "ties:0.2", *shares[:2], "--out", tmp_path / "other")
+    assert "does more than add up" in " ".join(refused.output.split())
     for wrong, message in (
         ([], "no rows"),
         (["--coefficients", "1", "--data", f"a={tmp_path / 'code.jsonl'}"], "leave --coef"),
