@@ -118,21 +118,30 @@ def factors(large: Tensor, shifts: list[Tensor], away: Tensor, back: Tensor) -> 
     Returns:
         x. Shape (tuned models, ...).
     """
-    found, least = torch.zeros_like(away), torch.full_like(away[0], torch.inf)
-    for _ in range(CHANGES if len(shifts) > 1 else 1):
-        tried = []
-        for k, shift in enumerate(shifts):
-            rest = moved(torch.zeros_like(large), shifts[:k] + shifts[k + 1 :], torch.cat([found[:k], found[k + 1 :]]))
-            tried.append(closest(large, rest, shift, away, back))
+    if len(shifts) == 1:
+        return closest(large, torch.zeros_like(large), shifts[0], away, back)[1][None]
+    vocab = large.shape[-1]
+    found = torch.zeros_like(away).reshape(len(shifts), -1)
+    least = torch.full_like(found[0], torch.inf)
+    flat = [t.reshape(-1, vocab) for t in (large, *shifts)] + [t.reshape(found.shape).T for t in (away, back)]
+    # tokens at which the last change helped
+    still = torch.arange(len(least), device=least.device)
+    for _ in range(CHANGES):
+        start, *own, own_away, own_back = (tensor[still] for tensor in flat)
+        x, tried = found[:, still], []
+        for k, shift in enumerate(own):
+            rest = moved(torch.zeros_like(start), own[:k] + own[k + 1 :], torch.cat([x[:k], x[k + 1 :]]))
+            tried.append(closest(start, rest, shift, own_away.T, own_back.T))
         distances, values = (torch.stack(parts) for parts in zip(*tried, strict=True))
         best = distances.argmin(0, keepdim=True)
         distance = distances.gather(0, best)[0]
-        better = distance < least
-        if not better.any():
+        better = distance < least[still]
+        still, best = still[better], best[:, better]
+        if not len(still):
             break
-        changed = found.scatter(0, best, values.gather(0, best))
-        found, least = torch.where(better, changed, found), torch.where(better, distance, least)
-    return found
+        found[best[0], still] = values[:, better].gather(0, best)[0]
+        least[still] = distance[better]
+    return found.reshape(away.shape)
 
 
 def closest(large: Tensor, rest: Tensor, shift: Tensor, away: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
