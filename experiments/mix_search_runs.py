@@ -1,8 +1,8 @@
 """Measures how well merges of single domains' models tell which mix of data is best, without training on any.
 
-Specialists and base are those of `baseline_runs`. A model of a mix is the base tuned as long as one specialist is, on as
-many blocks of the specialists' data, in those shares. Merges and specialists are measured on text to fuse with, as a user would, and the
-trained models on held-out text.
+The base is that of `baseline_runs`. A model of a mix is the base tuned as long as that of one domain is, on as many blocks of the
+specialists' data, in the mix's shares. Merges are measured on text to fuse with, as a user would, and the models that are
+trained on mixes on held-out text.
 """
 
 from functools import partial
@@ -11,6 +11,7 @@ from statistics import mean
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from experiments.baseline_runs import EXAMPLES, examples_of, folder_of, load, specialists_of
@@ -26,17 +27,18 @@ FOUND = "found"
 BATCH = 8  # of `pretrain`
 
 
-def run(seed: int, work: Path, *, base: dict, specialist: dict, mixes: dict[str, list[float]]) -> dict:
+def run(seed: int, work: Path, *, base: dict, specialist: dict, tuned: dict, mixes: dict[str, list[float]]) -> dict:
     """Trains on mixes, and predicts how that ends.
 
     Args:
         seed: As for `rivals` of `baseline_runs`, and so are `work`, `base` and `specialist`.
         work: Folder for models.
+        tuned: Steps and rate of models of one domain and of mixes.
         mixes: Shares of the domains by name.
 
     Returns:
         By mix, and by the one that the search finds: its shares, and nats per token by domain: `trained`; of a `merge` with
-        these factors; and `specialists`, the mean of the specialists' own losses with these weights. The `error` of the fit.
+        these factors; and `alone`, the mean of the losses of the domains' models with these weights. The `error` of the fit.
     """
     logging.disable_progress_bar()
     folder, lock = folder_of(seed, work, base, specialist)
@@ -45,25 +47,29 @@ def run(seed: int, work: Path, *, base: dict, specialist: dict, mixes: dict[str,
         tune, tests = (
             {d: examples_of(blocks[d][s][:EXAMPLES], tokenizer) for d in DOMAINS} for s in ("fuse", "held_out")
         )
-        start, models = load(folder / "base"), {d: load(folder / d) for d in DOMAINS}
-        layers = start.config.num_hidden_layers
+        start = load(folder / "base")
+
+        def trained(name: str, shares: list[float]) -> PreTrainedModel:
+            data = mixture(blocks, shares, BATCH * tuned["steps"])
+            return load(make(f"mix {name}", partial(load, folder / "base"), data, **tuned))
+
+        alone = {d: trained(f"{d} alone", [float(d == other) for other in DOMAINS]) for d in DOMAINS}
 
         def merged(shares: list[float]) -> Losses:
-            table = Coefficients.constant(dict(zip(DOMAINS, shares, strict=True)), layers)
-            model = merge(models, "task_arithmetic", base=start, coefficients=table)
+            table = Coefficients.constant(dict(zip(DOMAINS, shares, strict=True)), start.config.num_hidden_layers)
+            model = merge(alone, "task_arithmetic", base=start, coefficients=table)
             return {d: mean_loss(model, x) for d, x in tune.items()}
 
         found = simplex_search(merged, len(DOMAINS), seed=seed)
-        own = {name: {d: mean_loss(model, x) for d, x in tune.items()} for name, model in models.items()}
+        own = {name: {d: mean_loss(model, x) for d, x in tune.items()} for name, model in alone.items()}
         rows = {}
         for name, shares in {**mixes, FOUND: found.best.factors}.items():
-            data = mixture(blocks, shares, BATCH * specialist["steps"])
-            model = load(make(f"mix {name}", partial(load, folder / "base"), data, **specialist))
+            model = trained(name, shares)
             rows[name] = {
                 "shares": dict(zip(DOMAINS, shares, strict=True)),
                 "trained": {d: mean_loss(model, x) for d, x in tests.items()},
                 "merge": merged(shares),
-                "specialists": {d: sum(p * own[n][d] for n, p in zip(DOMAINS, shares, strict=True)) for d in DOMAINS},
+                "alone": {d: sum(p * own[n][d] for n, p in zip(DOMAINS, shares, strict=True)) for d in DOMAINS},
             }
         return {"mixes": rows, "error": found.error, "base": {d: mean_loss(start, x) for d, x in tests.items()}}
 
@@ -81,7 +87,7 @@ def agreement(rows: dict[str, dict], by: str, domain: str | None = None) -> floa
 
     Args:
         rows: As `run` returns them.
-        by: "merge" or "specialists".
+        by: "merge" or "alone".
         domain: Whose loss; the mean over domains if none is given.
     """
     given = [row for name, row in rows.items() if name != FOUND]
