@@ -14,11 +14,12 @@ class FittedRouter(Router):
     """Takes gradient steps on numbers that are added to the gate's scores, from the fused model's loss on the prompt.
 
     The setting is the number of steps, and their rate, "fitted:3,1" by default. Of all steps that with the least loss on the
-    prompt is taken, so that no prompt's loss rises. PackLLM-opt (Mavromatis et al., 2024, arXiv 2404.11531, §3.2) optimises
-    the weights of whole models on the prompt, too, by a greedy search over pairs; here the gate is under them. Online
-    rewiring of routers (Su et al., 2025, *Rewiring Experts on the Fly*) takes steps like these in every layer.
+    prompt is taken, so that no prompt's loss rises. PackLLM-opt (Mavromatis et al., 2024, arXiv 2404.11531) minimises the
+    prompt's perplexity over the weights of whole models, too, by a greedy algorithm; here a gate is under them. *Rewiring Experts
+    on the Fly* (Su et al., 2025) adds vectors to the router logits of some layers, from time to time while it writes; here
+    there is one gate, and the prompt.
 
-    The specialists read the prompt once; each step, and the start, takes their heads over it once more, forward and back.
+    The specialists read the prompt once. Each step, and the start, applies their heads to it once more.
     """
 
     fits = True
