@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from experiments.baseline_runs import EXAMPLES, examples_of, folder_of, load, specialists_of
+from experiments.baseline_runs import examples_of, folder_of, load, specialists_of
 from ultrafuser.evaluation.measurement import mean_loss
 from ultrafuser.merge.coefficients import Coefficients
 from ultrafuser.merge.merged_model import merge
@@ -24,6 +24,7 @@ from ultrafuser.quickstart.corpora import DOMAINS
 
 Losses = dict[str, float]
 FOUND = "found"
+EXAMPLES = 24  # of each domain to measure on
 BATCH = 8  # of `pretrain`
 
 

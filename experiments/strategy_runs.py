@@ -118,7 +118,7 @@ def signed(subject: Subject, words: list[str], *, newer: dict, tuned: dict) -> d
     return rows
 
 
-def together(subject: Subject, words: list[str], *, newer: dict) -> dict[str, Losses]:
+def together(subject: Subject, words: list[str], *, newer: dict, examples: int) -> dict[str, Losses]:
     """Ports what all specialists learned to a newer version of their base: newer + a sum_k (specialist_k - base).
 
     Nobody says of which domain a text is. Beside it are the plain gate of the specialists, and their uniform mean.
@@ -127,14 +127,22 @@ def together(subject: Subject, words: list[str], *, newer: dict) -> dict[str, Lo
         subject: Base and specialists.
         words: As for `signed`.
         newer: As for `signed`.
+        examples: Of each domain to measure on: `dynamic` takes 63 softmaxes and more for a token.
     """
     further = torch.cat([subject.blocks[d]["fuse"] for d in DOMAINS])
     old, parts = subject.folder / "base", {d: subject.folder / d for d in DOMAINS}
     start = subject.make("newer base", partial(load, old), further, **newer)
-    rows = {"newer base": subject.losses(load(start)), "plain gate of the specialists": subject.losses(subject.fused)}
-    uniform = UltraFuserForCausalLM.from_specialists(parts, gate="uniform")
-    rows["uniform mean of the specialists"] = subject.losses(uniform)
-    return rows | {_named(word): subject.losses(_ported(start, old, parts, word)) for word in words}
+    subject.tests = {
+        d: HeldOut(x.input_ids[:examples], x.attention_mask[:examples], x.scored[:examples])
+        for d, x in subject.tests.items()
+    }
+    models: dict[str, Callable] = {
+        "newer base": lambda: load(start),
+        "plain gate of the specialists": lambda: subject.fused,
+        "uniform mean of the specialists": lambda: UltraFuserForCausalLM.from_specialists(parts, gate="uniform"),
+        **{_named(word): partial(_ported, start, old, parts, word) for word in words},
+    }
+    return {name: subject.losses(model()) for name, model in models.items()}
 
 
 def _named(word: str) -> str:

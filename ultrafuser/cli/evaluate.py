@@ -120,7 +120,7 @@ def bench(
     tasks: Annotated[
         list[str],
         Argument(
-            help="Suites (paper, code, instructions, math_cot, skills_math, mmlu_math, mmlu_medicine, mmlu_others, local) "
+            help="Suites (paper, code, instructions, math_cot, skills_math, mergebench, mmlu_math, mmlu_medicine, mmlu_others, local) "
             "or tasks of lm-eval."
         ),
     ],
@@ -132,6 +132,12 @@ def bench(
     include: Annotated[Path | None, Option(help="Folder of further tasks, as lm-eval's --include_path.")] = None,
     mt_bench: Annotated[
         Path | None, Option(help="results.json of `judge --questions mt_bench`: prints the mean of it and MMLU.")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        Option(
+            help="NAME=FOLDER that bench wrote of another model: prints shares of its scores, and answers that flipped."
+        ),
     ] = None,
     batch_size: Annotated[int, Option(help="Questions at a time.")] = 8,
     dtype: Annotated[str, Option(help="dtype of the weights.")] = "auto",
@@ -145,9 +151,10 @@ def bench(
     Example: ultrafuser bench fused local --run-code --out bench/fused
     """
     from ..atomic import sole_writer
-    from ..evaluation import local_tasks, suites
+    from ..evaluation import bench_changes, local_tasks, suites
 
     grade = None if mt_bench is None else suites.read_mt_bench(mt_bench, tasks)
+    others = bench_changes.read_others(named(against, "--against"), suites.files_of(tasks))
     if "local" in tasks and include is None:
         include = out / "tasks"
         with sole_writer(include, "bench", ["*"]):
@@ -168,6 +175,8 @@ def bench(
                 echo(f"{task:40} {metric:30} {score['value']:.4f}{stderr}")
     for group, mean in suites.mmlu_means(results).items():
         echo(f"{'MMLU, ' + group:40} {'mean over subjects':30} {mean:.4f}")
+    if others:
+        Console().print(bench_changes.table(results, others))
     if grade is not None:
         both = suites.skills_mean(results, grade)
         echo(f"{'MMLU and MT-Bench':40} {'(100 MMLU + 10 MT-Bench) / 2':30} {both:.2f}")

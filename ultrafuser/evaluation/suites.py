@@ -19,6 +19,9 @@ thought, and so does the suite. Its scores are still not the paper's, because
   that a model that explains itself scores near zero;
 - SAT-Math, AQuA-RAT: the most probable option counts here; nothing is written.
 
+"mergebench" is what MergeBench (He et al., 2025, https://arxiv.org/abs/2505.10833) measures, but for safety, which its authors
+measure with another harness. Programs are written once, greedily; they sample ten at a temperature of 0.2.
+
 `ifeval` and "math_cot" need more packages: `pip install "lm_eval[ifeval]"`, `pip install "lm_eval[math]"`.
 """
 
@@ -28,6 +31,7 @@ import json
 import os
 import re
 import shlex
+import time
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -51,7 +55,7 @@ from ..pretrained import load_config, load_tokenizer, refusing_code
 from ..provenance import digest, provenance
 from ..result_files import read_results
 from ..yaml_files import read_yaml
-from . import local_tasks, sandbox
+from . import bench_changes, local_tasks, sandbox
 from .comparison import slug
 from .foreign_tasks import LM_EVAL_JINJA, Elsewhere, are_strange, names_task, sandboxed
 
@@ -88,6 +92,13 @@ SUITES = {
     "math_cot": Suite(("gsm8k_cot", *(f"minerva_math_{subject}" for subject in MATH))),
     **{f"mmlu_{g}": Suite(tuple(f"mmlu_{s}" for s in subjects), shots=0) for g, subjects in MMLU_GROUPS.items()},
 }
+# the tasks of He et al. that lm-eval has; safety is another harness's
+SUITES["mergebench"] = Suite(
+    (
+        *("gsm8k_cot", "ifeval", "humaneval_plus", "mbpp_plus"),
+        *(f"{task}_{language}" for language in ("fr", "es", "de", "ru") for task in ("m_mmlu", "arc", "hellaswag")),
+    )
+)
 # table 5 of Wu et al.: five examples for the first two, none for MMLU
 SUITES["skills_math"] = Suite(
     ("gsm8k", "hendrycks_math", *SUITES["mmlu_math"].tasks), shots=0, few={"gsm8k": 5, "hendrycks_math": 5}
@@ -154,7 +165,7 @@ def run_suite(
     shared |= {"dtype": None if server else dtype, "batch_size": batch_size}
     seeds = {f"{kind}random_seed": seed for kind in ("", "numpy_", "torch_", "fewshot_")}
     settings = {task: shared | {"shots": number} for task, number in shots.items()}
-    files = {task: out / name for task, name in _file_names(shots).items()}
+    files = {task: out / name for task, name in file_names(shots).items()}
     found = {task: read for task in shots if (read := _finished(files[task], settings[task]))}
     backend, arguments = _server(folder, server) if server else _weights(folder, dtype, trust_remote_code)
     if not server and not all(_generates(task, manager) for task in shots):
@@ -172,6 +183,7 @@ def run_suite(
             if task in found:
                 continue
             model = model or get_model(backend)(**run_with, batch_size=batch_size)
+            start = time.monotonic()
             with names_task(task, strange):
                 evaluated = simple_evaluate(
                     model,
@@ -186,11 +198,17 @@ def run_suite(
                 )
             command = _command(task, backend, arguments, settings[task], include, run_code)
             found[task] = _result(task, evaluated) | {"settings": settings[task], "command": command}
+            found[task] |= {"seconds": time.monotonic() - start, "answers": bench_changes.answers(task, evaluated)}
             if _runs_code(task, manager):
                 ours = task in local_tasks.NAMES
                 found[task]["sandbox"] = sandbox.confinement() if ours else "none: lm-eval runs the code itself"
             write_whole(files[task], json.dumps(found[task], indent=2) + "\n")
     return {task: found[task] for task in shots}
+
+
+def files_of(names: Iterable[str]) -> dict[str, str]:
+    """Returns the name of the result file of every task of some suites or tasks."""
+    return file_names(dict.fromkeys(task for name in names for task in SUITES.get(name, Suite((name,))).tasks))
 
 
 def mmlu_means(results: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -287,8 +305,8 @@ def _check_measurable(config: Any) -> None:
         check_loss(config)
 
 
-def _file_names(tasks: Iterable[str]) -> dict[str, str]:
-    """A file name for each task: its name, or where that would lead elsewhere or is taken, one with a fingerprint."""
+def file_names(tasks: Iterable[str]) -> dict[str, str]:
+    """Returns a file name for each task: its name, or where that would lead elsewhere or is taken, one with a fingerprint."""
     names = {}
     for task in tasks:
         taken = {name.lower() for name in names.values()}

@@ -24,7 +24,18 @@ SUMS = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a, b in ((1, 2), (3,
 
 
 # where in lm-eval the suites' tasks are; its whole index takes many seconds to build
-FOLDERS = ("agieval", "gsm8k", "hendrycks_math", "minerva_math", "humaneval", "ifeval", "mbpp", "mmlu", "truthfulqa")
+FOLDERS = (
+    "agieval",
+    "gsm8k",
+    "hendrycks_math",
+    "minerva_math",
+    "humaneval",
+    "ifeval",
+    "mbpp",
+    "mmlu",
+    "okapi",
+    "truthfulqa",
+)
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +241,28 @@ def test_the_command_line_prints_a_line_for_each_score(folder, include, tmp_path
     assert "chosen" in done.stdout
 
 
+@pytest.mark.e2e
+def test_a_second_model_is_shown_beside_the_first_and_a_missing_one_is_told_before(folder, include, tmp_path):
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    command = ["bench", str(folder), "chosen", "--include", str(include), "--out"]
+    told = CliRunner().invoke(app, [*command, second, "--against", f"first={first}"])
+    assert told.exit_code == 2
+    assert "has no result of ['chosen']" in " ".join(told.output.split())
+    assert not (tmp_path / "second").exists()
+    assert CliRunner().invoke(app, [*command, first]).exit_code == 0
+    kept = json.loads((tmp_path / "first" / "chosen.json").read_text())
+    right = kept["scores"]["chosen"]["acc,none"]["value"]
+    assert sum(kept["answers"]) == right * len(SUMS)
+    assert kept["seconds"] > 0
+    (tmp_path / "first" / "chosen.json").write_text(json.dumps(kept | {"answers": [1 - a for a in kept["answers"]]}))
+    done = CliRunner().invoke(app, [*command, second, "--against", f"first={first}"], env={"COLUMNS": "160"})
+    assert done.exit_code == 0, done.output
+    (row,) = [line for line in done.stdout.splitlines() if "chosen" in line and "%" in line]
+    # what was right there is wrong here, and the reverse
+    assert f"{1 - right:.1%}" in row
+    assert f"{right:.1%}" in row
+
+
 HOSTILE = {
     "an error": ({"doc_to_text": "{{ question / 2 }}"}, "unsupported operand"),
     "no template": ({"doc_to_text": "{% for %}"}, "RenderingError"),
@@ -339,7 +372,7 @@ def test_names_of_tasks_lead_to_files_of_their_own_in_the_folder():
         "",
         "*",
     ]
-    files = suites._file_names(names)
+    files = suites.file_names(names)
     assert list(files) == names
     assert (files["mmlu_math"], files["a"], files["a_b"]) == ("mmlu_math.json", "a.json", "a_b.json")
     # on disks that do not tell cases apart, too
