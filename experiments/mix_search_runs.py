@@ -7,7 +7,6 @@ trained on mixes on held-out text.
 
 from functools import partial
 from pathlib import Path
-from statistics import mean
 
 import torch
 from torch import Tensor
@@ -81,23 +80,6 @@ def mixture(blocks: dict[str, dict[str, Tensor]], shares: list[float], number: i
     return torch.cat(
         [pool[torch.arange(round(p * number)) % len(pool)] for pool, p in zip(pools, shares, strict=True)]
     )
-
-
-def agreement(rows: dict[str, dict], by: str, domain: str | None = None) -> float:
-    """Returns Spearman's rank correlation of predicted and trained losses over mixes, the found one left out.
-
-    Args:
-        rows: As `run` returns them.
-        by: "merge" or "alone".
-        domain: Whose loss; the mean over domains if none is given.
-    """
-    given = [row for name, row in rows.items() if name != FOUND]
-
-    def ranks(kind: str) -> Tensor:
-        losses = [mean(row[kind].values()) if domain is None else row[kind][domain] for row in given]
-        return torch.tensor(losses).argsort().argsort().double()
-
-    return torch.corrcoef(torch.stack([ranks(by), ranks("trained")]))[0, 1].item()
 
 
 def check(*, mixes: dict[str, list[float]], **_) -> None:

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
+from statistics import correlation, mean
 
 from experiments.averages import DOMAINS, files, numbers, spread
 from ultrafuser.reports.marked_tables import markdown
 
 
 MIXED = "mixed"
+FOUND = "found"
+# heads of columns
+TOLD = {"trained": "trained on it", "merge": "merge of the domains' models", "alone": "mean of their losses"}
 
 
 def strategies(path: Path) -> str:
@@ -40,4 +43,41 @@ def gates(path: Path) -> str:
     return markdown(["", *DOMAINS, MIXED, "mean"], rows)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"strategies": strategies, "gates": gates}
+def mixes(path: Path) -> str:
+    """Nats per token of models trained on mixes, and what was told before: by merges, and by the mean of losses."""
+    found = [file["mixes"] for file in files(path)]
+    rows = []
+    for name in found[0]:
+        own = [one[name] for one in found]
+        means = {kind: [mean(one[kind].values()) for one in own] for kind in TOLD}
+        shares = [f"{mean(one['shares'][d] for one in own):.2f}" for d in DOMAINS]
+        rows.append((mean(means["trained"]), [name, *shares, *map(spread, means.values())]))
+    return markdown(["", *DOMAINS, *TOLD.values()], [row for _, row in sorted(rows, key=lambda row: row[0])])
+
+
+def ranks(path: Path) -> str:
+    """Rank correlation over mixes of what was told with what training gives, on the mean of domains and on each."""
+    found = [file["mixes"] for file in files(path)]
+    rows = []
+    for kind in ("merge", "alone"):
+        by_seed = {d: [agreement(one, kind, d) for one in found] for d in (None, *DOMAINS)}
+        rows.append([TOLD[kind], *(f"{mean(own):.2f} ({min(own):.1f} to {max(own):.1f})" for own in by_seed.values())])
+    return markdown(["told by", "mean of domains", *DOMAINS], rows)
+
+
+def agreement(mixes: dict[str, dict], kind: str, domain: str | None = None) -> float:
+    """Returns Spearman's rank correlation of what was told with what training gave, the mix that was found left out.
+
+    Args:
+        mixes: Of one seed.
+        kind: Who told, a key of `TOLD`.
+        domain: Whose loss; the mean over domains if none is given.
+    """
+    given = [mix for name, mix in mixes.items() if name != FOUND]
+    losses = [
+        [mean(mix[k].values()) if domain is None else mix[k][domain] for mix in given] for k in (kind, "trained")
+    ]
+    return correlation(*([sorted(own).index(loss) for loss in own] for own in losses))
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"strategies": strategies, "gates": gates, "mixes": mixes, "ranks": ranks}
