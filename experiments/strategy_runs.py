@@ -1,4 +1,4 @@
-"""Measures strategies beside the plain gate: sparsifiers, signed weights, terms of the loss.
+"""Measures strategies beside the plain gate: sparsifiers, signed weights, terms of the loss, gates of other papers.
 
 Specialists, data and gate are those of `baseline_runs`. A variant is one kind of strategy in its intended setting, with the
 baselines that it has to beat; its `words` are what a user would write on the command line.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from experiments import published_gates
 from experiments.baseline_runs import (
     EXAMPLES,
     Fusions,
@@ -173,6 +174,7 @@ KINDS = {
     "signed weights": signed,
     "several changes": together,
     "terms": termed,
+    **published_gates.KINDS,
 }
 
 
