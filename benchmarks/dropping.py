@@ -35,7 +35,7 @@ from modeling_ultrafuser.sparsifiers_ultrafuser import sparsifier
 from ultrafuser.atomic import write_json
 from ultrafuser.decoding import EVERY, KEEP
 from ultrafuser.decoding.dropping import Asked, drop_specialists
-from ultrafuser.decoding.reading import TextReader
+from ultrafuser.decoding.reading import TextReader, end_tokens
 from ultrafuser.evaluation.measurement import HeldOut
 from ultrafuser.provenance import provenance
 from ultrafuser.quickstart.real_data import HELD_OUT_ROWS, Materials, held_out_by_domain
@@ -156,7 +156,8 @@ def forced(
     model: UltraFuserForCausalLM, answer: Answer, logits: list[Tensor], every: int, keep: str
 ) -> tuple[Tensor, int]:
     """Runs the decoder's decisions over an answer. Returns its tokens' losses, and how many passes were asked for."""
-    asked = _Forced(_Known(model, answer.states), sparsifier(keep), every)
+    reader, ends = _Known(model, answer.states), end_tokens(model.generation_config)
+    asked = _Forced(reader, sparsifier(keep), every, ends, known=logits, prompt=answer.prompt)
     live = torch.ones(1, dtype=torch.bool)
     steps = [asked.logits(answer.ids[:, :length], live) for length in range(answer.prompt, answer.ids.shape[1])]
     output = (None if own[0] is None else torch.cat(own, 1) for own in zip(*steps, strict=True))
@@ -181,7 +182,25 @@ class _Known(TextReader):
 
 
 class _Forced(Asked):
-    """Returns what the gate returned instead of logits: those of many tokens at once are cheaper."""
+    """Returns what the gate returned instead of logits: those of many tokens at once are cheaper.
+
+    Args:
+        *asked: As for `Asked`.
+        known: Each specialist's logits of the answer's tokens. Shapes (1, tokens, vocab).
+        prompt: Number of tokens of the prompt.
+    """
+
+    def __init__(self, *asked, known: list[Tensor], prompt: int):
+        super().__init__(*asked)
+        self.known, self.prompt, self.place = known, prompt, 0
+
+    def logits(self, input_ids: Tensor, live: Tensor) -> GateOutput:
+        self.place = input_ids.shape[1] - self.prompt
+        return super().logits(input_ids, live)
+
+    def would_end(self, output: GateOutput) -> Tensor:
+        fused = self.backbone.fusion_rule.fused([own[:, [self.place]] for own in self.known], *output)
+        return super().would_end(fused)
 
     def predicted_by_all(self, fused: Tensor, output: GateOutput) -> GateOutput:
         return output

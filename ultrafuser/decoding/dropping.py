@@ -8,11 +8,16 @@ by reading the weights: with S of N kept, a token costs S + (N - S) / n passes o
 then exactly those of the plain way; what was said meanwhile is not. (Expert skipping, Lu et al., 2024, arXiv 2402.14800,
 leaves out experts of one layer; here it is whole models.)
 
+Before a text ends, everybody is asked: where those that are kept would end it, all read the text at once, and decide. One
+that knows only its own domain ends with it, and is sure of it, where another would go on.
+
 In between, the gate shares out all of the weight among those that are kept. Gates that score each specialist by itself
 ("mlp", "constant", "uniform") make this exactly the fused model without the others. For gates that compare specialists,
 the hidden states of those that are out are held at their mean over the last n tokens of all, and evidence of the past at
 its last value. So an "anchor" gate whose anchor is out keeps its weights until the next decision.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +34,7 @@ from modeling_ultrafuser.sparsifier_base_ultrafuser import Sparsifier
 from modeling_ultrafuser.sparsifiers_ultrafuser import sparsifier
 
 from . import EVERY, KEEP
-from .reading import TextReader, check_one_by_one, check_settings, choose, padding_token, processed
+from .reading import TextReader, check_one_by_one, check_settings, choose, end_tokens, padding_token, processed
 
 
 @torch.no_grad()
@@ -70,7 +75,7 @@ def drop_specialists(
     """
     check_droppable(model, keep, every)
     check_settings("Dropping", generation_config, model_kwargs)
-    asked = Asked(TextReader(model, model_kwargs), sparsifier(keep), every)
+    asked = Asked(TextReader(model, model_kwargs), sparsifier(keep), every, end_tokens(generation_config))
     padding = padding_token(generation_config)
     live = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     while live.any():
@@ -96,6 +101,7 @@ class Asked:
         reader: All specialists.
         chooser: From mean weights to those that are kept.
         every: Number of tokens from one decision to the next.
+        ends: Tokens that end a text.
 
     Attributes:
         kept: Which specialists predict by themselves until the next decision. Shape (specialists,).
@@ -106,8 +112,8 @@ class Asked:
         evidence: What it reads of the past, as of the last token that all have read.
     """
 
-    def __init__(self, reader: TextReader, chooser: Sparsifier, every: int):
-        self.reader, self.chooser, self.every = reader, chooser, every
+    def __init__(self, reader: TextReader, chooser: Sparsifier, every: int, ends: Sequence[int] = ()):
+        self.reader, self.chooser, self.every, self.ends = reader, chooser, every, ends
         self.backbone, self.head = reader.model.model, reader.model.lm_head.weight
         self.kept = torch.ones(reader.count, dtype=torch.bool, device=self.head.device)
         self.since_decision, self.read_by_all = every, reader.tokens_read()[0]
@@ -128,6 +134,8 @@ class Asked:
             self.read_by_all, self.states = 0, [None] * self.reader.count
         by_all, first = due or anew or self.kept.all(), self.weights is None
         logits = self._by_all(input_ids) if by_all else self._by_kept(input_ids)
+        if not by_all and self.would_end(logits)[live].any():
+            due, logits = True, self._by_all(input_ids)
         if due:
             self._decide(live)
         # how an answer begins tells more of it than the prompt does: decide again at the next token
@@ -137,8 +145,9 @@ class Asked:
     def _by_all(self, input_ids: Tensor) -> Tensor:
         """Lets those that lag behind catch up, and predicts as the plain way does."""
         reader, new = self.reader, input_ids.shape[1] - self.read_by_all
-        for k in range(reader.count):
-            self._read(k, input_ids)
+        for k, read in enumerate(reader.tokens_read()):
+            if read < input_ids.shape[1]:
+                self._read(k, input_ids)
         # windows need not go back further
         reader.cache.crop(0)
         states = [s[:, -new:] for s in self.states]
@@ -172,6 +181,10 @@ class Asked:
         weights, scales = (None if t is None else t.to(self.head.device) for t in output)
         logits = [F.linear(own.to(self.head.dtype), self.head[:, self.reader.columns[k]]) for k, own in states.items()]
         return self.backbone.fusion_rule.fused(logits, weights, scales, list(states)).to(logits[0].dtype)
+
+    def would_end(self, logits: Tensor) -> Tensor:
+        """Tells which texts the prediction would end. Shape (batch,), of logits (batch, 1, vocab)."""
+        return torch.isin(logits[:, -1].argmax(-1), torch.tensor(self.ends, device=logits.device, dtype=torch.long))
 
     def _prior(self, texts: int) -> Tensor:
         """Shares out all weight among those that are kept, by the prior on the gate if there is one."""

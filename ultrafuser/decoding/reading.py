@@ -112,12 +112,15 @@ def choose(scores: Tensor, sample: bool) -> Tensor:
     return torch.multinomial(scores.softmax(-1), 1) if sample else scores.argmax(-1, keepdim=True)
 
 
+def end_tokens(config: GenerationConfig) -> list[int]:
+    """Lists the tokens that end a text."""
+    ends = config.eos_token_id
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
 def padding_token(config: GenerationConfig) -> int:
     """Returns the padding token after the end of a text that others outlast, as in `generate`."""
-    ends = config.eos_token_id
-    if config.pad_token_id is not None or ends is None:
-        return config.pad_token_id or 0
-    return ends[0] if isinstance(ends, list) else ends
+    return next(iter([config.pad_token_id] if config.pad_token_id is not None else end_tokens(config)), 0)
 
 
 def check_one_by_one(name: str, model: UltraFuserForCausalLM, recurrent: str) -> None:
