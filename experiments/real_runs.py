@@ -16,7 +16,7 @@ from experiments.real.measuring import LOSSES, counted
 from experiments.real.parts import PARTS
 from experiments.real.routing import CHOOSERS, Oracle, Routed
 from experiments.real.workshop import Workshop
-from modeling_ultrafuser.fusions_ultrafuser import FUSIONS
+from modeling_ultrafuser.fusions_ultrafuser import FUSIONS, fusion_class
 from modeling_ultrafuser.gates_ultrafuser import gate_settings
 from ultrafuser.evaluation import sandbox
 from ultrafuser.merge import MERGES
@@ -69,6 +69,32 @@ def study(
     }
 
 
+def rules(seed: int, work: Path, *, model: dict, rule: str, questions: dict[str, int | None], materials: dict) -> dict:
+    """Asks a fused model, whose logits a rule for decoding joins.
+
+    Args:
+        seed: Of the gate.
+        work: As for `study`, and so are `questions` and `materials`.
+        model: As `contender` of `study`.
+        rule: The rule, as a configuration names it.
+
+    Returns:
+        By part which questions are right.
+    """
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    shop = Workshop(work, seed, **materials)
+    asked = shop.asked(shop.place(model | {"rule": rule}, True), lambda: _with_rule(shop, model, rule))
+    return {"parts": {part: _measured(shop, asked, part, count) for part, count in questions.items()}}
+
+
+def _with_rule(shop: Workshop, contender: dict, rule: str):
+    fused = study_contenders.model_of(shop, shop.place(contender, True), contender)
+    fused.config.fusion = rule
+    fused.model.fusion_rule = fusion_class(rule)(fused.config)
+    return fused
+
+
 def _asked(shop: Workshop, contender: dict):
     if contender["make"] in FROM_SPECIALISTS:
         how = {name: value for name, value in contender.items() if name != "make"}
@@ -113,5 +139,11 @@ def check(*, contender: dict, questions: dict, materials: dict) -> None:
             raise ValueError(f"`{name}` is one of {list(choices)}, but is {contender[name]!r}.")
 
 
-RUNS = {"real": study}
-CHECKS = {"real": check}
+def check_rules(*, model: dict, rule: str, **asked) -> None:
+    """Checks that there is such a model, and such a rule."""
+    check(contender=model, **asked)
+    fusion_class(rule)
+
+
+RUNS = {"real": study, "rules": rules}
+CHECKS = {"real": check, "rules": check_rules}
