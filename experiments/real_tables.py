@@ -136,21 +136,34 @@ def nats(path: Path) -> str:
 
 
 def students(path: Path) -> str:
-    """Tables what students and adapters learned in one epoch: how much of the gap from the base to the fused model they close.
+    """Tables what students and adapters learned: how much of the gap from the base to the fused model they close.
 
-    Nats are the mean over the domains that they learn on; "solves" is the mean of the parts that all were asked.
+    Nats are the mean over the domains that they learn on; "solves" is the mean of the parts that all were asked. With the
+    least and the most of the seeds, where there are several.
     """
     found = results(path)
-    means = _means(_shares(found))
-    nats_of = {name: mean(loss(own, d).value for d in LEARNED) for name, own in found.items()}
-    names = [name for name in found if name.startswith("student") or name.endswith("gates' data")]
+    common = _common(_shares(found))
+    among = {part: shared_questions(found, part) for part in common}
+
+    def nats_of(seeds: list[dict]) -> float:
+        return mean(loss(seeds, domain).value for domain in LEARNED)
+
+    def solves(seeds: list[dict]) -> float:
+        return mean(share(seeds, part, among[part]).value for part in common)
+
+    def closed(seeds: list[dict], of: Callable[[list[dict]], float]) -> str:
+        start, whole = of(found[BASE]), of(found[BASE]) - of(found[FUSED])
+        average, *each = (round(100 * (start - of(some)) / whole) for some in (seeds, *([one] for one in seeds)))
+        return f"{average} %" + (f" ({min(each)} to {max(each)})" if len(each) > 1 else "")
+
+    names = [name for name in found if name.startswith("student") or name.startswith(f"{BASE}, tuned")]
     rows = []
-    for name in sorted([FUSED, *names, BASE], key=nats_of.get):
-        closed = [(of[BASE] - of[name]) / (of[BASE] - of[FUSED]) for of in (nats_of, means)]
-        functions = loss(found[name], "functions").value
+    for name in sorted([FUSED, *names, BASE], key=lambda name: nats_of(found[name])):
+        own = found[name]
+        functions = loss(own, "functions").value
         rows.append(
-            [name, f"{nats_of[name]:.3f}", f"{round(100 * closed[0])} %", f"{functions:.3f}"]
-            + [f"{100 * means[name]:.1f} %", f"{round(100 * closed[1])} %"]
+            [name, f"{nats_of(own):.3f}", closed(own, nats_of), f"{functions:.3f}"]
+            + [f"{100 * solves(own):.1f} %", closed(own, solves)]
         )
     return markdown(["", "nats per token", "gap closed", "functions", "solves", "gap closed"], rows)
 
