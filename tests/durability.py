@@ -96,7 +96,6 @@ def commands(root: Path, recipe: Path, judge: str) -> dict:
         "prune": ["prune", fused, "--keep", 2, *data],
         "pick": ["pick", *pairs, "--keep", 2, *data],
         "merge": ["merge", *pairs, "--base", root / "text", "--method", "ties"],
-        "merge, searched": ["merge", *pairs, "--base", root / "text", "--method", "ties", "--search", "map", *data],
         "compress": ["compress", *pairs[1:], "--base", root / "text", "--rank", 2],
         "export": ["export", *pairs, "--to", "mixtral", *data],
         "route": ["route", fused, "--kind", "words", *data],
@@ -327,10 +326,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10, help="of each command")
     parser.add_argument("--signals", type=int, default=5, help="of each command and kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", help="names of commands; nothing is written then")
+    parser.add_argument("--only", nargs="*", help="names of commands; the others keep their counts")
+    parser.add_argument("--dry", action="store_true", help="print the counts and write nothing")
     options = parser.parse_args()
     found = run(options.kills, options.signals, options.seed, options.only)
-    if not options.only:
+    if not options.dry:
+        earlier = json.loads(RESULTS.read_text())["commands"] if options.only else {}
+        found["commands"] = earlier | found["commands"]
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -68,13 +68,14 @@ def distilled(
     steps: int,
     rate: float,
     by_label: bool = False,
+    start: str | None = None,
     rows_of_each: int | None = None,
 ):
-    """Teaches one new adapter of the base by a fused model, or by the specialist of each domain, on given answers.
+    """Teaches a new adapter of the base, or a specialist's, by a fused model or by the specialist of each domain.
 
-    They are answers to the prompts that gates learn from, or to `rows_of_each` of each domain.
+    On answers to the prompts that gates learn from, or to `rows_of_each` of each domain.
     """
-    student = adapted(str(shop.base), RANK).to(shop.device)
+    student = adapted(str(shop.base), RANK, start and str(shop.adapters[start])).to(shop.device)
     learning = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     stage = {"max_steps": steps, "learning_rate": rate, "by_label": by_label}
     data = {name: rows for name, rows in shop.as_datasets(rows_of_each).items() if name in domains}

@@ -161,6 +161,22 @@ def test_reads_are_those_of_the_formula(keep, size):
     assert sorted(counts.values()) == sorted([12] * size + [4] * (3 - size))
 
 
+@pytest.mark.parametrize("gate", ["mlp", "evidence"])
+def test_everybody_is_asked_before_a_text_ends(gate):
+    fused, ids = fuse(MIXES["one family"](), gate=gate), prompt(batch=1)
+    alone = drop(fused, ids, every=10**9)
+    # a token that the one which is kept predicts, first at this length
+    at = next(n for n in range(ids.shape[1] + 3, alone.shape[1]) if alone[0, n] not in alone[0, ids.shape[1] : n])
+    end, texts = int(alone[0, at]), []
+    counts = passes(fused, lambda: texts.append(drop(fused, ids, every=10**9, eos_token_id=end, pad_token_id=0)))
+    assert torch.equal(texts[0][:, :at], alone[:, :at])
+    by_all = int(fused(alone[:, :at]).logits[0, -1].argmax())
+    assert int(texts[0][0, at]) == by_all
+    # the prompt, the first token, and where the text would have ended
+    assert min(counts.values()) >= 3
+    assert by_all == end or texts[0].shape[1] > at + 1
+
+
 # ---------------------------------------------------------------------------------------------- caches
 
 
