@@ -2,14 +2,13 @@
 
 The specialists are a base of 135 million parameters and the quickstart's two adapters, merged into models of their own:
 adapters of one base read a token together, so that nothing is saved by leaving some out. A gate is fitted on the
-quickstart's conversations as there, for each of `--entropies`: with its entropy times so much added to the loss, it
-chooses where specialists agree and any mixture would do.
+quickstart's conversations as there.
 
 Losses are those of held-out answers, in nats per token, and how far they are above the plain way's: the specialists read
 each answer once, then the decoder's decisions are run over it token by token, given the answer's tokens instead of its own.
 Reads are the passes that the decoder asks for, for each token of an answer, the first included, whose pass reads the prompt. "both" are
 answers that need two domains in turn. Times are those of a token that the decoder generates, without the prompt, by the
-processor's clock, one text at a time, in turns with the plain way, with the first gate. Writes `results/dropping.json`.
+processor's clock, one text at a time, in turns with the plain way. Writes `results/dropping.json`.
 """
 
 import argparse
@@ -68,7 +67,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="folder of the base, as `ultrafuser quickstart --real` makes it")
     parser.add_argument("--gate", default="mlp:512")
-    parser.add_argument("--entropies", type=float, nargs="+", default=[0.0])
     parser.add_argument("--answers", type=int, default=18, help="of each domain")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/dropping"), help="folder for models")
@@ -77,19 +75,15 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    adapters, answers, result = Materials().adapters, [], {"provenance": provenance(), "gates": {}}
-    for entropy in options.entropies:
-        model, tokenizer = fused_model(options.work, options.base, adapters, options.gate, entropy)
-        gate = f"{options.gate}, entropy {entropy:g}"
-        with torch.no_grad():
-            held = {d: data[: options.answers] for d, data in held_out_by_domain(HELD_OUT_ROWS, tokenizer).items()}
-            # a gate changes nothing that the specialists say
-            answers = answers or [answer for d, data in held.items() for answer in answers_of(model, d, data)]
-            # tokens and times of the first gate alone
-            for name, found in measure(model, answers, 0 if result["gates"] else options.rounds):
-                result["gates"].setdefault(gate, {})[name] = found
-                print(gate, name, found, flush=True)
-                write_json(options.out, result)
+    model, tokenizer = fused_model(options.work, options.base, Materials().adapters, options.gate)
+    found = {}
+    with torch.no_grad():
+        held = held_out_by_domain(HELD_OUT_ROWS, tokenizer)
+        answers = [a for d, data in held.items() for a in answers_of(model, d, data[: options.answers])]
+        for name, measured in measure(model, answers, options.rounds):
+            found[name] = measured
+            print(name, measured, flush=True)
+            write_json(options.out, {"provenance": provenance(), "gates": {options.gate: found}})
 
 
 def measure(model: UltraFuserForCausalLM, answers: list[Answer], rounds: int) -> Iterator[tuple[str, dict]]:

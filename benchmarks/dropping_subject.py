@@ -18,7 +18,7 @@ from ultrafuser.quickstart.training import QUIET, train
 KEEP, STEPS, EXAMPLES = "top", 300, 4
 
 
-def fused_model(work: Path, base: str, adapters: dict[str, Path], gate: str, entropy: float):
+def fused_model(work: Path, base: str, adapters: dict[str, Path], gate: str):
     """Returns the fused model and its tokenizer from a folder, where they are made unless they are there.
 
     Args:
@@ -26,14 +26,13 @@ def fused_model(work: Path, base: str, adapters: dict[str, Path], gate: str, ent
         base: Folder of the base, which is the specialist "text".
         adapters: Folders of LoRA adapters of it, by name.
         gate: As in `ultrafuser fuse --gate`.
-        entropy: Times the gate's entropy in nats, added to the loss that it is fitted by.
     """
-    out = work / f"{gate.replace(':', '_')}-{entropy:g}"
+    out = work / gate.replace(":", "_")
     if not out.exists():
         merged = {name: _merged(work / name, base, folder) for name, folder in adapters.items()}
         recipe = FusionRecipe(FusionSettings({"text": base, **merged}, gate=gate), dtype="float32")
         set_seed(0)
-        recipe.build(out, train=lambda model, tokenizer: _fit_gate(work, model, tokenizer, entropy))
+        recipe.build(out, train=lambda model, tokenizer: _fit_gate(work, model, tokenizer))
     return open_fused(out)
 
 
@@ -48,7 +47,7 @@ def _merged(place: Path, base: str, adapter: Path) -> str:
     return str(place)
 
 
-def _fit_gate(work: Path, model: UltraFuserForCausalLM, tokenizer, entropy: float) -> None:
+def _fit_gate(work: Path, model: UltraFuserForCausalLM, tokenizer) -> None:
     """Runs the specialists once over the quickstart's conversations, and trains the gate on what they predicted."""
     data = {domain: Dataset.from_list(rows) for domain, rows in by_domain(GATE_ROWS).items()}
     arguments = GateStageConfig(
@@ -61,7 +60,6 @@ def _fit_gate(work: Path, model: UltraFuserForCausalLM, tokenizer, entropy: floa
         gradient_checkpointing=False,
         # rows of two domains are among the conversations
         mixed_share=0.0,
-        gate_entropy=entropy,
         **QUIET,
     )
     train(
