@@ -51,7 +51,12 @@ class Plan:
         if domain.skills:
             start, pairs = EMPTY | {"domain": name}, domain.skills.pairs + domain.skills.across
             self._lists("skills", start, topic, [(domain.skills.number, 1)])
-            self._lists("pairs", start | {"topic": "skills", "skills": [topic, topic]}, instruction, [(1, pairs)])
+            self._lists(
+                "pairs",
+                start | {"topic": "skills", "skills": [topic] * domain.skills.together},
+                instruction,
+                [(1, pairs)],
+            )
             number += pairs
         self._count("harder", row, None, [], round(domain.harder * number))
         said = [{"role": "user", "content": instruction}]

@@ -2,6 +2,7 @@
 
 import difflib
 from functools import partial
+from math import comb
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -103,14 +104,16 @@ class Budget(_Part):
 
 
 class Skills(_Part):
-    """Instructions that need two skills at once (Instruct-SkillMix, https://arxiv.org/abs/2408.14774)."""
+    """Instructions that need two skills at once, or more (Instruct-SkillMix, https://arxiv.org/abs/2408.14774)."""
 
     number: Annotated[int, Field(ge=2)]
     """Length of the domain's list of skills."""
+    together: Annotated[int, Field(ge=2, le=5)] = 2
+    """Number of skills that an instruction needs."""
     pairs: Count = 0
-    """Instructions for two skills of this domain."""
+    """Instructions for two skills of this domain, or as many as `together` says."""
     across: Count = 0
-    """Instructions for a skill of this domain and one of another."""
+    """Instructions whose last skill is one of another domain."""
 
 
 class Domain(_Part):
@@ -123,7 +126,7 @@ class Domain(_Part):
     sub_topics: Positive
     """Sub-topics of all topics together."""
     instructions: Positive
-    """Conversations about the sub-topics, expansion included; those for pairs of skills come on top."""
+    """Conversations about the sub-topics, expansion included; those for skills together come on top."""
     strong: Count = 0
     """Strongly related instructions that each first one is expanded by."""
     weak: Count = 0
@@ -133,7 +136,7 @@ class Domain(_Part):
     turns: Positive = 1
     """Questions in each conversation; all but the first come from a simulated user."""
     skills: Skills | None = None
-    """Instructions for pairs of skills, or none."""
+    """Instructions for skills together, or none."""
     instruction_tokens: Positive = 60
     """Typical length of an instruction, to foresee the cost."""
     answer_tokens: Positive = 400
@@ -213,12 +216,12 @@ class Recipe(_Part):
         for name, skills in with_skills.items():
             others = sum(other.number for n, other in with_skills.items() if n != name)
             for field, pairs, most in (
-                ("pairs", skills.pairs, skills.number * (skills.number - 1) // 2),
-                ("across", skills.across, skills.number * others),
+                ("pairs", skills.pairs, comb(skills.number, skills.together)),
+                ("across", skills.across, comb(skills.number, skills.together - 1) * others),
             ):
                 if pairs > most:
                     raise ValueError(
-                        f"No pair of skills is asked for twice, so domains.{name}.skills.{field} is at most {most} with "
+                        f"No skills are asked for together twice, so domains.{name}.skills.{field} is at most {most} with "
                         f"these numbers of skills, but is {pairs}. Lower it, or raise `skills.number` of a domain."
                     )
         return self

@@ -7,7 +7,8 @@ teacher it asks for with `collect`, whose replies come in the order of the rows:
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import combinations, count, product
+from itertools import count
+from math import comb
 
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value, concatenate_datasets
@@ -182,7 +183,7 @@ def expansion(maker: Maker, rows: Dataset) -> Dataset:
 
 
 def skill_pairs(maker: Maker, rows: Dataset) -> Dataset:
-    """The rows, and instructions that need two skills, of one domain or of two."""
+    """The rows, and instructions that need two skills or more, of one domain or the last of another."""
     options = {name: d.skills for name, d in maker.recipe.domains.items() if d.skills}
     if not options:
         return rows
@@ -193,15 +194,43 @@ def skill_pairs(maker: Maker, rows: Dataset) -> Dataset:
     meeting = []
     for row in starts.to_list():
         name = row["domain"]
-        own = list(combinations(skills[name], 2))
-        across = [pair for other in options if other != name for pair in product(skills[name], skills[other])]
+        own, together = skills[name], options[name].together
+        others = [skills[other] for other in options if other != name]
         rng = random.Random(f"{maker.recipe.seed} pairs {name}")
-        drawn = rng.sample(own, min(options[name].pairs, len(own)))
-        drawn += rng.sample(across, min(options[name].across, len(across)))
-        meeting += [row | {"topic": "skills", "kind": "skills", "skills": list(pair)} for pair in drawn]
+        # by number, for a list of all might be huge
+        most = comb(len(own), together)
+        drawn = [nth_combination(own, together, n) for n in rng.sample(range(most), min(options[name].pairs, most))]
+        most = comb(len(own), together - 1) * sum(map(len, others))
+        numbers = rng.sample(range(most), min(options[name].across, most))
+        drawn += [nth_across(own, together - 1, others, n) for n in numbers]
+        meeting += [row | {"topic": "skills", "kind": "skills", "skills": found} for found in drawn]
     pairs = _table(meeting)
     found = collect(maker, "pairs", pairs, [1] * len(pairs), maker.seen)
     return concatenate_datasets([rows, _children(pairs, found, instruction=str)])
+
+
+def nth_combination(items: list[str], size: int, number: int) -> list[str]:
+    """Returns the combination of a number, from 0, in the order of `itertools.combinations`, without those before it."""
+    found = []
+    for place, item in enumerate(items):
+        if len(found) == size:
+            break
+        with_it = comb(len(items) - place - 1, size - len(found) - 1)
+        if number < with_it:
+            found.append(item)
+        else:
+            number -= with_it
+    return found
+
+
+def nth_across(own: list[str], size: int, others: list[list[str]], number: int) -> list[str]:
+    """Returns so many of one list and one of another, by number: all with the first other list, then with the second."""
+    for other in others:
+        first, last = divmod(number, len(other))
+        if first < comb(len(own), size):
+            break
+        number -= comb(len(own), size) * len(other)
+    return [*nth_combination(own, size, first), other[last]]
 
 
 def harder(maker: Maker, rows: Dataset) -> Dataset:
