@@ -132,8 +132,8 @@ def route(
     limits = {"examples": examples, "max_length": max_length, "prompt_tokens": prompt_tokens}
     share = router_training.train(model, named(data, "--data"), out, kind, **limits)
     echo(
-        f"Wrote {str(out)!r}, which chooses the best specialist for {share:.0%} of these prompts. To use it: `ultrafuser chat "
-        f"{model} --router {out}`, and with --alone only that specialist answers."
+        f"Wrote {str(out)!r}, which chooses the best specialist for {share:.0%} of the prompts that it learned from. To use it: "
+        f"`ultrafuser chat {model} --router {out}`, and with --alone only that specialist answers."
     )
 
 

@@ -39,7 +39,7 @@ def test_a_router_is_trained_and_its_choice_answers_alone(fused, tmp_path):
     options = ("--prompt-tokens", 12, "--kind", "table", "--out", tmp_path / "router")
     done = run("route", tmp_path / "fused", *domains, *options)
     assert done.exit_code == 0, done.output
-    assert "chooses the best specialist for 100% of these prompts" in done.output
+    assert "chooses the best specialist for 100% of the prompts that it learned from" in done.output
     asked = ["chat", tmp_path / "fused", "--router", tmp_path / "router", "--alone", "--max-new-tokens", 12]
     for line, specialist in (("def f9(self):", code), ("what is 9 + 9?", math)):
         done = run(*asked, input=f"{line}\n")
