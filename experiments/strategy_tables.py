@@ -61,8 +61,12 @@ def ranks(path: Path) -> str:
     rows = []
     for kind in ("merge", "alone"):
         by_seed = {d: [agreement(one, kind, d) for one in found] for d in (None, *DOMAINS)}
-        rows.append([TOLD[kind], *(f"{mean(own):.2f} ({min(own):.1f} to {max(own):.1f})" for own in by_seed.values())])
+        rows.append([TOLD[kind], *map(_range, by_seed.values())])
     return markdown(["told by", "mean of domains", *DOMAINS], rows)
+
+
+def _range(values: list[float]) -> str:
+    return f"{mean(values):.2f}" + (f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else "")
 
 
 def agreement(mixes: dict[str, dict], kind: str, domain: str | None = None) -> float:
