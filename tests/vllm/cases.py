@@ -56,6 +56,8 @@ SERVED = {
         ("llama", {"layers": 1}),
     ],
     "a posterior gate": [("llama", {}), ("llama", {"layers": 3})],
+    "an anchor gate and a sparsifier": [("llama", {}), ("llama", {"layers": 3}), ("llama", {"layers": 1})],
+    "signed weights": [("llama", {}), ("llama", {"layers": 3}), ("llama", {"layers": 1})],
 }
 # how those are fused that are not fused by default
 CHOICES = {
@@ -63,6 +65,8 @@ CHOICES = {
     "an evidence gate that calibrates": {"gate": "evidence:128+calibration"},
     "an evidence gate and a window": {"gate": "evidence:128"},
     "a posterior gate": {"gate": "posterior", "gate_switch_probability": 0.02},
+    "an anchor gate and a sparsifier": {"gate": "anchor:b", "gate_sparsifier": "top_k:2"},
+    "signed weights": {"gate": "linear", "signed_weights": [1.0, 0.7, -0.7]},
 }
 # which of those read their prompts in several steps of the engine, and a second time from its cache
 IN_PARTS = ("hidden sizes 128 and 160", "an evidence gate that calibrates", "an evidence gate and a window")
