@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -60,38 +59,26 @@ def _loss(model, shop: Workshop, rows: list[dict]) -> float:
 
 
 def distilled(
-    shop: Workshop,
-    place: Path,
-    *,
-    teacher: dict,
-    domains: list[str],
-    steps: int,
-    rate: float,
-    by_label: bool = False,
-    start: str | None = None,
-    rows_of_each: int | None = None,
+    shop: Workshop, place: Path, *, teacher: dict, domains: list[str], steps: int, rate: float, by_label: bool = False
 ):
-    """Teaches a new adapter of the base, or a specialist's, by a fused model or by the specialist of each domain.
-
-    On answers to the prompts that gates learn from, or to `rows_of_each` of each domain.
-    """
-    student = adapted(str(shop.base), RANK, start and str(shop.adapters[start])).to(shop.device)
+    """Teaches one new adapter of the base by a fused model, or by the specialist of each domain, on given answers."""
+    student = adapted(str(shop.base), RANK).to(shop.device)
     learning = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     stage = {"max_steps": steps, "learning_rate": rate, "by_label": by_label}
-    data = {name: rows for name, rows in shop.as_datasets(rows_of_each).items() if name in domains}
     with shop.lock(place):
         _learned(
             place,
             lambda: learning,
-            lambda: _distil(shop, place, student, model_of(shop, place, teacher), data, stage),
+            lambda: _distil(shop, place, student, model_of(shop, place, teacher), domains, stage),
         )
     return student.merge_and_unload().eval()
 
 
-def _distil(shop: Workshop, place: Path, student, taught, data: dict[str, Dataset], stage: dict) -> None:
+def _distil(shop: Workshop, place: Path, student, taught, domains: list[str], stage: dict) -> None:
     settings = {"save_strategy": "no", "use_cpu": shop.device == "cpu", "seed": shop.seed, **PLAIN, **stage}
-    settings |= {"off_policy": True, "examples_per_domain": 2, "per_device_train_batch_size": len(data)}
+    settings |= {"off_policy": True, "examples_per_domain": 2, "per_device_train_batch_size": len(domains)}
     arguments = DistilConfig(str(place / "stage"), **settings)
+    data = {name: rows for name, rows in shop.as_datasets().items() if name in domains}
     trainer = DistilTrainer(student, taught, arguments, data, processing_class=shop.tokenizer)
     trainer.add_callback(ProgressOfTraining("distilling"))
     trainer.train()

@@ -154,27 +154,24 @@ class Workshop:
         rows = read(self.data / f"{LOSSES[domain]}.jsonl")
         return rows[:: max(1, len(rows) // self.loss_rows)][: self.loss_rows]
 
-    def gate_data(self, count: int | None = None) -> dict[str, list[dict]]:
-        """Reads conversations of each domain to train gates on, or more of them, which no specialist was tuned on."""
-        count = count or self.gate_rows
-        own = {domain: read(self.data / f"{domain}-gate.jsonl")[:count] for domain in self.adapters}
-        both = read(self.data / "mixed.jsonl")[:count]
-        return {"text": self.prose("prose", count), **own, "both": both}
+    def gate_data(self) -> dict[str, list[dict]]:
+        """Reads conversations of each domain to train gates on, which no specialist was tuned on."""
+        own = {domain: read(self.data / f"{domain}-gate.jsonl")[: self.gate_rows] for domain in self.adapters}
+        both = read(self.data / "mixed.jsonl")[: self.gate_rows]
+        return {"text": self.prose("prose", self.gate_rows), **own, "both": both}
 
-    def as_datasets(self, count: int | None = None) -> dict[str, Dataset]:
+    def as_datasets(self) -> dict[str, Dataset]:
         """Makes TRL's rows of the gates' data: the loss is on answers alone."""
         return {
             domain: Dataset.from_list([{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in rows])
-            for domain, rows in self.gate_data(count).items()
+            for domain, rows in self.gate_data().items()
         }
 
     def tuned(self, place: Path, how: dict) -> Path:
         """Tunes an adapter on data files, or on what gates are trained on. Goes on where it was killed."""
         files = [str(self.data / f"{name}.jsonl") for name in how["files"] if name != "gate"]
         if "gate" in how["files"]:
-            chosen = {
-                d: rows for d, rows in self.gate_data(how.get("rows_of_each")).items() if d in how.get("domains", (d,))
-            }
+            chosen = {d: rows for d, rows in self.gate_data().items() if d in how.get("domains", (d,))}
             rows = [row for rows in chosen.values() for row in rows]
             write_whole(place / "gate.jsonl", "".join(json.dumps({"messages": r["messages"]}) + "\n" for r in rows))
             files.append(str(place / "gate.jsonl"))
