@@ -30,19 +30,7 @@ SIZES = [4, 128, 1024]  # of disks, in kilobytes
 SIGNALS = {"SIGTERM": (-signal.SIGTERM, 143), "SIGINT": (-signal.SIGINT, 130)}  # and how a command may end then
 AT_A_TIME = 8  # requests of one command, which may be under way when it is stopped
 # put in place in one step: there is nothing before
-AT_ONCE = (
-    "fuse",
-    "refer",
-    "add",
-    "remove",
-    "specialist",
-    "gates",
-    "prune",
-    "merge",
-    "export",
-    "route",
-    "data take-in",
-)
+AT_ONCE = ("fuse", "refer", "add", "remove", "specialist", "gates", "data take-in")
 # in which the same work differs from run to run: times, speeds, and who wrote last
 VARYING = re.compile(r"(\.ultrafuser(\.lock)?|journal\.jsonl|results\.json|scores/.*|.*\.lock|.*-cache/.*)$")
 
@@ -92,13 +80,6 @@ def commands(root: Path, recipe: Path, judge: str) -> dict:
         "train": ["train", "--resume", "--stage", "gate", *stage],
         "train, cached": ["train", "--resume", "--stage", "gate", "--cached", *stage],
         "distil": ["distil", "--resume", "--student", "text", "--max_completion_length", 4, *stage],
-        "distil, off-policy": ["distil", "--resume", "--student", "text", "--off_policy", True, *stage],
-        "prune": ["prune", fused, "--keep", 2, *data],
-        "pick": ["pick", *pairs, "--keep", 2, *data],
-        "merge": ["merge", *pairs, "--base", root / "text", "--method", "ties"],
-        "compress": ["compress", *pairs[1:], "--base", root / "text", "--rank", 2],
-        "export": ["export", *pairs, "--to", "mixtral", *data],
-        "route": ["route", fused, "--kind", "words", *data],
         "evaluate": ["evaluate", fused, *data, "--prompt-tokens", 2, "--max-length", 48],
         "judge": ["judge", fused, *judged, "--method", "grading", "--max-new-tokens", 4, "--batch-size", 2],
         "data make": ["data", "make", recipe],
@@ -284,16 +265,7 @@ def run(kills: int, signals: int, seed: int, only: list[str] | None = None) -> d
     """
     modules = (
         *("build.fusion_recipe", "build.specialist_edits", "build.reference", "train.gate_search"),
-        *(
-            "train.stage_recipe",
-            "train.distil_recipe",
-            "route",
-            "compress",
-            "merge",
-            "export",
-            "evaluation.evaluation_run",
-            "evaluation.judgements",
-        ),
+        *("train.stage_recipe", "train.distil_recipe", "evaluation.evaluation_run", "evaluation.judgements"),
     )
     modules += ("data.synthesis_run", "data.cleaning", "data.dataset_report", "data.sources")
     modules = *(f"ultrafuser.{name}" for name in modules), "transformers.trainer"
