@@ -156,7 +156,7 @@ def test_an_unknown_choice_is_refused_before_a_folder_is_opened(choice, words):
 
 @pytest.mark.parametrize("gate", ["softmax", None, 3], ids=str)
 def test_an_unknown_gate_is_refused_before_a_folder_is_opened(gate):
-    known = "'mlp', 'cross', 'evidence', 'linear', 'constant'"
+    known = "'mlp', 'cross', 'evidence', 'linear', 'anchor', 'constant'"
     with pytest.raises(
         ValueError, match=saying("A gate is one of", known, f"But got {gate!r}", "Choose one of those")
     ):

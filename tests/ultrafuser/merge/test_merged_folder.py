@@ -220,7 +220,7 @@ def test_files_are_written_one_after_another(tmp_path, monkeypatch):
         (["--method", "regmean", "--coefficients", "0.5"], "decides itself"),
         (["--coefficients", "text=1"], "Name them all"),
         (["--coefficients", "missing.json"], "There is no file 'missing.json'"),
-        (["--search", "best"], "Choose one of ['map']"),
+        (["--search", "best"], "Choose one of ['map', 'simplex']"),
         (["--search", "map", "--lines", "1,1"], "leave --coefficients and --lines out"),
         (["--show", "--base", "BASE", "--method", "ties"], "leave out all options but --base"),
         (["--search", "map"], "no rows and no base"),
