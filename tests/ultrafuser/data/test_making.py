@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.support.conversations import CHAT_TEMPLATE, changed, weights
+from tests.support.foreseen_teacher import AsForeseen
 from tests.support.teacher_server import TINY, TeacherServer, try_again_at_once, write_recipe
 from tests.support.tiny import tokenizer
 from trainers import GateStageConfig, GateTrainer, template_sandbox
@@ -21,7 +22,6 @@ from ultrafuser.data.cost_plan import Plan
 from ultrafuser.data.recipe import PROMPTS, load_recipe
 from ultrafuser.data.synthesis import Maker, all_instructions, conversations
 from ultrafuser.data.synthesis_run import make_set
-from ultrafuser.data.teacher import Reply
 from ultrafuser.data.teacher_output import read_items
 
 
@@ -96,26 +96,6 @@ def test_the_plan_foresees_every_call(made):
     assert {place: counts["calls"] for place, counts in plan.counts.items()} == sent
     assert plan.records == sum(sum(kinds.values()) for kinds in report["records"].values())
     assert set(server.counts().values()) == {1}
-
-
-class AsForeseen:
-    """A teacher whose replies have the length that the recipe says, and can all be used. Counts."""
-
-    stopped = None
-
-    def __init__(self):
-        self.counts, self.numbers = defaultdict(Counter), itertools.count()
-
-    def ask(self, requests):
-        for request in requests:
-            amounts = {"tokens_in": request.prompt_tokens(), "tokens_out": request.reply_tokens}
-            self.counts[request.step, request.domain].update(calls=1, **amounts)
-        return [Reply(self.text(request)) for request in requests]
-
-    def text(self, request):
-        length = 4 * request.reply_tokens // (request.number or 1)
-        items = [f"{next(self.numbers):x}".ljust(length, "x") for _ in range(request.number or 1)]
-        return items[0] if request.number is None else json.dumps({"items": items})
 
 
 @pytest.mark.grid

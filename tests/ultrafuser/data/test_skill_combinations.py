@@ -2,8 +2,8 @@
 
 import itertools
 
+from tests.support.foreseen_teacher import AsForeseen
 from tests.support.teacher_server import write_recipe
-from tests.ultrafuser.data.test_making import AsForeseen
 from ultrafuser.data.recipe import load_recipe
 from ultrafuser.data.synthesis import Maker, all_instructions, nth_across, nth_combination
 
