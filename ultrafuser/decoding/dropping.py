@@ -113,8 +113,9 @@ class Asked:
     """
 
     def __init__(self, reader: TextReader, chooser: Sparsifier, every: int, ends: Sequence[int] = ()):
-        self.reader, self.chooser, self.every, self.ends = reader, chooser, every, ends
+        self.reader, self.chooser, self.every = reader, chooser, every
         self.backbone, self.head = reader.model.model, reader.model.lm_head.weight
+        self.ends = torch.tensor(ends, dtype=torch.long, device=self.head.device)
         self.kept = torch.ones(reader.count, dtype=torch.bool, device=self.head.device)
         self.since_decision, self.read_by_all = every, reader.tokens_read()[0]
         self.states: list[Tensor | None] = [None] * reader.count
@@ -184,7 +185,7 @@ class Asked:
 
     def would_end(self, logits: Tensor) -> Tensor:
         """Tells which texts the prediction would end. Shape (batch,), of logits (batch, 1, vocab)."""
-        return torch.isin(logits[:, -1].argmax(-1), torch.tensor(self.ends, device=logits.device, dtype=torch.long))
+        return torch.isin(logits[:, -1].argmax(-1), self.ends)
 
     def _prior(self, texts: int) -> Tensor:
         """Shares out all weight among those that are kept, by the prior on the gate if there is one."""
