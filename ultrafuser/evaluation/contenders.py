@@ -60,6 +60,7 @@ class Comparison:
         base: What all specialists were tuned from, if anything.
         seed: Of everything random.
         found: What was measured so far, by name.
+        costs: Costs of ordinary models, by the shapes of their parameters.
     """
 
     fused: UltraFuserForCausalLM
@@ -70,6 +71,7 @@ class Comparison:
     base: PreTrainedModel | None = None
     seed: int = 0
     found: dict[str, Measured] = field(default_factory=dict)
+    costs: dict[tuple, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self):
         names = self.ingredients.config.specialist_names
@@ -94,8 +96,17 @@ class Comparison:
         scores = {d: score(model, examples, before=partial(before, d)) for d, examples in self.data.items()}
         domain, examples = next(iter(self.data.items()))
         before(domain, slice(0, 1))
+        return Measured(kind, scores, self._cost(model, examples.input_ids[:1, :16]), note)
+
+    def _cost(self, model: PreTrainedModel, prompt: Tensor) -> dict[str, float]:
+        """Returns what a model costs. Ordinary models of one shape, as merges are, cost the same: one of them is timed."""
         reference = next(iter(self.specialists.values()))
-        return Measured(kind, scores, cost(model, reference, examples.input_ids[:1, :16]), note)
+        if isinstance(model, UltraFuserForCausalLM):
+            return cost(model, reference, prompt)
+        shape = (type(model), *((p.shape, p.dtype, p.device) for p in model.parameters()))
+        if shape not in self.costs:
+            self.costs[shape] = cost(model, reference, prompt)
+        return {**self.costs[shape]}
 
     def alone(self, domain: str) -> dict[str, Scores]:
         """Returns the scores of each specialist alone on a domain."""

@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -13,13 +14,11 @@ from tests.support.tiny import VOCAB, specialist, stir_gate, tokenizer
 from ultrafuser.build.specialist_edits import remove_specialist
 from ultrafuser.cli.app import app
 from ultrafuser.evaluation import contenders, evaluation_run
-from ultrafuser.evaluation.baselines import (
-    ensemble,
-)
+from ultrafuser.evaluation.baselines import ensemble
 from ultrafuser.evaluation.comparison import compare_models
 from ultrafuser.evaluation.contenders import Comparison, merged, trained_choice, tuned_constant
 from ultrafuser.evaluation.evaluation_run import evaluate, left_out, tables, verdict
-from ultrafuser.evaluation.measurement import held_out, score
+from ultrafuser.evaluation.measurement import cost, held_out, score
 
 
 LINES = ["what is 2+2? it is 4", "def read(self): return 1", "the value of the expression", "x = 3 * y + 4"]
@@ -35,8 +34,9 @@ def data():
 
 
 @pytest.fixture
-def comparison():
+def comparison(monkeypatch):
     """Specialists of one shape, so that everything applies."""
+    monkeypatch.setattr(contenders, "cost", partial(cost, new_tokens=2, repeats=1))
     torch.manual_seed(1)
     specialists = {name: specialist("llama") for name in ("text", "code", "math")}
     model = UltraFuserForCausalLM.from_specialists(specialists)
@@ -72,6 +72,9 @@ def test_every_baseline_has_a_row_and_the_best_comes_first(comparison, tmp_path)
     assert oracle["loss"]["text"] == min(by_name[f"{n} specialist"]["loss"]["text"] for n in ("text", "code", "math"))
     assert oracle["retention"] == 1
     assert oracle["cost"]["parameters"] == 3 * by_name["text specialist"]["cost"]["parameters"]
+    # one shape, one cost: it is not timed again
+    assert by_name["merge: average"]["cost"] == by_name["text specialist"]["cost"] == by_name["math specialist"]["cost"]
+    assert by_name["another"]["cost"]["parameters"] < by_name["text specialist"]["cost"]["parameters"]
     assert json.loads(json.dumps(results)) == results
     assert tables(results)[0].row_count == len(names)
 
