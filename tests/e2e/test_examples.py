@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +26,8 @@ from tests.support.stand_ins import QWEN_1_5B, QWEN_7B, SMALL, llama_2_trio, qwe
 from tests.support.tiny import tokenizer
 from ultrafuser.check.checks import judge
 from ultrafuser.cli.app import app
+from ultrafuser.evaluation import contenders
+from ultrafuser.evaluation.measurement import cost
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -88,8 +91,9 @@ def do(words, cwd):
 
 
 @pytest.fixture
-def conversing(tmp_path):
+def conversing(tmp_path, monkeypatch):
     """One file of conversations for each domain, to train on and to judge by."""
+    monkeypatch.setattr(contenders, "cost", partial(cost, new_tokens=2, repeats=1))
     (tmp_path / "held-out").mkdir()
     for name in ("text", "code", "math", "medicine"):
         for folder in (tmp_path, tmp_path / "held-out"):

@@ -10,25 +10,15 @@ from tests.support.field_commands import COMMANDS
 from tests.support.pages import NOT_RUN, ROOT
 
 
-def run(*options):
-    """What became of every command."""
-    command = [sys.executable, "-m", "tests.support.field_commands", *options]
+# minutes; what options there are, `tests/repository/test_field.py` sees at once
+@pytest.mark.slow
+def test_commands_of_the_page_run():
+    command = [sys.executable, "-m", "tests.support.field_commands"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_commands_of_the_page_run():
-    events = run()
+    events = [json.loads(line) for line in done.stdout.splitlines()]
     assert not [event["command"] + event["error"] for event in events if "error" in event]
     assert [event["command"] for event in events] == COMMANDS
     left = [event for event in events if event["done"] == "parsed"]
     assert {event["why"] for event in left} <= set(NOT_RUN.values())
     assert len(events) > 10 * len(left)
-
-
-@pytest.mark.slow
-def test_those_that_take_long_run_too():
-    events = run("--slow")
-    assert not [event["command"] + event["error"] for event in events if "error" in event]
-    assert "slow" not in [event["done"] for event in events]

@@ -1,12 +1,11 @@
 """Runs the commands of docs/field.md one after the other, as a reader would, on small stand-ins.
 
-    python -m tests.support.field_commands [--slow]
+    python -m tests.support.field_commands
 
 Prints a JSON object for every command: what was done with it, and the error if there is one. What a command writes is there for
 those below it: a router, a made data set, a trained model.
 """
 
-import argparse
 import json
 import os
 import re
@@ -25,7 +24,6 @@ from tests.support.pages import ROOT, TEMPLATE, Reader, lay_out, parse, why_not,
 
 PAGE = ROOT / "docs" / "field.md"
 COMMANDS = [*dict.fromkeys(re.findall(r"`(ultrafuser [^`]+ [^`]+)`", PAGE.read_text()))]
-SLOW = ("ultrafuser evaluate ", "ultrafuser serve ", "ultrafuser card ", "--search ")
 REPLACED = {"layer_swap:5,4": "layer_swap:1,1"}  # there are five layers
 
 
@@ -61,7 +59,7 @@ def stand_in(folder: Path, teacher: str) -> None:
     write_rows(Path("exam.jsonl"), [{"question": "What is 2 + 2?"}])
 
 
-def run(reader: Reader, command: str, slow: bool, number: int) -> dict:
+def run(reader: Reader, command: str, number: int) -> dict:
     """Returns what was done with a command, and why."""
     for old, new in REPLACED.items():
         command = command.replace(old, new)
@@ -69,39 +67,32 @@ def run(reader: Reader, command: str, slow: bool, number: int) -> dict:
     parse(words)
     if why := why_not(words):
         return {"done": "parsed", "why": why}
-    if not slow and any(part in command for part in SLOW):
-        return {"done": "slow", "why": "--slow"}
     if "--out" in words and Path(words[words.index("--out") + 1]).exists():
         words[words.index("--out") + 1] += f"-{number}"
     if words[1] == "serve":
         with socket.socket() as free:
             free.bind(("localhost", 0))
             words += ["--port", str(free.getsockname()[1])]
-    if words[1] == "chat":
-        words += ["--max-new-tokens", "4"]
     reader.run_one(words, "What is 2 + 2?\n")
     return {"done": "run"}
 
 
 def main() -> None:
     """Runs all, in a folder that is taken away."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--slow", action="store_true")
-    slow = parser.parse_args().slow
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's client is imported
-    from tests.support.short_training import make_training_short
+    from tests.support.short_runs import make_runs_short
     from tests.support.teacher_server import TeacherServer
 
     with tempfile.TemporaryDirectory() as work, TeacherServer() as teacher, redirect_stdout(sys.stderr):
         os.chdir(work)
         stand_in(Path(work, "made"), teacher.url)
-        make_training_short()
-        reader = Reader(slow, {})
+        make_runs_short()
+        reader = Reader(True, {})
         with reader.servers:
             for number, command in enumerate(COMMANDS):
                 began = time.process_time()
                 try:
-                    found = run(reader, command, slow, number)
+                    found = run(reader, command, number)
                 except BaseException:
                     found = {"error": traceback.format_exc()}
                 found |= {"command": command, "seconds": round(time.process_time() - began, 2)}

@@ -240,6 +240,8 @@ class Reader:
 
             from ultrafuser.cli.app import app
 
+            if rest[0] == "chat" and "--max-new-tokens" not in rest:
+                rest += ["--max-new-tokens", "4"]
             done = CliRunner().invoke(app, rest, input=given)
             if done.exit_code:
                 raise RuntimeError(f"exit code {done.exit_code}\n{done.output}") from done.exception
@@ -355,14 +357,14 @@ def main() -> None:
             NO_PROXY="127.0.0.1,localhost",
         )
         from tests.support.judge_server import Server
-        from tests.support.short_training import make_training_short
+        from tests.support.short_runs import make_runs_short
         from tests.support.teacher_server import TeacherServer
 
         save_models(models, work / "fused")
         teacher = stack.enter_context(TeacherServer())
         judge = Server()
         stack.callback(judge.close)
-        make_training_short()
+        make_runs_short()
         # every trainer collects garbage, among all that is imported
         gc.collect()
         gc.freeze()

@@ -73,7 +73,9 @@ def test_every_baseline_has_a_row_and_the_best_comes_first(comparison, tmp_path)
     assert oracle["retention"] == 1
     assert oracle["cost"]["parameters"] == 3 * by_name["text specialist"]["cost"]["parameters"]
     # one shape, one cost: it is not timed again
-    assert by_name["merge: average"]["cost"] == by_name["text specialist"]["cost"] == by_name["math specialist"]["cost"]
+    assert (
+        by_name["merge: average"]["cost"] == by_name["text specialist"]["cost"] == by_name["math specialist"]["cost"]
+    )
     assert by_name["another"]["cost"]["parameters"] < by_name["text specialist"]["cost"]["parameters"]
     assert json.loads(json.dumps(results)) == results
     assert tables(results)[0].row_count == len(names)
