@@ -22,7 +22,8 @@ def gate_terms(
         args: `gate_entropy`, `gate_balance`, `gate_domain`, `gate_domain_steps` and `gate_scale` are read.
         weights: Gate weights. Shape (batch, seq, specialists).
         domain: Domain of each token. Shape (batch, seq).
-        own: Place of each domain's own specialist. Length: domains; mixed examples, counted behind them, have none.
+        own: Place of each domain's own specialist, None where it has none. Length: domains; mixed examples, counted behind
+            them, have none.
         last_mean: Mean gate weights, times `factors`, over the last optimizer step's whole batch. Shape (specialists,).
         step: Optimizer steps done.
         factors: See `group_factors`. Default: ones. Shape (domains or one more, specialists).
@@ -38,9 +39,10 @@ def gate_terms(
     if args.gate_balance:
         terms = terms + args.gate_balance * _balance(weights, domain, last_mean.to(weights), factors)
     if args.gate_domain and step < args.gate_domain_steps:
-        target = torch.tensor([*own, 0], device=weights.device)[domain] if best is None else best
-        nll = -weights.gather(-1, target[..., None])[..., 0].clamp(min=1e-12).log()
-        counts = domain < len(own) if best is None else torch.ones_like(domain)
+        places = torch.tensor([-1 if place is None else place for place in [*own, None]], device=weights.device)
+        target = places[domain] if best is None else best
+        nll = -weights.gather(-1, target.clamp(min=0)[..., None])[..., 0].clamp(min=1e-12).log()
+        counts = target >= 0
         terms = terms + args.gate_domain * (1 - step / args.gate_domain_steps) * nll * counts
     if args.gate_scale and scales is not None:
         terms = terms + args.gate_scale * scales.log().square().sum(-1)

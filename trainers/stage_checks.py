@@ -1,5 +1,6 @@
 """Checks of a stage before it trains: its settings, its model, and whether they go together."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 from peft import PeftModel
@@ -66,14 +67,23 @@ def check_domains(args: StageConfig, domains: Sequence[str], specialists: Sequen
         )
     if set(args.mix_weights or {}) - set(domains):
         raise ValueError(f"`mix_weights` names {sorted(args.mix_weights)}, but the domains are {domains}.")
-    compared = args.mix_reward is not None and REWARDS[args.mix_reward].needs_specialists
-    of_own = args.gate_domain and args.gate_domain_target == "domain"
     if args.gate_groups:
         _check_groups(args.gate_groups, {*domains, *specialists})
-    if not set(domains) <= set(specialists) and (compared or of_own):
+    others = [domain for domain in domains if domain not in specialists]
+    if others and args.mix_reward is not None and REWARDS[args.mix_reward].needs_specialists:
         raise ValueError(
-            f"`mix_reward={args.mix_reward!r}` and `gate_domain` compare each domain with its own specialist, so domains must "
-            f"be named as specialists are, but domains are {domains} and specialists are {specialists}."
+            f"`mix_reward={args.mix_reward!r}` compares each domain with its own specialist, so domains must be named as "
+            f"specialists are, but domains are {domains} and specialists are {specialists}."
+        )
+    if others and args.gate_domain and args.gate_domain_target == "domain":
+        if len(others) == len(domains):
+            raise ValueError(
+                f"`gate_domain` leads the gate to each domain's own specialist, so domains must be named as specialists are, "
+                f"but domains are {domains} and specialists are {specialists}."
+            )
+        warnings.warn(
+            f"No specialist is called {' or '.join(others)}: `gate_domain` leaves rows of that domain to the loss.",
+            stacklevel=2,
         )
 
 

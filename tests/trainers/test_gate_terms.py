@@ -117,6 +117,23 @@ def test_where_one_specialist_is_always_best_it_is_the_warm_start_of_its_domain(
     assert torch.equal(of_domain, best)
 
 
+def test_tokens_of_a_domain_without_a_specialist_are_left_to_the_loss():
+    own, domain = weights(1, 4), torch.tensor([[0, 1, 2, 1]])
+    terms = gate_terms(settings(gate_domain=1.5), own, domain, [2, None], torch.zeros(3), 0)
+    assert terms[0, 1:].tolist() == [0, 0, 0]
+    assert terms[0, 0].item() == pytest.approx(-1.5 * own[0, 0, 2].log().item())
+
+
+def test_a_domain_without_a_specialist_is_told_and_the_others_lead_the_gate(fused, tmp_path):
+    data = domains({NAMES[0]: 4, "both": 4})
+    once = {"learning_rate": 0.0, "max_steps": 1, "per_device_train_batch_size": 4}
+    with pytest.warns(UserWarning, match="No specialist is called both: `gate_domain` leaves rows of that domain"):
+        led = trainer(GateTrainer, fused, tmp_path / "led", data, gate_domain=1.0, **once)
+    plain = trainer(GateTrainer, fused, tmp_path / "plain", data, **once)
+    led.train(), plain.train()
+    assert logs(led)[0]["loss"] > logs(plain)[0]["loss"]
+
+
 def test_the_best_need_no_names_of_domains_and_the_start_ends(fused, tmp_path):
     data = domains({"a": 4, "b": 4})
 

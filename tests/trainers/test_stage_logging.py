@@ -131,6 +131,6 @@ def test_the_warm_start_of_the_gate_ends(fused, tmp_path):
     assert extra[2:] == [0, 0]
 
 
-def test_domains_without_a_specialist_cannot_start_the_gate_warm(fused, tmp_path):
+def test_domains_without_a_specialist_cannot_lead_the_gate(fused, tmp_path):
     with pytest.raises(ValueError, match="domains must be named as specialists are, but domains are \\['a', 'b'\\]"):
         trainer(GateTrainer, fused, tmp_path, domains({"a": 4, "b": 4}), gate_domain=1.0)
