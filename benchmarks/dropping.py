@@ -2,7 +2,8 @@
 
 The specialists are a base of 135 million parameters and the quickstart's two adapters, merged into models of their own:
 adapters of one base read a token together, so that nothing is saved by leaving some out. A gate is fitted on the
-quickstart's conversations as there.
+quickstart's conversations as there; and others, which `gate_domain` leads to each domain's own
+specialist all the while.
 
 Losses are those of held-out answers, in nats per token, and how far they are above the plain way's: the specialists read
 each answer once, then the decoder's decisions are run over it token by token, given the answer's tokens instead of its own.
@@ -67,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="folder of the base, as `ultrafuser quickstart --real` makes it")
     parser.add_argument("--gate", default="mlp:512")
+    parser.add_argument("--gate-domain", type=float, nargs="+", default=[0.0, 0.3, 2.0], help="one gate for each")
     parser.add_argument("--answers", type=int, default=18, help="of each domain")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/dropping"), help="folder for models")
@@ -75,15 +77,18 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    model, tokenizer = fused_model(options.work, options.base, Materials().adapters, options.gate)
-    found = {}
-    with torch.no_grad():
-        held = held_out_by_domain(HELD_OUT_ROWS, tokenizer)
-        answers = [a for d, data in held.items() for a in answers_of(model, d, data[: options.answers])]
-        for name, measured in measure(model, answers, options.rounds):
-            found[name] = measured
-            print(name, measured, flush=True)
-            write_json(options.out, {"provenance": provenance(), "gates": {options.gate: found}})
+    found: dict[str, dict] = {}
+    for strength in options.gate_domain:
+        name = f"{options.gate}, gate_domain {strength}" if strength else options.gate
+        found[name] = {}
+        model, tokenizer = fused_model(options.work, options.base, Materials().adapters, options.gate, strength)
+        with torch.no_grad():
+            held = held_out_by_domain(HELD_OUT_ROWS, tokenizer)
+            answers = [a for d, data in held.items() for a in answers_of(model, d, data[: options.answers])]
+            for part, measured in measure(model, answers, options.rounds):
+                found[name][part] = measured
+                print(name, part, measured, flush=True)
+                write_json(options.out, {"provenance": provenance(), "gates": found})
 
 
 def measure(model: UltraFuserForCausalLM, answers: list[Answer], rounds: int) -> Iterator[tuple[str, dict]]:

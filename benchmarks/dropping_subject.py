@@ -16,9 +16,10 @@ from ultrafuser.quickstart.training import QUIET, train
 
 
 KEEP, STEPS, EXAMPLES = "top", 300, 4
+NEVER = 1_000_000  # steps over which `gate_domain` falls
 
 
-def fused_model(work: Path, base: str, adapters: dict[str, Path], gate: str):
+def fused_model(work: Path, base: str, adapters: dict[str, Path], gate: str, gate_domain: float = 0.0):
     """Returns the fused model and its tokenizer from a folder, where they are made unless they are there.
 
     Args:
@@ -26,13 +27,14 @@ def fused_model(work: Path, base: str, adapters: dict[str, Path], gate: str):
         base: Folder of the base, which is the specialist "text".
         adapters: Folders of LoRA adapters of it, by name.
         gate: As in `ultrafuser fuse --gate`.
+        gate_domain: As in stage one, but it does not fall.
     """
-    out = work / gate.replace(":", "_")
+    out = work / (gate.replace(":", "_") + f"_{gate_domain}" * bool(gate_domain))
     if not out.exists():
         merged = {name: _merged(work / name, base, folder) for name, folder in adapters.items()}
         recipe = FusionRecipe(FusionSettings({"text": base, **merged}, gate=gate), dtype="float32")
         set_seed(0)
-        recipe.build(out, train=lambda model, tokenizer: _fit_gate(work, model, tokenizer))
+        recipe.build(out, train=lambda model, tokenizer: _fit_gate(work, model, tokenizer, gate_domain))
     return open_fused(out)
 
 
@@ -47,7 +49,7 @@ def _merged(place: Path, base: str, adapter: Path) -> str:
     return str(place)
 
 
-def _fit_gate(work: Path, model: UltraFuserForCausalLM, tokenizer) -> None:
+def _fit_gate(work: Path, model: UltraFuserForCausalLM, tokenizer, gate_domain: float) -> None:
     """Runs the specialists once over the quickstart's conversations, and trains the gate on what they predicted."""
     data = {domain: Dataset.from_list(rows) for domain, rows in by_domain(GATE_ROWS).items()}
     arguments = GateStageConfig(
@@ -60,6 +62,8 @@ def _fit_gate(work: Path, model: UltraFuserForCausalLM, tokenizer) -> None:
         gradient_checkpointing=False,
         # rows of two domains are among the conversations
         mixed_share=0.0,
+        gate_domain=gate_domain,
+        gate_domain_steps=NEVER,
         **QUIET,
     )
     train(

@@ -88,8 +88,9 @@ def compression(path: Path) -> str:
 
 def dropping(path: Path) -> str:
     """Tables reads and losses of dropping with each gate, on answers of one domain and of two, and the time of a token."""
-    rows, times = [], []
+    plain, rows, times = [], [], []
     for gate, found in files(path)[0]["gates"].items():
+        plain.append([gate, *(f"{found['losses']['plain'][d]:.3f}" for d in (*DOMAINS, "both"))])
         for row in found["losses"]["rows"]:
             if row["every"] in SHOWN:
                 above = [f"{row['above plain'][d]:+.3f}" for d in DOMAINS]
@@ -102,9 +103,14 @@ def dropping(path: Path) -> str:
                 rows.append([gate, str(row["every"]), f"`{row['keep']}`", *one, *both])
         seconds = found.get("seconds", {})
         for way in seconds.get("both", ()):
-            times.append([way, *(_times(seconds[d][way]["seconds"]) for d in (*DOMAINS, "both"))])
+            times.append([gate, way, *(_times(seconds[d][way]["seconds"]) for d in (*DOMAINS, "both"))])
     heads = ["gate", "every", "keep", "reads", *DOMAINS, "mean", "reads, two domains", "nats, two domains"]
-    return "\n\n".join([markdown(heads, rows), markdown(["time of a token", *DOMAINS, "two domains"], times)])
+    tables = [
+        markdown(["nats per token, the plain way", *DOMAINS, "two domains"], plain),
+        markdown(heads, rows),
+        markdown(["gate", "time of a token", *DOMAINS, "two domains"], times),
+    ]
+    return "\n\n".join(tables)
 
 
 def merging(path: Path) -> str:
