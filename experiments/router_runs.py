@@ -50,11 +50,11 @@ def route(
     """
     logging.disable_progress_bar()
     folder, lock = folder_of(seed, work, base, specialist)
-    with lock, torch.no_grad():
+    with lock:
         blocks, tokenizer, _ = specialists_of(seed, folder, base, specialist)
         fusions = Fusions(folder, tokenizer, {d: blocks[d]["fuse"] for d in DOMAINS}, examples_per_domain, seed)
-        with torch.enable_grad():
-            model = load(fusions.gate(gate, fusion, stage)).eval()
+        model = load(fusions.gate(gate, fusion, stage)).eval()
+    with torch.no_grad():
         tests = {d: examples_of(blocks[d]["held_out"][:EXAMPLES], tokenizer) for d in DOMAINS}
         tests[MIXED] = examples_of(mixed({d: blocks[d]["held_out"] for d in DOMAINS}, seed, EXAMPLES), tokenizer)
         known = {d: examples_of(blocks[d]["fuse"][:EXAMPLES], tokenizer) for d in DOMAINS}
