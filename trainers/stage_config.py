@@ -89,7 +89,10 @@ class StageConfig(CheckedConfig, MixConfig, SFTConfig):
     gate_domain: float = field(
         default=0.0, metadata={"help": "Times the gate's cross-entropy to the domain's specialist: a warm start."}
     )
-    gate_domain_steps: int = field(default=100, metadata={"help": "Steps over which `gate_domain` falls to 0."})
+    gate_domain_steps: int = field(
+        default=100,
+        metadata={"help": "Steps over which `gate_domain` falls to 0. With many more than are trained it stays as it is."},
+    )
     gate_domain_target: str = field(
         default="domain",
         metadata={
