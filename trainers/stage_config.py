@@ -91,7 +91,9 @@ class StageConfig(CheckedConfig, MixConfig, SFTConfig):
     )
     gate_domain_steps: int = field(
         default=100,
-        metadata={"help": "Steps over which `gate_domain` falls to 0. With many more than are trained it stays as it is."},
+        metadata={
+            "help": "Steps over which `gate_domain` falls to 0. With many more than are trained it stays as it is."
+        },
     )
     gate_domain_target: str = field(
         default="domain",
