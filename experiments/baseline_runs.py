@@ -213,8 +213,8 @@ def _made(folder: Path, tokenizer, seed: int, name: str, model, blocks: Tensor, 
 
 
 def kept(target: Path, make, tokenizer) -> Path:
-    """A model's folder, which is written whole or not at all."""
-    if not target.exists():
+    """A model's folder, which is written whole or not at all: a trainer that was killed may have left an empty one."""
+    if not (target / "config.json").exists():
         part = target.parent / "part"
         make().save_pretrained(part)
         tokenizer.save_pretrained(part)
