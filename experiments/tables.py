@@ -34,6 +34,7 @@ DOCUMENTS = (
     "EXPERIMENTS.md",
     "docs/costs.md",
     "docs/families.md",
+    "docs/fuse.md",
     "docs/merge.md",
     "docs/security.md",
     "docs/serve.md",
