@@ -2,8 +2,7 @@
 
 The specialists are a base of 135 million parameters and the quickstart's two adapters, merged into models of their own:
 adapters of one base read a token together, so that nothing is saved by leaving some out. A gate is fitted on the
-quickstart's conversations as there; and others, which `gate_domain` leads to each domain's own
-specialist all the while.
+quickstart's conversations as there; and others, which `gate_domain` leads to each domain's own specialist all the while.
 
 Losses are those of held-out answers, in nats per token, and how far they are above the plain way's: the specialists read
 each answer once, then the decoder's decisions are run over it token by token, given the answer's tokens instead of its own.
@@ -78,13 +77,15 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     found: dict[str, dict] = {}
+    answers: list[Answer] = []
     for strength in options.gate_domain:
         name = f"{options.gate}, gate_domain {strength}" if strength else options.gate
         found[name] = {}
         model, tokenizer = fused_model(options.work, options.base, Materials().adapters, options.gate, strength)
         with torch.no_grad():
-            held = held_out_by_domain(HELD_OUT_ROWS, tokenizer)
-            answers = [a for d, data in held.items() for a in answers_of(model, d, data[: options.answers])]
+            if not answers:  # all gates have the same specialists, which read them once
+                held = held_out_by_domain(HELD_OUT_ROWS, tokenizer)
+                answers = [a for d, data in held.items() for a in answers_of(model, d, data[: options.answers])]
             for part, measured in measure(model, answers, options.rounds):
                 found[name][part] = measured
                 print(name, part, measured, flush=True)
