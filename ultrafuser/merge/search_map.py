@@ -119,7 +119,8 @@ def terms(factors: Tensor) -> Tensor:
 
 def fit(factors: Tensor, losses: Tensor) -> Tensor:
     """Fits a quadratic to each column of losses, the smallest of equally good ones. Shape (terms, domains)."""
-    return torch.linalg.lstsq(terms(factors), losses).solution
+    # on a simplex terms depend on each other: what is zero but for rounding must count as zero on every processor
+    return torch.linalg.lstsq(terms(factors), losses, rcond=1e-10, driver="gelsd").solution
 
 
 def pareto(losses: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from tests.support.tuned import NAMES, make
 from ultrafuser.cli.app import app
 from ultrafuser.evaluation.measurement import held_out, mean_loss
 from ultrafuser.merge import merge_method
-from ultrafuser.merge.search_map import fit, map_search, pareto, points_of
+from ultrafuser.merge.search_map import fit, map_search, pareto, points_of, terms
 from ultrafuser.merge.search_simplex import on_simplex, simplex_search
 from ultrafuser.merge.searches import check, recipe
 
@@ -27,6 +27,16 @@ def test_the_fit_finds_a_quadratic_from_12_points():
     losses = torch.tensor([[bowl(point)] for point in factors.tolist()], dtype=torch.float64)
     # one^2, one two, two^2, one, two, 1
     assert fit(factors, losses).flatten().tolist() == pytest.approx([1, 0.5, 2, -0.6, -2.4, 1.81])
+
+
+@pytest.mark.parametrize("specialists", [2, 3, 4, 5])
+def test_the_fit_holds_on_a_simplex_where_terms_depend_on_each_other(specialists):
+    best = torch.arange(specialists, dtype=torch.float64) / 10
+    for seed in range(20):
+        drawn = on_simplex(specialists, points_of(specialists) - specialists, seed)
+        shares = torch.cat([torch.eye(specialists, dtype=torch.float64), drawn])
+        losses = (shares - best).square().sum(1, keepdim=True)
+        torch.testing.assert_close(terms(shares) @ fit(shares, losses), losses, atol=1e-9, rtol=0)
 
 
 def test_the_front_is_what_nothing_beats_and_the_best_is_measured():

@@ -34,7 +34,7 @@ class AioliPolicy(Policy):
             self.drops = np.vstack([self.drops[1:], np.where(seen, self.losses - rewards, 0)])
         if turn == domains:
             # least squares, because a domain masked in mid-sweep leaves fewer mixes than domains
-            graph = np.linalg.lstsq(self.mixes, self.drops, rcond=None)[0].T
+            graph = np.linalg.lstsq(self.mixes, self.drops, rcond=1e-10)[0].T
             graph = graph - min(graph.min(), 0)
             self.gains = graph.sum(0) / max(graph.sum(), np.finfo(float).tiny)
         self.losses, self.updates = rewards, self.updates + 1
