@@ -135,7 +135,7 @@ def self_draft(
 
 
 def verified(
-    drafts: Tensor, proposed: Tensor, target: Tensor, sample: bool, live: Tensor | None = None
+    drafts: Tensor, proposed: Tensor | None, target: Tensor, sample: bool, live: Tensor | None = None
 ) -> tuple[Tensor, int]:
     """The drafts up to the first that any text rejects, and there what stands in its place.
 
@@ -144,7 +144,7 @@ def verified(
 
     Args:
         drafts: The drafted tokens. Shape (batch, drafts).
-        proposed: Scores that they were drawn from, q. Shape (batch, drafts, vocab).
+        proposed: Scores that they were drawn from, q, unread unless drawn. Shape (batch, drafts, vocab).
         target: The fused model's scores at the same positions, p, and maybe at the next one, where a token is drawn if
             all drafts are accepted. Shape (batch, drafts or one more, vocab).
         sample: Whether to draw, or to take the best.
@@ -237,15 +237,19 @@ def _check(model, config: GenerationConfig, num_drafts: int, model_kwargs: dict)
 
 
 def _check_processors(logits_processor: LogitsProcessorList) -> None:
-    others = [
-        type(p).__name__
-        for p in logits_processor
-        if type(p).__module__ != logits_process.__name__
-        or type(p).__name__.removesuffix("LogitsProcessor").removesuffix("LogitsWarper") not in STATELESS
-    ]
-    if others:
+    if others := with_state(logits_processor):
         raise ValueError(
             f"Scores of drafts pass through the logits processors, too, and what is rejected must leave no trace in them, "
             f"but {others} may keep a state (guidance, watermarks, functions of your own). Decode without "
             f"`custom_generate`."
         )
+
+
+def with_state(logits_processor: LogitsProcessorList) -> list[str]:
+    """Names those that may remember what they were called for."""
+    return [
+        type(p).__name__
+        for p in logits_processor
+        if type(p).__module__ != logits_process.__name__
+        or type(p).__name__.removesuffix("LogitsProcessor").removesuffix("LogitsWarper") not in STATELESS
+    ]

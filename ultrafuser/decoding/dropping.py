@@ -8,6 +8,9 @@ by reading the weights: with S of N kept, a token costs S + (N - S) / n passes o
 then exactly those of the plain way; what was said meanwhile is not. (Expert skipping, Lu et al., 2024, arXiv 2402.14800,
 leaves out experts of one layer; here it is whole models.)
 
+Greedily, those that are kept draft for each other: up to the next decision, the one that the gate listens to most continues
+the text, and the others check its tokens in one pass (see `drafting`). The tokens are the same, in fewer passes.
+
 Before a text ends, everybody is asked: where those that are kept would end it, all read the text at once, and decide. One
 that knows only its own domain ends with it, and is sure of it, where another would go on.
 
@@ -17,7 +20,7 @@ the hidden states of those that are out are held at their mean over the last n t
 its last value. So an "anchor" gate whose anchor is out keeps its weights until the next decision.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,14 +30,18 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from modeling_ultrafuser import UltraFuserForCausalLM
 from modeling_ultrafuser.compat_ultrafuser import CACHE
-from modeling_ultrafuser.evidence_ultrafuser import decoding_layer, last_logits
+from modeling_ultrafuser.evidence_ultrafuser import MOST_KEPT, decoding_layer, last_logits
 from modeling_ultrafuser.gate_base_ultrafuser import GateOutput, run_before_specialists
 from modeling_ultrafuser.peft_ultrafuser import check_head
 from modeling_ultrafuser.sparsifier_base_ultrafuser import Sparsifier
 from modeling_ultrafuser.sparsifiers_ultrafuser import sparsifier
 
 from . import EVERY, KEEP
+from .drafting import drafted_by, verified, with_state
 from .reading import TextReader, check_one_by_one, check_settings, choose, end_tokens, padding_token, processed
+
+
+FEWEST_DRAFTS = 2  # after a decision
 
 
 @torch.no_grad()
@@ -56,7 +63,8 @@ def drop_specialists(
 
         model.generate(**inputs, custom_generate=drop_specialists, keep="top_p:0.8", every=8)
 
-    With `keep="top_p:1.0"` nobody is left out, and the tokens are those of the plain way. Several texts have one set of
+    With `keep="top_p:1.0"` nobody is left out, and the tokens are those of the plain way. What is drawn is drawn token by token,
+    without drafts, so that a seed gives the same text as there. Several texts have one set of
     kept specialists, all that any of them keeps; each has weights of its own.
 
     Args:
@@ -76,16 +84,24 @@ def drop_specialists(
     check_droppable(model, keep, every)
     check_settings("Dropping", generation_config, model_kwargs)
     asked = Asked(TextReader(model, model_kwargs), sparsifier(keep), every, end_tokens(generation_config))
-    padding = padding_token(generation_config)
+    padding, sample = padding_token(generation_config), generation_config.do_sample
+    drafting = not sample and not with_state(logits_processor)
     live = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     while live.any():
-        logits = asked.logits(input_ids, live)
-        scores = processed(logits, input_ids, 1, logits_processor)
-        column = torch.where(live, choose(scores[:, 0], generation_config.do_sample)[:, 0], padding)
-        input_ids = torch.cat([input_ids, column[:, None]], dim=-1)
-        if streamer is not None:
-            streamer.put(column.cpu())
-        live = live & ~stopping_criteria(input_ids, None)
+        most = asked.draftable(generation_config.max_length - input_ids.shape[1]) if drafting else 0
+        tokens = asked.drafted(input_ids, live, most, logits_processor) if most > 1 else input_ids[:, :0]
+        if not tokens.shape[1]:
+            scores = processed(asked.logits(input_ids, live), input_ids, 1, logits_processor)
+            tokens = choose(scores[:, 0], sample)
+        for column in tokens.T:  # a text may end within them
+            column = torch.where(live, column, padding)
+            input_ids = torch.cat([input_ids, column[:, None]], dim=-1)
+            if streamer is not None:
+                streamer.put(column.cpu())
+            live = live & ~stopping_criteria(input_ids, None)
+            if not live.any():
+                break
+    asked.go_back_to(input_ids.shape[1] - 1)
     asked.reader.even_out()
     if streamer is not None:
         streamer.end()
@@ -108,8 +124,10 @@ class Asked:
         read_by_all: Number of tokens that all specialists have read.
         states: Each specialist's hidden states at the last tokens that it has read. Shapes (batch, tokens, hidden).
         weights: The gate's, at the last tokens that all have read. Shape (batch, tokens, specialists).
+        heard: The gate's, at the last predictions. Shape (batch, tokens, specialists).
+        drafts: Number of tokens to draft next; 1 is none.
         stand_ins: What the gate reads for specialists that are out. Shapes (batch, 1, hidden).
-        evidence: What it reads of the past, as of the last token that all have read.
+        evidence: What it reads of the past, up to the last token that all have read.
     """
 
     def __init__(self, reader: TextReader, chooser: Sparsifier, every: int, ends: Sequence[int] = ()):
@@ -120,6 +138,8 @@ class Asked:
         self.since_decision, self.read_by_all = every, reader.tokens_read()[0]
         self.states: list[Tensor | None] = [None] * reader.count
         self.weights: Tensor | None = None
+        self.heard: Tensor | None = None
+        self.drafts = FEWEST_DRAFTS
         self.stand_ins: list[Tensor] = []
         self.evidence: tuple[Tensor, ...] = ()
 
@@ -143,38 +163,92 @@ class Asked:
         self.since_decision = self.every if first else 1 if due else self.since_decision + 1
         return logits
 
-    def _by_all(self, input_ids: Tensor) -> Tensor:
-        """Lets those that lag behind catch up, and predicts as the plain way does."""
+    def draftable(self, room: int) -> int:
+        """Says how many tokens to draft, where texts may grow by `room`: none beyond the next decision. Below 2 it is none."""
+        if self.heard is None or self.kept.sum() < 2 or self.reader.switches:
+            return 0
+        return min(self.drafts, self.every - self.since_decision, room, MOST_KEPT)
+
+    def drafted(self, input_ids: Tensor, live: Tensor, count: int, logits_processor: LogitsProcessorList) -> Tensor:
+        """Chooses several tokens greedily: those that would be chosen one by one. Shape (batch, tokens).
+
+        None, where those that are kept would end a text at once: `logits` asks everybody.
+
+        Args:
+            input_ids: The texts so far. Shape (batch, seq).
+            live: Which texts go on. Shape (batch,).
+            count: How many to draft, not beyond the next decision.
+            logits_processor: One that keeps no state.
+        """
+        length, by_all = input_ids.shape[1], bool(self.kept.all())
+        leader = int(self.heard[live, -1].mean(0).where(self.kept, -1).argmax())
+        drafted, _, hidden = drafted_by(self.reader, leader, input_ids, count, logits_processor, sample=False)
+        self.states[leader] = _appended(self.states[leader], hidden)
+        drafts, block = drafted[:, length:], drafted[:, :-1]
+        logits = self._by_all(block, count) if by_all else self._by_kept(block, count)
+        tokens, accepted = verified(drafts, None, processed(logits, block, count, logits_processor), False, live)
+        before_end = count if by_all else int((~self.would_end(logits)[live].any(0)).cumprod(0).sum())
+        tokens = tokens[:, :before_end]
+        # as in `self_draft`, but where one is rejected at once nothing is drafted before the next decision
+        self.drafts = count + 2 if accepted == count else (count + accepted + 1) // 2
+        if before_end < count:
+            self.drafts = 1
+        self.since_decision += tokens.shape[1]
+        self.go_back_to(length + tokens.shape[1] - 1)
+        self.heard = self.heard[:, : max(tokens.shape[1], 1)]
+        return tokens
+
+    def go_back_to(self, length: int) -> None:
+        """Forgets what those that are kept have read beyond a length: drafts that were not taken."""
+        beyond = max(self.reader.tokens_read()) - length
+        if self.kept.all():
+            # windows need not go back further
+            self.reader.cache.crop(-beyond)
+            self.read_by_all -= beyond
+            self.weights, *self.evidence = (t[:, : t.shape[1] - beyond] for t in (self.weights, *self.evidence))
+        elif beyond:
+            for k in self.kept.nonzero()[:, 0].tolist():
+                self.reader.part(k).crop(-beyond)
+        for k in self.kept.nonzero()[:, 0].tolist():
+            self.states[k] = self.states[k][:, : self.states[k].shape[1] - beyond]
+
+    def _by_all(self, input_ids: Tensor, count: int = 1) -> Tensor:
+        """Lets those that lag behind catch up, and predicts as the plain way does, after each of the last tokens."""
         reader, new = self.reader, input_ids.shape[1] - self.read_by_all
-        for k, read in enumerate(reader.tokens_read()):
-            if read < input_ids.shape[1]:
-                self._read(k, input_ids)
-        # windows need not go back further
-        reader.cache.crop(0)
+        self._read(input_ids, range(reader.count))
+        if count == 1:
+            # windows need not go back further
+            reader.cache.crop(0)
         states = [s[:, -new:] for s in self.states]
-        fused, output, evidence = reader.weighed(states, input_ids, min(self.every, new))
-        self.read_by_all, self.evidence = input_ids.shape[1], tuple(e[:, -1:] for e in evidence)
-        self.states = [s[:, -self.every :] for s in self.states]
+        fused, output, self.evidence = reader.weighed(states, input_ids, min(self.every, new))
+        self.read_by_all = input_ids.shape[1]
         # of a prompt, only the last token's: a gate is not trained on the others
         weights = output.weights[:, -1:] if self.weights is None else output.weights
-        self.weights = _appended(self.weights, weights)[:, -self.every :]
-        return self.predicted_by_all(fused[:, -1:], GateOutput(*(None if t is None else t[:, -1:] for t in output)))
+        self.weights = _appended(self.weights, weights)
+        output = GateOutput(*(None if t is None else t[:, -count:] for t in output))
+        self.heard = output.weights
+        return self.predicted_by_all(fused[:, -count:], output)
 
     def predicted_by_all(self, fused: Tensor, output: GateOutput) -> Tensor:
-        """Predicts from the head's input and what the gate returned at the last token."""
-        layer = decoding_layer(self.backbone, self.reader.cache, 1)
+        """Predicts from the head's input and what the gate returned at the last tokens."""
+        layer = decoding_layer(self.backbone, self.reader.cache, fused.shape[1])
         if layer is not None:
             return last_logits(self.backbone.fusion_rule, self.head, layer, *output)
         return self.reader.model.logits(fused, output.weights)
 
-    def _by_kept(self, input_ids: Tensor) -> Tensor:
-        """Predicts without those that are out, which read nothing."""
-        kept, states, gate = self.kept.nonzero()[:, 0].tolist(), list(self.stand_ins), self.backbone.fusion_gate
-        for k in kept:
-            states[k] = self._read(k, input_ids)
+    def _by_kept(self, input_ids: Tensor, count: int = 1) -> Tensor:
+        """Predicts without those that are out, which read nothing, after each of the last tokens."""
+        kept, gate = self.kept.nonzero()[:, 0].tolist(), self.backbone.fusion_gate
+        self._read(input_ids, kept)
+        states = [
+            self.states[k][:, -count:] if k in kept else s.expand(-1, count, -1) for k, s in enumerate(self.stand_ins)
+        ]
         prior = self._prior(input_ids.shape[0])
-        output = run_before_specialists(gate, input_ids[:, -1:], prior=prior)
-        output = gate(states, *self.evidence, prior=prior) if output is None else output
+        output = run_before_specialists(gate, input_ids[:, -count:], prior=prior)
+        if output is None:
+            held = (e[:, -1:].expand(-1, count, *e.shape[2:]) for e in self.evidence)
+            output = gate(states, *held, prior=prior)
+        self.heard = output.weights
         return self.predicted_by_kept({k: states[k] for k in kept}, output)
 
     def predicted_by_kept(self, states: dict[int, Tensor], output: GateOutput) -> Tensor:
@@ -184,8 +258,8 @@ class Asked:
         return self.backbone.fusion_rule.fused(logits, weights, scales, list(states)).to(logits[0].dtype)
 
     def would_end(self, logits: Tensor) -> Tensor:
-        """Tells which texts the prediction would end. Shape (batch,), of logits (batch, 1, vocab)."""
-        return torch.isin(logits[:, -1].argmax(-1), self.ends)
+        """Tells which predictions would end a text. Shape (batch, tokens), of logits (batch, tokens, vocab)."""
+        return torch.isin(logits.argmax(-1), self.ends)
 
     def _prior(self, texts: int) -> Tensor:
         """Shares out all weight among those that are kept, by the prior on the gate if there is one."""
@@ -194,15 +268,19 @@ class Asked:
         # of a text that has ended it may want others
         return torch.where(prior.sum(-1, keepdim=True) > 0, prior, kept)
 
-    def _read(self, k: int, input_ids: Tensor) -> Tensor:
-        new = self.reader.read(k, input_ids)
-        self.states[k] = _appended(self.states[k], new)
-        return new
+    def _read(self, input_ids: Tensor, specialists: Iterable[int]) -> None:
+        """Lets specialists read what they have not read yet."""
+        read = self.reader.tokens_read()
+        for k in specialists:
+            if read[k] < input_ids.shape[1]:
+                self.states[k] = _appended(self.states[k], self.reader.read(k, input_ids))
 
     def _decide(self, live: Tensor) -> None:
         """Keeps what the mean weights of any text that goes on keep. All specialists have read the text."""
+        self.weights, *self.states = (t[:, -self.every :] for t in (self.weights, *self.states))
         self.kept = self.chooser.chosen(self._mean(self.weights)[:, 0])[live].any(0)
         self.stand_ins = [self._mean(s) for s in self.states]
+        self.drafts = max(self.drafts, FEWEST_DRAFTS)
 
     def _mean(self, values: Tensor) -> Tensor:
         """Averages over the last tokens, without padding. Shape (batch, 1, size), of (batch, tokens, size)."""

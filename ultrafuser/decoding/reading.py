@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMode
 
 from modeling_ultrafuser import UltraFuserForCausalLM
+from modeling_ultrafuser.cache_ultrafuser import SpecialistCache
 from modeling_ultrafuser.causal_ultrafuser import starts_over, switching_lengths
 from modeling_ultrafuser.compat_ultrafuser import CACHE, is_stateful
 from modeling_ultrafuser.evidence_ultrafuser import read_evidence
@@ -49,6 +50,10 @@ class TextReader:
         )
         # a device map may have put the specialists on several devices
         return hidden_states.to(self.model.lm_head.weight.device)
+
+    def part(self, k: int) -> SpecialistCache:
+        """Returns specialist k's part of the cache."""
+        return self.model.model.reader.part(k, self.cache)
 
     def tokens_read(self) -> list[int]:
         """Counts the tokens that each specialist has read."""
@@ -94,7 +99,7 @@ class TextReader:
         read = self.tokens_read()
         for k, tokens in enumerate(read):
             if tokens > min(read):
-                self.model.model.reader.part(k, self.cache).crop(min(read) - tokens)
+                self.part(k).crop(min(read) - tokens)
 
 
 def processed(logits: Tensor, input_ids: Tensor, count: int, logits_processor: LogitsProcessorList) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from modeling_ultrafuser.evidence_ultrafuser import layer_of, read_evidence
 from modeling_ultrafuser.gate_base_ultrafuser import Gate, Reads, run_before_specialists
@@ -113,7 +113,7 @@ def naive(fused, ids, keep, every, anew=None):
 @pytest.mark.parametrize("fusion", MIXTURES)
 def test_tokens_are_those_of_the_rule_written_out(fusion, options):
     fused, ids = fuse(MIXES["one family"](), fusion=fusion, **options), prompt(batch=1)
-    for keep, every in (("top_k:1", 4), ("top_k:2", 3)):
+    for keep, every in (("top_k:1", 4), ("top_k:2", 3), ("top_k:2", 7)):
         assert torch.equal(drop(fused, ids, keep, every), naive(fused, ids, keep, every))
 
 
@@ -121,7 +121,8 @@ def test_tokens_are_those_of_the_rule_written_out(fusion, options):
 @pytest.mark.parametrize("mix", [mix for mix in MIXES if mix != "one family"])
 def test_tokens_are_those_of_the_rule_in_every_family(mix):
     fused, ids = fuse(MIXES[mix]()), prompt(batch=1, length=12)
-    assert torch.equal(drop(fused, ids), naive(fused, ids, "top_k:1", 4))
+    for keep in ("top_k:1", "top_k:2"):
+        assert torch.equal(drop(fused, ids, keep), naive(fused, ids, keep, 4))
 
 
 @pytest.mark.parametrize("gate", ["mlp", "evidence"])
@@ -157,7 +158,8 @@ def test_reads_are_those_of_the_formula(keep, size):
     """All at the first token, the second and every n-th from there, and at the others those that are kept."""
     fused, ids = fuse(MIXES["one family"](), gate="constant"), prompt(batch=1)
     fused.model.fusion_gate.logits.data = torch.tensor([3.0, 2.0, 1.0])
-    counts = passes(fused, lambda: drop(fused, ids, keep, 4, max_new_tokens=12))
+    # drawn, so that nothing is drafted
+    counts = passes(fused, lambda: drop(fused, ids, keep, 4, max_new_tokens=12, do_sample=True, eos_token_id=None))
     assert sorted(counts.values()) == sorted([12] * size + [4] * (3 - size))
 
 
@@ -177,16 +179,78 @@ def test_everybody_is_asked_before_a_text_ends(gate):
     assert by_all == end or texts[0].shape[1] > at + 1
 
 
+# ---------------------------------------------------------------------------------------------- drafts
+
+
+class Same(LogitsProcessor):
+    """Not the library's, so that nothing is drafted."""
+
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+def one_by_one(fused, ids, *args, **options):
+    return drop(fused, ids, *args, logits_processor=LogitsProcessorList([Same()]), **options)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("options", ALL_GATES.values(), ids=ALL_GATES)
+@pytest.mark.parametrize("mix", ["one family", "windows"])
+@pytest.mark.parametrize("keep", ["top_p:1.0", "top_k:2"])
+def test_drafts_change_no_token_and_no_cache(keep, mix, options):
+    fused, ids = fuse(MIXES[mix](), **options), prompt(batch=2, length=12)
+    found = [
+        way(fused, ids, keep, 8, max_new_tokens=20, eos_token_id=None, return_dict_in_generate=True)
+        for way in (drop, one_by_one)
+    ]
+    assert torch.equal(*(f.sequences for f in found))
+    for drafted, plain in zip(*(f.past_key_values.layers for f in found), strict=True):
+        assert drafted.get_seq_length() == plain.get_seq_length()
+        if getattr(plain, "keys", None) is not None:
+            last = min(drafted.keys.shape[2], plain.keys.shape[2])
+            torch.testing.assert_close(drafted.keys[:, :, -last:], plain.keys[:, :, -last:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("keep", "checking"), [("top_k:1", 0), ("top_k:2", 1), ("top_p:1.0", 2)])
+def test_a_leader_who_is_right_drafts_for_those_that_are_kept(keep, checking):
+    fused, ids = fuse(MIXES["one family"](), gate="constant"), prompt(batch=1)
+    fused.model.fusion_gate.logits.data = torch.tensor([40.0, 20.0, 0.0])
+    counts = passes(fused, lambda: drop(fused, ids, keep, 10, max_new_tokens=12, eos_token_id=None))
+    # all at three decisions; in between, drafts of two, four, and the three tokens that are left are checked at once
+    assert counts.pop("text") == 12
+    assert sorted(counts.values()) == [3] * (2 - checking) + [3 + 3] * checking
+
+
+@pytest.mark.parametrize("keep", ["top_p:1.0", "top_k:2"])
+@pytest.mark.parametrize("gate", ["constant", "evidence"])
+def test_texts_end_within_drafts_where_they_would_without(gate, keep):
+    fused, ids, ended = fuse(MIXES["one family"](), gate=gate), prompt(batch=2), 0
+    if gate == "constant":
+        prefer(fused, "code")
+    whole = drop(fused, ids, keep, 10**9, max_new_tokens=16, eos_token_id=None)
+    for end in whole[0, ids.shape[1] + 3 : ids.shape[1] + 7].unique().tolist():
+        heard = Heard()
+        options = {"max_new_tokens": 16, "eos_token_id": end, "pad_token_id": 0}
+        drafted = drop(fused, ids[:1], keep, 10**9, streamer=heard, **options)
+        assert torch.equal(drafted, one_by_one(fused, ids[:1], keep, 10**9, **options))
+        assert (heard.tokens, heard.ends) == (drafted[0].tolist(), 1)
+        both = drop(fused, ids, keep, 10**9, **options)
+        assert torch.equal(both, one_by_one(fused, ids, keep, 10**9, **options))
+        ended += drafted.shape[1] < whole.shape[1]
+    assert ended
+
+
 # ---------------------------------------------------------------------------------------------- caches
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("gate", ["mlp", "evidence"])
+@pytest.mark.parametrize("keep", ["top_k:1", "top_k:2"])
 @torch.no_grad()
-def test_caches_that_lagged_behind_are_those_of_one_pass(mix, gate):
+def test_caches_that_lagged_behind_are_those_of_one_pass(mix, gate, keep):
     fused, ids = fuse(MIXES[mix](), gate=gate), prompt(batch=2, length=12)
-    done = drop(fused, ids, every=4, max_new_tokens=9, return_dict_in_generate=True)
+    done = drop(fused, ids, keep, every=4, max_new_tokens=9, return_dict_in_generate=True)
     cache = done.past_key_values
     # decisions after 12, 13 and 17 tokens: all have read so many, or all but the last if both texts together keep everybody
     read = next(layer.get_seq_length() for layer in cache.layers if layer.keys is not None)
@@ -234,7 +298,7 @@ def test_texts_share_those_that_any_of_them_keeps_and_have_weights_of_their_own(
     ids[0] -= ids[0] % 2
     ids[1] -= 1 - ids[1] % 2
     # each keeps one of the two, and listens to both
-    counts = passes(fused, lambda: drop(fused, ids, "top_k:1", 10**9))
+    counts = passes(fused, lambda: one_by_one(fused, ids, "top_k:1", 10**9))
     assert counts == {"text": STEPS, "code": STEPS, "math": 2}
     assert torch.equal(drop(fused, ids, "top_k:1", 10**9), generate(fused, ids))
 
