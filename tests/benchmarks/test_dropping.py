@@ -65,3 +65,6 @@ def test_tokens_are_compared_and_timed():
     found = dropping.times(fused, asked, 1)
     assert list(found["code"]) == ["plain", "top_p:0.8, every 8", "top_k:1, every 8", "top_k:2, every 4"]
     assert all(way["seconds"]["value"] > 0 for way in found["text"].values())
+    # all at the first token, the second, and then at every eighth
+    reads = {name: way["reads"]["value"] * dropping.NEW for name, way in found["code"].items()}
+    assert (reads["plain"], reads["top_k:1, every 8"]) == (3 * dropping.NEW, dropping.NEW + 2 * 4)
