@@ -1,13 +1,13 @@
 """Baselines from the same specialists without a trained gate. No weights are copied."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.gate_base_ultrafuser import Gate, GateOutput
+from modeling_ultrafuser.gate_base_ultrafuser import Gate, GateOutput, Reads
 from modeling_ultrafuser.gates_ultrafuser import GATES
 from modeling_ultrafuser.sparsifiers_ultrafuser import NONE
 
@@ -78,6 +78,49 @@ class ShuffledGate(Gate):
             drawn = drawn.masked_fill(torch.arange(drawn.shape[1]) >= self.lengths[:, None], 2.0)
         places = drawn.argsort(-1).to(weights.device)
         return GateOutput(weights.gather(1, places[..., None].expand_as(weights)), scales)
+
+
+class TokenGate(Gate):
+    """A control: what another gate says of a token in the mean over texts, whatever stands before it there.
+
+    Args:
+        config: Of the fused model.
+        weights: By token id. Shape (vocab, specialists).
+        scales: Of a calibrated gate. Shape (vocab, 1 or specialists).
+    """
+
+    reads = Reads.PROMPT
+
+    def __init__(self, config, weights: Tensor, scales: Tensor | None):
+        super().__init__(config)
+        self.weights, self.scales = weights, scales
+
+    def forward(self, hidden_states: list[Tensor], *_) -> GateOutput:
+        ids = hidden_states[0][..., 0]
+        return GateOutput(*(None if table is None else table[ids] for table in (self.weights, self.scales)))
+
+
+@torch.no_grad()
+def by_token(model: UltraFuserForCausalLM, data: Iterable[HeldOut]) -> TokenGate:
+    """Averages a model's gate by the token that it reads; a token that is nowhere in the data has the mean over all.
+
+    Args:
+        model: A fused model.
+        data: Examples, one domain after another.
+    """
+    sums, counts = 0, torch.zeros(model.config.vocab_size, 1, device=model.device)
+    for examples in data:
+        for row, mask in zip(examples.input_ids, examples.attention_mask.bool(), strict=True):
+            ids = row[mask].to(model.device)
+            found = model.model(input_ids=ids[None], use_cache=False, return_dict=True)
+            # of factors on logits, the geometric mean
+            said = [found.gate_weights, *([] if found.logit_scales is None else [found.logit_scales.log()])]
+            said = torch.cat(said, -1)[0].float()
+            sums = sums + torch.zeros(len(counts), said.shape[1], device=said.device).index_add_(0, ids, said)
+            counts.index_add_(0, ids, torch.ones(len(ids), 1, device=ids.device))
+    table = torch.where(counts > 0, sums / counts.clamp(min=1), sums.sum(0) / counts.sum())
+    weights, scales = table.split([n := len(model.config.specialists), table.shape[1] - n], dim=-1)
+    return TokenGate(model.config, weights, scales.exp() if scales.shape[1] else None)
 
 
 class LoneGate(Gate):

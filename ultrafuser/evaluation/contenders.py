@@ -125,6 +125,7 @@ def contenders(comparison: Comparison) -> dict[str, Callable[[], Measured]]:
     random_gate = baselines.RandomGate(ingredients.config, comparison.seed)
     plan["random gate"] = partial(run, baselines.ensemble(ingredients, random_gate), "control")
     plan["shuffled gate"] = partial(shuffled, comparison)
+    plan["gate by token"] = partial(looked_up, comparison)
     plan["best specialist per domain (oracle)"] = partial(routed, comparison, best_per_domain)
     plan["best specialist per request (oracle)"] = partial(routed, comparison, best_per_request)
     for temperature, gates in (("one temperature", ["constant"]), ("a temperature per token", ["constant", "cross"])):
@@ -167,6 +168,19 @@ def shuffled(comparison: Comparison) -> Measured:
         gate.lengths = comparison.data[domain].attention_mask[rows].sum(-1)
 
     return comparison.run(baselines.ensemble(model, gate, model.config.fusion), "control", set_lengths)
+
+
+def looked_up(comparison: Comparison) -> Measured:
+    """The fused model, whose gate knows the token that is read and nothing before it: its means over the tuning examples.
+
+    How much of a gate is a table of the vocabulary, as routing by word is (Roller et al., 2021, arXiv 2106.04426).
+
+    Raises:
+        UntunedError: If there are none.
+    """
+    _check_tunable(comparison)
+    gate = baselines.by_token(comparison.fused, comparison.tune.values())
+    return comparison.run(baselines.ensemble(comparison.fused, gate, comparison.fused.config.fusion), "control")
 
 
 def routed(comparison: Comparison, choose: Callable[[dict[str, Scores], HeldOut], Tensor]) -> Measured:

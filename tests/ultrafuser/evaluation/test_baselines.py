@@ -9,6 +9,7 @@ from ultrafuser.evaluation import contenders
 from ultrafuser.evaluation.baselines import (
     RandomGate,
     ShuffledGate,
+    by_token,
     ensemble,
     perplexity_weights,
     prompt_losses,
@@ -77,6 +78,32 @@ def test_a_shuffled_gate_gives_no_token_the_weights_of_padding(fused, data):
         torch.testing.assert_close(own[row, :length].sort(0).values, shuffled[row, :length].sort(0).values)
 
 
+@pytest.mark.parametrize("gate", ["mlp", "cross:8+calibration", "evidence:8", "constant"])
+def test_a_gate_by_token_has_the_means_of_the_gate_over_the_data(gate, specialists, data):
+    fused = UltraFuserForCausalLM.from_specialists(specialists, gate=gate)
+    stir_gate(fused)
+    looked_up = ensemble(fused, by_token(fused, [data[:2], data[2:]]))
+    read = data.attention_mask.bool()
+    own = fused.model(input_ids=data.input_ids, attention_mask=data.attention_mask)
+    # a token that is often there, and one that never is
+    often = int(data.input_ids[read].mode().values)
+    never = next(i for i in range(VOCAB) if i not in data.input_ids[read])
+    found = looked_up.model(input_ids=torch.tensor([[never, often, never, often]]))
+    expected = {often: read & (data.input_ids == often), never: read}
+    assert expected[often].sum() > 3
+    for place, token in enumerate([never, often, never, often]):
+        weights = own.gate_weights[expected[token]].mean(0)
+        torch.testing.assert_close(found.gate_weights[0, place], weights, atol=1e-5, rtol=1e-4)
+        if fused.config.gate_calibration:
+            scales = own.logit_scales[expected[token]].log().mean(0).exp()
+            torch.testing.assert_close(found.logit_scales[0, place], scales, atol=1e-5, rtol=1e-4)
+    # a gate that says the same of every token is such a table
+    if gate == "constant":
+        torch.testing.assert_close(
+            looked_up(data.input_ids).logits, fused(data.input_ids).logits, atol=1e-5, rtol=1e-5
+        )
+
+
 def test_perplexity_of_the_prompt_alone_decides(fused, data):
     scores = by_specialist(fused, data)
     losses = prompt_losses(scores, data)
@@ -137,6 +164,18 @@ def test_a_lone_specialist_starts_as_itself_and_its_temperature_learns(gate, tun
     contenders._tune(model, tunable, {domain: examples}, learning_rate=1e-2)
     assert score(model.eval(), examples).losses[examples.scored].mean() < itself.losses[examples.scored].mean()
     assert all(torch.equal(tensor, before[key]) for key, tensor in tunable.ingredients.state_dict().items())
+
+
+def test_the_row_of_the_gate_by_token_is_tabled_from_tuning_examples(tunable):
+    found = contenders.looked_up(tunable)
+    table = by_token(tunable.fused, tunable.tune.values())
+    expected = score(ensemble(tunable.fused, table), tunable.data["mixed"])
+    assert torch.equal(found.scores["mixed"].losses, expected.losses)
+    own = score(tunable.fused, tunable.data["mixed"])
+    assert not torch.equal(own.losses, expected.losses)
+    tunable.tune = {}
+    with pytest.raises(contenders.UntunedError, match="--tune"):
+        contenders.looked_up(tunable)
 
 
 @pytest.mark.e2e

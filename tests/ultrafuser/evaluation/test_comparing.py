@@ -62,7 +62,7 @@ def test_every_baseline_has_a_row_and_the_best_comes_first(comparison, tmp_path)
     oracle = "best specialist per domain (oracle)"
     tuned = {f"{oracle}, one temperature", f"{oracle}, a temperature per token"}
     unfit = {"merge: regmean", "merge: layer swap"}  # without tuning examples, and for two specialists
-    assert set(results["left_out"]) == {"tuned constant weights", "router: trained", *tuned, *unfit}
+    assert set(results["left_out"]) == {"tuned constant weights", "router: trained", "gate by token", *tuned, *unfit}
     assert "fixed-share forecaster" in names
     by_name = {row["name"]: row for row in results["rows"]}
     for row in results["rows"]:
