@@ -41,6 +41,7 @@ class Token:
         weights: Gate weight of each specialist, by name.
         probabilities: Probability of this token under each specialist and under the fused model ("fused").
         candidates: Likeliest tokens of each specialist and of the fused model ("fused"), best first.
+        spreads: Standard deviation of the logits over the vocabulary, of each specialist and of the fused model ("fused").
     """
 
     text: str
@@ -49,6 +50,7 @@ class Token:
     weights: dict[str, float] = field(default_factory=dict)
     probabilities: dict[str, float] = field(default_factory=dict)
     candidates: dict[str, list[Candidate]] = field(default_factory=dict)
+    spreads: dict[str, float] = field(default_factory=dict)
 
     @property
     def leader(self) -> str | None:
@@ -158,8 +160,20 @@ def leaders(tokens: list[Token]) -> list[str | None]:
 
 def mean_weights(tokens: list[Token]) -> dict[str, float]:
     """Mean gate weight of each specialist, over the tokens at which somebody leads."""
-    weights = [token.weights for token, leader in zip(tokens, leaders(tokens), strict=True) if leader]
-    return {name: sum(w[name] for w in weights) / len(weights) for name in weights[0]}
+    return _means([token.weights for token in _led(tokens)])
+
+
+def mean_spreads(tokens: list[Token]) -> dict[str, float]:
+    """Mean spread of the logits of each specialist and of the fused model, over the tokens at which somebody leads."""
+    return _means([token.spreads for token in _led(tokens)])
+
+
+def _led(tokens: list[Token]) -> list[Token]:
+    return [token for token, leader in zip(tokens, leaders(tokens), strict=True) if leader]
+
+
+def _means(numbers: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(own[name] for own in numbers) / len(numbers) for name in numbers[0]}
 
 
 def are_signed(weights: dict[str, float]) -> bool:
@@ -171,12 +185,14 @@ def _add_predictions(
     tokens: list[Token], name: str, logits: Tensor, ids: Tensor, tokenizer: PreTrainedTokenizerBase, candidates: int
 ) -> None:
     """Predictions of one model at every position but the last."""
+    # the "contrast" rule cuts tokens off: theirs are minus infinity
+    spreads = [row[row.isfinite()].float().std(correction=0).item() for row in logits[0, :-1]]
     probabilities = logits[0, :-1].float().softmax(-1)
     own = probabilities.gather(-1, ids[0, 1:, None].to(probabilities.device))[:, 0].tolist()
     top = probabilities.topk(min(candidates, probabilities.shape[-1]))
     likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    for token, probability, (found, values) in zip(tokens[1:], own, likeliest, strict=True):
-        token.probabilities[name] = probability
+    for token, probability, spread, (found, values) in zip(tokens[1:], own, spreads, likeliest, strict=True):
+        token.probabilities[name], token.spreads[name] = probability, spread
         token.candidates[name] = [Candidate(tokenizer.decode(i), p) for i, p in zip(found, values, strict=True)]
 
 

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from ..plain import Console, plain
 from .colours import assign, blend, strength, text_on
-from .explanation import FUSED, Token, are_signed, leaders, mean_weights
+from .explanation import FUSED, Token, are_signed, leaders, mean_spreads, mean_weights
 
 
 def print_tokens(tokens: list[Token], console: Console | None = None) -> None:
@@ -29,6 +29,11 @@ def print_tokens(tokens: list[Token], console: Console | None = None) -> None:
     signed = "Weights are signed: they are no shares. " if are_signed(means) else ""
     told = f"Mean gate weights. {signed}A stronger colour is a larger weight of the specialist that leads."
     console.print(told, style="dim")
+    spreads = mean_spreads(tokens)
+    own = ", ".join(f"{name} {spreads[name]:.1f}" for name in names)
+    console.print(
+        f"Spread of logits: {own}. Where logits are added, one of a larger spread counts for more.", style="dim"
+    )
 
 
 def token_table(tokens: list[Token]) -> Table:

@@ -61,6 +61,8 @@ def test_a_token_shows_the_weights_and_probabilities_of_the_position_before_it(f
         for name, output in outputs.items():
             probabilities = output.logits[0, place - 1].softmax(-1)
             assert tokens[place].probabilities[name] == pytest.approx(probabilities[ids[0, place]].item(), rel=1e-4)
+            spread = np.std(output.logits[0, place - 1].numpy())
+            assert tokens[place].spreads[name] == pytest.approx(spread, rel=1e-4)
             best = probabilities.sort(descending=True)
             assert [c.text for c in tokens[place].candidates[name]] == [
                 tokenizer().decode(i) for i in best.indices[:3]
@@ -173,7 +175,19 @@ def test_a_terminal_shows_the_text_in_colour_and_keeps_its_lines(byte_model, byt
     assert "\x1b" not in plain
     shown = Console(file=io.StringIO(), record=True, **options)
     print_tokens(tokens, shown)
-    assert shown.export_text().startswith(TEXT.replace("\n", "⏎\n"))
+    text = shown.export_text()
+    assert text.startswith(TEXT.replace("\n", "⏎\n"))
+    spreads = {name: np.mean([token.spreads[name] for token in tokens[1:]]) for name in ("a", "b")}
+    assert f"Spread of logits: a {spreads['a']:.1f}, b {spreads['b']:.1f}." in text
+
+
+def test_tokens_that_contrast_cuts_off_are_no_part_of_the_spread(byte_model, byte_tokenizer, tmp_path):
+    byte_model.save_pretrained(tmp_path)
+    model = UltraFuserForCausalLM.from_pretrained(tmp_path, fusion="contrast")
+    tokens = explain(model, byte_tokenizer, TEXT)
+    assert all(0 <= token.spreads[FUSED] < 100 for token in tokens[1:])
+    with torch.no_grad():
+        assert model(byte_tokenizer(TEXT, return_tensors="pt").input_ids).logits.isinf().any()
 
 
 def test_without_colours_there_is_a_line_for_every_token(byte_model, byte_tokenizer):
