@@ -3,8 +3,8 @@
 A specialist reads the text by itself, whoever else is in the model. So what a model of some of them would predict follows
 from hidden states that all of them have made once: its gate is what `remove_specialist` leaves, its fusion rule and its
 columns of the head are the same. All subsets of one size are measured so, and the best one is written (exhaustive search
-for the subset to keep, as Lu et al., 2024, arXiv 2402.14800, section 3.2, do it for the experts of a layer; they compare outputs, and
-here it is the loss on held-out text).
+for the subset to keep, as Lu et al., 2024, arXiv 2402.14800, section 3.2, do it for the experts of a layer). The measure is the loss
+on held-out text; or, as theirs, how far a subset's outputs are from those of all, which needs no good answers in the text.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,15 +37,18 @@ from .specialist_edits import keep_in_gate, keep_specialists
 
 MOST = 1000  # subsets: each is a gate, and a prediction of every token
 ROWS = 16  # examples that are read at once
+LOSS, DISTANCE = "loss", "distance"
+MEASURES = (LOSS, DISTANCE)
 
 
 @dataclass
 class Subset:
-    """Loss of a fused model of some of the specialists.
+    """Measure of a fused model of some of the specialists.
 
     Attributes:
         names: Names of the specialists.
-        losses: Nats per token by domain, on held-out text.
+        losses: By domain, on held-out text: its loss; or its distance, the Kullback-Leibler divergence of its predictions from
+            those of all specialists. In nats per token.
     """
 
     names: tuple[str, ...]
@@ -66,8 +69,9 @@ def prune(
     examples: int = 200,
     max_length: int = 1024,
     prompt_tokens: int = 32,
+    by: str = LOSS,
 ) -> list[Subset]:
-    """Writes a fused folder of the specialists whose loss on held-out text is the least without the others.
+    """Writes a fused folder of the specialists whose loss on held-out text, or distance, is the least without the others.
 
     Args:
         folder: Folder of a fused model.
@@ -77,25 +81,32 @@ def prune(
         examples: Most examples of each domain.
         max_length: Longer examples are cut, in tokens; to the model's context if that is shorter.
         prompt_tokens: First tokens of plain text, which are not scored.
+        by: One of `MEASURES`.
 
     Returns:
         All specialists, then each subset of this size, the best first.
 
     Raises:
-        ValueError: If so many cannot be kept, or a row of the data is malformed: before any weight is loaded.
+        ValueError: If so many cannot be kept, there is no such measure, or a row of the data is malformed: before any weight is loaded.
         FileExistsError: If there is something in `out`.
         OSError: If the model or data cannot be read.
     """
     config = fused_config(folder)
     check_loss(config)
     check_number(config.specialist_names, keep)
+    if by not in MEASURES:
+        raise Refusal(
+            f"subsets are to be compared by {by!r}",
+            "They are by their loss, or by their distance from all specialists",
+            f"Choose one of {list(MEASURES)}.",
+        )
     check_domains(data)
     with new_folder(out) as part:
         tokenizer = read_tokenizer(folder)
         limits = {"max_length": min(max_length, config.max_position_embeddings or max_length)}
         held = read_domains(data, tokenizer, examples=examples, prompt_tokens=prompt_tokens, **limits)
         model, _ = open_fused(folder)
-        subsets = rank_subsets(model, keep, held)
+        subsets = rank_subsets(model, keep, held, by)
         names = subsets[min(1, len(subsets) - 1)].names
         ingredients = {n: i for n, i in read_ingredients(folder).items() if n in names}
         save_fused(part, keep_specialists(model, names), tokenizer, ingredients)
@@ -131,13 +142,14 @@ def check_number(names: Sequence[str], keep: int) -> None:
         )
 
 
-def rank_subsets(model: UltraFuserForCausalLM, keep: int, data: Mapping[str, HeldOut]) -> list[Subset]:
+def rank_subsets(model: UltraFuserForCausalLM, keep: int, data: Mapping[str, HeldOut], by: str = LOSS) -> list[Subset]:
     """Measures all specialists of a model, and each subset of one size, in one pass of all over the data.
 
     Args:
         model: A fused model.
         keep: Number of specialists in a subset.
         data: Held-out examples by domain.
+        by: One of `MEASURES`.
 
     Returns:
         All specialists, then the subsets, the best first. A subset that the gate has no weights for is missing.
@@ -156,7 +168,7 @@ def rank_subsets(model: UltraFuserForCausalLM, keep: int, data: Mapping[str, Hel
             errors.append(error)
     if len(parts) == 1 and errors:
         raise errors[0]
-    losses = {domain: _losses(model, parts, examples, domain) for domain, examples in data.items()}
+    losses = {domain: _losses(model, parts, examples, domain, by) for domain, examples in data.items()}
     every, *some = [Subset(p.config_names, {d: own[k] for d, own in losses.items()}) for k, p in enumerate(parts)]
     return [every, *sorted(some, key=lambda subset: subset.mean)]
 
@@ -198,18 +210,18 @@ class _Part:
 
 
 @torch.inference_mode()
-def _losses(model: UltraFuserForCausalLM, parts: list[_Part], data: HeldOut, domain: str) -> list[float]:
-    """Returns the loss of each part on a domain, in nats per token that is predicted."""
+def _losses(model: UltraFuserForCausalLM, parts: list[_Part], data: HeldOut, domain: str, by: str) -> list[float]:
+    """Returns the measure of each part on a domain, in nats per token that is predicted. The first part is the whole."""
     sums = torch.zeros(len(parts), dtype=torch.float64)
     starts = range(0, len(data), ROWS)
     with Progress(f"specialists read {domain}", len(starts)) as progress:
         for start in starts:
-            sums += _summed_losses(model, parts, data[start : start + ROWS])
+            sums += _summed_losses(model, parts, data[start : start + ROWS], by)
             progress.add()
     return (sums / data.scored.sum()).tolist()
 
 
-def _summed_losses(model: UltraFuserForCausalLM, parts: list[_Part], data: HeldOut) -> Tensor:
+def _summed_losses(model: UltraFuserForCausalLM, parts: list[_Part], data: HeldOut, by: str) -> Tensor:
     device = model.lm_head.weight.device
     ids, mask, scored = (t.to(device) for t in (data.input_ids, data.attention_mask, data.scored))
     outputs = model.model.reader.read(Tokens(ids, mask), None, use_cache=False)
@@ -225,10 +237,16 @@ def _summed_losses(model: UltraFuserForCausalLM, parts: list[_Part], data: HeldO
     sums = torch.zeros(len(parts), dtype=torch.float64)
     for chunk in _chunks(len(targets), model.config):
         logits = [F.linear(h[chunk], columns) for h, columns in zip(states, _heads(model), strict=True)]
+        whole = None
         for k, (part, numbers) in enumerate(zip(parts, weighed, strict=True)):
             own = (None if t is None else t[chunk] for t in numbers)
             fused = part.fusion.fused([logits[i] for i in part.indices], *own)
-            sums[k] += F.cross_entropy(fused, targets[chunk], reduction="sum").item()
+            if by == LOSS:
+                sums[k] += F.cross_entropy(fused, targets[chunk], reduction="sum").item()
+                continue
+            fused = fused.float().log_softmax(-1)
+            whole = fused if k == 0 else whole
+            sums[k] += F.kl_div(fused, whole, log_target=True, reduction="sum").item()
     return sums
 
 
@@ -254,11 +272,12 @@ def _chunks(tokens: int, config: UltraFuserConfig) -> list[slice]:
     return [slice(start, start + size) for start in range(0, tokens, size)]
 
 
-def table(subsets: list[Subset]) -> Table:
+def table(subsets: list[Subset], by: str = LOSS) -> Table:
     """Shows all subsets, all specialists first, then the best first."""
+    what = "nats per token" if by == LOSS else "divergence from the predictions of all, nats per token"
     domains = list(subsets[0].losses)
     numbers = [Column(name, justify="right", no_wrap=True) for name in (*domains, "mean", "to all")]
-    shown = Table("specialists", *numbers, caption="nats per token, held out, before the gate is trained again")
+    shown = Table("specialists", *numbers, caption=f"{what}, held out, before the gate is trained again")
     for subset in subsets:
         losses = [f"{loss:.4f}" for loss in (*subset.losses.values(), subset.mean)]
         difference = "" if subset is subsets[0] else f"{subset.mean - subsets[0].mean:+.4f}"

@@ -244,6 +244,9 @@ def prune(
     examples: Examples = 200,
     max_length: MaxLength = 1024,
     prompt_tokens: PromptTokens = 32,
+    by: Annotated[
+        str, Option(help="loss; or distance from what all predict together, for text that nobody should learn from.")
+    ] = "loss",
 ) -> None:
     """Keep the specialists that predict held-out text best without the others: all subsets of this size are measured.
 
@@ -252,9 +255,9 @@ def prune(
     from ..build import pruning
 
     hide_loading_bars()
-    limits = {"examples": examples, "max_length": max_length, "prompt_tokens": prompt_tokens}
+    limits = {"examples": examples, "max_length": max_length, "prompt_tokens": prompt_tokens, "by": by}
     subsets = pruning.prune(folder, keep, named(data, "--data"), out, **limits)
-    Console().print(pruning.table(subsets))
+    Console().print(pruning.table(subsets, by))
     lost = " A gate that reads all specialists side by side lost a part of its input: train it again."
     echo(f"Wrote {str(out)!r}.{lost if len(subsets) > 1 else ' All specialists are kept, so that it is a copy.'}")
 

@@ -66,6 +66,29 @@ def test_the_table_has_what_the_models_that_would_be_left_are_measured_at(gate, 
     assert_as_measured_alone(fused_model(gate, fusion, gate_calibration=calibrated, gate_temperature=2.0), 2, data)
 
 
+@pytest.mark.grid
+@pytest.mark.parametrize("fusion", MIXTURES)
+@pytest.mark.parametrize("gate", ["mlp", "cross", "evidence"])
+@torch.no_grad()
+def test_the_distance_is_the_divergence_from_what_all_predict(gate, fusion, data):
+    model = fused_model(gate, fusion)
+
+    def predicted(model, examples):
+        logits = model(examples.input_ids, attention_mask=examples.attention_mask).logits[:, :-1]
+        return torch.distributions.Categorical(logits=logits[examples.scored[:, 1:]].double())
+
+    every, *subsets = rank_subsets(model, 2, data, "distance")
+    assert every.losses == {"text": 0, "code": 0}
+    for subset in subsets:
+        part = keep_specialists(model, subset.names).eval()
+        for domain, examples in data.items():
+            divergence = torch.distributions.kl_divergence(predicted(model, examples), predicted(part, examples))
+            assert subset.losses[domain] == pytest.approx(divergence.mean().item(), rel=1e-3, abs=1e-6)
+    means = [s.mean for s in subsets]
+    assert means == sorted(means)
+    assert means[0] > 1e-3
+
+
 def test_two_of_four_of_different_widths_are_measured_likewise(data):
     model = fused_model("cross", number=4, last=48)
     assert_as_measured_alone(model, 2, data)
@@ -167,6 +190,15 @@ def test_the_command_writes_the_best_subset_as_remove_would(folder):
         assert (folder / "new" / file).read_bytes() == (folder / "removed" / file).read_bytes()
 
 
+def test_the_command_writes_the_nearest_subset(folder):
+    code, shown = prune(folder, "--keep", 2, "--by", "distance")
+    assert code == 0, shown
+    assert "divergence from the predictions of all" in shown
+    names = AutoModelForCausalLM.from_pretrained(folder / "new").config.specialist_names
+    rows = [line for line in shown.splitlines() if "," in line and "." in line]
+    assert [", ".join(n) in row for n, row in zip((NAMES[:3], names), rows, strict=False)] == [True, True]
+
+
 def test_to_keep_all_is_to_copy(folder):
     code, shown = prune(folder, "--keep", 3)
     assert code == 0
@@ -181,6 +213,7 @@ def test_to_keep_all_is_to_copy(folder):
     [
         (("--keep", 1), "at least two"),
         (("--keep", 4), "there are 3"),
+        (("--keep", 2, "--by", "luck"), "['loss', 'distance']"),
         (("--max-length", 5, "--keep", 2), "none of the 1"),
     ],
 )
