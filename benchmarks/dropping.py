@@ -7,9 +7,9 @@ quickstart's conversations as there; and others, which `gate_domain` leads to ea
 Losses are those of held-out answers, in nats per token, and how far they are above the plain way's: the specialists read
 each answer once, then the decoder's decisions are run over it token by token, given the answer's tokens instead of its own.
 Reads are the passes that the decoder asks for, for each token of an answer, the first included, whose pass reads the prompt. "both" are
-answers that need two domains in turn. Times are those of a token that the decoder generates, without the prompt, by the
-processor's clock, one text at a time, in turns with the plain way; and its passes for such a token, the prompt's included, which
-drafts make fewer. Writes `results/dropping.json`.
+answers that need two domains in turn. In what the decoder writes itself, drafts make them fewer: those are counted, too, for the
+first prompts of each domain. Times are those of a token that the decoder generates, without the prompt, by the processor's clock,
+one text at a time, in turns with the plain way. Writes `results/dropping.json`.
 """
 
 import argparse
@@ -44,6 +44,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "dropping.json"
 EVERIES, KEEPS = (2, 4, 8, 16), ("top_p:0.8", "top_p:0.95", "top_k:2", "top_k:1")
 TIMED = ((EVERY, KEEP), (EVERY, "top_k:1"), (4, "top_k:2"))
 NEW, SAME = 24, 16  # tokens
+WRITTEN = 6  # answers of each domain
 
 
 class Answer(NamedTuple):
@@ -97,6 +98,7 @@ def measure(model: UltraFuserForCausalLM, answers: list[Answer], rounds: int) ->
     asked = first_prompts(answers)
     yield "losses", losses(model, answers)
     if rounds:
+        yield "generated reads", generated(model, answers)
         yield "same tokens", same_tokens(model, asked)
         yield "seconds", times(model, asked, rounds)
 
@@ -227,10 +229,8 @@ def same_tokens(model: UltraFuserForCausalLM, asked: dict[str, Tensor]) -> dict[
 
 
 def times(model: UltraFuserForCausalLM, asked: dict[str, Tensor], rounds: int) -> dict[str, dict]:
-    """Measures the seconds and the passes of a generated token, one text at a time, and their ratio to the plain way's."""
-    ways = {"plain": {}}
-    for every, keep in TIMED:
-        ways[f"{keep}, every {every}"] = {"custom_generate": drop_specialists, "every": every, "keep": keep}
+    """Measures the seconds of a generated token, one text at a time, and their ratio to the plain way's."""
+    ways = {"plain": {}} | _dropping_ways()
     return {
         domain: compare_ways(
             {n: lambda ids=ids, way=way: _a_token(model, ids, way) for n, way in ways.items()}, rounds
@@ -239,14 +239,37 @@ def times(model: UltraFuserForCausalLM, asked: dict[str, Tensor], rounds: int) -
     }
 
 
-def _a_token(model: UltraFuserForCausalLM, ids: Tensor, way: dict) -> dict[str, float]:
-    watch, passes = _Stopwatch(), []
+def generated(model: UltraFuserForCausalLM, answers: list[Answer]) -> dict[str, dict[str, float]]:
+    """Counts the specialists' passes for a token that is generated greedily, drafts and the prompt's included, by way and domain."""
+    ways, passes = _dropping_ways(), []
+    found = {name: {} for name in ways}
     hooks = [s.register_forward_pre_hook(lambda *_: passes.append(1)) for s in model.model.specialists.values()]
-    model.generate(ids, max_new_tokens=NEW, do_sample=False, streamer=watch, **way)
+    for domain in dict.fromkeys(a.domain for a in answers):
+        prompts = [a.ids[:, : a.prompt] for a in answers if a.domain == domain][:WRITTEN]
+        for name, way in ways.items():
+            passes.clear()
+            tokens = sum(
+                model.generate(ids, max_new_tokens=NEW, do_sample=False, **way).shape[1] - ids.shape[1]
+                for ids in prompts
+            )
+            found[name][domain] = len(passes) / tokens
     for hook in hooks:
         hook.remove()
-    tokens = len(watch.seconds) - 1
-    return {"seconds": (watch.seconds[-1] - watch.seconds[1]) / (tokens - 1), "reads": len(passes) / tokens}
+    return found
+
+
+def _dropping_ways() -> dict[str, dict]:
+    """Options of `generate` for the ways that are timed, by name."""
+    return {
+        f"{keep}, every {every}": {"custom_generate": drop_specialists, "every": every, "keep": keep}
+        for every, keep in TIMED
+    }
+
+
+def _a_token(model: UltraFuserForCausalLM, ids: Tensor, way: dict) -> dict[str, float]:
+    watch = _Stopwatch()
+    model.generate(ids, max_new_tokens=NEW, do_sample=False, streamer=watch, **way)
+    return {"seconds": (watch.seconds[-1] - watch.seconds[1]) / (len(watch.seconds) - 2)}
 
 
 class _Stopwatch(BaseStreamer):

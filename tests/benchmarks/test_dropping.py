@@ -66,5 +66,6 @@ def test_tokens_are_compared_and_timed():
     assert list(found["code"]) == ["plain", "top_p:0.8, every 8", "top_k:1, every 8", "top_k:2, every 4"]
     assert all(way["seconds"]["value"] > 0 for way in found["text"].values())
     # all at the first token, the second, and then at every eighth
-    reads = {name: way["reads"]["value"] * dropping.NEW for name, way in found["code"].items()}
-    assert (reads["plain"], reads["top_k:1, every 8"]) == (3 * dropping.NEW, dropping.NEW + 2 * 4)
+    reads = dropping.generated(fused, answers(fused, "text", 2) + answers(fused, "code"))
+    assert reads["top_k:1, every 8"] == dict.fromkeys(("text", "code"), (dropping.NEW + 2 * 4) / dropping.NEW)
+    assert not any(s._forward_pre_hooks for s in fused.model.specialists.values())

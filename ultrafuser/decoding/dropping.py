@@ -41,7 +41,7 @@ from .drafting import drafted_by, verified, with_state
 from .reading import TextReader, check_one_by_one, check_settings, choose, end_tokens, padding_token, processed
 
 
-FEWEST_DRAFTS = 2  # after a decision
+FIRST_DRAFTS, FEWEST_DRAFTS = 4, 2  # at first, and after a decision
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ class Asked:
         self.states: list[Tensor | None] = [None] * reader.count
         self.weights: Tensor | None = None
         self.heard: Tensor | None = None
-        self.drafts = FEWEST_DRAFTS
+        self.drafts = FIRST_DRAFTS
         self.stand_ins: list[Tensor] = []
         self.evidence: tuple[Tensor, ...] = ()
 
@@ -190,7 +190,7 @@ class Asked:
         before_end = count if by_all else int((~self.would_end(logits)[live].any(0)).cumprod(0).sum())
         tokens = tokens[:, :before_end]
         # as in `self_draft`, but where one is rejected at once nothing is drafted before the next decision
-        self.drafts = count + 2 if accepted == count else (count + accepted + 1) // 2
+        self.drafts = max(self.drafts, 2 * count) if accepted == count else (count + accepted + 1) // 2
         if before_end < count:
             self.drafts = 1
         self.since_decision += tokens.shape[1]

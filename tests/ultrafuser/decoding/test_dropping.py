@@ -216,9 +216,9 @@ def test_a_leader_who_is_right_drafts_for_those_that_are_kept(keep, checking):
     fused, ids = fuse(MIXES["one family"](), gate="constant"), prompt(batch=1)
     fused.model.fusion_gate.logits.data = torch.tensor([40.0, 20.0, 0.0])
     counts = passes(fused, lambda: drop(fused, ids, keep, 10, max_new_tokens=12, eos_token_id=None))
-    # all at three decisions; in between, drafts of two, four, and the three tokens that are left are checked at once
+    # all at three decisions; in between, four drafts and then the five tokens that are left are checked at once
     assert counts.pop("text") == 12
-    assert sorted(counts.values()) == [3] * (2 - checking) + [3 + 3] * checking
+    assert sorted(counts.values()) == [3] * (2 - checking) + [3 + 2] * checking
 
 
 @pytest.mark.parametrize("keep", ["top_p:1.0", "top_k:2"])
