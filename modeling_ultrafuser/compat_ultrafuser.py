@@ -56,6 +56,18 @@ def init_without_layers(cache: Cache) -> None:
     cache.offloading = False
 
 
+def forget_last(cache: Cache, tokens: int) -> None:
+    """Forgets the last tokens of a dynamic cache, and nothing else.
+
+    `crop` also restricts windows to their size, after which they cannot be gone back in once more.
+    """
+    for layer in cache.layers:
+        if tokens and layer.is_initialized:
+            layer.keys, layer.values = layer.keys[:, :, :-tokens], layer.values[:, :, :-tokens]
+            if layer.is_sliding:
+                layer.cumulative_length -= tokens
+
+
 def set_layers(cache: DynamicCache, config: PreTrainedConfig) -> None:
     """Gives an empty cache the layers of a configuration: one made without adds them as they come, of one class."""
     cache.layers = DynamicCache(config=config).layers

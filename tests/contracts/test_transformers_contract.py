@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import cached_file
 
+from modeling_ultrafuser.compat_ultrafuser import forget_last
 from tests.support.llamas import IDS, config, llama
 
 
@@ -299,6 +300,29 @@ def test_a_window_keeps_what_a_crop_needs_once_past_recording_is_active():
         cache.update(states, states, layer)
     cache.crop(-3)
     assert cache.get_seq_length() == 3
+
+
+def test_keys_that_are_cut_off_by_hand_are_forgotten_where_layers_slide_and_where_they_do_not():
+    states = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 1, 8, 4)
+    caches = []
+    for texts in ((states[:, :, :3], -states[:, :, 3:6], states[:, :, 3:]), (states,)):
+        types = ["sliding_attention", "full_attention"]
+        cache = DynamicCache(config=config(sliding_window=3, layer_types=types))
+        cache.activate_past_recording()
+        for number, text in enumerate(texts):
+            for layer in range(2):
+                cache.update(text, text, layer)
+            if number == 1:
+                forget_last(cache, 3)
+        caches.append(cache)
+    forgot, never = caches
+    assert [layer.get_seq_length() for layer in forgot.layers] == [8, 8]
+    for one, other in zip(forgot.layers, never.layers, strict=True):
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.values, other.values)
+    # a window goes back once more
+    forgot.crop(-2)
+    assert torch.equal(forgot.layers[0].keys, states[:, :, 4:6])
 
 
 def test_the_paged_cache_is_known_by_class_and_needs_no_init_to_be_updated():

@@ -195,9 +195,16 @@ def _said_before(input_ids: Tensor, count: int) -> Tensor:
 
 
 def drafted_by(
-    reader: TextReader, k: int, input_ids: Tensor, count: int, logits_processor: LogitsProcessorList, sample: bool
+    reader: TextReader,
+    k: int,
+    input_ids: Tensor,
+    count: int,
+    logits_processor: LogitsProcessorList,
+    sample: bool,
+    live: Tensor | None = None,
+    padding: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Lets specialist k continue the texts by itself.
+    """Lets specialist k continue the texts by itself; those that have ended, if `live` says so, with padding.
 
     Returns:
         The texts with the drafts, (batch, seq + drafts), the scores that they were drawn from,
@@ -208,7 +215,9 @@ def drafted_by(
     for _ in range(count):
         hidden = reader.read(k, input_ids)[:, -1:]
         own = processed(bounded(F.linear(hidden, head), cap), input_ids, 1, logits_processor)
-        input_ids = torch.cat([input_ids, choose(own[:, 0], sample)], dim=-1)
+        token = choose(own[:, 0], sample)
+        token = token if live is None else torch.where(live[:, None], token, padding)
+        input_ids = torch.cat([input_ids, token], dim=-1)
         scores.append(own)
         hidden_states.append(hidden)
     return input_ids, torch.cat(scores, dim=1), torch.cat(hidden_states, dim=1)

@@ -9,7 +9,7 @@ then exactly those of the plain way; what was said meanwhile is not. (Expert ski
 leaves out experts of one layer; here it is whole models.)
 
 Greedily, those that are kept draft for each other: up to the next decision, the one that the gate listens to most continues
-the text, and the others check its tokens in one pass (see `drafting`). The tokens are the same, in fewer passes.
+the text, and the others check its tokens in one pass (see `drafting`). The tokens are the same, in fewer passes than S each.
 
 Before a text ends, everybody is asked: where those that are kept would end it, all read the text at once, and decide. One
 that knows only its own domain ends with it, and is sure of it, where another would go on.
@@ -29,7 +29,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from modeling_ultrafuser import UltraFuserForCausalLM
-from modeling_ultrafuser.compat_ultrafuser import CACHE
+from modeling_ultrafuser.compat_ultrafuser import CACHE, forget_last
 from modeling_ultrafuser.evidence_ultrafuser import MOST_KEPT, decoding_layer, last_logits
 from modeling_ultrafuser.gate_base_ultrafuser import GateOutput, run_before_specialists
 from modeling_ultrafuser.peft_ultrafuser import check_head
@@ -41,7 +41,7 @@ from .drafting import drafted_by, verified, with_state
 from .reading import TextReader, check_one_by_one, check_settings, choose, end_tokens, padding_token, processed
 
 
-FIRST_DRAFTS, FEWEST_DRAFTS = 4, 2  # at first, and after a decision
+FIRST_DRAFTS, FEWEST_DRAFTS = 4, 2  # tokens: at first, and after a decision at least
 
 
 @torch.no_grad()
@@ -63,15 +63,19 @@ def drop_specialists(
 
         model.generate(**inputs, custom_generate=drop_specialists, keep="top_p:0.8", every=8)
 
-    With `keep="top_p:1.0"` nobody is left out, and the tokens are those of the plain way. What is drawn is drawn token by token,
-    without drafts, so that a seed gives the same text as there. Several texts have one set of
-    kept specialists, all that any of them keeps; each has weights of its own.
+    With `keep="top_p:1.0"` nobody is left out, and the tokens are those of the plain way. Several texts have one set of kept
+    specialists, all that any of them keeps; each has weights of its own.
+
+    Drafts change no greedy token, but in 16 bits two tokens that are almost alike may change places. There are none in sampling,
+    so that a seed gives the plain way's text; with a logits processor that may keep a state; and where keys are rotated anew
+    once a text is longer (longrope).
 
     Args:
         keep: A sparsifier for the gate's mean weights, see `SPARSIFIERS`.
-        every: Number of tokens from one decision to the next, n, but 1 from the first to the second. The fewer, the sooner a text that changes its domain is
-            followed; the more, the fewer passes.
-        streamer: Hears every token.
+        every: Number of tokens from one decision to the next, n; the second decision comes one token after the first. The fewer,
+            the sooner a text that changes its domain is followed; the more, the fewer passes.
+        streamer: Hears every token. If it has a method `weigh`, that is told the gate's weights of the token first, (batch,
+            specialists).
         tokenizer: Unused: `generate` makes criteria for stop strings with it.
 
     Returns:
@@ -89,19 +93,25 @@ def drop_specialists(
     live = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     while live.any():
         most = asked.draftable(generation_config.max_length - input_ids.shape[1]) if drafting else 0
-        tokens = asked.drafted(input_ids, live, most, logits_processor) if most > 1 else input_ids[:, :0]
-        if not tokens.shape[1]:
+        tokens = asked.drafted(input_ids, live, most, logits_processor, padding) if most > 1 else input_ids[:, :0]
+        drafted = bool(tokens.shape[1])
+        if not drafted:
             scores = processed(asked.logits(input_ids, live), input_ids, 1, logits_processor)
             tokens = choose(scores[:, 0], sample)
-        for column in tokens.T:  # a text may end within them
+        going, length = live, input_ids.shape[1]
+        for column, weights in zip(tokens.T, asked.heard.unbind(1), strict=False):
             column = torch.where(live, column, padding)
             input_ids = torch.cat([input_ids, column[:, None]], dim=-1)
+            if hasattr(streamer, "weigh"):
+                streamer.weigh(weights)
             if streamer is not None:
                 streamer.put(column.cpu())
             live = live & ~stopping_criteria(input_ids, None)
-            if not live.any():
+            # where a text ends within drafts, padding is read for it from there on
+            if not torch.equal(live, going):
                 break
-    asked.go_back_to(input_ids.shape[1] - 1)
+        if drafted:
+            asked.take(input_ids.shape[1] - length)
     asked.reader.even_out()
     if streamer is not None:
         streamer.end()
@@ -124,8 +134,8 @@ class Asked:
         read_by_all: Number of tokens that all specialists have read.
         states: Each specialist's hidden states at the last tokens that it has read. Shapes (batch, tokens, hidden).
         weights: The gate's, at the last tokens that all have read. Shape (batch, tokens, specialists).
-        heard: The gate's, at the last predictions. Shape (batch, tokens, specialists).
-        drafts: Number of tokens to draft next; 1 is none.
+        heard: The gate's, at the last predictions, those from drafts among them. Shape (batch, tokens, specialists).
+        drafts: Number of tokens to draft next: the plain way is 1.
         stand_ins: What the gate reads for specialists that are out. Shapes (batch, 1, hidden).
         evidence: What it reads of the past, up to the last token that all have read.
     """
@@ -161,56 +171,63 @@ class Asked:
             self._decide(live)
         # how an answer begins tells more of it than the prompt does: decide again at the next token
         self.since_decision = self.every if first else 1 if due else self.since_decision + 1
+        if self.since_decision % EVERY == 0:
+            self.drafts = max(self.drafts, FEWEST_DRAFTS)
         return logits
 
     def draftable(self, room: int) -> int:
-        """Says how many tokens to draft, where texts may grow by `room`: none beyond the next decision. Below 2 it is none."""
+        """Returns how many tokens to draft next, never beyond the next decision or `room`: 0 and 1 mean none."""
         if self.heard is None or self.kept.sum() < 2 or self.reader.switches:
             return 0
         return min(self.drafts, self.every - self.since_decision, room, MOST_KEPT)
 
-    def drafted(self, input_ids: Tensor, live: Tensor, count: int, logits_processor: LogitsProcessorList) -> Tensor:
+    def drafted(
+        self, input_ids: Tensor, live: Tensor, count: int, logits_processor: LogitsProcessorList, padding: int
+    ) -> Tensor:
         """Chooses several tokens greedily: those that would be chosen one by one. Shape (batch, tokens).
 
-        None, where those that are kept would end a text at once: `logits` asks everybody.
+        `take` is to be told how many of them are taken. They are none where those that are kept would end a text at once:
+        `logits` then asks everybody.
 
         Args:
             input_ids: The texts so far. Shape (batch, seq).
             live: Which texts go on. Shape (batch,).
             count: How many to draft, not beyond the next decision.
             logits_processor: One that keeps no state.
+            padding: Token after the end of a text.
         """
-        length, by_all = input_ids.shape[1], bool(self.kept.all())
-        leader = int(self.heard[live, -1].mean(0).where(self.kept, -1).argmax())
-        drafted, _, hidden = drafted_by(self.reader, leader, input_ids, count, logits_processor, sample=False)
+        by_all, leader = bool(self.kept.all()), int(self.heard[live, -1].mean(0).where(self.kept, -1).argmax())
+        drafted, _, hidden = drafted_by(self.reader, leader, input_ids, count, logits_processor, False, live, padding)
         self.states[leader] = _appended(self.states[leader], hidden)
-        drafts, block = drafted[:, length:], drafted[:, :-1]
+        drafts, block = drafted[:, input_ids.shape[1] :], drafted[:, :-1]
         logits = self._by_all(block, count) if by_all else self._by_kept(block, count)
+        going_on = count if by_all else int((~self.would_end(logits)[live].any(0)).cumprod(0).sum())
         tokens, accepted = verified(drafts, None, processed(logits, block, count, logits_processor), False, live)
-        before_end = count if by_all else int((~self.would_end(logits)[live].any(0)).cumprod(0).sum())
-        tokens = tokens[:, :before_end]
-        # as in `self_draft`, but where one is rejected at once nothing is drafted before the next decision
+        # where none of two is taken, nothing is drafted until the next decision
         self.drafts = max(self.drafts, 2 * count) if accepted == count else (count + accepted + 1) // 2
-        if before_end < count:
-            self.drafts = 1
-        self.since_decision += tokens.shape[1]
-        self.go_back_to(length + tokens.shape[1] - 1)
-        self.heard = self.heard[:, : max(tokens.shape[1], 1)]
+        if going_on < tokens.shape[1]:
+            # so that `logits` asks everybody
+            self.drafts, tokens = 1, tokens[:, :going_on]
+        if not going_on:
+            self.take(0)
         return tokens
 
-    def go_back_to(self, length: int) -> None:
-        """Forgets what those that are kept have read beyond a length: drafts that were not taken."""
-        beyond = max(self.reader.tokens_read()) - length
+    def take(self, count: int) -> None:
+        """Takes the first tokens of what was drafted, and forgets what was read of the others."""
+        beyond = self.heard.shape[1] - count
+        kept = self.kept.nonzero()[:, 0].tolist()
         if self.kept.all():
-            # windows need not go back further
             self.reader.cache.crop(-beyond)
             self.read_by_all -= beyond
             self.weights, *self.evidence = (t[:, : t.shape[1] - beyond] for t in (self.weights, *self.evidence))
-        elif beyond:
-            for k in self.kept.nonzero()[:, 0].tolist():
-                self.reader.part(k).crop(-beyond)
-        for k in self.kept.nonzero()[:, 0].tolist():
+        else:
+            # windows are not restricted yet: at the end they may have to go back to the last decision
+            for k in kept:
+                forget_last(self.reader.part(k), beyond)
+        for k in kept:
             self.states[k] = self.states[k][:, : self.states[k].shape[1] - beyond]
+        self.heard = self.heard[:, : max(count, 1)]
+        self.since_decision += count
 
     def _by_all(self, input_ids: Tensor, count: int = 1) -> Tensor:
         """Lets those that lag behind catch up, and predicts as the plain way does, after each of the last tokens."""

@@ -65,10 +65,15 @@ class Speech(BaseStreamer):
         self.tokenizer, self.say = tokenizer, say
         self.decoder = DecodeStream(skip_special_tokens=True)
         self.text, self.weights, self.prompt_read = "", [], False
+        self.next_weights: torch.Tensor | None = None
 
     def watch(self, gate, inputs, output: GateOutput) -> None:
         """To be called by the gate: the last position's weights are those of the token that comes next."""
-        self.weights.append(output.weights[0, -1].float().cpu())
+        self.weigh(output.weights[:, -1])
+
+    def weigh(self, weights: torch.Tensor) -> None:
+        """Is told the gate's weights of the token that comes next. Shape (1, specialists)."""
+        self.next_weights = weights[0].float().cpu()
 
     def put(self, value: torch.Tensor) -> None:
         """Takes the prompt, which is passed over, and then every new token."""
@@ -76,6 +81,7 @@ class Speech(BaseStreamer):
             self.prompt_read = True
             return
         for token in value.flatten().tolist():
+            self.weights.append(self.next_weights)
             # nothing until a character is whole
             piece = self.decoder.step(self.tokenizer.backend_tokenizer, token)
             if piece:
@@ -119,7 +125,7 @@ def speak(
         answering, options, prior = (route or PromptRoute(model, speech.tokenizer))(ids)
         if answering is not model:
             # its gate says nothing
-            speech.weights.append(prior[0].cpu())
+            speech.weigh(prior)
         answering.generate(ids, attention_mask=torch.ones_like(ids), streamer=speech, **options, **settings)
 
 

@@ -13,7 +13,7 @@ from ..pretrained import load_model
 
 
 PROMPT = "def area(width, height):\n"
-STREAMED = ("plain", "stacked", DROPPING)  # one token at a time, as a chat shows them
+STREAMED = ("plain", "stacked", DROPPING)  # each token with its gate weights, as a chat shows them
 
 
 def measure_decoding(

@@ -12,11 +12,12 @@ from tests.support.greedy import decoded, generated
 from tests.support.tiny import tokenizer
 from trainers import template_sandbox
 from ultrafuser.cli.app import app
+from ultrafuser.decoding.dropping import drop_specialists
 from ultrafuser.reports.colours import assign
 from ultrafuser.reports.terminal import speaker_style
 from ultrafuser.route.prompt_route import PromptRoute
 from ultrafuser.route.router_base import Router
-from ultrafuser.serve.chat import Chat
+from ultrafuser.serve.chat import Chat, Speech, speak
 
 
 def chat(model, template=CHAT_TEMPLATE, *, max_new_tokens=12, route=None, **settings):
@@ -57,6 +58,16 @@ def test_every_token_has_the_colour_of_the_specialist_that_leads(fused):
         expected.print(decoded([token]), style=speaker_style(colour, shares.max().item(), 3), end="", markup=False)
     expected.print()
     assert said(conversation) == expected.file.getvalue()
+
+
+def test_dropping_shows_the_weights_of_each_token_though_it_drafts(fused):
+    ids, found = tokenizer()("def read(self):", return_tensors="pt").input_ids, []
+    for settings in ({}, {"custom_generate": drop_specialists, "keep": "top_p:1.0", "every": 50}):
+        found.append(Speech(tokenizer(), lambda *_: None))
+        speak(fused, ids, found[-1], 20, do_sample=False, **settings)
+    plain, dropping = (torch.stack(speech.weights) for speech in found)
+    torch.testing.assert_close(dropping, plain, atol=1e-5, rtol=1e-5)
+    assert found[0].text == found[1].text
 
 
 def test_who_gives_the_mean_weights_of_the_last_answer(fused):
