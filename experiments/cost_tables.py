@@ -103,12 +103,15 @@ def dropping(path: Path) -> str:
                 rows.append([gate, str(row["every"]), f"`{row['keep']}`", *one, *both])
         seconds = found.get("seconds", {})
         for way in (w for w in seconds.get("both", ()) if w != "plain"):
-            times.append([gate, way, *(_times(seconds[d][way]["seconds"]) for d in (*DOMAINS, "both"))])
+            ratios = (_times(seconds[d][way]["seconds"]) for d in (*DOMAINS, "both"))
+            passes = found["generated reads"][way]
+            reads = (f"{mean(passes[d] for d in DOMAINS):.2f}", f"{passes['both']:.2f}")
+            times.append([gate, way, *ratios, *reads])
     heads = ["gate", "every", "keep", "reads", *DOMAINS, "mean", "reads, two domains", "nats, two domains"]
     tables = [
         markdown(["nats per token, the plain way", *DOMAINS, "two domains"], plain),
         markdown(heads, rows),
-        markdown(["gate", "time of a token", *DOMAINS, "two domains"], times),
+        markdown(["gate", "time of a token", *DOMAINS, "two domains", "reads", "reads, two domains"], times),
     ]
     return "\n\n".join(tables)
 
