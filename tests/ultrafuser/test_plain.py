@@ -85,8 +85,9 @@ def test_a_chat_prints_what_the_model_says_as_text(attack, fused):
 def test_explaining_and_checking_print_text(colours):
     console = RichConsole(file=io.StringIO(), width=200, force_terminal=bool(colours), color_system=colours)
     tokens = [Token(TITLE, 1)]
+    all_of_them = {"fused": 1, "a": 1, "b": 1}
     tokens += [
-        Token(attack, 2, False, {"a": 0.6, "b": 0.4}, {"fused": 1, "a": 1, "b": 1}) for attack in ATTACKS.values()
+        Token(attack, 2, False, {"a": 0.6, "b": 0.4}, all_of_them, spreads=all_of_them) for attack in ATTACKS.values()
     ]
     print_tokens(tokens, console)
     judgement = Judgement({})
