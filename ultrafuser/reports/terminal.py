@@ -31,9 +31,8 @@ def print_tokens(tokens: list[Token], console: Console | None = None) -> None:
     console.print(told, style="dim")
     spreads = mean_spreads(tokens)
     own = ", ".join(f"{name} {spreads[name]:.1f}" for name in names)
-    console.print(
-        f"Spread of logits: {own}. Where logits are added, one of a larger spread counts for more.", style="dim"
-    )
+    told = f"Spread of logits: {own}. Where logits are added, one of a larger spread counts for more."
+    console.print(Text(told, style="dim"))
 
 
 def token_table(tokens: list[Token]) -> Table:
