@@ -87,7 +87,8 @@ def prune(
         All specialists, then each subset of this size, the best first.
 
     Raises:
-        ValueError: If so many cannot be kept, there is no such measure, or a row of the data is malformed: before any weight is loaded.
+        ValueError: If so many cannot be kept, there is no such measure, or a row of the data is malformed: before any weight
+            is loaded.
         FileExistsError: If there is something in `out`.
         OSError: If the model or data cannot be read.
     """

@@ -108,7 +108,7 @@ def by_token(model: UltraFuserForCausalLM, data: Iterable[HeldOut]) -> TokenGate
         model: A fused model.
         data: Examples, one domain after another.
     """
-    sums, counts = 0, torch.zeros(model.config.vocab_size, 1, device=model.device)
+    sums, counts = None, torch.zeros(model.config.vocab_size, 1, device=model.device)
     for examples in data:
         for row, mask in zip(examples.input_ids, examples.attention_mask.bool(), strict=True):
             ids = row[mask].to(model.device)
@@ -116,7 +116,8 @@ def by_token(model: UltraFuserForCausalLM, data: Iterable[HeldOut]) -> TokenGate
             # of factors on logits, the geometric mean
             said = [found.gate_weights, *([] if found.logit_scales is None else [found.logit_scales.log()])]
             said = torch.cat(said, -1)[0].float()
-            sums = sums + torch.zeros(len(counts), said.shape[1], device=said.device).index_add_(0, ids, said)
+            sums = torch.zeros(len(counts), said.shape[1], device=said.device) if sums is None else sums
+            sums.index_add_(0, ids, said)
             counts.index_add_(0, ids, torch.ones(len(ids), 1, device=ids.device))
     table = torch.where(counts > 0, sums / counts.clamp(min=1), sums.sum(0) / counts.sum())
     weights, scales = table.split([n := len(model.config.specialists), table.shape[1] - n], dim=-1)

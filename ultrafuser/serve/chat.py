@@ -59,6 +59,7 @@ class Speech(BaseStreamer):
     Attributes:
         text: What has been said so far.
         weights: Gate weights of each token so far. Shapes (specialists,).
+        next_weights: Those of the token that comes next. Shape (specialists,).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Callable[[str, torch.Tensor], None]):
